@@ -1,0 +1,99 @@
+"""What can be compiled: one row per CPU kernel variant, and the operator library they plug into.
+
+A variant is one ``.cpp`` file, compiled with exactly the instruction-set flags of its row into a
+torch-free library that exports ``bitlinear_kernels()`` (see ``abi.h``). Tests, doctor and bench
+iterate :data:`VARIANTS`, so a variant cannot exist untested or unreported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DIRECTORY = Path(__file__).parent
+
+# Bit-exactness across variants rests on the first flag: no fused multiply-add where the numerics
+# ask for two roundings.
+_COMMON = ("-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-DNDEBUG")
+
+
+@dataclass(frozen=True)
+class Library:
+    """A shared library built from kernel sources by one call of ``cpp_extension.load``.
+
+    Attributes:
+        name: Also the name of the library file and of its folder in the cache.
+        sources: File names inside ``bitlinear/kernels``.
+        cflags: Every compiler flag beyond those that torch adds.
+        ldflags: Every linker flag beyond those that torch adds.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    cflags: tuple[str, ...]
+    ldflags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Variant(Library):
+    """A CPU kernel variant: a library, the hardware it needs, and its rank.
+
+    Attributes:
+        arch: ``"x86_64"``, ``"aarch64"`` or ``"any"``.
+        requires: Every CPU flag (Linux spelling) that ``cflags`` lets the compiler use.
+        priority: The usable variant with the highest priority is chosen.
+    """
+
+    arch: str = "any"
+    requires: frozenset[str] = frozenset()
+    priority: int = 0
+
+
+def _variant(
+    name: str, priority: int, arch: str = "any", isa: tuple[str, ...] = (), requires: str = ""
+) -> Variant:
+    return Variant(
+        name=name,
+        sources=(f"{name}.cpp", "selftest.cpp"),
+        cflags=("-O3", *_COMMON, *isa),
+        # The kernels use nothing of torch: do not tie the library to libtorch.
+        ldflags=("-Wl,--as-needed",),
+        arch=arch,
+        requires=frozenset(requires.split()),
+        priority=priority,
+    )
+
+
+VARIANTS: tuple[Variant, ...] = (
+    _variant(
+        "avx512_vnni",
+        priority=40,
+        arch="x86_64",
+        isa=("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mf16c"),
+        requires="avx2 f16c avx512f avx512bw avx512dq avx512vl avx512_vnni",
+    ),
+    _variant(
+        "avx_vnni",
+        priority=30,
+        arch="x86_64",
+        isa=("-mavx2", "-mf16c", "-mavxvnni"),
+        requires="avx2 f16c avx_vnni",
+    ),
+    _variant(
+        "avx2",
+        priority=20,
+        arch="x86_64",
+        isa=("-mavx2", "-mf16c"),
+        requires="avx2 f16c",
+    ),
+    _variant("scalar", priority=0),
+)
+
+# The operator: the only library that includes torch's headers and the only one with threads.
+OPS = Library(
+    name="ops",
+    sources=("ops.cpp",),
+    # Reading torch's headers is most of a cold import; -O1 costs nothing, the loops are elsewhere.
+    # No -fopenmp: parallel.h says how the threads come from torch's own runtime.
+    cflags=("-O1", *_COMMON),
+)

@@ -1,0 +1,64 @@
+// The C interface between a CPU kernel variant and whoever drives it (ops.cpp, selftest.h, and the
+// test driver). A variant is torch-free and single-threaded: it sees pointers and sizes only.
+#pragma once
+
+#include <stdint.h>
+
+#define BITLINEAR_ABI_VERSION 1
+
+// Activations and weights are multiplied in int32. The most significant plane of a packed byte
+// counts 64 times too large (see gemv.h), so |acc| <= 127 * 2 * 64 * K / 4, which stays below 2^31
+// for K < 528,000.
+#define BITLINEAR_MAX_K 500000
+
+enum bitlinear_dtype { BITLINEAR_F32 = 0, BITLINEAR_F16 = 1, BITLINEAR_BF16 = 2 };
+
+// One rectangle y[0:M, n_begin:n_end] of y = epilogue(q @ w^T). Strides count elements of the
+// pointed-to type.
+struct bitlinear_task {
+  const int8_t* q;       // (M, q_stride): activations as quantize_row wrote them
+  int64_t q_stride;      // bitlinear_q_stride(kernels, K)
+  const float* s_x;      // (M,) scale of each token; NaN makes that row of y NaN
+  const int32_t* q_sum;  // (M,) sum of q over k
+  int64_t M;
+  const uint8_t* w;   // (N, row_bytes): packed weights, format version 1
+  int64_t row_bytes;  // ceil(K / 4)
+  const float* s_w;
+  int64_t s_w_stride;  // 0: one scale per tensor; 1: one per output channel
+  const void* bias;    // (N,) or null
+  int bias_dtype;
+  int64_t n_begin, n_end;
+  void* y;  // (M, y_stride)
+  int64_t y_stride;
+  int y_dtype;
+};
+
+struct bitlinear_kernel_table {
+  uint32_t abi_version;
+  const char* name;
+  // Packed bytes per block of the activations' layout: the byte width of the variant's vectors.
+  int64_t block;
+  // Quantises one token x[0:K] of `dtype` to q (bitlinear_q_stride bytes, all of them written), its
+  // scale and its sum. Layout of q: blocks of 4 * block bytes, in which byte j * block + b belongs
+  // to k = 4 * (block_index * block + b) + j; zero beyond K.
+  void (*quantize_row)(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x,
+                       int32_t* q_sum);
+  // Computes the rectangle of the task.
+  void (*linear)(const bitlinear_task* task);
+};
+
+static inline int64_t bitlinear_q_stride(const bitlinear_kernel_table* kernels, int64_t K) {
+  const int64_t row_bytes = (K + 3) / 4;
+  return (row_bytes + kernels->block - 1) / kernels->block * kernels->block * 4;
+}
+
+#if defined(_WIN32)
+#define BITLINEAR_EXPORT extern "C" __declspec(dllexport)
+#else
+#define BITLINEAR_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// Exported by every variant's library.
+BITLINEAR_EXPORT const bitlinear_kernel_table* bitlinear_kernels(void);
+// 0 if the variant reproduces the numerics of its reference to the bit; else 1 and a message.
+BITLINEAR_EXPORT int bitlinear_selftest(char* message, int64_t message_size);

@@ -1,0 +1,63 @@
+// Conversions between fp32 and the 16-bit types, a few elements at a time. bf16 is integer
+// arithmetic that every compiler vectorises; fp16 comes from the variant's vocabulary.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "abi.h"
+
+namespace bitlinear {
+
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+inline float bits_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+inline float float_from_bf16(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
+
+// Round to nearest even; NaN becomes the quiet NaN, as torch does.
+inline uint16_t bf16_from_float(float x) {
+  const uint32_t bits = float_bits(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+
+// The floats x[begin : begin + count] of any input dtype: in place where they are fp32 already,
+// else converted into `buffer`.
+template <class V>
+inline const float* as_floats(const void* x, int dtype, int64_t begin, int64_t count,
+                              float* buffer) {
+  if (dtype == BITLINEAR_F32) return static_cast<const float*>(x) + begin;
+  const uint16_t* half = static_cast<const uint16_t*>(x) + begin;
+  if (dtype == BITLINEAR_F16) {
+    V::floats_from_fp16(half, count, buffer);
+  } else {
+    for (int64_t i = 0; i < count; ++i) buffer[i] = float_from_bf16(half[i]);
+  }
+  return buffer;
+}
+
+// y[begin : begin + count] = floats, rounded once to the output dtype.
+template <class V>
+inline void store_floats(const float* floats, int64_t count, void* y, int dtype, int64_t begin) {
+  if (dtype == BITLINEAR_F32) {
+    memcpy(static_cast<float*>(y) + begin, floats, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  uint16_t* half = static_cast<uint16_t*>(y) + begin;
+  if (dtype == BITLINEAR_F16) {
+    V::fp16_from_floats(floats, count, half);
+  } else {
+    for (int64_t i = 0; i < count; ++i) half[i] = bf16_from_float(floats[i]);
+  }
+}
+
+}  // namespace bitlinear

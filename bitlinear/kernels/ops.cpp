@@ -1,0 +1,215 @@
+// torch.ops.bitlinear.linear on the CPU: arguments, memory and threads. The arithmetic is in the
+// kernel variant that bitlinear_use_kernels() received.
+//
+// The headers are chosen for compile time: this file is most of a cold import.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cmath>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <thread>
+
+#include "abi.h"
+#include "parallel.h"
+
+namespace {
+
+using at::ScalarType;
+using at::Tensor;
+
+std::atomic<const bitlinear_kernel_table*> active_kernels{nullptr};
+
+// The dtype's number in the kernels' interface, or -1.
+int kernel_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return BITLINEAR_F32;
+    case ScalarType::Half:
+      return BITLINEAR_F16;
+    case ScalarType::BFloat16:
+      return BITLINEAR_BF16;
+    default:
+      return -1;
+  }
+}
+
+void check_device(const Tensor& x, const char* name, const Tensor& other) {
+  TORCH_CHECK_VALUE(
+      other.device() == x.device(), "bitlinear: all tensors must be on one device, but x is on ",
+      x.device(), " and ", name, " is on ", other.device(), ": move one of them with .to(device)");
+}
+
+// The same conditions and messages as check_arguments in ops.py.
+void check_arguments(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
+                     const std::optional<Tensor>& bias, int64_t in_features, double eps,
+                     int64_t group_size, int64_t act_bits, ScalarType out_dtype) {
+  TORCH_CHECK_NOT_IMPLEMENTED(group_size == 0, "bitlinear: group_size = ", group_size,
+                              " is reserved for a later version: use 0");
+  TORCH_CHECK_NOT_IMPLEMENTED(act_bits == 8, "bitlinear: act_bits = ", act_bits,
+                              " is reserved for a later version: use 8");
+  TORCH_CHECK_VALUE(in_features >= 1 && in_features <= BITLINEAR_MAX_K,
+                    "bitlinear: in_features must be between 1 and ", BITLINEAR_MAX_K,
+                    " (where int32 sums are exact), but it is ", in_features,
+                    ": split the layer along in_features");
+  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 1e-36,
+                    "bitlinear: eps must be finite and at least 1e-36 (127 / eps has to fit "
+                    "float32), but it is ",
+                    eps);
+  TORCH_CHECK_TYPE(kernel_dtype(x.scalar_type()) >= 0,
+                   "bitlinear: x must be float32, float16 or bfloat16, but it is ", x.scalar_type(),
+                   ": convert it, for example with x.float()");
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == in_features,
+                    "bitlinear: the last dimension of x must be in_features = ", in_features,
+                    ", but x has shape ", x.sizes());
+  TORCH_CHECK_TYPE(kernel_dtype(out_dtype) >= 0,
+                   "bitlinear: out_dtype must be float32, float16 or bfloat16, but it is ",
+                   out_dtype, ": leave it out to get the dtype of x");
+  TORCH_CHECK_TYPE(w_packed.scalar_type() == ScalarType::Byte,
+                   "bitlinear: w_packed must be uint8, but it is ", w_packed.scalar_type(),
+                   ": pack ternary weights with bitlinear.packing.pack_ternary");
+  TORCH_CHECK_TYPE(w_scale.scalar_type() == ScalarType::Float,
+                   "bitlinear: w_scale must be float32, but it is ", w_scale.scalar_type(),
+                   ": convert it with w_scale.float()");
+  const int64_t columns = (in_features + 3) / 4;
+  TORCH_CHECK_VALUE(w_packed.dim() == 2 && w_packed.size(1) == columns,
+                    "bitlinear: w_packed must have shape (N, ", columns,
+                    ") for in_features = ", in_features,
+                    ", four weights to a byte, but it has shape ", w_packed.sizes());
+  const int64_t out_features = w_packed.size(0);
+  TORCH_CHECK_VALUE(
+      (w_scale.dim() == 1 && w_scale.size(0) == 1) ||
+          (w_scale.dim() == 2 && w_scale.size(0) == out_features && w_scale.size(1) == 1),
+      "bitlinear: w_scale must have shape (1,) or (", out_features, ", 1), but it has shape ",
+      w_scale.sizes(), ": scales are per tensor or per output feature");
+  check_device(x, "w_packed", w_packed);
+  check_device(x, "w_scale", w_scale);
+  if (bias.has_value()) {
+    TORCH_CHECK_TYPE(at::isFloatingType(bias->scalar_type()),
+                     "bitlinear: bias must be floating point, but it is ", bias->scalar_type(),
+                     ": convert it with bias.float()");
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == out_features,
+                      "bitlinear: bias must have shape (", out_features, ",), as w_packed has ",
+                      out_features, " rows, but it has shape ", bias->sizes());
+    check_device(x, "bias", *bias);
+  }
+}
+
+Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
+              const std::optional<Tensor>& bias, int64_t in_features, double eps,
+              int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
+  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
+  check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, y_dtype);
+  const bitlinear_kernel_table* kernels = active_kernels.load(std::memory_order_acquire);
+  TORCH_CHECK(kernels != nullptr, "bitlinear: no CPU kernel is active; see bitlinear.doctor");
+
+  const int64_t K = in_features;
+  const int64_t N = w_packed.size(0);
+  const int64_t M = x.numel() / K;
+  c10::DimVector shape(x.sizes());
+  shape.back() = N;
+  Tensor y = at::empty(shape, x.options().dtype(y_dtype));
+  if (M == 0 || N == 0) return y;
+
+  const Tensor input = x.contiguous();
+  const Tensor weight = w_packed.contiguous();
+  const Tensor scale = w_scale.contiguous();
+  Tensor addend;
+  if (bias.has_value()) {
+    addend = bias->contiguous();
+    if (kernel_dtype(addend.scalar_type()) < 0) addend = addend.to(ScalarType::Float);
+  }
+
+  // One block of scratch: quantised activations, then their scales and sums.
+  const int64_t q_stride = bitlinear_q_stride(kernels, K);
+  const Tensor scratch = at::empty(
+      {M * (q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)})}, w_packed.options());
+  int8_t* q = static_cast<int8_t*>(scratch.data_ptr());
+  float* s_x = reinterpret_cast<float*>(q + M * q_stride);
+  int32_t* q_sum = reinterpret_cast<int32_t*>(s_x + M);
+
+  const int x_dtype = kernel_dtype(x.scalar_type());
+  const char* tokens = static_cast<const char*>(input.const_data_ptr());
+  const int64_t token_bytes = K * input.element_size();
+  const int64_t threads = at::get_num_threads();
+  const int64_t quantize_parts = bitlinear::choose_quantize_parts(M, K, threads);
+  bitlinear::parallel(quantize_parts, [&](int64_t part) {
+    const bitlinear::Range rows = bitlinear::part_of(M, 1, part, quantize_parts);
+    for (int64_t m = rows.begin; m < rows.end; ++m) {
+      kernels->quantize_row(tokens + m * token_bytes, x_dtype, K, static_cast<float>(eps),
+                            q + m * q_stride, s_x + m, q_sum + m);
+    }
+  });
+
+  bitlinear_task task = {};
+  task.q = q;
+  task.q_stride = q_stride;
+  task.s_x = s_x;
+  task.q_sum = q_sum;
+  task.M = M;
+  task.w = static_cast<const uint8_t*>(weight.const_data_ptr());
+  task.row_bytes = weight.size(1);
+  task.s_w = static_cast<const float*>(scale.const_data_ptr());
+  task.s_w_stride = scale.dim() == 2 ? 1 : 0;
+  task.bias = addend.defined() ? addend.const_data_ptr() : nullptr;
+  task.bias_dtype = addend.defined() ? kernel_dtype(addend.scalar_type()) : BITLINEAR_F32;
+  task.y = y.data_ptr();
+  task.y_stride = N;
+  task.y_dtype = kernel_dtype(y_dtype);
+  const bitlinear::Grid grid = bitlinear::choose_grid(M, N, task.row_bytes, threads);
+  bitlinear::parallel(grid.tokens * grid.rows, [&](int64_t part) {
+    const bitlinear::Range m =
+        bitlinear::part_of(M, bitlinear::kTokenUnit, part / grid.rows, grid.tokens);
+    const bitlinear::Range n =
+        bitlinear::part_of(N, bitlinear::kRowUnit, part % grid.rows, grid.rows);
+    bitlinear_task mine = task;
+    mine.q += m.begin * q_stride;
+    mine.s_x += m.begin;
+    mine.q_sum += m.begin;
+    mine.M = m.end - m.begin;
+    mine.n_begin = n.begin;
+    mine.n_end = n.end;
+    mine.y = static_cast<char*>(task.y) + m.begin * N * y.element_size();
+    kernels->linear(&mine);
+  });
+  return y;
+}
+
+}  // namespace
+
+// Makes a variant's kernels the ones that the operator runs. 0, or 1 if its interface is another.
+BITLINEAR_EXPORT int bitlinear_use_kernels(const bitlinear_kernel_table* kernels) {
+  if (kernels == nullptr || kernels->abi_version != BITLINEAR_ABI_VERSION) return 1;
+  active_kernels.store(kernels, std::memory_order_release);
+  return 0;
+}
+
+// How many threads take part in one parallel region: 1 where the work would silently be serial.
+BITLINEAR_EXPORT int bitlinear_parallel_threads(void) {
+  std::mutex mutex;
+  std::set<std::thread::id> threads;
+  bitlinear::parallel(at::get_num_threads(), [&](int64_t) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    threads.insert(std::this_thread::get_id());
+  });
+  return static_cast<int>(threads.size());
+}
+
+TORCH_LIBRARY(bitlinear, m) {
+  // The same string as SCHEMA in ops.py, which says what the arguments mean.
+  m.def(
+      "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
+      "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(bitlinear, CPU, m) { m.impl("linear", linear); }
+
+// The operator has no derivative: a backward pass raises instead of losing the gradient.
+TORCH_LIBRARY_IMPL(bitlinear, Autograd, m) {
+  m.impl("linear", torch::autograd::autogradNotImplementedFallback());
+}

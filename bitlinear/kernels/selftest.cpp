@@ -1,0 +1,34 @@
+// The self-test that every variant passes, in the process that built it, before it may be used:
+// around 100 small cases, a few milliseconds.
+#include "selftest.h"
+
+#include <stdio.h>
+
+int bitlinear_selftest(char* message, int64_t message_size) {
+  using bitlinear::selftest::Case;
+  using bitlinear::selftest::Data;
+  const bitlinear_kernel_table* kernels = bitlinear_kernels();
+  uint64_t seed = 0;
+  for (const int64_t K : {1, 5, 67, 130, 255, 256, 515, 1100}) {
+    for (const int64_t M : {1, 3, 11}) {
+      for (const Data data : {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite}) {
+        ++seed;
+        const Case c = {M,
+                        7 + static_cast<int64_t>(seed % 63),
+                        K,
+                        static_cast<int>(seed % 3),
+                        seed % 2 == 0,
+                        seed % 5 == 0,
+                        data,
+                        static_cast<int64_t>(seed % 4)};
+        const std::string difference = bitlinear::selftest::check_case(*kernels, c, seed);
+        if (!difference.empty()) {
+          snprintf(message, static_cast<size_t>(message_size), "%s: %s", kernels->name,
+                   difference.c_str());
+          return 1;
+        }
+      }
+    }
+  }
+  return 0;
+}

@@ -1,0 +1,226 @@
+// Compares a kernel variant with the numerics as they are written down, in the plainest code.
+//
+// check_case runs one shape with one kind of data and returns the first difference. selftest.cpp
+// runs a few dozen of them after every build; the native driver in tests/ runs thousands, under
+// sanitizers and emulators. Every buffer is a heap block of exactly the size the interface
+// promises, so a sanitizer sees any byte read or written beyond it.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <string>
+#include <vector>
+
+#include "abi.h"
+#include "convert.h"
+
+namespace bitlinear {
+namespace selftest {
+
+enum class Data { kRandom, kExtreme, kZero, kNonFinite };
+
+struct Case {
+  int64_t M, N, K;
+  int dtype;  // of x, bias and y
+  bool bias;
+  bool per_channel;
+  Data data;
+  int64_t n_begin;  // the variant computes [n_begin, N); columns before must stay untouched
+};
+
+// A small generator of our own: the same cases on every machine.
+struct Random {
+  uint64_t state;
+  uint32_t next() {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<uint32_t>(state >> 33);
+  }
+  float uniform() { return static_cast<float>(next()) * 0x1p-30f - 1.0f; }  // [-1, 1)
+};
+
+// Written out bit by bit, unlike the kernels' conversions: search by rounding to 11 significant
+// bits.
+inline uint16_t reference_fp16(float x) {
+  const uint16_t sign = signbit(x) ? 0x8000 : 0;
+  if (isnan(x)) return sign | 0x7E00;
+  const double magnitude = fabs(static_cast<double>(x));
+  if (magnitude >= 65520.0) return sign | 0x7C00;
+  int exponent = 0;
+  frexp(magnitude, &exponent);
+  const int ulp = (exponent < -13 ? -13 : exponent) - 11;
+  const double steps = nearbyint(ldexp(magnitude, -ulp));  // exact scaling, ties to even
+  const double value = ldexp(steps, ulp);
+  if (value < 0x1p-14) return sign | static_cast<uint16_t>(ldexp(value, 24));
+  frexp(value, &exponent);
+  const uint16_t fraction = static_cast<uint16_t>(ldexp(value, 11 - exponent)) & 0x3FF;
+  return sign | static_cast<uint16_t>((exponent + 14) << 10) | fraction;
+}
+
+inline float reference_float_from_fp16(uint16_t h) {
+  const int exponent = h >> 10 & 0x1F;
+  const int fraction = h & 0x3FF;
+  double value = exponent == 0 ? ldexp(fraction, -24) : ldexp(fraction + 1024, exponent - 25);
+  if (exponent == 31) value = fraction == 0 ? HUGE_VAL : static_cast<double>(NAN);
+  return static_cast<float>((h & 0x8000) != 0 ? -value : value);
+}
+
+// A buffer of `count` numbers of a dtype, in a heap block of exactly that size.
+class Buffer {
+ public:
+  Buffer(int dtype, int64_t count)
+      : dtype_(dtype), bytes_(static_cast<size_t>(count) * (dtype == BITLINEAR_F32 ? 4 : 2)) {}
+  void set(int64_t i, float x) {
+    if (dtype_ == BITLINEAR_F32) {
+      memcpy(bytes_.data() + 4 * i, &x, 4);
+    } else {
+      const uint16_t h = dtype_ == BITLINEAR_F16 ? reference_fp16(x) : bf16_from_float(x);
+      memcpy(bytes_.data() + 2 * i, &h, 2);
+    }
+  }
+  float get(int64_t i) const {
+    if (dtype_ == BITLINEAR_F32) {
+      float x;
+      memcpy(&x, bytes_.data() + 4 * i, 4);
+      return x;
+    }
+    uint16_t h;
+    memcpy(&h, bytes_.data() + 2 * i, 2);
+    return dtype_ == BITLINEAR_F16 ? reference_float_from_fp16(h) : float_from_bf16(h);
+  }
+  uint8_t* data() { return bytes_.data(); }
+
+ private:
+  int dtype_;
+  std::vector<uint8_t> bytes_;
+};
+
+inline std::string describe(const Case& c) {
+  return "M=" + std::to_string(c.M) + " N=" + std::to_string(c.N) + " K=" + std::to_string(c.K) +
+         " dtype=" + std::to_string(c.dtype) + " bias=" + std::to_string(c.bias) +
+         " per_channel=" + std::to_string(c.per_channel) +
+         " data=" + std::to_string(static_cast<int>(c.data)) +
+         " n_begin=" + std::to_string(c.n_begin);
+}
+
+// Returns "" or what differs.
+inline std::string check_case(const bitlinear_kernel_table& kernels, const Case& c, uint64_t seed) {
+  Random random{seed * 2654435761u + 1};
+  const float eps = 1e-6f;
+  const int64_t row_bytes = (c.K + 3) / 4;
+  const int64_t scales = c.per_channel ? c.N : 1;
+
+  Buffer x(c.dtype, c.M * c.K);
+  for (int64_t i = 0; i < c.M * c.K; ++i) {
+    float value = random.uniform() * 3.0f;
+    if (c.data == Data::kExtreme) value = 1.0f;  // every q is 127
+    if (c.data == Data::kZero) value = 0.0f;
+    x.set(i, value);
+  }
+  if (c.data == Data::kNonFinite) {
+    // The first row gets a NaN or an infinity, whichever the seed says; the others stay clean.
+    x.set(random.next() % c.K, seed % 3 == 0 ? NAN : (seed % 3 == 1 ? HUGE_VALF : -HUGE_VALF));
+  }
+  std::vector<int8_t> t(static_cast<size_t>(c.N * c.K));
+  std::vector<uint8_t> w(static_cast<size_t>(c.N * row_bytes));
+  for (int64_t n = 0; n < c.N; ++n) {
+    for (int64_t b = 0; b < row_bytes; ++b) {
+      uint8_t byte = 0;
+      for (int64_t k = 4 * b; k < 4 * b + 4; ++k) {
+        int weight = c.data == Data::kExtreme ? 1 : static_cast<int>(random.next() % 3) - 1;
+        if (k >= c.K) {
+          weight = 0;
+        } else {
+          t[n * c.K + k] = static_cast<int8_t>(weight);
+        }
+        byte = static_cast<uint8_t>(byte << 2 | (weight + 1));
+      }
+      w[n * row_bytes + b] = byte;
+    }
+  }
+  std::vector<float> s_w(static_cast<size_t>(scales));
+  for (float& scale : s_w) scale = 0.01f + fabsf(random.uniform());
+  Buffer bias(c.dtype, c.N);
+  for (int64_t n = 0; n < c.N; ++n) bias.set(n, random.uniform());
+
+  const int64_t q_stride = bitlinear_q_stride(&kernels, c.K);
+  std::vector<int8_t> q(static_cast<size_t>(c.M * q_stride), 99);
+  std::vector<float> s_x(static_cast<size_t>(c.M));
+  std::vector<int32_t> q_sum(static_cast<size_t>(c.M));
+  const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
+  for (int64_t m = 0; m < c.M; ++m) {
+    kernels.quantize_row(x.data() + m * c.K * element, c.dtype, c.K, eps, q.data() + m * q_stride,
+                         &s_x[m], &q_sum[m]);
+  }
+  Buffer y(c.dtype, c.M * c.N);
+  const float untouched = 12345.0f;
+  for (int64_t i = 0; i < c.M * c.N; ++i) y.set(i, untouched);
+  bitlinear_task task = {};
+  task.q = q.data();
+  task.q_stride = q_stride;
+  task.s_x = s_x.data();
+  task.q_sum = q_sum.data();
+  task.M = c.M;
+  task.w = w.data();
+  task.row_bytes = row_bytes;
+  task.s_w = s_w.data();
+  task.s_w_stride = c.per_channel ? 1 : 0;
+  task.bias = c.bias ? bias.data() : nullptr;
+  task.bias_dtype = c.dtype;
+  task.n_begin = c.n_begin;
+  task.n_end = c.N;
+  task.y = y.data();
+  task.y_stride = c.N;
+  task.y_dtype = c.dtype;
+  kernels.linear(&task);
+
+  std::vector<int64_t> row(static_cast<size_t>(c.K));
+  for (int64_t m = 0; m < c.M; ++m) {
+    float absmax = eps;
+    bool finite = true;
+    for (int64_t k = 0; k < c.K; ++k) {
+      const float value = x.get(m * c.K + k);
+      finite = finite && isfinite(value);
+      absmax = fabsf(value) > absmax ? fabsf(value) : absmax;
+    }
+    const float inv = 127.0f / absmax;
+    const float scale_x = absmax / 127.0f;
+    for (int64_t k = 0; k < c.K; ++k) {
+      // A named product: with excess precision or contraction the two roundings would merge.
+      const volatile float scaled = x.get(m * c.K + k) * inv;
+      const float rounded = nearbyintf(scaled);
+      row[k] = finite
+                   ? static_cast<int64_t>(rounded > 127 ? 127 : (rounded < -127 ? -127 : rounded))
+                   : 0;
+      const int64_t block = k / 4 / kernels.block;
+      const int64_t place =
+          block * 4 * kernels.block + k % 4 * kernels.block + k / 4 % kernels.block;
+      if (q[m * q_stride + place] != row[k]) {
+        return "q[" + std::to_string(m) + ", " + std::to_string(k) +
+               "] = " + std::to_string(q[m * q_stride + place]) + ", expected " +
+               std::to_string(row[k]) + " at " + describe(c);
+      }
+    }
+    for (int64_t n = 0; n < c.N; ++n) {
+      int64_t acc = 0;
+      for (int64_t k = 0; k < c.K; ++k) acc += row[k] * t[n * c.K + k];
+      const volatile float scale = scale_x * s_w[c.per_channel ? n : 0];
+      volatile float value = static_cast<float>(acc) * scale;
+      if (c.bias) value = value + bias.get(n);
+      Buffer expected(c.dtype, 1);
+      expected.set(0, finite ? value : NAN);
+      if (n < c.n_begin) expected.set(0, untouched);
+      const float got = y.get(m * c.N + n);
+      const float want = expected.get(0);
+      if (isnan(want) ? !isnan(got) : float_bits(got) != float_bits(want)) {
+        return "y[" + std::to_string(m) + ", " + std::to_string(n) + "] = " + std::to_string(got) +
+               ", expected " + std::to_string(want) + " at " + describe(c);
+      }
+    }
+  }
+  return "";
+}
+
+}  // namespace selftest
+}  // namespace bitlinear

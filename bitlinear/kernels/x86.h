@@ -1,0 +1,65 @@
+// What the x86 vocabularies share: F16C conversions, and 256-bit vectors of bytes.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace bitlinear {
+namespace {
+
+struct X86Half {
+  static void floats_from_fp16(const uint16_t* half, int64_t count, float* out) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i));
+      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(eight));
+    }
+    for (; i < count; ++i) out[i] = _cvtsh_ss(half[i]);
+  }
+
+  static void fp16_from_floats(const float* floats, int64_t count, uint16_t* out) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(floats + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), eight);
+    }
+    for (; i < count; ++i) out[i] = _cvtss_sh(floats[i], _MM_FROUND_TO_NEAREST_INT);
+  }
+};
+
+struct X86Ymm : X86Half {
+  static constexpr int64_t kWidth = 32;
+  using Bytes = __m256i;
+
+  static Bytes load(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static Bytes load_plane(const int8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static Bytes load_partial(const uint8_t* p, int64_t n) {
+    alignas(32) uint8_t bytes[32] = {};
+    memcpy(bytes, p, static_cast<size_t>(n));
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
+  }
+  static Bytes codes(Bytes w, int shift) {
+    return _mm256_and_si256(_mm256_srli_epi16(w, shift), _mm256_set1_epi8(3));
+  }
+  static int32_t reduce(__m256i sum) {
+    const __m128i four =
+        _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+  }
+
+  struct Planes {
+    Bytes plane[4];
+    explicit Planes(const int8_t* p) {
+      for (int j = 0; j < 4; ++j) plane[j] = load_plane(p + j * kWidth);
+    }
+  };
+};
+
+}  // namespace
+}  // namespace bitlinear

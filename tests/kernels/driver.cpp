@@ -1,0 +1,71 @@
+// Native test of one kernel variant, linked with its sources: every tail of every tile, all dtypes,
+// adversarial data. Built with sanitizers by tests/kernels/test_driver.py; runs under emulators.
+//
+// Usage: driver [quick]
+#include <stdio.h>
+#include <string.h>
+
+#include "selftest.h"
+
+using bitlinear::selftest::Case;
+using bitlinear::selftest::check_case;
+using bitlinear::selftest::Data;
+
+namespace {
+
+int64_t passed = 0;
+int64_t failed = 0;
+
+void check(Case c) {
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    c.dtype = dtype;
+    const uint64_t seed = static_cast<uint64_t>(passed + failed);
+    c.bias = seed % 2 == 0;
+    c.per_channel = seed % 5 == 0;
+    c.n_begin = c.N > 1 ? static_cast<int64_t>(seed % 3) % c.N : 0;
+    const std::string difference = check_case(*bitlinear_kernels(), c, seed);
+    if (difference.empty()) {
+      ++passed;
+    } else if (++failed <= 10) {
+      printf("%s\n", difference.c_str());
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool quick = argc > 1 && strcmp(argv[1], "quick") == 0;
+  char message[512];
+  if (bitlinear_selftest(message, sizeof(message)) != 0) {
+    printf("self-test: %s\n", message);
+    return 1;
+  }
+  const Data kinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite};
+  // Every K around the vectors of every variant, against one and several tokens.
+  for (int64_t K = 1; K <= (quick ? 70 : 530); ++K) {
+    for (const int64_t M : {1, 2, 3}) check({M, 6, K, 0, false, false, kinds[K % 4], 0});
+  }
+  // Every M and N around the tiles.
+  for (int64_t M = 1; M <= (quick ? 5 : 19); ++M) {
+    for (int64_t N = 1; N <= 10; ++N) check({M, N, 70, 0, false, false, Data::kRandom, 0});
+  }
+  for (const int64_t N : {63, 64, 65, 127, 128, 129, 200}) {
+    for (const int64_t M : {1, 2, 9}) check({M, N, 37, 0, false, false, Data::kRandom, 0});
+  }
+  // Long rows: the limits of the 16-bit and 32-bit sums.
+  for (const int64_t K : {4095, 4096, 4097, 65535, 65536, 65540}) {
+    if (quick && K > 5000) break;
+    for (const int64_t M : {1, 9}) {
+      check({M, 3, K, 0, false, false, Data::kExtreme, 0});
+      check({M, 3, K, 0, false, false, Data::kRandom, 0});
+    }
+  }
+  if (!quick) {
+    check({1, 2, BITLINEAR_MAX_K, 0, false, false, Data::kExtreme, 0});
+    check({2, 2, BITLINEAR_MAX_K, 0, false, false, Data::kExtreme, 0});
+  }
+  printf("%s: %lld passed, %lld failed\n", bitlinear_kernels()->name,
+         static_cast<long long>(passed), static_cast<long long>(failed));
+  return failed == 0 ? 0 : 1;
+}

@@ -1,0 +1,41 @@
+"""What the compilers made of the kernels: the instructions they are about, and none they may not use."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from native import compile_variant, compilers
+
+from bitlinear.kernels import VARIANTS
+
+# variant: (must appear, must not appear), as regular expressions over objdump's lines
+EXPECTED = {
+    "avx512_vnni": (r"vpdpbusd .*%zmm", r"\{vex\} vpdpbusd"),
+    # VEX-encoded, which objdump marks where both encodings exist; no EVEX prefix (62) anywhere.
+    "avx_vnni": (r"\{vex\} vpdpbusd .*%ymm", r":\t62 "),
+    "avx2": (r"vpmaddubsw .*%ymm", r":\t62 |vpdpbusd"),
+    "scalar": (r"pmullw|pmaddwd|imul", r"%ymm|%zmm"),
+}
+
+
+@pytest.mark.slow
+@compilers
+@pytest.mark.parametrize("name", EXPECTED)
+def test_instructions(name, compiler, tmp_path):
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed")
+    variant = next(variant for variant in VARIANTS if variant.name == name)
+    compile_variant(compiler, variant, tmp_path / "kernel.o", "-c")
+    text = subprocess.run(
+        ["objdump", "-dw", tmp_path / "kernel.o"], capture_output=True, text=True, check=True
+    ).stdout
+    present, absent = EXPECTED[name]
+    assert re.search(present, text)
+    assert not re.search(absent, text)
+
+
+def test_every_variant_has_an_expectation():
+    assert set(EXPECTED) >= {v.name for v in VARIANTS if v.arch in ("any", "x86_64")}
