@@ -49,6 +49,10 @@ class Variant(Library):
     priority: int = 0
 
 
+# What -mavx2 -mf16c lets a compiler use, implied extensions included.
+_AVX2_FLAGS = "pni ssse3 sse4_1 sse4_2 popcnt xsave avx f16c avx2"
+
+
 def _variant(
     name: str, priority: int, arch: str = "any", isa: tuple[str, ...] = (), requires: str = ""
 ) -> Variant:
@@ -70,21 +74,22 @@ VARIANTS: tuple[Variant, ...] = (
         priority=40,
         arch="x86_64",
         isa=("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mf16c"),
-        requires="avx2 f16c avx512f avx512bw avx512dq avx512vl avx512_vnni",
+        # clang takes -mavx512f to include FMA
+        requires=f"{_AVX2_FLAGS} fma avx512f avx512bw avx512dq avx512vl avx512_vnni",
     ),
     _variant(
         "avx_vnni",
         priority=30,
         arch="x86_64",
         isa=("-mavx2", "-mf16c", "-mavxvnni"),
-        requires="avx2 f16c avx_vnni",
+        requires=f"{_AVX2_FLAGS} avx_vnni",
     ),
     _variant(
         "avx2",
         priority=20,
         arch="x86_64",
         isa=("-mavx2", "-mf16c"),
-        requires="avx2 f16c",
+        requires=_AVX2_FLAGS,
     ),
     _variant("scalar", priority=0),
 )

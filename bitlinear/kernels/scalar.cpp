@@ -8,8 +8,7 @@ namespace {
 struct Scalar {
   static constexpr int64_t kWidth = 16;
   static constexpr int kGemvRows = 1;
-  static constexpr int kTokens = 2;
-  static constexpr int kTileRows = 1;
+  static constexpr int kTokens = 1;  // no registers to keep a tile in
 
   struct Bytes {
     uint8_t byte[kWidth];
@@ -22,11 +21,6 @@ struct Scalar {
     return w;
   }
   static Bytes load_plane(const int8_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
-  static Bytes codes(Bytes w, int shift) {
-    for (int i = 0; i < kWidth; ++i) w.byte[i] = (w.byte[i] >> shift) & 3;
-    return w;
-  }
-
   struct Planes {
     Bytes plane[4];
     explicit Planes(const int8_t* p) {
@@ -34,28 +28,12 @@ struct Scalar {
     }
   };
 
-  struct CodeSum {
+  struct PlaneSum {
     // 16-bit lanes are what a baseline instruction set multiplies well. A block adds 4 planes of at
     // most 2 * 127 = 254 to a lane: 32 * 4 * 254 = 32512 < 2^15.
     static constexpr int64_t kFlush = 32;
     int16_t lanes[kWidth] = {};
     int32_t sum = 0;
-    void add(Bytes codes, Bytes plane) {
-      for (int i = 0; i < kWidth; ++i) {
-        const int16_t value = static_cast<int8_t>(plane.byte[i]);
-        lanes[i] = static_cast<int16_t>(lanes[i] + codes.byte[i] * value);
-      }
-    }
-    void flush() {
-      for (int i = 0; i < kWidth; ++i) {
-        sum += lanes[i];
-        lanes[i] = 0;
-      }
-    }
-    int32_t total() const { return sum; }
-  };
-
-  struct PlaneSum : CodeSum {
     void add(Bytes w, const Planes& q) {
       for (int i = 0; i < kWidth; ++i) {
         int value = lanes[i];
@@ -65,6 +43,13 @@ struct Scalar {
         lanes[i] = static_cast<int16_t>(value);
       }
     }
+    void flush() {
+      for (int i = 0; i < kWidth; ++i) {
+        sum += lanes[i];
+        lanes[i] = 0;
+      }
+    }
+    int32_t total() const { return sum; }
   };
 
   static void floats_from_fp16(const uint16_t* half, int64_t count, float* out) {

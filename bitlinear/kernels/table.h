@@ -5,14 +5,17 @@
 //   Bytes                      a vector of kWidth bytes
 //   load(p), load_partial(p, n)     packed bytes; the latter reads n < kWidth of them, rest zero
 //   load_plane(p)              activations (int8), aligned or not
-//   codes(w, shift)            (w >> shift) & 3 in every byte
 //   Planes(p)                  the four activation vectors of a block
 //   PlaneSum                   sum of codes times activations; add(w, planes) takes packed bytes
-//   CodeSum                    the same; add(codes, plane) takes decoded codes
 //     kFlush                   blocks that may be added before flush() must be called
 //     total()                  the exact sum over all lanes, after a flush()
+//   kGemvRows                  weight rows that share the loads of activations
 //   floats_from_fp16, fp16_from_floats
-//   kGemvRows, kTokens, kTileRows   tile sizes
+//   kTokens                    tokens in a tile of the GEMM; 1: none, several tokens are as many
+//                              GEMVs, and what follows is not needed
+//   kTileRows                  weight rows in a tile
+//   codes(w, shift)            (w >> shift) & 3 in every byte
+//   CodeSum                    as PlaneSum, but add(codes, plane) takes decoded codes
 #pragma once
 
 #include <limits.h>
@@ -28,11 +31,10 @@ constexpr int64_t kNeverFlush = INT64_MAX;
 
 template <class V>
 void linear(const bitlinear_task* task) {
-  if (task->M == 1) {
-    gemv<V>(*task, 0);
-  } else {
-    gemm<V>(*task);
+  if constexpr (V::kTokens > 1) {
+    if (task->M > 1) return gemm<V>(*task);
   }
+  for (int64_t m = 0; m < task->M; ++m) gemv<V>(*task, m);
 }
 
 template <class V>

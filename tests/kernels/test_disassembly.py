@@ -1,4 +1,4 @@
-"""What the compilers made of the kernels: the instructions they are about, and none they may not use."""
+"""What the compilers made of the kernels: the right instructions, and none of other ISAs."""
 
 from __future__ import annotations
 

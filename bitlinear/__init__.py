@@ -1,0 +1,41 @@
+"""BitLinear: a hardware-optimised ternary linear layer for PyTorch.
+
+Importing the package chooses the fastest kernel that this machine supports, compiles it if that has
+not been done yet, and registers ``torch.ops.bitlinear.linear``. Where nothing can be compiled the
+layer works all the same, on a slower reference implementation; ``python -m bitlinear.doctor`` says
+what was chosen, and why.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import jit, ops
+from .select import Verdict
+
+HAS_BITLINEAR: bool = jit.load().kernel is not None
+"""True where a compiled kernel is in use; False on the reference implementation."""
+
+ops.register(compiled=HAS_BITLINEAR)
+
+# These modules look the operator up, so it has to exist first.
+from .convert import convert, deploy  # noqa: E402
+from .linear import BitLinear  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = ["HAS_BITLINEAR", "BitLinear", "available_kernels", "convert", "deploy"]
+
+
+def available_kernels() -> list[Verdict]:
+    """What was chosen, and why the rest was not: one verdict per kernel variant, best first."""
+    return list(jit.runtime().verdicts)
+
+
+def __getattr__(name: str) -> Any:
+    # bitlinear.doctor.report() in a notebook, at no cost to an import that does not use it.
+    if name == "doctor":
+        import importlib
+
+        return importlib.import_module("bitlinear.doctor")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

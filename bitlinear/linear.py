@@ -1,0 +1,436 @@
+"""BitLinear, the module: trains in floating point, deploys to packed ternary weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from . import packing
+from .ops import MAX_IN_FEATURES, inference_only_backward
+from .quantize import (
+    absmean_scale,
+    check_eps,
+    check_quant_type,
+    straight_through_linear,
+    ternarize,
+)
+
+# Looked up once: a small layer at batch 1 notices every attribute on the way to its kernel.
+_linear = torch.ops.bitlinear.linear.default
+
+_DEFAULT_EPS = 1e-6
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """The operator, with an output that says so when somebody differentiates it."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        eps: float,
+    ) -> Tensor:
+        output: Tensor = _linear(x, w_packed, w_scale, bias, in_features, eps)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.in_features = inputs[4]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return inference_only_backward(grad, ctx.in_features), None, None, None, None, None
+
+
+class BitLinear(nn.Linear):
+    """``nn.Linear`` with ternary weights {-1, 0, +1} and 8-bit activations.
+
+    It trains like ``nn.Linear``: ``weight`` stays a floating-point parameter, which the forward
+    pass quantises (quantisation-aware training with a straight-through estimator). :meth:`deploy`
+    packs the weights, 2 bits each, and drops the floating-point ones; the layer then runs on the
+    compiled kernel, for inference only.
+
+    ``y = (q @ t.T) * (s_x * s_w) + bias``, with ``q, s_x`` the activations quantised to int8 per
+    token (absmax) and ``t, s_w`` the weights quantised to {-1, 0, +1} per tensor (absmean), as in
+    BitNet b1.58 (arXiv 2402.17764).
+
+    Args:
+        in_features: ``K``, at least 1; to be deployed, at most 500,000.
+        out_features: ``N``, at least 1.
+        bias: Whether the layer learns an additive bias.
+        eps: Lower bound of the absmax of a token and of the absmean of the weights; at least 1e-36.
+        quant_type: ``"ai8pc_wpt"``: int8 activations per token, ternary weights per tensor.
+        device: Device of the parameters.
+        dtype: Floating-point dtype of the parameters.
+
+    Shape:
+        Input ``(..., K)``, output ``(..., N)``. The input is fp32, fp16 or bf16, whatever the
+        dtype of the parameters, and the output has its dtype; under autocast, the dtype that
+        ``nn.Linear`` would give.
+
+    Attributes:
+        weight: Parameter ``(N, K)``. Absent from a deployed layer.
+        bias: Parameter ``(N,)`` or None. A buffer of a deployed layer.
+        w_packed: uint8 buffer ``(N, ceil(K/4))`` of a deployed layer; see
+            :mod:`bitlinear.packing`.
+        w_scale: fp32 buffer ``(1,)`` of a deployed layer (``(N, 1)`` where a checkpoint has a
+            scale per output feature). It stays fp32 through ``half()`` or ``to(dtype)``.
+
+    Raises:
+        ValueError: ``in_features``, ``out_features``, ``eps`` or ``quant_type`` is not as above.
+
+    A token that holds a NaN or an infinity gives a row of NaN and touches no other row. The
+    forward pass raises TypeError for any other dtype, and ValueError for a wrong last dimension
+    or device.
+    """
+
+    # Stored in the metadata of state_dict, by nn.Module.
+    _version = packing.FORMAT_VERSION
+
+    w_packed: Tensor
+    w_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        eps: float = _DEFAULT_EPS,
+        quant_type: str = "ai8pc_wpt",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if in_features < 1 or out_features < 1:
+            raise ValueError(
+                f"bitlinear: in_features and out_features must be at least 1, but they are "
+                f"{in_features} and {out_features}"
+            )
+        check_eps(eps)
+        check_quant_type(quant_type)
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.eps = float(eps)
+        self.quant_type = quant_type
+        # The dtype of the weight that a deployed layer gets back from undeploy().
+        self._weight_dtype = self.weight.dtype
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, quant_type: str = "ai8pc_wpt", eps: float = _DEFAULT_EPS
+    ) -> BitLinear:
+        """Makes a BitLinear of an ``nn.Linear``, sharing its parameters.
+
+        The parameters are the same objects, so tied weights stay tied and an optimizer that knows
+        them keeps working. Device, dtype, ``training`` and ``requires_grad`` are as they were.
+
+        Args:
+            linear: The layer to convert; not modified. Its weight must be an ordinary parameter.
+            quant_type: As for :class:`BitLinear`.
+            eps: As for :class:`BitLinear`.
+
+        Raises:
+            TypeError: ``linear`` is no ``nn.Linear``, or its weight is no ordinary parameter
+                (parametrised, pruned, lazy, deployed).
+            ValueError: ``eps`` or ``quant_type`` is not valid.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                f"from_linear needs a torch.nn.Linear, but got {type(linear).__name__}: use "
+                f"bitlinear.convert(model) for the layers inside a module"
+            )
+        reason = why_no_plain_weight(linear)
+        if reason:
+            raise TypeError(f"from_linear cannot convert this {type(linear).__name__}: {reason}")
+        layer = cls(
+            linear.weight.shape[1],
+            linear.weight.shape[0],
+            bias=linear.bias is not None,
+            eps=eps,
+            quant_type=quant_type,
+            device="meta",  # Draws nothing from the random number generator.
+        )
+        layer.weight = linear.weight
+        layer.bias = linear.bias
+        layer._weight_dtype = linear.weight.dtype
+        return layer.train(linear.training)
+
+    @property
+    def is_deployed(self) -> bool:
+        """Whether the layer holds packed weights, for inference only."""
+        return "w_packed" in self._buffers
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies the layer to ``input`` of shape ``(..., K)``; see :class:`BitLinear`."""
+        buffers = self._buffers
+        if "w_packed" not in buffers:
+            return straight_through_linear(input, self.weight, self.bias, self.eps)
+        arguments = (
+            input,
+            buffers["w_packed"],
+            buffers["w_scale"],
+            buffers["bias"],
+            self.in_features,
+            self.eps,
+        )
+        if input.requires_grad and torch.is_grad_enabled():
+            output: Tensor = _InferenceOnly.apply(*arguments)  # type: ignore[no-untyped-call]
+        else:
+            output = _linear(*arguments)
+        return output
+
+    def deploy(self) -> BitLinear:
+        """Quantises and packs the weights, in place, and drops the floating-point ones.
+
+        Idempotent. The packed layer computes what the layer computed before, in a sixteenth of
+        the memory. Parameters become buffers: make a new optimizer if training goes on around it.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ValueError: A weight is NaN or infinite, ``in_features`` exceeds 500,000, or the weight
+                is no ordinary parameter (parametrised, pruned). The layer is unchanged.
+        """
+        if not self.is_deployed:
+            reason = self._why_not_deployable()
+            if reason:
+                raise ValueError(f"BitLinear cannot be deployed: {reason}")
+            self._drop_weight(*self._pack())
+        return self
+
+    def undeploy(self) -> BitLinear:
+        """Makes a deployed layer trainable again, in place. Idempotent.
+
+        The new ``weight`` is ``w_scale * ternary``: what ``deploy`` rounded away does not come
+        back. Nor does the scale, where some weights are 0: the absmean of the new weight, which
+        quantises it again, is ``w_scale`` times the fraction of weights that are not 0. The new
+        parameters require gradients; ``weight`` has the dtype of ``bias``, or else the dtype that
+        it had before.
+
+        Returns:
+            The layer.
+        """
+        if self.is_deployed:
+            w_packed, w_scale = self.w_packed, self.w_scale
+            weight = self._restore_weight()
+            with torch.no_grad():
+                for first, rows in packing.enumerate_chunks(w_packed):
+                    scale = w_scale[first : first + len(rows)] if w_scale.dim() == 2 else w_scale
+                    weight[first : first + len(rows)] = (
+                        packing.expand(rows, self.in_features).to(torch.float32) * scale
+                    )
+        return self
+
+    def extra_repr(self) -> str:
+        """``nn.Linear``'s, with the quantisation and whether the layer is deployed."""
+        parts = [super().extra_repr(), f"quant_type={self.quant_type}"]
+        if self.eps != _DEFAULT_EPS:
+            parts.append(f"eps={self.eps}")
+        if self.is_deployed:
+            parts.append("deployed=True")
+        return ", ".join(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "w_packed" in self.__dict__.get("_buffers", ()):
+            raise AttributeError(
+                "this BitLinear is deployed and has no floating-point 'weight', only 'w_packed' "
+                "and 'w_scale': call undeploy() to get one back"
+            )
+        return super().__getattr__(name)
+
+    def _why_not_deployable(self) -> str:
+        """Why :meth:`deploy` would refuse, or ``""``."""
+        if self.in_features > MAX_IN_FEATURES:
+            return (
+                f"in_features is {self.in_features}, but the kernels' int32 sums are exact only "
+                f"up to {MAX_IN_FEATURES}; split the layer along in_features"
+            )
+        reason = why_no_plain_weight(self)
+        if reason:
+            return reason
+        # The mean of |weight| is finite only if every weight is: no mask as large as the weight.
+        if not self.weight.is_meta and not bool(absmean_scale(self.weight.detach()).isfinite()):
+            return "its weight has values that are NaN, infinite, or too large for their sum"
+        return ""
+
+    @torch.no_grad()
+    def _pack(self) -> tuple[Tensor, Tensor]:
+        """``(w_packed, w_scale)`` of the current weight."""
+        w_scale = absmean_scale(self.weight, self.eps)
+        shape = packing.packed_shape(self.out_features, self.in_features)
+        w_packed = torch.empty(shape, dtype=torch.uint8, device=self.weight.device)
+        for first, rows in packing.enumerate_chunks(self.weight):
+            w_packed[first : first + len(rows)] = packing.pack_ternary(ternarize(rows, w_scale))
+        return w_packed, w_scale
+
+    def _drop_weight(self, w_packed: Tensor, w_scale: Tensor) -> None:
+        """Turns the parameters into the buffers of a deployed layer."""
+        bias = self.bias
+        self._weight_dtype = self.weight.dtype
+        del self.weight, self.bias
+        self.register_buffer("w_packed", w_packed)
+        self.register_buffer("w_scale", w_scale)
+        # A copy: an optimizer that still holds the parameter must not reach the deployed layer.
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def _restore_weight(self) -> Tensor:
+        """Turns the buffers into parameters; the values of the weight are for the caller to set."""
+        device, bias = self.w_packed.device, self.bias
+        dtype = self._weight_dtype if bias is None else bias.dtype
+        del self.w_packed, self.w_scale, self.bias
+        shape = (self.out_features, self.in_features)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        return self.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BitLinear:
+        """Keeps ``w_packed`` and ``w_scale`` in their dtypes, whatever ``fn`` converts to."""
+        before = {name: self._buffers.get(name) for name in ("w_packed", "w_scale")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            after = self._buffers.get(name)
+            if tensor is not None and after is not None and after.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(after.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes either state into either state of the layer; a bad one leaves it unchanged."""
+        try:
+            self._prepare_to_load(state_dict, prefix, local_metadata)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"While loading {prefix.rstrip('.') or 'BitLinear'}: {error}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _prepare_to_load(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+    ) -> None:
+        """Gives the layer the parameters or buffers, still unset, that ``state_dict`` has for it.
+
+        Raises:
+            TypeError, ValueError: The state is newer, incomplete or damaged, or does not fit.
+                Nothing was done.
+        """
+        version = local_metadata.get("version") or 1  # What has no version is version 1.
+        if version > packing.FORMAT_VERSION:
+            raise ValueError(
+                f"it is in format version {version}, but this bitlinear reads up to version "
+                f"{packing.FORMAT_VERSION}: upgrade bitlinear"
+            )
+        names = ("weight", "w_packed", "w_scale", "bias")
+        state = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        for name, value in state.items():
+            if not torch.overrides.is_tensor_like(value):
+                raise TypeError(f"{name} must be a tensor, but it is a {type(value).__name__}")
+        if "w_packed" in state or "w_scale" in state:
+            state = self._check_deployed_state(state)
+            # The dictionary is this module's own copy: load_state_dict sees to that.
+            state_dict.update({prefix + name: tensor for name, tensor in state.items()})
+            w_packed, w_scale = state["w_packed"], state["w_scale"]
+            if not self.is_deployed:
+                device = self.weight.device
+                self._drop_weight(
+                    torch.empty_like(w_packed, device=device),
+                    torch.empty_like(w_scale, device=device),
+                )
+            elif self.w_scale.shape != w_scale.shape:
+                self.w_scale = torch.empty_like(w_scale, device=self.w_scale.device)
+        elif "weight" in state and self.is_deployed:
+            _check_shape("weight", state["weight"], [self.out_features, self.in_features])
+            self._restore_weight()
+
+    def _check_deployed_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a deployed state, ready to be loaded.
+
+        Raises:
+            TypeError, ValueError: The state is incomplete, damaged, or does not fit the layer.
+        """
+        if "weight" in state:
+            raise ValueError(
+                "it holds both 'weight' and packed weights: remove the ones that are not meant"
+            )
+        absent = {"w_packed", "w_scale"} - set(state)
+        if absent:
+            raise ValueError(
+                f"{absent.pop()} is missing: a deployed layer has w_packed and w_scale"
+            )
+        reason = "" if self.is_deployed else why_no_plain_weight(self)
+        if reason:
+            raise ValueError(f"the layer cannot become a deployed one: {reason}")
+        # Detached: with assign=True a Parameter would be registered as one.
+        tensors = {name: value.detach() for name, value in state.items()}
+        _check_shape(
+            "w_packed",
+            tensors["w_packed"],
+            list(packing.packed_shape(self.out_features, self.in_features)),
+        )
+        packing.check_packed(tensors["w_packed"], self.in_features)
+        tensors["w_scale"] = _checked_scale(tensors["w_scale"], self.out_features)
+        if "bias" in tensors and self.bias is not None:
+            _check_shape("bias", tensors["bias"], [self.out_features])
+            if not tensors["bias"].is_floating_point():
+                raise TypeError(f"bias must be floating point, but it is {tensors['bias'].dtype}")
+        return tensors
+
+
+def why_no_plain_weight(linear: nn.Linear) -> str:
+    """Why the weight of ``linear`` cannot be taken as an ordinary parameter, or ``""``."""
+    if isinstance(linear, BitLinear) and linear.is_deployed:
+        return "it is a deployed BitLinear; call undeploy() first"
+    if parametrize.is_parametrized(linear):
+        return "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed, not a parameter (weight_norm, pruning); remove that first"
+    if nn.parameter.is_lazy(weight):
+        return "it is lazy; run it once on an example, so that its weight gets a shape"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not floating point"
+    if weight.dim() != 2 or weight.numel() == 0:
+        return f"its weight has shape {list(weight.shape)}; (N, K) with N and K >= 1 is needed"
+    return ""
+
+
+def _check_shape(name: str, tensor: Tensor, shape: list[int]) -> None:
+    if list(tensor.shape) != shape:
+        raise ValueError(
+            f"size mismatch for {name}: it has shape {list(tensor.shape)}, but this layer needs "
+            f"{shape}"
+        )
+
+
+def _checked_scale(w_scale: Tensor, out_features: int) -> Tensor:
+    """``w_scale`` of a checkpoint, a scalar reshaped to ``(1,)``."""
+    if w_scale.dtype != torch.float32:
+        raise TypeError(
+            f"w_scale must be float32, but it is {w_scale.dtype}: a tool has converted the "
+            f"checkpoint; convert w_scale back with .float()"
+        )
+    if w_scale.dim() == 0:
+        w_scale = w_scale.reshape(1)
+    if list(w_scale.shape) not in ([1], [out_features, 1]):
+        raise ValueError(
+            f"w_scale must have shape [1] or [{out_features}, 1], one scale per tensor or per "
+            f"output feature, but it has {list(w_scale.shape)}; scales per group are not supported "
+            f"by this version"
+        )
+    if not w_scale.is_meta and not bool((w_scale.isfinite() & (w_scale > 0)).all()):
+        raise ValueError("w_scale must be finite and positive: the checkpoint is damaged")
+    return w_scale

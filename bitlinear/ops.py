@@ -1,0 +1,259 @@
+"""``torch.ops.bitlinear.linear``: schema, shape inference, reference implementation, autocast.
+
+The CPU kernel is registered from C++ where it could be compiled. Everything else about the
+operator is here, and the reference implementation runs wherever there is no kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import packing
+from .quantize import (
+    ACTIVATION_DTYPES,
+    check_activations,
+    check_device,
+    check_eps,
+    dtype_name,
+    epilogue,
+    integer_product,
+    quantize_activations,
+)
+
+# Parameters that no kernel serves yet (group_size, act_bits) are here so that graphs which are
+# exported today can be loaded when one does.
+SCHEMA = (
+    "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
+    "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor"
+)
+
+MAX_IN_FEATURES = 500_000
+"""Up to here int32 holds the product, 127 * K, and what the kernels accumulate on the way."""
+
+_BACKWARD_SCHEMA = "inference_only_backward(Tensor grad, int in_features) -> Tensor"
+
+# The registrations last as long as this object.
+_library: torch.library.Library | None = None
+
+
+def register(compiled: bool) -> None:
+    """Completes the operator. Called once, by ``import bitlinear``.
+
+    Args:
+        compiled: Whether C++ has already defined ``bitlinear::linear``, with its CPU kernel and
+            its autograd rule.
+    """
+    global _library  # noqa: PLW0603
+    if _library is not None:
+        return
+    _library = library = torch.library.Library("bitlinear", "FRAGMENT")
+    pt2 = (torch.Tag.pt2_compliant_tag,)
+
+    library.define(_BACKWARD_SCHEMA, tags=pt2)
+    torch.library.register_fake("bitlinear::inference_only_backward", _fake_backward, lib=library)
+    library.impl("inference_only_backward", _raise_inference_only, "CompositeExplicitAutograd")
+
+    if not compiled:
+        library.define(SCHEMA, tags=pt2)
+    torch.library.register_fake("bitlinear::linear", _fake_linear, lib=library)
+    library.impl("linear", reference_linear, "CompositeExplicitAutograd")
+    for device_type in ("cpu", "cuda"):
+        key = f"Autocast{device_type.upper()}"
+        library.impl("linear", _autocast_linear(device_type, key), key)
+    if not compiled:
+        torch.library.register_autograd(
+            "bitlinear::linear", _backward, setup_context=_setup_context, lib=library
+        )
+
+
+def check_arguments(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    eps: float,
+    group_size: int,
+    act_bits: int,
+    out_dtype: torch.dtype | None,
+) -> None:
+    """Raises for arguments that the operator cannot serve; ops.cpp checks and says the same.
+
+    Raises:
+        NotImplementedError: ``group_size`` or ``act_bits`` has a reserved value.
+        TypeError: A dtype is wrong.
+        ValueError: ``in_features``, ``eps``, a shape or a device is wrong.
+    """
+    if group_size != 0:
+        raise NotImplementedError(
+            f"bitlinear: group_size = {group_size} is reserved for a later version: use 0"
+        )
+    if act_bits != 8:
+        raise NotImplementedError(
+            f"bitlinear: act_bits = {act_bits} is reserved for a later version: use 8"
+        )
+    if not 1 <= in_features <= MAX_IN_FEATURES:
+        raise ValueError(
+            f"bitlinear: in_features must be between 1 and {MAX_IN_FEATURES} (where int32 sums are "
+            f"exact), but it is {in_features}: split the layer along in_features"
+        )
+    check_eps(eps)
+    check_activations(x, in_features)
+    if out_dtype is not None and out_dtype not in ACTIVATION_DTYPES:
+        raise TypeError(
+            f"bitlinear: out_dtype must be float32, float16 or bfloat16, but it is "
+            f"{dtype_name(out_dtype)}: leave it out to get the dtype of x"
+        )
+    if w_packed.dtype != torch.uint8:
+        raise TypeError(
+            f"bitlinear: w_packed must be uint8, but it is {dtype_name(w_packed.dtype)}: pack "
+            f"ternary weights with bitlinear.packing.pack_ternary"
+        )
+    if w_scale.dtype != torch.float32:
+        raise TypeError(
+            f"bitlinear: w_scale must be float32, but it is {dtype_name(w_scale.dtype)}: convert "
+            f"it with w_scale.float()"
+        )
+    columns = packing.packed_shape(0, in_features)[1]
+    if w_packed.dim() != 2 or w_packed.shape[1] != columns:
+        raise ValueError(
+            f"bitlinear: w_packed must have shape (N, {columns}) for in_features = {in_features}, "
+            f"four weights to a byte, but it has shape {list(w_packed.shape)}"
+        )
+    out_features = w_packed.shape[0]
+    if list(w_scale.shape) not in ([1], [out_features, 1]):
+        raise ValueError(
+            f"bitlinear: w_scale must have shape (1,) or ({out_features}, 1), but it has shape "
+            f"{list(w_scale.shape)}: scales are per tensor or per output feature"
+        )
+    check_device(x, "w_packed", w_packed)
+    check_device(x, "w_scale", w_scale)
+    if bias is not None:
+        if not bias.dtype.is_floating_point:
+            raise TypeError(
+                f"bitlinear: bias must be floating point, but it is {dtype_name(bias.dtype)}: "
+                f"convert it with bias.float()"
+            )
+        if list(bias.shape) != [out_features]:
+            raise ValueError(
+                f"bitlinear: bias must have shape ({out_features},), as w_packed has "
+                f"{out_features} rows, but it has shape {list(bias.shape)}"
+            )
+        check_device(x, "bias", bias)
+
+
+def reference_linear(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    eps: float = 1e-6,
+    group_size: int = 0,
+    act_bits: int = 8,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The operator in plain torch: the same bits as the kernels, on any device.
+
+    Args:
+        x: fp32, fp16 or bf16, shape ``(..., K)``.
+        w_packed: uint8, shape ``(N, ceil(K/4))``; see :mod:`bitlinear.packing`.
+        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``.
+        bias: Floating point, shape ``(N,)``, or None; used as fp32.
+        in_features: ``K``, at most 500,000.
+        eps: Lower bound of the absmax of a token.
+        group_size: Reserved; 0.
+        act_bits: Reserved; 8.
+        out_dtype: fp32, fp16 or bf16; None for the dtype of ``x``.
+
+    Returns:
+        Shape ``(..., N)``.
+
+    Raises:
+        NotImplementedError, TypeError, ValueError: See :func:`check_arguments`.
+    """
+    check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, out_dtype)
+    q, s_x = quantize_activations(x.reshape(-1, in_features), eps)
+    q = q.to(torch.float32)
+    out_features = w_packed.shape[0]
+    y = x.new_empty((q.shape[0], out_features), dtype=out_dtype or x.dtype)
+    step = packing.rows_per_chunk(4 * in_features)
+    for first in range(0, out_features, step):
+        rows = slice(first, first + step)
+        t = packing.expand(w_packed[rows], in_features).to(torch.float32)
+        y[:, rows] = epilogue(
+            integer_product(q, t),
+            s_x,
+            w_scale[rows] if w_scale.dim() == 2 else w_scale,
+            None if bias is None else bias[rows],
+        )
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def _fake_linear(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    eps: float = 1e-6,
+    group_size: int = 0,
+    act_bits: int = 8,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, out_dtype)
+    return x.new_empty((*x.shape[:-1], w_packed.shape[0]), dtype=out_dtype or x.dtype)
+
+
+def _autocast_linear(device_type: str, key: str) -> Any:
+    """Under autocast only the output is rounded to 16 bits: ``x`` is quantised as it is."""
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def linear(
+        x: Tensor,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        eps: float = 1e-6,
+        group_size: int = 0,
+        act_bits: int = 8,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        if out_dtype is None and x.device.type == device_type and x.dtype in ACTIVATION_DTYPES:
+            out_dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            output: Tensor = torch.ops.bitlinear.linear.default(
+                x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, out_dtype
+            )
+        return output
+
+    return linear
+
+
+def _raise_inference_only(grad: Tensor, in_features: int) -> Tensor:
+    raise RuntimeError(
+        "BitLinear is deployed (inference only), so there is no backward pass through it: call "
+        "undeploy() to train it, or run the forward pass under torch.no_grad()"
+    )
+
+
+def _fake_backward(grad: Tensor, in_features: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.in_features = inputs[4]
+
+
+def _backward(ctx: Any, grad: Tensor) -> Any:
+    return inference_only_backward(grad, ctx.in_features), *[None] * 8
+
+
+def inference_only_backward(grad: Tensor, in_features: int) -> Tensor:
+    """Raises RuntimeError when it runs; as an operator, so that a compiler can trace past it."""
+    result: Tensor = torch.ops.bitlinear.inference_only_backward.default(grad, in_features)
+    return result

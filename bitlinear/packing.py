@@ -1,0 +1,114 @@
+"""Packed format, version 1: four ternary weights to a byte.
+
+``w_packed`` is uint8 of shape ``(N, ceil(K/4))``, row-major. Byte ``b`` of a row holds the weights
+``k = 4b, 4b+1, 4b+2, 4b+3``, most significant pair of bits first, each as the code ``t + 1`` in
+{0, 1, 2}. Code 3 is invalid. Slots past ``K`` hold code 1 (weight 0).
+
+The version travels in the metadata of ``state_dict`` (``BitLinear._version``); where it is absent
+it is 1. Files without that metadata exist (safetensors), so a later format must also rename its
+tensor: a reader of version 1 must never find a ``w_packed`` that means something else.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FORMAT_VERSION = 1
+
+# Bounds the temporaries of pack and validate, whatever the size of the layer.
+_CHUNK_BYTES = 1 << 20
+
+
+def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:
+    """Shape ``(N, ceil(K/4))`` of the packed weights of an ``(N, K)`` layer."""
+    return out_features, (in_features + 3) // 4
+
+
+def rows_per_chunk(row_bytes: int) -> int:
+    """How many rows of ``row_bytes`` bytes to expand at a time."""
+    return max(1, _CHUNK_BYTES // max(1, row_bytes))
+
+
+def pack_ternary(t: Tensor) -> Tensor:
+    """Packs ternary weights, four to a byte.
+
+    Args:
+        t: int8, shape ``(N, K)``, values in {-1, 0, 1}.
+
+    Returns:
+        uint8, shape ``(N, ceil(K/4))``, on the device of ``t``.
+
+    Raises:
+        TypeError: ``t`` is not int8.
+        ValueError: ``t`` is not 2-D, or holds a value outside {-1, 0, 1}.
+    """
+    if t.dtype != torch.int8:
+        raise TypeError(f"pack_ternary: t must be int8, but it is {t.dtype}: use t.to(torch.int8)")
+    if t.dim() != 2:
+        raise ValueError(f"pack_ternary: t must have shape (N, K), but it has {list(t.shape)}")
+    if not t.is_meta and bool(((t < -1) | (t > 1)).any()):
+        raise ValueError(
+            f"pack_ternary: t must hold only -1, 0 and 1, but its values span "
+            f"{int(t.min())} to {int(t.max())}: quantise the weights first"
+        )
+    rows, columns = packed_shape(*t.shape)
+    padded = F.pad(t, (0, 4 * columns - t.shape[1]))
+    codes = (padded + 1).to(torch.uint8).reshape(rows, columns, 4)
+    c0, c1, c2, c3 = codes.unbind(-1)
+    return (c0 << 6) | (c1 << 4) | (c2 << 2) | c3
+
+
+def unpack_ternary(packed: Tensor, in_features: int) -> Tensor:
+    """Inverse of :func:`pack_ternary`.
+
+    Args:
+        packed: uint8, shape ``(N, ceil(K/4))``.
+        in_features: ``K``.
+
+    Returns:
+        int8, shape ``(N, K)``, values in {-1, 0, 1}, on the device of ``packed``.
+
+    Raises:
+        TypeError: ``packed`` is not uint8.
+        ValueError: The shape does not fit ``in_features``, or a byte holds the invalid code 3.
+    """
+    check_packed(packed, in_features)
+    return expand(packed, in_features)
+
+
+def expand(packed: Tensor, in_features: int) -> Tensor:
+    """:func:`unpack_ternary` without the checks: code 3 reads as weight 2, as in the kernels."""
+    codes = torch.stack([(packed >> shift) & 3 for shift in (6, 4, 2, 0)], dim=-1)
+    return codes.flatten(-2)[..., :in_features].to(torch.int8) - 1
+
+
+def check_packed(packed: Tensor, in_features: int) -> None:
+    """Raises what :func:`unpack_ternary` raises for ``packed``, without unpacking it."""
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"w_packed must be uint8, but it is {packed.dtype}")
+    columns = packed_shape(0, in_features)[1]
+    if packed.dim() != 2 or packed.shape[1] != columns:
+        raise ValueError(
+            f"w_packed must have shape (N, {columns}) for in_features={in_features}, four weights "
+            f"to a byte, but it has shape {list(packed.shape)}"
+        )
+    if packed.is_meta:
+        return
+    for first, rows in enumerate_chunks(packed):
+        # A pair of bits is code 3 where both of its bits are set.
+        invalid = (rows & (rows >> 1) & 0b01010101) != 0
+        if bool(invalid.any()):
+            row, byte = (int(i) for i in invalid.nonzero()[0])
+            raise ValueError(
+                f"w_packed holds the invalid code 3, first in byte {byte} of row {first + row} "
+                f"(0x{int(rows[row, byte]):02x}): the file is damaged, or not in packed format "
+                f"version {FORMAT_VERSION}"
+            )
+
+
+def enumerate_chunks(tensor: Tensor) -> list[tuple[int, Tensor]]:
+    """Views of at most about 1 MB over the rows of a 2-D tensor, each with its first row."""
+    step = rows_per_chunk(tensor.shape[1] * tensor.element_size())
+    return list(zip(range(0, tensor.shape[0], step), tensor.split(step)))

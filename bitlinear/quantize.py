@@ -1,0 +1,249 @@
+"""The quantisers and the straight-through estimator, in plain torch.
+
+Activations: absmax per token to int8. Weights: absmean per tensor to {-1, 0, +1}. Both as in
+BitNet b1.58 (arXiv 2402.17764); the gradient passes through the rounding unchanged
+(straight-through estimator, arXiv 1308.3432).
+
+Every float operation here is one separately rounded fp32 operation, in the order in which the
+kernels do it, so that the results are the same to the bit. Two spellings are deliberate: torch
+computes ``127 / tensor`` as ``127 * (1 / tensor)``, and on CUDA ``tensor / 127`` as
+``tensor * (1 / 127)``, which round twice. So divisors and dividends are tensors here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+QUANT_TYPES = ("ai8pc_wpt",)
+"""``ai8pc_wpt``: int8 activations, one scale per token; ternary weights, one scale per tensor."""
+
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+MIN_EPS = 1e-36
+"""The smallest ``eps`` for which 127 / eps is finite in fp32, rounded up."""
+
+_QMAX = 127
+# fp32 adds integers exactly below 2**24, and no sum of K products |q * t| <= 127 exceeds 127 * K.
+_EXACT_K = (2**24 - 1) // _QMAX
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``: the spelling that the C++ messages use too."""
+    return str(dtype).replace("torch.", "")
+
+
+def check_quant_type(quant_type: str) -> None:
+    """Raises ValueError, listing the valid names, unless ``quant_type`` is one of them."""
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"quant_type must be one of {list(QUANT_TYPES)}, but it is {quant_type!r}")
+
+
+def check_eps(eps: float) -> None:
+    """Raises ValueError unless ``eps`` is finite and at least :data:`MIN_EPS`."""
+    if not (math.isfinite(eps) and eps >= MIN_EPS):
+        raise ValueError(
+            f"bitlinear: eps must be finite and at least 1e-36 (127 / eps has to fit float32), "
+            f"but it is {eps:g}"
+        )
+
+
+def check_activations(x: Tensor, in_features: int) -> None:
+    """Raises TypeError for the dtype, ValueError for the shape, of an unsuitable ``x``."""
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(
+            f"bitlinear: x must be float32, float16 or bfloat16, but it is {dtype_name(x.dtype)}: "
+            f"convert it, for example with x.float()"
+        )
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"bitlinear: the last dimension of x must be in_features = {in_features}, but x has "
+            f"shape {list(x.shape)}"
+        )
+
+
+def check_device(x: Tensor, name: str, other: Tensor | None) -> None:
+    """Raises ValueError unless ``other`` (if given) is on the device of ``x``."""
+    if other is not None and other.device != x.device:
+        raise ValueError(
+            f"bitlinear: all tensors must be on one device, but x is on {x.device} and {name} is "
+            f"on {other.device}: move one of them with .to(device)"
+        )
+
+
+def _round_to_int8(values: Tensor, limit: int) -> Tensor:
+    """Rounds half to even and clamps; NaN becomes 0 (its scale carries the NaN). Reuses values."""
+    # Not clamp_: vmap has no rule for it.
+    return values.round_().clamp(-limit, limit).nan_to_num_(nan=0.0).to(torch.int8)
+
+
+def quantize_activations(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Absmax quantisation per token: ``x ~ q * s_x``.
+
+    Args:
+        x: fp32, fp16 or bf16, shape ``(..., K)``.
+        eps: Lower bound of the absmax of a token.
+
+    Returns:
+        ``q``: int8 in [-127, 127], shape ``(..., K)``, and ``s_x``: fp32, shape ``(..., 1)``. A
+        token with a NaN or an infinity gets ``q = 0`` and an ``s_x`` that makes products NaN.
+    """
+    x = x.to(torch.float32)
+    absmax = x.abs().amax(dim=-1, keepdim=True).clamp_min(eps)
+    qmax = torch.full_like(absmax, _QMAX)
+    return _round_to_int8(x * (qmax / absmax), _QMAX), absmax / qmax
+
+
+def absmean_scale(weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """``max(mean(|weight|), eps)``, fp32, shape ``(1,)``; NaN or infinite if a weight is."""
+    # Rows first, then their sums in float64: accurate, and independent of the thread count, so
+    # that a layer quantises to the same bits whenever it is looked at. (MPS has no float64.)
+    sums = weight.abs().sum(dim=-1, dtype=torch.float32)
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64
+    mean = sums.sum(dtype=wide) / weight.numel()
+    return mean.to(torch.float32).clamp_min(eps).reshape(1)
+
+
+def ternarize(weight: Tensor, scale: Tensor) -> Tensor:
+    """``clamp(rint(weight / scale), -1, 1)`` as int8, in the shape of ``weight``."""
+    return _round_to_int8(weight.to(torch.float32) / scale, 1)
+
+
+def quantize_weights(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Absmean quantisation per tensor (BitNet b1.58): ``weight ~ t * s_w``.
+
+    Args:
+        weight: Floating point, shape ``(N, K)``.
+        eps: Lower bound of the scale.
+
+    Returns:
+        ``t``: int8 in {-1, 0, 1}, shape ``(N, K)``, and ``s_w``: fp32, shape ``(1,)``.
+    """
+    scale = absmean_scale(weight, eps)
+    return ternarize(weight, scale), scale
+
+
+def integer_product(q: Tensor, t: Tensor) -> Tensor:
+    """``q @ t.T`` exactly, then rounded once to fp32.
+
+    Args:
+        q: fp32 integers in [-127, 127], shape ``(M, K)``.
+        t: fp32 integers in {-1, 0, 1}, shape ``(N, K)``.
+
+    Returns:
+        fp32, shape ``(M, N)``.
+    """
+    if q.shape[-1] <= _EXACT_K:
+        return q @ t.T
+    parts = [a @ b.T for a, b in zip(q.split(_EXACT_K, dim=-1), t.split(_EXACT_K, dim=-1))]
+    return torch.stack([part.to(torch.int32) for part in parts]).sum(dim=0).to(torch.float32)
+
+
+def epilogue(product: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None) -> Tensor:
+    """``product * (s_x * s_w) + bias`` in fp32, each operation rounded on its own.
+
+    Args:
+        product: fp32, shape ``(M, N)``; overwritten.
+        s_x: fp32, shape ``(M, 1)``.
+        s_w: fp32, shape ``(1,)`` or ``(N, 1)``.
+        bias: Shape ``(N,)``, or None.
+    """
+    y = product.mul_(s_x * s_w.reshape(1, -1))
+    return y if bias is None else y.add_(bias.to(torch.float32))
+
+
+class _StraightThroughLinear(torch.autograd.Function):
+    """Quantised product forward; gradients as if neither operand had been rounded."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        with _without_autocast(x.device.type):
+            q, s_x = quantize_activations(x.reshape(-1, x.shape[-1]), eps)
+            t, s_w = quantize_weights(weight, eps)
+            product = integer_product(q.to(torch.float32), t.to(torch.float32))
+            y = epilogue(product, s_x, s_w, bias).to(dtype)
+        return y.reshape(*x.shape[:-1], weight.shape[0]), q, s_x, t, s_w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, bias, _, _ = inputs
+        _, *quantized = output
+        ctx.mark_non_differentiable(*quantized)
+        # int8, a quarter of what autograd would keep for nn.Linear in fp32.
+        ctx.save_for_backward(*quantized)
+        ctx.device_type = x.device.type
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        q, s_x, t, s_w = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        grad_x = grad_weight = grad_bias = None
+        with _without_autocast(ctx.device_type):
+            g = grad.reshape(-1, grad.shape[-1]).to(torch.float32)
+            if needs_x:
+                grad_x = ((g @ t.to(torch.float32)) * s_w).to(x_dtype)
+                grad_x = grad_x.reshape(*grad.shape[:-1], t.shape[1])
+            if needs_weight:
+                grad_weight = ((g * s_x).T @ q.to(torch.float32)).to(weight_dtype)
+            if needs_bias:
+                grad_bias = g.sum(dim=0).to(bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def straight_through_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    """Linear map with quantised operands and straight-through gradients, for training.
+
+    The forward pass computes what the deployed layer computes, to the bit. With ``q, s_x`` and
+    ``t, s_w`` the quantised operands, the gradients are ``grad_x = grad @ (s_w * t)``,
+    ``grad_weight = grad.T @ (s_x * q)`` and ``grad_bias = grad.sum(0)``, computed in fp32 and
+    returned in the dtypes of the inputs.
+
+    Args:
+        x: fp32, fp16 or bf16, shape ``(..., K)``.
+        weight: Floating point, shape ``(N, K)``.
+        bias: Floating point, shape ``(N,)``, or None.
+        eps: Lower bound of the absmax of a token and of the absmean of the weights.
+
+    Returns:
+        Shape ``(..., N)``, in the dtype of ``x``; under autocast, in the dtype of autocast.
+
+    Raises:
+        TypeError: ``x`` is neither fp32, fp16 nor bf16.
+        ValueError: Shapes or devices do not fit.
+    """
+    check_activations(x, weight.shape[-1])
+    check_device(x, "weight", weight)
+    check_device(x, "bias", bias)
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if _autocasts(device_type) else x.dtype
+    output, *_ = _StraightThroughLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, eps, dtype
+    )
+    return cast(Tensor, output)
+
+
+def _autocasts(device_type: str) -> bool:
+    # is_autocast_enabled raises for "meta".
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    # Autocast would round the products to 16 bits.
+    if _autocasts(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

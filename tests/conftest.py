@@ -1,0 +1,25 @@
+"""Shared by all tests: the same random numbers in every run; ``import oracle`` finds oracle.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("bitlinear", derandomize=True, deadline=None, max_examples=50)
+settings.load_profile("bitlinear")
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Compiled code of other tests counts against dynamo's limits: start without any."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,196 @@
+"""Every kernel variant that this machine can run, through the operator, against the NumPy oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from native import require_usable
+
+from bitlinear import jit
+from bitlinear.kernels import VARIANTS
+
+EPS = 1e-6
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: variant.name, scope="module")
+def kernel(request):
+    """Makes the operator run one variant; afterwards the one that was chosen runs again."""
+    require_usable(request.param)
+    chosen = jit.runtime().kernel
+    if chosen is None:
+        pytest.skip(jit.runtime().problem)
+    jit.activate(request.param.name)
+    yield request.param.name
+    jit.activate(chosen)
+
+
+@pytest.fixture
+def threads():
+    """``threads(n)`` sets the number of threads for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def run(x, t, w_scale, bias=None, eps=EPS):
+    scale = torch.as_tensor(w_scale, dtype=torch.float32)
+    packed = torch.from_numpy(oracle.pack(t))
+    return torch.ops.bitlinear.linear(x, packed, scale, bias, t.shape[1], eps)
+
+
+def check(x, t, w_scale=(0.37,), bias=None):
+    actual = run(x, t, w_scale, bias)
+    oracle.assert_same_bits(actual, oracle.expected(x, t, w_scale, bias, EPS))
+
+
+def random_x(m, k, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(m, k, generator=generator).to(dtype)
+
+
+def random_bias(n, dtype=torch.float32):
+    return torch.randn(n, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_every_small_k(kernel, dtype):
+    for k in range(1, 131):
+        for m in (1, 2, 3):
+            bias = random_bias(5, dtype) if k % 2 else None
+            check(random_x(m, k, dtype, seed=k), oracle.ternary(5, k, seed=k), bias=bias)
+
+
+@pytest.mark.parametrize("k", [4093, 4095, 4096, 4097, 4099, 65535, 65536, 65539])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_long_rows(kernel, k, dtype):
+    for m in (1, 9):
+        check(random_x(m, k, dtype), oracle.ternary(3, k), bias=random_bias(3, dtype))
+
+
+@pytest.mark.parametrize("m", [*range(1, 20), 33])
+def test_every_tile_of_tokens(kernel, m):
+    for n in (1, 2, 3, 4, 5, 31, 33, 63, 64, 65, 129):
+        check(random_x(m, 67, seed=m), oracle.ternary(n, 67, seed=n), bias=random_bias(n))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("k", [64, 255, 1024, 4096, 65536, 500_000])
+def test_the_integer_product_is_exact_at_the_limits(kernel, k, sign):
+    """All +-127 against all +-1 and against random weights; scales of 1 show the product itself."""
+    t = np.stack([np.ones(k), -np.ones(k), oracle.ternary(1, k)[0]]).astype(np.int64)
+    for m in (1, 2, 9):
+        y = run(torch.full((m, k), 127.0 * sign), t, (1.0,))
+        wanted = (127 * sign * t.sum(axis=1)).astype(np.float32)
+        np.testing.assert_array_equal(y.numpy(), np.tile(wanted, (m, 1)))
+
+
+def test_adversarial_activations(kernel):
+    for k in (1, 64, 257, 1000):
+        x = torch.from_numpy(oracle.adversarial_rows(k))
+        for rows in (x, *x.split(1)):
+            check(rows, oracle.ternary(7, k), bias=random_bias(7))
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_gives_nan_and_touches_no_other(kernel, dtype, value):
+    x = random_x(12, 300, dtype)
+    t = oracle.ternary(9, 300)
+    clean = run(x, t, (0.5,))
+    for row in range(12):
+        broken = x.clone()
+        broken[row, 7 * row] = value
+        y = run(broken, t, (0.5,), random_bias(9, dtype))
+        assert y[row].isnan().all()
+        y = run(broken, t, (0.5,))
+        rest = torch.arange(12) != row
+        oracle.assert_same_bits(y[rest], clean[rest])
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_a_row_of_zeros_gives_the_bias(kernel, dtype):
+    bias = random_bias(70, dtype)
+    for m in (1, 3):
+        y = run(torch.zeros(m, 100, dtype=dtype), oracle.ternary(70, 100), (0.5,), bias)
+        oracle.assert_same_bits(y, bias.expand(m, -1))
+
+
+def test_every_value_of_the_16_bit_types(kernel):
+    """The conversions, in and out: all finite fp16 and bf16 numbers, one token each."""
+    t = np.ones((1, 1), np.int64)
+    for dtype in (torch.float16, torch.bfloat16):
+        bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+        x = bits.view(dtype).unsqueeze(1)
+        check(x, t, (1.0,))
+
+
+def test_a_scale_per_output_channel(kernel):
+    scales = np.linspace(0.01, 2, 37, dtype=np.float32).reshape(-1, 1)
+    for m in (1, 5):
+        check(random_x(m, 130), oracle.ternary(37, 130), scales, random_bias(37))
+
+
+def test_the_bias_has_a_dtype_of_its_own(kernel):
+    x, t = random_x(3, 50), oracle.ternary(6, 50)
+    for dtype in (*oracle.DTYPES, torch.float64):
+        check(x, t, bias=random_bias(6, dtype))
+
+
+def test_other_output_dtypes(kernel):
+    x, t = random_x(4, 90), oracle.ternary(70, 90)
+    packed, scale = torch.from_numpy(oracle.pack(t)), torch.tensor([0.3])
+    for dtype in oracle.DTYPES:
+        y = torch.ops.bitlinear.linear(x, packed, scale, None, 90, out_dtype=dtype)
+        oracle.assert_same_bits(y, oracle.expected(x, t, 0.3, None, EPS, dtype))
+
+
+def test_results_do_not_depend_on_batch_or_threads(kernel, threads):
+    """One row alone, inside a batch of 300, with one thread or several: the same bits."""
+    x, t, bias = random_x(300, 1030), oracle.ternary(515, 1030), random_bias(515)
+    threads(1)
+    whole = run(x, t, (0.2,), bias)
+    oracle.assert_same_bits(whole, oracle.expected(x, t, 0.2, bias, EPS))
+    for count in (2, 3, 7):
+        threads(count)
+        oracle.assert_same_bits(run(x, t, (0.2,), bias), whole)
+        for row in (0, 1, 150, 299):
+            oracle.assert_same_bits(run(x[row : row + 1], t, (0.2,), bias), whole[row : row + 1])
+        oracle.assert_same_bits(run(x[40:57], t, (0.2,), bias), whole[40:57])
+
+
+def test_a_tall_product_is_divided_among_tokens(kernel, threads):
+    x, t = random_x(700, 260), oracle.ternary(5, 260)
+    for count in (1, 2, 5):
+        threads(count)
+        check(x, t)
+
+
+def test_inputs_of_any_layout(kernel):
+    t = oracle.ternary(20, 64)
+    base = torch.randn(6, 5, 128)
+    for x in (base[..., ::2], base[:, 1:4, :64].transpose(0, 1), base[0, 0, :64], base[:0, :, :64]):
+        y = run(x, t, (0.5,))
+        assert y.shape == (*x.shape[:-1], 20)
+        oracle.assert_same_bits(y, oracle.expected(x.contiguous(), t, 0.5, None, EPS))
+    packed = torch.from_numpy(oracle.pack(t))
+    strided = torch.stack([packed, packed], dim=2)[:, :, 0]
+    x = torch.randn(3, 64)
+    y = torch.ops.bitlinear.linear(x, strided, torch.tensor([0.5]), None, 64)
+    oracle.assert_same_bits(y, oracle.expected(x, t, 0.5, None, EPS))
+
+
+@given(
+    m=st.integers(0, 20),
+    n=st.integers(1, 140),
+    k=st.integers(1, 700),
+    dtype=st.sampled_from(oracle.DTYPES),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(kernel, m, n, k, dtype, with_bias, seed):
+    x = random_x(m, k, dtype, seed)
+    check(x, oracle.ternary(n, k, seed), bias=random_bias(n, dtype) if with_bias else None)

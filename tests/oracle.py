@@ -1,0 +1,107 @@
+"""Independent oracle: what BitLinear must compute, in NumPy, with the integer product in int64.
+
+It shares no code with the package. Float steps are single float32 operations in the order of the
+specification, so its results are meant to be equal to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+F32 = np.float32
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def quantize_activations(x: Any, eps: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:
+    """``(q, s_x)``: int64 (..., K), float32 (..., 1). Non-finite rows: q = 0, s_x = NaN."""
+    x = np.asarray(x, F32)
+    with np.errstate(all="ignore"):
+        a = np.maximum(np.max(np.abs(x), axis=-1, keepdims=True), F32(eps))
+        q = np.clip(np.rint(x * (F32(127) / a)), -127, 127)
+        s_x = a / F32(127)
+    bad = ~np.isfinite(a)
+    return np.where(bad, 0, q).astype(np.int64), np.where(bad, F32("nan"), s_x)
+
+
+def weight_scale(w: Any, eps: float = 1e-6) -> np.floating:
+    """Absmean, in float64 and rounded once: a correct scale is within a few ulp of it."""
+    return max(F32(np.mean(np.abs(np.asarray(w, np.float64)))), F32(eps))
+
+
+def ternarize(w: Any, scale: Any) -> np.ndarray:
+    """int64 in {-1, 0, 1}."""
+    return np.clip(np.rint(np.asarray(w, F32) / np.asarray(scale, F32)), -1, 1).astype(np.int64)
+
+
+def pack(t: np.ndarray) -> np.ndarray:
+    """uint8 (N, ceil(K/4)): base-4 digits, the most significant first; absent weights are 0."""
+    n, k = t.shape
+    codes = np.ones((n, -(-k // 4) * 4), np.int64)
+    codes[:, :k] = t + 1
+    return (codes.reshape(n, -1, 4) @ [64, 16, 4, 1]).astype(np.uint8)
+
+
+def linear(x: Any, t: Any, w_scale: Any, bias: Any = None, eps: float = 1e-6) -> np.ndarray:
+    """float32 (M, N), before the rounding to the output dtype. ``w_scale``: (), (1,) or (N, 1)."""
+    q, s_x = quantize_activations(x, eps)
+    product = (q @ np.asarray(t, np.int64).T).astype(F32)
+    with np.errstate(all="ignore"):
+        y = product * (s_x * np.asarray(w_scale, F32).reshape(1, -1))
+        return y if bias is None else y + np.asarray(bias, F32)
+
+
+def expected(
+    x: torch.Tensor,
+    t: Any,
+    w_scale: Any,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """:func:`linear` for tensors: any leading dimensions, one rounding to the output dtype."""
+    rows = x.detach().reshape(-1, x.shape[-1]).float().numpy()
+    addend = None if bias is None else bias.detach().float().numpy()
+    y = torch.from_numpy(linear(rows, t, w_scale, addend, eps))
+    return y.to(dtype or x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def ternary(n: int, k: int, seed: int = 0) -> np.ndarray:
+    """Random weights in {-1, 0, 1}."""
+    return np.random.default_rng(seed).integers(-1, 2, (n, k))
+
+
+def adversarial_rows(k: int, seed: int = 0) -> np.ndarray:
+    """float32 (M, k): rows chosen to break a quantiser."""
+    rng = np.random.default_rng(seed)
+    normal = rng.standard_normal(k).astype(F32)
+    # Halves after scaling: with a maximum of 127 every k + 0.5 is a tie.
+    ties = (rng.integers(-127, 127, k) + 0.5).astype(F32)
+    ties[0] = 127
+    spike = np.full(k, 1e-3, F32)
+    spike[-1] = -1e4
+    rows = [
+        normal,
+        ties,
+        spike,
+        np.zeros(k),
+        np.full(k, -0.0),
+        np.full(k, 1e-7),  # Below eps.
+        np.full(k, 1e-42),  # Subnormal.
+        np.full(k, 127.0),
+        np.full(k, -127.0),
+        normal * F32(3e37),
+        normal * F32(1e-30),
+        np.where(np.arange(k) % 2, F32(6e4), F32(-6e4)),
+    ]
+    return np.stack(rows).astype(F32)
+
+
+def assert_same_bits(actual: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Same dtype, shape and values to the bit; NaN equals NaN."""
+    assert actual.dtype == wanted.dtype
+    assert actual.shape == wanted.shape
+    # Every fp16 and bf16 value is a float32 value.
+    np.testing.assert_array_equal(actual.detach().float().numpy(), wanted.detach().float().numpy())

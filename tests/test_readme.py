@@ -1,0 +1,23 @@
+"""The README's Python runs as it stands; its shell commands are run by CI (see .ci/run)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert all(layer.is_deployed for layer in (namespace["layer"], namespace["fresh"][0]))
+
+
+def test_there_are_exactly_two_set_up_commands():
+    section = README.split("## Set-up")[1].split("\n## ")[0]
+    assert len(re.findall(r"^```sh\n(.*)\n```", section, re.MULTILINE)) == 2

@@ -1,0 +1,359 @@
+"""Selection: the expected kernel of every recorded CPU, forcing, rejections, and rule R8."""
+
+from __future__ import annotations
+
+import ast
+import platform
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fixtures import CPUS, read_cpu
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bitlinear.select
+from bitlinear.hardware import Cpu, Hardware, Torch
+from bitlinear.kernels import VARIANTS, Variant
+from bitlinear.select import Verdict, select
+
+# The kernel that each recorded CPU must get. Arm has none of its own yet.
+EXPECTED = {
+    "haswell": "avx2",
+    "skylake_x": "avx2",  # AVX-512, but not its VNNI
+    "ice_lake": "avx512_vnni",
+    "alder_lake": "avx_vnni",  # AVX-512 is fused off, VNNI exists in VEX encoding only
+    "sapphire_rapids": "avx512_vnni",  # has avx_vnni as well
+    "zen2": "avx2",
+    "zen4": "avx512_vnni",  # has no avx_vnni
+    "zen5": "avx512_vnni",
+    "vm_hides_avx512": "avx2",
+    "vm_hides_vnni": "avx2",
+    "vm_hides_f16c": "scalar",  # AVX2 alone is not enough: fp16 input is converted with F16C
+    "vm_hides_avx": "scalar",
+    "empty_flags": "scalar",  # unknown is not "has none", and is not "has all" either
+    "graviton2": "scalar",
+    "graviton3": "scalar",
+    "raspberry_pi_4": "scalar",
+    "apple_m1": "scalar",
+    "intel_mac_haswell": "avx2",
+}
+
+
+def machine(cpu: Cpu, cuda: str | None = None, gpu: bool = False) -> Hardware:
+    return Hardware(
+        system="linux",
+        cpu=cpu,
+        compiler=None,
+        compiler_reason="not part of the fixture",
+        ninja=None,
+        ninja_reason="not part of the fixture",
+        nvcc=None,
+        nvcc_reason="not part of the fixture",
+        torch=Torch("2.13.0", "0" * 40, cuda, True),
+        libc="glibc 2.36",
+        python="3.11.0",
+        gpu=gpu,
+    )
+
+
+def with_flags(flags: frozenset[str] | None, arch: str = "x86_64") -> Hardware:
+    return machine(Cpu(arch, "a CPU", "", "", "", "", flags, "" if flags else "not listed"))
+
+
+def chosen(verdicts: list[Verdict]) -> str | None:
+    names = [v.variant for v in verdicts if v.status == "chosen"]
+    assert len(names) <= 1
+    return names[0] if names else None
+
+
+def named(verdicts: list[Verdict], name: str) -> Verdict:
+    return next(v for v in verdicts if v.variant == name)
+
+
+# --- The table -----------------------------------------------------------------------------------
+
+
+def test_every_recorded_cpu_has_an_expected_kernel() -> None:
+    assert sorted(EXPECTED) == CPUS
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_expected_kernel(name: str) -> None:
+    assert chosen(select(machine(read_cpu(name)))) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_verdicts_are_complete_ordered_and_explained(name: str) -> None:
+    verdicts = select(machine(read_cpu(name)))
+    ranked = sorted(VARIANTS, key=lambda variant: -variant.priority)
+    assert [v.variant for v in verdicts] == [*(variant.name for variant in ranked), "cuda"]
+    for verdict in verdicts:
+        assert verdict.status in ("chosen", "available", "rejected")
+        assert verdict.ok == (verdict.status != "rejected")
+        assert verdict.reason
+        assert "\n" not in verdict.reason + verdict.fix
+        assert bool(verdict.code) == (verdict.status == "rejected")
+    # Whatever is merely available ranks below the choice.
+    statuses = [v.status for v in verdicts]
+    assert "available" not in statuses[: statuses.index("chosen")]
+
+
+def test_reasons_name_what_is_missing() -> None:
+    alder_lake = select(machine(read_cpu("alder_lake")))
+    rejected = named(alder_lake, "avx512_vnni")
+    assert rejected.reason == ("this CPU lacks avx512_vnni, avx512bw, avx512dq, avx512f and 1 more")
+    assert rejected.code == "cpu-flag"
+    assert named(alder_lake, "avx2").reason == "lower priority (BITLINEAR_KERNEL=avx2 to force)"
+    haswell = select(machine(read_cpu("haswell")))
+    assert named(haswell, "avx_vnni").reason == "this CPU lacks avx_vnni"
+    graviton = select(machine(read_cpu("graviton3")))
+    assert named(graviton, "avx2").reason == "it is for x86_64, this machine is aarch64"
+    empty = select(machine(read_cpu("empty_flags")))
+    assert named(empty, "avx2").reason == (
+        "the flags of this CPU are unknown: /proc/cpuinfo lists no flags"
+    )
+
+
+# --- Against a brute-force oracle ----------------------------------------------------------------
+
+_ALL_FLAGS = sorted(frozenset().union(*(variant.requires for variant in VARIANTS)))
+
+
+@given(st.none() | st.frozensets(st.sampled_from(_ALL_FLAGS)), st.sampled_from(["x86_64", "arm"]))
+def test_choice_is_the_best_variant_whose_flags_are_all_there(
+    flags: frozenset[str] | None, arch: str
+) -> None:
+    best = None
+    for variant in VARIANTS:
+        arch_fits = variant.arch in ("any", arch)
+        flags_fit = all(flags is not None and flag in flags for flag in variant.requires)
+        if arch_fits and flags_fit and (best is None or variant.priority > best.priority):
+            best = variant
+    assert best is not None, "scalar must always do"
+    assert chosen(select(with_flags(flags, arch))) == best.name
+
+
+def test_order_of_the_table_does_not_matter() -> None:
+    hardware = machine(read_cpu("zen5"))
+    assert select(hardware, VARIANTS[::-1]) == select(hardware, VARIANTS)
+
+
+def test_nothing_is_chosen_where_nothing_runs() -> None:
+    only = Variant("only", (), (), arch="x86_64", requires=frozenset({"avx2"}))
+    verdicts = select(with_flags(frozenset({"sse2"})), [only])
+    assert chosen(verdicts) is None
+    assert named(verdicts, "only").reason == "this CPU lacks avx2"
+
+
+# --- Forcing (BITLINEAR_KERNEL) ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forced", ["avx512_vnni", "avx_vnni", "avx2", "scalar"])
+def test_forced_variant_is_chosen(forced: str) -> None:
+    verdicts = select(machine(read_cpu("sapphire_rapids")), forced=forced)
+    assert chosen(verdicts) == forced
+    for verdict in verdicts[:-1]:
+        assert verdict.ok
+        if verdict.variant != forced:
+            assert verdict.status == "available"
+            assert verdict.reason == f"BITLINEAR_KERNEL={forced} rules it out"
+
+
+@pytest.mark.parametrize("unset", [None, ""])
+def test_unset_forces_nothing(unset: str | None) -> None:
+    hardware = machine(read_cpu("zen4"))
+    assert select(hardware, forced=unset) == select(hardware)
+
+
+def test_forcing_an_unknown_name_lists_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match="nonsense") as raised:
+        select(machine(read_cpu("haswell")), forced="nonsense")
+    assert str(raised.value) == (
+        "BITLINEAR_KERNEL='nonsense' names no CPU kernel (there are avx512_vnni, avx_vnni, avx2, "
+        "scalar). Valid on this machine: avx2, scalar. Set it to one of those, or unset it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("cpu", "forced", "why"),
+    [
+        ("haswell", "avx_vnni", "this CPU lacks avx_vnni"),
+        ("graviton2", "avx2", "it is for x86_64, this machine is aarch64"),
+        ("empty_flags", "avx2", "the flags of this CPU are unknown"),
+        ("zen4", "cuda", "names no CPU kernel"),
+    ],
+)
+def test_forcing_an_unsupported_name_says_why(cpu: str, forced: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why) as raised:
+        select(machine(read_cpu(cpu)), forced=forced)
+    assert "Valid on this machine: " in str(raised.value)
+    assert "scalar" in str(raised.value)
+
+
+# --- What was learnt at build time ---------------------------------------------------------------
+
+
+def failed(name: str) -> Verdict:
+    return Verdict(
+        name,
+        ok=False,
+        reason="does not compile: unknown -mthat",
+        fix="update",
+        code="compile-failed",
+    )
+
+
+def test_rejected_variants_keep_their_verdict_and_the_next_one_is_chosen() -> None:
+    hardware = machine(read_cpu("sapphire_rapids"))
+    rejected = {name: failed(name) for name in ("avx512_vnni", "avx_vnni")}
+    verdicts = select(hardware, rejected=rejected)
+    assert chosen(verdicts) == "avx2"
+    for name, verdict in rejected.items():
+        assert named(verdicts, name) == verdict
+
+
+def test_nothing_is_chosen_when_everything_was_rejected() -> None:
+    rejected = {variant.name: failed(variant.name) for variant in VARIANTS}
+    assert chosen(select(machine(read_cpu("zen5")), rejected=rejected)) is None
+
+
+def test_nothing_replaces_a_forced_variant_that_was_rejected() -> None:
+    verdicts = select(machine(read_cpu("zen5")), forced="avx2", rejected={"avx2": failed("avx2")})
+    assert chosen(verdicts) is None
+    assert named(verdicts, "avx2") == failed("avx2")
+
+
+def test_what_the_cpu_lacks_is_said_first() -> None:
+    verdicts = select(machine(read_cpu("haswell")), rejected={"avx_vnni": failed("avx_vnni")})
+    assert named(verdicts, "avx_vnni").code == "cpu-flag"
+
+
+# --- CUDA ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cuda", "gpu", "reason", "code"),
+    [
+        (None, False, "torch is a CPU build", "cuda-mismatch"),
+        (None, True, "torch is a CPU build", "cuda-mismatch"),
+        ("13.0", False, "no NVIDIA GPU", "no-gpu"),
+        ("13.0", True, "not part of this version yet", "not-implemented"),
+    ],
+)
+def test_cuda_row(cuda: str | None, gpu: bool, reason: str, code: str) -> None:
+    verdict = select(machine(read_cpu("zen4"), cuda, gpu))[-1]
+    assert (verdict.variant, verdict.reason, verdict.code) == ("cuda", reason, code)
+    assert not verdict.ok
+    assert verdict.status == "rejected"
+    assert verdict.fix == ("install a CUDA build of torch" if cuda is None else "")
+
+
+def test_cuda_row_can_be_forced_off() -> None:
+    off = Verdict("cuda", ok=False, reason="BITLINEAR_CUDA=off", code="forced-off")
+    assert select(machine(read_cpu("zen4")), rejected={"cuda": off})[-1] == off
+
+
+# --- Purity --------------------------------------------------------------------------------------
+
+
+def test_select_imports_nothing_that_could_look_at_the_machine() -> None:
+    tree = ast.parse(Path(bitlinear.select.__file__).read_text(encoding="utf-8"))
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add("." * node.level + (node.module or ""))
+    assert modules <= {
+        "__future__", "collections.abc", "dataclasses", "types", "typing", ".kernels", ".hardware",
+    }  # fmt: skip
+    calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and hasattr(n.func, "id")}
+    assert not calls & {"open", "print", "input", "exec", "eval", "__import__"}
+
+
+def test_equal_hardware_gives_equal_verdicts() -> None:
+    hardware = machine(read_cpu("zen4"))
+    assert select(hardware) == select(replace(hardware))
+
+
+# --- R8: what the compiler may emit is what is required -------------------------------------------
+
+# Each macro that compilers define for an instruction set, and the flag of Linux that promises it.
+MACROS = {
+    "__SSE3__": "pni",
+    "__SSSE3__": "ssse3",
+    "__SSE4_1__": "sse4_1",
+    "__SSE4_2__": "sse4_2",
+    "__CRC32__": "sse4_2",  # the CRC32 instruction came with SSE4.2 and has no flag of its own
+    "__POPCNT__": "popcnt",
+    "__XSAVE__": "xsave",
+    "__AVX__": "avx",
+    "__F16C__": "f16c",
+    "__FMA__": "fma",
+    "__AVX2__": "avx2",
+    "__AVXVNNI__": "avx_vnni",
+    "__AVX512F__": "avx512f",
+    "__EVEX256__": "avx512f",
+    "__EVEX512__": "avx512f",
+    "__AVX512BW__": "avx512bw",
+    "__AVX512DQ__": "avx512dq",
+    "__AVX512VL__": "avx512vl",
+    "__AVX512VNNI__": "avx512_vnni",
+}
+# Consequences of the above that are no instruction sets.
+OTHER_MACROS = ("__BIGGEST_ALIGNMENT__", "__FP_FAST_FMA")
+
+COMPILERS = ("g++", "clang++")
+
+
+def predefined(compiler: str, flags: list[str]) -> set[str]:
+    done = subprocess.run(
+        [compiler, *flags, "-dM", "-E", "-x", "c++", "-"],
+        input="",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {line.split()[1] for line in done.stdout.splitlines()}
+
+
+def switched_on(compiler: str, variant: Variant) -> frozenset[str]:
+    """The flags (in the spelling of Linux) that ``cflags`` let ``compiler`` use."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    if variant.arch not in ("any", platform.machine()):
+        pytest.skip(f"{variant.name} is for {variant.arch}")
+    isa = [flag for flag in variant.cflags if flag.startswith("-m")]
+    rest = [flag for flag in variant.cflags if not flag.startswith("-m")]
+    if platform.machine() == "x86_64":
+        rest = ["-march=x86-64", *rest]  # some distributions' compilers default to more
+    try:
+        macros = predefined(compiler, [*rest, *isa]) - predefined(compiler, rest)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"{compiler} is too old for {variant.name}: {error.stderr.strip()}")
+    macros = {macro for macro in macros if not macro.startswith(OTHER_MACROS)}
+    unknown = macros - set(MACROS)
+    assert not unknown, f"say in MACROS or OTHER_MACROS what {sorted(unknown)} are"
+    return frozenset(MACROS[macro] for macro in macros)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_everything_that_the_compiler_may_emit_is_required(variant: Variant, compiler: str) -> None:
+    missing = switched_on(compiler, variant) - variant.requires
+    assert not missing, f"add {sorted(missing)} to requires of {variant.name}"
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_nothing_is_required_that_no_compiler_may_emit(variant: Variant) -> None:
+    # -mavx512f implies FMA for clang and not for gcc: only both together tell what is too much.
+    emitted = frozenset().union(*(switched_on(compiler, variant) for compiler in COMPILERS))
+    assert variant.requires == emitted
+
+
+def test_no_variant_is_tuned_to_the_building_machine() -> None:
+    for variant in VARIANTS:
+        assert not [flag for flag in variant.cflags if "native" in flag], variant.name
