@@ -25,8 +25,13 @@ def test_activations_equal_the_oracle_to_the_bit(k, dtype):
     np.testing.assert_array_equal(s_x[finite].numpy(), s_wanted[finite.numpy()])
 
 
+# No subnormals: code that torch 2.4 compiles turns them off for the whole process, which hypothesis
+# notices. oracle.adversarial_rows has some.
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
+
+
 @given(
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20),
+    st.lists(FLOATS, min_size=1, max_size=20),
     st.sampled_from([1e-36, 1e-6, 1e-2, 5.0]),
 )
 def test_activations_equal_the_oracle_for_any_floats(values, eps):

@@ -1,4 +1,4 @@
-"""Every kernel variant that this machine can run, through the operator, against the NumPy oracle."""
+"""Every kernel variant that this machine can run, through the operator, against the oracle."""
 
 from __future__ import annotations
 

@@ -1,0 +1,108 @@
+"""The child process of ``build.py``: compile one library, load it, let it test itself.
+
+It is started by path and never imported, and imports only the standard library and torch, so that
+a crash here (an illegal instruction, say) is a result and not the end of the user's program. How
+far it came is in ``result.json`` at every moment: the parent reads it after whatever end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULT = "result.json"
+_PR_SET_PDEATHSIG = 1
+
+
+def main(spec_path: str) -> None:
+    """Build what the file says; exit with 1 if that fails."""
+    spec: dict[str, Any] = json.loads(Path(spec_path).read_text(encoding="utf-8"))
+    _end_with_parent(spec["parent"])
+    result = Path(spec["build_directory"], RESULT)
+
+    def report(stage: str, **details: str) -> None:
+        result.write_text(json.dumps({"stage": stage, **details}), encoding="utf-8")
+
+    stage = "set-up"
+    report(stage)
+    try:
+        from torch.utils import cpp_extension
+
+        stage = "compile"
+        report(stage)
+        library = Path(spec["build_directory"], spec["name"] + cpp_extension.LIB_EXT)
+        _compile(cpp_extension, spec)
+        stage = "self-test"
+        report(stage)
+        verdict = _SELF_TESTS[spec["self_test"]](str(library))
+    except Exception as error:
+        if stage == "compile" and library.exists():
+            stage = "load"  # cpp_extension.load links and loads in one call
+        kind = "" if isinstance(error, _SelfTestError) else f"{type(error).__name__}: "
+        report(stage, error=f"{kind}{error}")
+        sys.exit(1)
+    report("done", self_test=verdict)
+
+
+class _SelfTestError(Exception):
+    """The library works, but not as it should."""
+
+
+def _compile(cpp_extension: Any, spec: dict[str, Any]) -> None:
+    cpp_extension.load(
+        name=spec["name"],
+        sources=spec["sources"],
+        extra_cflags=spec["cflags"],
+        extra_ldflags=spec["ldflags"],
+        build_directory=spec["build_directory"],
+        is_python_module=False,
+        with_cuda=False,
+        verbose=True,  # into the parent's log
+    )
+
+
+def _test_kernels(path: str) -> str:
+    message = ctypes.create_string_buffer(1024)
+    function = ctypes.CDLL(path).bitlinear_selftest
+    function.argtypes = [ctypes.c_char_p, ctypes.c_int64]
+    function.restype = ctypes.c_int
+    if function(message, len(message)) != 0:
+        raise _SelfTestError(message.value.decode("utf-8", "replace") or "no message")
+    return "bit-exact with scalar"
+
+
+def _test_operator(path: str) -> str:
+    import torch
+
+    available = torch.get_num_threads()
+    used = ctypes.CDLL(path).bitlinear_parallel_threads()
+    if available > 1 and used < 2:
+        raise _SelfTestError(f"ran on {used} of {available} threads (built without OpenMP?)")
+    return f"ran on {used} of {available} threads"
+
+
+_SELF_TESTS = {"kernels": _test_kernels, "operator": _test_operator}
+
+
+def _end_with_parent(parent: int) -> None:
+    """Stop compiling when the parent is killed: nobody waits for it, and it would slow the next."""
+
+    def forward(signum: int, frame: object) -> None:
+        # ninja puts each compiler into a group of its own, so only ninja can end those.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(0, signal.SIGTERM)
+
+    if sys.platform.startswith("linux"):
+        signal.signal(signal.SIGTERM, forward)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            sys.exit("the parent is gone")
+
+
+if __name__ == "__main__":
+    main(sys.argv[-1])

@@ -1,0 +1,410 @@
+"""From a choice to a loaded kernel: find it in the cache or have it built, load it, plug it in.
+
+The warm path computes a key, checks a hash and loads two libraries; it imports neither
+``torch.utils.cpp_extension`` nor anything else that only a build needs. Whatever happens, the
+result is a :class:`Runtime` that says what is in use and why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from . import build, cache
+from .cache import Artifact, CacheDirectory
+from .hardware import Hardware, detect
+from .kernels import DIRECTORY, OPS, VARIANTS, Library, Variant
+from .select import Verdict, select
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What this process computes with, and why.
+
+    Attributes:
+        kernel: The variant in use; None: the reference implementation.
+        verdicts: One for each variant and for CUDA, by priority.
+        cache: Where compiled libraries lie.
+        artifacts: By library name, whatever was looked up in the cache or built.
+        problem: Why the reference implementation is in use, in one line; empty if it is not.
+        hardware: What the choice was made for.
+    """
+
+    kernel: str | None
+    verdicts: tuple[Verdict, ...]
+    cache: CacheDirectory
+    artifacts: Mapping[str, Artifact]
+    problem: str
+    hardware: Hardware
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What to choose from, for which machine."""
+
+    hardware: Hardware
+    variants: tuple[Variant, ...]
+    operator: Library
+    directory: Path
+    forced: str | None
+
+
+@dataclass(frozen=True)
+class _Obstacle:
+    """Why nothing can be built."""
+
+    code: str
+    reason: str
+    fix: str = ""
+
+
+@dataclass
+class _State:
+    """What this process has loaded. Nothing is ever unloaded, and the operator is loaded once."""
+
+    request: _Request | None = None
+    runtime: Runtime | None = None
+    operator: ctypes.CDLL | None = None
+    kernels: dict[str, ctypes.CDLL] = field(default_factory=dict)
+
+
+_state = _State()
+
+
+# --------------------------------------------------------------------------------- entry points
+
+
+def load(
+    variants: tuple[Variant, ...] = VARIANTS, operator: Library = OPS, directory: Path = DIRECTORY
+) -> Runtime:
+    """Choose, find or build, and load the kernels; called once, by ``import bitlinear``.
+
+    Args:
+        variants: The kernels to choose from.
+        operator: The library that defines the operator.
+        directory: Where their sources lie.
+
+    Raises:
+        ValueError: ``BITLINEAR_KERNEL`` names no kernel that this machine supports. Nothing else
+            raises: without a compiled kernel there is one warning, and ``Runtime.problem``.
+    """
+    found = cache.open_cache()
+    hardware = detect(found.readable[0] if found.readable else None)
+    forced = os.environ.get("BITLINEAR_KERNEL") or None
+    request = _Request(hardware, variants, operator, directory, forced)
+    verdicts = select(hardware, variants, forced=forced)
+    if os.environ.get("BITLINEAR_BUILD", "").lower() == "off":
+        off = _cannot(operator, _Obstacle("forced-off", "BITLINEAR_BUILD=off"))
+        runtime = _without_kernel(request, found, _reject_usable(verdicts, off), {}, off)
+        wanted = True
+    else:
+        runtime = _load(request, found)
+        wanted = _asked_not_to_build()
+    _state.request, _state.runtime = request, runtime
+    if runtime.problem and not wanted:
+        warnings.warn(
+            f"bitlinear runs its slow reference implementation: {runtime.problem}. "
+            "More: python -m bitlinear.doctor",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return runtime
+
+
+def activate(name: str) -> Runtime:
+    """Switch the operator to another variant in this process, building it if need be.
+
+    Raises:
+        RuntimeError: it is unknown, this machine does not support it, it could not be built, or
+            this process has no compiled operator.
+    """
+    before = runtime()
+    if _state.request is None or _state.operator is None:
+        raise RuntimeError(f"cannot switch to {name}: {before.problem}")
+    try:
+        after = _load(replace(_state.request, forced=name), before.cache)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from error
+    if after.kernel != name:
+        raise RuntimeError(f"cannot switch to {name}: {after.problem}")
+    _state.runtime = replace(after, artifacts={**before.artifacts, **after.artifacts})
+    return _state.runtime
+
+
+def runtime() -> Runtime:
+    """What this process computes with."""
+    return _state.runtime or load()
+
+
+def parallel_threads() -> int | None:
+    """How many threads the operator really runs on (it starts them); None without an operator."""
+    return None if _state.operator is None else int(_state.operator.bitlinear_parallel_threads())
+
+
+# --------------------------------------------------------------------------------- choosing
+
+
+def _load(request: _Request, directory: CacheDirectory) -> Runtime:
+    obstacle = _obstacle(request.hardware)
+    warm = _resolve(request, _Workshop(request, directory, obstacle))
+    if warm is not None:
+        return warm
+    # Nothing stands in the way of building what is missing, except perhaps a place for it.
+    directory = cache.with_temporary(directory)
+    if directory.path is None:
+        fix = "set BITLINEAR_CACHE_DIR to a directory that can be written to"
+        obstacle = _Obstacle("compile-failed", f"no place to compile: {directory.reason}", fix)
+    if directory.temporary:
+        build.say(
+            f"no cache directory ({directory.reason}): what is compiled now is lost when this "
+            "process ends; set BITLINEAR_CACHE_DIR to a directory of your own"
+        )
+    with build.lock(directory.path), _Workshop(request, directory, obstacle, True) as workshop:
+        cold = _resolve(request, workshop)
+    assert cold is not None
+    return cold
+
+
+def _resolve(request: _Request, workshop: _Workshop) -> Runtime | None:
+    """Load the best variant that can be had; None if that takes a build and this one may not."""
+    by_name = {variant.name: variant for variant in request.variants}
+    operator = [] if _state.operator else [request.operator]
+    rejected: dict[str, Verdict] = {}
+    while True:
+        verdicts = select(
+            request.hardware, request.variants, forced=request.forced, rejected=rejected
+        )
+        chosen = next((v.variant for v in verdicts if v.status == "chosen"), None)
+        if chosen is None:
+            first = next((workshop.done[name] for name in rejected), None)
+            return _without_kernel(request, workshop.cache, verdicts, workshop.done, first)
+        if not workshop.begin(by_name[chosen], *operator):
+            return None
+        kernels = _open(workshop.get(by_name[chosen]))
+        if kernels.state != "failed":
+            break
+        rejected[chosen] = _verdict(chosen, kernels)
+
+    failure = _plug_in(chosen, workshop.get(operator[0]) if operator else None)
+    if failure is not None:
+        verdicts = _reject_usable(verdicts, failure)
+        return _without_kernel(request, workshop.cache, verdicts, workshop.done, failure)
+    return Runtime(chosen, tuple(verdicts), workshop.cache, workshop.done, "", request.hardware)
+
+
+def _without_kernel(
+    request: _Request,
+    directory: CacheDirectory,
+    verdicts: list[Verdict],
+    artifacts: Mapping[str, Artifact],
+    failure: Artifact | None,
+) -> Runtime:
+    problem = "no kernel supports this machine"
+    if failure is not None:
+        problem = failure.reason + (f" ({failure.fix})" if failure.fix else "")
+    return Runtime(None, tuple(verdicts), directory, artifacts, problem, request.hardware)
+
+
+def _verdict(variant: str, failure: Artifact) -> Verdict:
+    return Verdict(
+        variant=variant,
+        ok=False,
+        reason=failure.reason,
+        fix=failure.fix,
+        code=failure.code,
+        status="rejected",
+    )
+
+
+def _reject_usable(verdicts: list[Verdict], failure: Artifact) -> list[Verdict]:
+    return [_verdict(v.variant, failure) if v.ok else v for v in verdicts]
+
+
+def _obstacle(hardware: Hardware) -> _Obstacle | None:
+    """What keeps this process from building anything."""
+    if _asked_not_to_build():
+        return _Obstacle("forced-off", "not compiled yet", "python -m bitlinear.doctor compiles it")
+    if hardware.compiler is None:
+        fix = "install a C++ compiler (Debian and Ubuntu: apt install g++) or set CXX"
+        return _Obstacle("no-compiler", f"no C++ compiler: {hardware.compiler_reason}", fix)
+    if hardware.ninja is None:
+        return _Obstacle("no-compiler", f"no ninja: {hardware.ninja_reason}", "pip install ninja")
+    if not sys.executable or getattr(sys, "frozen", False):
+        return _Obstacle("no-compiler", "there is no Python interpreter to run the build with")
+    return None
+
+
+def _asked_not_to_build() -> bool:
+    """Whether this import happens for a doctor that only looks, or deletes first.
+
+    ``python -m bitlinear.doctor`` imports this package before the doctor sees its options;
+    ``argv[0]`` is ``-m`` just then.
+    """
+    arguments = getattr(sys, "argv", [])
+    command = getattr(sys, "orig_argv", ["bitlinear.doctor"])  # Python 3.9 has none
+    return (
+        arguments[:1] == ["-m"]
+        and "bitlinear.doctor" in command
+        and not {"--no-build", "--clean", "--rebuild"}.isdisjoint(arguments)
+    )
+
+
+# --------------------------------------------------------------------------------- libraries
+
+
+class _Workshop:
+    """Hands out the libraries of one request: from the cache, or else built.
+
+    Attributes:
+        cache: Where they come from and go to.
+        done: What has been handed out so far, by name.
+    """
+
+    def __init__(
+        self,
+        request: _Request,
+        directory: CacheDirectory,
+        obstacle: _Obstacle | None,
+        may_build: bool = False,
+    ) -> None:
+        self.cache = directory
+        self.done: dict[str, Artifact] = {}
+        self._request = request
+        self._obstacle = obstacle
+        self._may_build = may_build
+        self._builds: dict[str, build.Build] = {}
+        self._began = time.monotonic()
+
+    def begin(self, *libraries: Library) -> bool:
+        """Start to build whatever is missing, all at once; False if this workshop may not."""
+        missing = []
+        for library in libraries:
+            if library.name in self.done or library.name in self._builds:
+                continue
+            try:
+                parts = cache.ingredients(library, self._request.directory, self._request.hardware)
+            except OSError as error:
+                obstacle = _Obstacle("compile-failed", f"a source cannot be read: {error}")
+                self.done[library.name] = _cannot(library, obstacle)
+                continue
+            found = cache.find(self.cache, parts, any_compiler=self._obstacle is not None)
+            if found is not None:
+                self.done[library.name] = found
+            elif self._obstacle is not None:
+                self.done[library.name] = _cannot(library, self._obstacle)
+            else:
+                missing.append((library, parts))
+        if missing and not self._may_build:
+            return False
+        if missing:
+            names = " and ".join(_describe(library) for library, _ in missing)
+            kernels_only = all(isinstance(library, Variant) for library, _ in missing)
+            duration = "a few seconds" if kernels_only else "10 to 20 s, for torch's C++ headers"
+            build.say(
+                f"compiling {names} for this machine into {self.cache.path}: "
+                f"happens once, takes {duration}"
+            )
+        for library, parts in missing:
+            self._start(library, parts)
+        return True
+
+    def _start(self, library: Library, parts: Mapping[str, str]) -> None:
+        request, root = self._request, self.cache.path
+        assert root is not None
+        try:
+            self._builds[library.name] = build.Build(
+                library, request.directory, root, parts, request.hardware
+            )
+        except OSError as error:
+            obstacle = _Obstacle("compile-failed", f"cannot start to compile: {error}")
+            self.done[library.name] = _cannot(library, obstacle)
+
+    def get(self, library: Library) -> Artifact:
+        """What became of a library that was begun."""
+        if library.name not in self.done:
+            verbose = os.environ.get("BITLINEAR_VERBOSE") == "1"
+            artifact = self.done[library.name] = self._builds[library.name].wait(verbose)
+            del self._builds[library.name]
+            if artifact.state == "failed":
+                build.say(f"{_describe(library)} cannot be had: {artifact.reason}")
+            elif not self._builds:
+                build.say(f"compiled in {time.monotonic() - self._began:.1f} s")
+        return self.done[library.name]
+
+    def __enter__(self) -> _Workshop:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for unneeded in self._builds.values():  # also after an interrupt
+            unneeded.stop()
+        if self.cache.path is not None:
+            cache.prune(self.cache.path)
+
+
+def _describe(library: Library) -> str:
+    return f"the {library.name} kernel" if isinstance(library, Variant) else "the operator"
+
+
+def _cannot(library: Library, obstacle: _Obstacle) -> Artifact:
+    return Artifact(
+        name=library.name,
+        key="",
+        directory=None,
+        state="failed",
+        reason=obstacle.reason,
+        fix=obstacle.fix,
+        code=obstacle.code,
+    )
+
+
+def _open(artifact: Artifact) -> Artifact:
+    """Load a variant's library; a failed artifact if that is impossible."""
+    if artifact.state == "failed":
+        return artifact
+    try:
+        kernels = ctypes.CDLL(str(artifact.path))
+        kernels.bitlinear_kernels.argtypes = []
+        kernels.bitlinear_kernels.restype = ctypes.c_void_p
+    except (OSError, AttributeError) as error:
+        return _unloadable(artifact, error)
+    _state.kernels[artifact.name] = kernels
+    return artifact
+
+
+def _plug_in(variant: str, operator: Artifact | None) -> Artifact | None:
+    """Load the operator, if one is given, and hand it the kernels; what failed, if anything."""
+    if operator is not None:
+        if operator.state == "failed":
+            return replace(operator, reason=f"the operator: {operator.reason}")
+        try:
+            torch.ops.load_library(str(operator.path))
+            _state.operator = ctypes.CDLL(str(operator.path))
+        except (OSError, RuntimeError) as error:
+            return _unloadable(operator, error)
+    assert _state.operator is not None
+    use_kernels = _state.operator.bitlinear_use_kernels
+    use_kernels.argtypes = [ctypes.c_void_p]
+    use_kernels.restype = ctypes.c_int
+    if use_kernels(_state.kernels[variant].bitlinear_kernels()) != 0:
+        # Both were built from the same headers, or their keys would differ.
+        raise AssertionError(f"the kernels of {variant} do not fit the operator")
+    return None
+
+
+def _unloadable(artifact: Artifact, error: Exception) -> Artifact:
+    reason = f"{artifact.name} cannot be loaded: {error}"
+    return replace(artifact, state="failed", reason=reason, fix=build.FIX, code="compile-failed")

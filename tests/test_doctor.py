@@ -1,0 +1,286 @@
+"""What the doctor says, how it exits, and what it does to the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import bitlinear
+from bitlinear import doctor, jit
+from bitlinear.cache import Artifact, CacheDirectory
+from bitlinear.select import Verdict, select
+
+ROOT = Path(bitlinear.__file__).parents[1]
+CODES = {
+    "cpu-flag", "no-compiler", "compile-failed", "self-test-failed", "illegal-instruction",
+    "cuda-mismatch", "no-gpu", "forced-off", "not-implemented",
+}  # fmt: skip
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bitlinear.doctor", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture
+def warm(tmp_path: Path) -> Path:
+    """A copy of the cache that importing the package has filled."""
+    runtime = jit.runtime()
+    if runtime.kernel is None or runtime.cache.path is None:
+        pytest.skip(f"no compiled kernel: {runtime.problem}")
+    target = tmp_path / "cache"
+    target.mkdir(mode=0o700)
+    for artifact in runtime.artifacts.values():
+        if artifact.directory is not None:
+            shutil.copytree(artifact.directory, target / artifact.name / artifact.key)
+    return target
+
+
+# --- The text ------------------------------------------------------------------------------------
+
+
+def healthy() -> doctor.Report:
+    """As on a machine where everything went well, whatever this machine is."""
+    hardware = jit.runtime().hardware
+    verdicts = [
+        Verdict("avx2", True, "the fastest that this CPU can run", status="chosen"),
+        Verdict("scalar", True, "lower priority", status="available"),
+        Verdict("avx_vnni", False, "this CPU lacks avx_vnni", code="cpu-flag"),
+        Verdict("cuda", False, "torch is a CPU build", "install one", "cuda-mismatch"),
+    ]
+    artifacts = {
+        "avx2": Artifact("avx2", "3f9a2c01" * 4, None, "cached", "bit-exact with scalar"),
+        "ops": Artifact("ops", "11111111" * 4, None, "cached", "ran on 2 of 2 threads"),
+    }
+    runtime = jit.Runtime("avx2", tuple(verdicts), CacheDirectory(None), artifacts, "", hardware)
+    return doctor.Report(runtime, hardware, "", 2, ("/usr/lib/libgomp.so.1",))
+
+
+def test_the_text() -> None:
+    lines = str(healthy()).splitlines()
+    assert re.match(r"bitlinear \S+   torch \S+   python 3\S+   \w+ \w+$", lines[0])
+    assert lines[1].startswith("CPU       ")
+    assert [re.sub(" {7,}", "     ", line) for line in lines[2:7]] == [
+        "Kernels",
+        "  * avx2      chosen     cached 3f9a2c01  self-test: bit-exact with scalar",
+        "  o scalar    available  lower priority",
+        "  x avx_vnni  rejected   this CPU lacks avx_vnni",
+        "  x cuda      rejected   torch is a CPU build     fix: install one",
+    ]
+    assert "Threads   OpenMP, 1 runtime, 2 threads" in lines
+    assert "Operator  bit-identical to the reference implementation" in lines
+    assert lines[-1] == "Verdict   avx2 runs"
+
+
+class _Cells(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_a_notebook_shows_a_table_of_the_same() -> None:
+    report = healthy()
+    verdicts = (*report.runtime.verdicts, Verdict("new", False, "<b>&", code="cpu-flag"))
+    report = replace(report, runtime=replace(report.runtime, verdicts=verdicts))
+    table = _Cells()
+    table.feed(report._repr_html_())
+    assert table.tags[0] == "table"
+    assert set(table.tags) == {"table", "caption", "tr", "th", "td"}
+    for _, rows in report.sections():
+        for row in rows:
+            for cell in filter(None, row):
+                assert cell in table.text
+
+
+def test_json_and_text_redact_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/änne")
+    report = healthy()
+    directory = CacheDirectory(
+        None, "/home/änne/.cache/bitlinear cannot be created; /home/ännelise"
+    )
+    runtime = replace(report.runtime, cache=directory, problem="/home/änne")
+    report = replace(report, runtime=runtime)
+    data = json.dumps(report.to_json(), ensure_ascii=False)
+    for text in (str(report), report._repr_html_(), data):
+        assert "/home/änne/" not in text
+        assert "~/.cache/bitlinear cannot be created; /home/ännelise" in text
+
+
+def rejected(code: str) -> doctor.Report:
+    report = healthy()
+    verdict = Verdict("avx512_vnni", False, "reason", "fix", code)
+    verdicts = (verdict, *report.runtime.verdicts)
+    return replace(report, runtime=replace(report.runtime, verdicts=verdicts))
+
+
+def with_cache(**changes: bool) -> doctor.Report:
+    report = healthy()
+    directory = replace(report.runtime.cache, **changes)
+    return replace(report, runtime=replace(report.runtime, cache=directory))
+
+
+def test_exit_codes() -> None:
+    report = healthy()
+    assert report.exit_code == doctor.OK == 0
+    assert rejected("cpu-flag").exit_code == doctor.OK
+    for code in ("compile-failed", "illegal-instruction", "no-compiler"):
+        assert rejected(code).exit_code == doctor.FALLBACK == 1
+    assert with_cache(temporary=True).exit_code == doctor.FALLBACK
+    fallback = replace(report, runtime=replace(report.runtime, kernel=None, problem="no compiler"))
+    assert fallback.exit_code == doctor.FALLBACK
+    assert str(fallback).endswith("the slow reference implementation runs: no compiler")
+    assert rejected("self-test-failed").exit_code == doctor.BROKEN == 2
+    assert with_cache(unsafe=True).exit_code == doctor.BROKEN
+    assert replace(report, operator="1 of 111 results differ").exit_code == doctor.BROKEN
+
+
+def test_the_operator_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._run_operator() == ""
+    from bitlinear import ops
+
+    correct = ops.reference_linear
+    monkeypatch.setattr(ops, "reference_linear", lambda *arguments: correct(*arguments) + 1)
+    assert doctor._run_operator() == "111 of 111 results differ from the reference"
+    monkeypatch.setattr(ops, "reference_linear", None)
+    assert doctor._run_operator().startswith("fails: TypeError")
+
+
+def test_the_verdicts_are_those_of_select() -> None:
+    runtime = jit.runtime()
+    if runtime.kernel is None or os.environ.get("BITLINEAR_KERNEL"):
+        pytest.skip("something is in the way of the ordinary choice")
+    assert list(runtime.verdicts) == bitlinear.available_kernels() == select(runtime.hardware)
+
+
+# --- The command ---------------------------------------------------------------------------------
+
+
+def test_a_machine_where_all_is_well(warm: Path) -> None:
+    done = run("--json", BITLINEAR_CACHE_DIR=str(warm))
+    data = json.loads(done.stdout)
+    assert (done.returncode, data["exit_code"], done.stderr) == (0, 0, "")
+    runtime = jit.runtime()
+    assert data["kernel"] == runtime.kernel
+    assert data["versions"]["torch"] == runtime.hardware.torch.version
+    assert [row["variant"] for row in data["kernels"]] == [v.variant for v in runtime.verdicts]
+    for row in data["kernels"]:
+        assert bool(row["code"]) == (row["status"] == "rejected")
+        assert row["code"] in {"", *CODES}
+        assert "\n" not in row["reason"] + row["fix"]
+    chosen = next(row for row in data["kernels"] if row["status"] == "chosen")
+    assert chosen["artifact"]["state"] == "cached"
+    assert chosen["artifact"]["self_test"] == "bit-exact with scalar"
+    assert data["operator"]["error"] == ""
+    assert data["cache"]["path"] == str(warm)
+    if sys.platform == "linux" and (os.cpu_count() or 1) > 1:
+        assert data["threads"]["used"] > 1
+        assert len(data["threads"]["openmp"]) == 1
+
+
+def test_looking_does_not_compile(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    done = run("--no-build", BITLINEAR_CACHE_DIR=str(root))
+    assert done.returncode == 1
+    assert "compiling" not in done.stderr
+    assert "Warning" not in done.stderr
+    assert "not compiled yet" in done.stdout
+    assert not list(root.glob("*/*/meta.json"))
+
+
+def test_cleaning_does_not_compile_first(warm: Path, tmp_path: Path) -> None:
+    done = run("--clean", BITLINEAR_CACHE_DIR=str(tmp_path / "cold"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"0 deleted: {tmp_path}/cold\n", "")
+    done = run("--clean", "--json", BITLINEAR_CACHE_DIR=str(warm), HOME=str(tmp_path))
+    assert (done.returncode, json.loads(done.stdout)["deleted"], done.stderr) == (0, 2, "")
+    assert not list(warm.glob("*/*/meta.json"))
+
+
+@pytest.mark.slow
+def test_rebuilding_forgets_and_compiles(warm: Path) -> None:
+    """A recorded failure of the operator is what a user wants to be rid of."""
+    (recorded,) = (warm / "ops").glob("*/meta.json")
+    meta = json.loads(recorded.read_text())
+    meta["result"].update(code="compile-failed", reason="some header was missing", self_test="")
+    recorded.write_text(json.dumps(meta))
+    done = run(BITLINEAR_CACHE_DIR=str(warm))
+    assert done.returncode == 1
+    assert "some header was missing" in done.stdout
+    assert done.stderr.count("RuntimeWarning") == 1
+    done = run("--rebuild", "--verbose", BITLINEAR_CACHE_DIR=str(warm))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "compiled in" in done.stderr
+    assert "BITLINEAR_CACHE_DIR" in done.stdout  # the environment
+    assert "-ffp-contract=off" in done.stdout  # the commands
+
+
+def test_a_degraded_import(tmp_path: Path) -> None:
+    environment = {"BITLINEAR_CACHE_DIR": str(tmp_path / "c"), "PATH": "/nonexistent", "CXX": ""}
+    done = run(**environment)
+    assert done.returncode == 1
+    assert "no C++ compiler" in done.stdout
+    assert "fix: install a C++ compiler" in done.stdout
+    assert "the slow reference implementation runs" in done.stdout
+    assert "Traceback" not in done.stderr
+    data = json.loads(run("--json", **environment).stdout)
+    assert {row["code"] for row in data["kernels"] if row["variant"] == "scalar"} == {"no-compiler"}
+    assert data["toolchain"]["compiler"]["found"] is None
+
+
+def test_an_unsafe_cache_is_broken(warm: Path, tmp_path: Path) -> None:
+    unsafe = tmp_path / "unsafe"
+    unsafe.mkdir()
+    unsafe.chmod(0o777)
+    home = tmp_path / "home"
+    shutil.copytree(warm, home / ".cache" / "bitlinear")
+    (home / ".cache" / "bitlinear").chmod(0o700)
+    done = run(BITLINEAR_CACHE_DIR=str(unsafe), HOME=str(home), XDG_CACHE_HOME="")
+    assert done.returncode == 2, done.stderr
+    assert f"{unsafe} can be written to by others (mode 0777)" in done.stdout
+    assert "chmod 700" in done.stdout
+    assert "~/.cache/bitlinear  0700  2 artifacts" in done.stdout
+    assert str(home) not in done.stdout
+
+
+def test_report_in_a_notebook() -> None:
+    """Reached as an attribute, without another import."""
+    script = """
+import bitlinear, sys
+assert "bitlinear.doctor" not in sys.modules
+report = bitlinear.doctor.report()
+print(report)
+assert report._repr_html_().startswith("<table>")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "BITLINEAR_BUILD": "off"},
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Kernels" in done.stdout
