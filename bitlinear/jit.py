@@ -72,6 +72,7 @@ class _State:
     """What this process has loaded. Nothing is ever unloaded, and the operator is loaded once."""
 
     request: _Request | None = None
+    imported: Runtime | None = None
     runtime: Runtime | None = None
     operator: ctypes.CDLL | None = None
     kernels: dict[str, ctypes.CDLL] = field(default_factory=dict)
@@ -109,7 +110,7 @@ def load(
     else:
         runtime = _load(request, found)
         wanted = _asked_not_to_build()
-    _state.request, _state.runtime = request, runtime
+    _state.request, _state.imported, _state.runtime = request, runtime, runtime
     if runtime.problem and not wanted:
         warnings.warn(
             f"bitlinear runs its slow reference implementation: {runtime.problem}. "
@@ -120,8 +121,11 @@ def load(
     return runtime
 
 
-def activate(name: str) -> Runtime:
+def activate(name: str | None) -> Runtime:
     """Switch the operator to another variant in this process, building it if need be.
+
+    Args:
+        name: The variant; None goes back to what the import chose.
 
     Raises:
         RuntimeError: it is unknown, this machine does not support it, it could not be built, or
@@ -130,6 +134,12 @@ def activate(name: str) -> Runtime:
     before = runtime()
     if _state.request is None or _state.operator is None:
         raise RuntimeError(f"cannot switch to {name}: {before.problem}")
+    if name is None:
+        imported = _state.imported
+        assert imported is not None and imported.kernel is not None  # there is an operator
+        _plug_in(imported.kernel, None)
+        _state.runtime = imported
+        return imported
     try:
         after = _load(replace(_state.request, forced=name), before.cache)
     except ValueError as error:

@@ -182,7 +182,7 @@ if __name__ == "__main__":
 
 def test_activate_switches_the_operator(half: Path, tmp_path: Path) -> None:
     sources = stand_ins(tmp_path / "sources", ("good", "good", "mismatch"))
-    sources.load()
+    imported = sources.load()
     after = jit.activate("kernel1")
     assert after.kernel == "kernel1"
     assert after is jit.runtime()
@@ -194,6 +194,9 @@ def test_activate_switches_the_operator(half: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="kernel9"):
         jit.activate("kernel9")
     assert jit.runtime().kernel == "kernel0"
+    jit.activate("kernel1")
+    assert jit.activate(None) is imported is jit.runtime()
+    assert given(imported) == 0
 
 
 # --- Several processes, killed processes ---------------------------------------------------------
