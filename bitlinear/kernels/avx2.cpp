@@ -36,16 +36,16 @@ struct Avx2 : X86Ymm {
     __m256i by4 = _mm256_setzero_si256();
     __m256i by1 = _mm256_setzero_si256();
     __m256i sum = _mm256_setzero_si256();
-    void add(Bytes w, const Planes& q) {
+    void add(Bytes w, const Bytes (&q)[4]) {
       const __m256i mask4 = _mm256_set1_epi8(0x0C);
       const __m256i mask1 = _mm256_set1_epi8(0x03);
       const Bytes high = _mm256_srli_epi16(w, 4);
       by4 = _mm256_add_epi16(
-          by4, _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(high, mask4), q.plane[0]),
-                                _mm256_maddubs_epi16(_mm256_and_si256(w, mask4), q.plane[2])));
+          by4, _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(high, mask4), q[0]),
+                                _mm256_maddubs_epi16(_mm256_and_si256(w, mask4), q[2])));
       by1 = _mm256_add_epi16(
-          by1, _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(high, mask1), q.plane[1]),
-                                _mm256_maddubs_epi16(_mm256_and_si256(w, mask1), q.plane[3])));
+          by1, _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(high, mask1), q[1]),
+                                _mm256_maddubs_epi16(_mm256_and_si256(w, mask1), q[3])));
     }
     void flush() {
       // Every lane of by4 is a multiple of 4: the shift is exact.

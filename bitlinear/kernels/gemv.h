@@ -16,16 +16,23 @@
 
 namespace bitlinear {
 
+// The four activation vectors of a block.
+template <class V>
+inline void load_planes(const int8_t* q, typename V::Bytes (&planes)[4]) {
+  for (int j = 0; j < 4; ++j) planes[j] = V::load_plane(q + j * V::kWidth);
+}
+
 // codes[r] = sum_k c[r, k] * q[k] for kRows consecutive weight rows.
 template <class V, int kRows>
 inline void gemv_rows(const uint8_t* w, int64_t row_bytes, const int8_t* q, int32_t* codes) {
   typename V::PlaneSum sums[kRows] = {};
+  typename V::Bytes planes[4];
   const int64_t whole = row_bytes / V::kWidth;
   int64_t block = 0;
   while (block < whole) {
     const int64_t stop = whole - block > V::PlaneSum::kFlush ? block + V::PlaneSum::kFlush : whole;
     for (; block < stop; ++block) {
-      const typename V::Planes planes(q + block * 4 * V::kWidth);
+      load_planes<V>(q + block * 4 * V::kWidth, planes);
       for (int r = 0; r < kRows; ++r) {
         const uint8_t* bytes = w + r * row_bytes + block * V::kWidth;
         // Several strided row streams defeat the hardware prefetcher: fetch the next row group.
@@ -37,7 +44,7 @@ inline void gemv_rows(const uint8_t* w, int64_t row_bytes, const int8_t* q, int3
   }
   const int64_t tail = row_bytes - whole * V::kWidth;
   if (tail > 0) {
-    const typename V::Planes planes(q + whole * 4 * V::kWidth);
+    load_planes<V>(q + whole * 4 * V::kWidth, planes);
     for (int r = 0; r < kRows; ++r) {
       sums[r].add(V::load_partial(w + r * row_bytes + whole * V::kWidth, tail), planes);
       sums[r].flush();

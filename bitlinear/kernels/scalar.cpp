@@ -21,24 +21,17 @@ struct Scalar {
     return w;
   }
   static Bytes load_plane(const int8_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
-  struct Planes {
-    Bytes plane[4];
-    explicit Planes(const int8_t* p) {
-      for (int j = 0; j < 4; ++j) plane[j] = load_plane(p + j * kWidth);
-    }
-  };
-
   struct PlaneSum {
     // 16-bit lanes are what a baseline instruction set multiplies well. A block adds 4 planes of at
     // most 2 * 127 = 254 to a lane: 32 * 4 * 254 = 32512 < 2^15.
     static constexpr int64_t kFlush = 32;
     int16_t lanes[kWidth] = {};
     int32_t sum = 0;
-    void add(Bytes w, const Planes& q) {
+    void add(Bytes w, const Bytes (&q)[4]) {
       for (int i = 0; i < kWidth; ++i) {
         int value = lanes[i];
         for (int j = 0; j < 4; ++j) {
-          value += (w.byte[i] >> (6 - 2 * j) & 3) * static_cast<int8_t>(q.plane[j].byte[i]);
+          value += (w.byte[i] >> (6 - 2 * j) & 3) * static_cast<int8_t>(q[j].byte[i]);
         }
         lanes[i] = static_cast<int16_t>(value);
       }

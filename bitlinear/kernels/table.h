@@ -1,12 +1,12 @@
 // Turns an instruction set's vector vocabulary V into the table that a variant exports.
 //
-// What V provides (see avx512_vnni.cpp for the shortest example):
+// What V provides (see avx2.cpp for an example):
 //   kWidth                     bytes in a vector
 //   Bytes                      a vector of kWidth bytes
 //   load(p), load_partial(p, n)     packed bytes; the latter reads n < kWidth of them, rest zero
 //   load_plane(p)              activations (int8), aligned or not
-//   Planes(p)                  the four activation vectors of a block
-//   PlaneSum                   sum of codes times activations; add(w, planes) takes packed bytes
+//   PlaneSum                   sum of codes times activations; add(w, q) takes packed bytes and the
+//                              four activation vectors of their block
 //     kFlush                   blocks that may be added before flush() must be called
 //     total()                  the exact sum over all lanes, after a flush()
 //   kGemvRows                  weight rows that share the loads of activations

@@ -52,13 +52,6 @@ struct X86Ymm : X86Half {
     const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
   }
-
-  struct Planes {
-    Bytes plane[4];
-    explicit Planes(const int8_t* p) {
-      for (int j = 0; j < 4; ++j) plane[j] = load_plane(p + j * kWidth);
-    }
-  };
 };
 
 }  // namespace
