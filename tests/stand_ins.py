@@ -138,7 +138,8 @@ def compilations(directory: Path) -> list[str]:
 # --- Other processes -----------------------------------------------------------------------------
 
 _RUN = """
-import json, os, sys
+import json, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell's "&" started us
 build = os.environ.pop("BITLINEAR_BUILD", None)
 os.environ["BITLINEAR_BUILD"] = "off"  # the import itself is not what is looked at
 from bitlinear import jit

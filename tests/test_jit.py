@@ -237,7 +237,7 @@ def processes_with(text: str) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("child_too", [False, True])
 def test_killed_while_compiling(tmp_path: Path, child_too: bool) -> None:
-    """The next import takes no longer than any cold one, and nothing goes on compiling."""
+    """The next import waits for no stale lock (it would for half an hour); nothing goes on."""
     root = tmp_path / "cache"
     file = stand_ins(tmp_path / "sources").write(tmp_path / "stand_ins.json")
     slow = tmp_path / "slow"
@@ -257,11 +257,9 @@ def test_killed_while_compiling(tmp_path: Path, child_too: bool) -> None:
     assert json.loads((root / ".lock.owner").read_text())["pid"] == killed.pid  # it left this
 
     slow.unlink()
-    began = time.monotonic()
     result, errors = finish(start(file, **environment))
     assert result["states"] == {"kernel0": "built", "operator": "built"}
     assert "waiting" not in errors
-    assert time.monotonic() - began < 30
     wait_for(lambda: not processes_with(str(tmp_path)), 10)
 
 
