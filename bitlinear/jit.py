@@ -136,7 +136,8 @@ def activate(name: str | None) -> Runtime:
         raise RuntimeError(f"cannot switch to {name}: {before.problem}")
     if name is None:
         imported = _state.imported
-        assert imported is not None and imported.kernel is not None  # there is an operator
+        assert imported is not None
+        assert imported.kernel is not None  # as there is an operator
         _plug_in(imported.kernel, None)
         _state.runtime = imported
         return imported
