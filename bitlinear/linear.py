@@ -236,6 +236,15 @@ class BitLinear(nn.Linear):
             parts.append("deployed=True")
         return ", ".join(parts)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in ``nn.Module``; raises AttributeError for ``weight`` of a deployed layer."""
+        if name == "weight" and param is not None and "w_packed" in self._buffers:
+            raise AttributeError(
+                "this BitLinear is deployed: a weight assigned to it would be ignored; call "
+                "undeploy() first"
+            )
+        super().register_parameter(name, param)
+
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and "w_packed" in self.__dict__.get("_buffers", ()):
             raise AttributeError(
@@ -259,6 +268,7 @@ class BitLinear(nn.Linear):
             return "its weight has values that are NaN, infinite, or too large for their sum"
         return ""
 
+    @torch.inference_mode(False)  # buffers made in inference mode could never be loaded into
     @torch.no_grad()
     def _pack(self) -> tuple[Tensor, Tensor]:
         """``(w_packed, w_scale)`` of the current weight."""
@@ -277,16 +287,25 @@ class BitLinear(nn.Linear):
         self.register_buffer("w_packed", w_packed)
         self.register_buffer("w_scale", w_scale)
         # A copy: an optimizer that still holds the parameter must not reach the deployed layer.
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        with torch.inference_mode(False):
+            self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def _restore_weight(self) -> Tensor:
         """Turns the buffers into parameters; the values of the weight are for the caller to set."""
         device, bias = self.w_packed.device, self.bias
         dtype = self._weight_dtype if bias is None else bias.dtype
-        del self.w_packed, self.w_scale, self.bias
         shape = (self.out_features, self.in_features)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        # Both are made before anything is dropped, and outside inference mode, where a tensor could
+        # never require gradients.
+        with torch.inference_mode(False):
+            weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            addend = None if bias is None else nn.Parameter(torch.empty_like(bias))
+        if bias is not None and addend is not None:
+            with torch.no_grad():
+                addend.copy_(bias)
+        del self.w_packed, self.w_scale, self.bias
+        self.weight = weight
+        self.register_parameter("bias", addend)
         return self.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BitLinear:

@@ -106,6 +106,13 @@ def check_packed(packed: Tensor, in_features: int) -> None:
                 f"(0x{int(rows[row, byte]):02x}): the file is damaged, or not in packed format "
                 f"version {FORMAT_VERSION}"
             )
+    # The slots past K in the last byte of a row hold weight 0, code 1.
+    unused = (1 << 2 * (4 * columns - in_features)) - 1
+    if bool(((packed[:, -1] & unused) != (0b01010101 & unused)).any()):
+        raise ValueError(
+            f"w_packed has weights beyond in_features={in_features}: it was packed for a layer "
+            f"with up to {4 * columns}"
+        )
 
 
 def enumerate_chunks(tensor: Tensor) -> list[tuple[int, Tensor]]:

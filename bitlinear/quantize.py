@@ -13,7 +13,6 @@ computes ``127 / tensor`` as ``127 * (1 / tensor)``, and on CUDA ``tensor / 127`
 from __future__ import annotations
 
 import contextlib
-import math
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -26,8 +25,8 @@ QUANT_TYPES = ("ai8pc_wpt",)
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-MIN_EPS = 1e-36
-"""The smallest ``eps`` for which 127 / eps is finite in fp32, rounded up."""
+MIN_EPS, MAX_EPS = 1e-36, 1e18
+"""Between these, rounded, 127 / eps and eps * eps are finite in fp32."""
 
 _QMAX = 127
 # fp32 adds integers exactly below 2**24, and no sum of K products |q * t| <= 127 exceeds 127 * K.
@@ -46,11 +45,11 @@ def check_quant_type(quant_type: str) -> None:
 
 
 def check_eps(eps: float) -> None:
-    """Raises ValueError unless ``eps`` is finite and at least :data:`MIN_EPS`."""
-    if not (math.isfinite(eps) and eps >= MIN_EPS):
+    """Raises ValueError unless ``eps`` is between :data:`MIN_EPS` and :data:`MAX_EPS`."""
+    if not MIN_EPS <= eps <= MAX_EPS:
         raise ValueError(
-            f"bitlinear: eps must be finite and at least 1e-36 (127 / eps has to fit float32), "
-            f"but it is {eps:g}"
+            f"bitlinear: eps must be between 1e-36 and 1e+18 (127 / eps and eps * eps have to fit "
+            f"float32), but it is {eps:g}"
         )
 
 
@@ -140,7 +139,7 @@ def integer_product(q: Tensor, t: Tensor) -> Tensor:
         fp32, shape ``(M, N)``.
     """
     if q.shape[-1] <= _EXACT_K:
-        return q @ t.T
+        return (q @ t.T).add_(0.0)  # an integer 0 has no sign
     parts = [a @ b.T for a, b in zip(q.split(_EXACT_K, dim=-1), t.split(_EXACT_K, dim=-1))]
     return torch.stack([part.to(torch.int32) for part in parts]).sum(dim=0).to(torch.float32)
 

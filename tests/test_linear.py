@@ -55,8 +55,8 @@ def test_repr():
     ("arguments", "message"),
     [
         ({"quant_type": "fp4"}, r"one of \['ai8pc_wpt'\], but it is 'fp4'"),
-        ({"eps": 0.0}, "eps must be finite and at least 1e-36"),
-        ({"eps": float("nan")}, "eps must be finite"),
+        ({"eps": 0.0}, "eps must be between 1e-36 and 1e"),
+        ({"eps": float("nan")}, "eps must be between"),
         ({"in_features": 0}, "at least 1, but they are 0 and 6"),
         ({"out_features": 0}, "at least 1, but they are 20 and 0"),
     ],
@@ -724,3 +724,32 @@ def test_export_deployed():
     for rows in (4, 9):
         x = torch.randn(rows, 20)
         assert torch.equal(loaded(x), model(x))
+
+
+# --- Inference mode ---
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_deployed_in_inference_mode_is_a_layer_like_any_other(bias):
+    layer = BitLinear(20, 6, bias=bias)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with torch.inference_mode():
+        layer.deploy()
+    layer.load_state_dict(layer.state_dict())
+    layer.undeploy()
+    layer(torch.randn(2, 20)).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.inference_mode():
+        layer.deploy()
+        layer.undeploy()
+        layer.deploy()
+    layer.load_state_dict(state)
+    layer(torch.randn(2, 20)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_a_weight_cannot_be_assigned_to_a_deployed_layer():
+    layer = deployed()
+    with pytest.raises(AttributeError, match="would be ignored; call undeploy"):
+        layer.weight = torch.nn.Parameter(torch.zeros(6, 20))
+    assert not list(layer.parameters())

@@ -74,3 +74,10 @@ def test_unpack_refuses_other_dtypes_and_shapes():
 def test_expand_reads_code_3_as_the_kernels_do():
     packed = torch.tensor([[0b11_00_01_10]], dtype=torch.uint8)
     assert packing.expand(packed, 4).tolist() == [[2, -1, 0, 1]]
+
+
+def test_weights_beyond_in_features_are_an_error():
+    packed = packing.pack_ternary(torch.ones(2, 8, dtype=torch.int8))
+    with pytest.raises(ValueError, match=r"weights beyond in_features=7: .* up to 8"):
+        packing.check_packed(packed, 7)
+    packing.check_packed(packed, 8)

@@ -8,7 +8,6 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <cmath>
 #include <mutex>
 #include <optional>
 #include <set>
@@ -38,6 +37,34 @@ int kernel_dtype(ScalarType dtype) {
   }
 }
 
+// As Python spells it; torch's own messages have the C++ name.
+const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return c10::toString(dtype);
+  }
+}
+
 void check_device(const Tensor& x, const char* name, const Tensor& other) {
   TORCH_CHECK_VALUE(
       other.device() == x.device(), "bitlinear: all tensors must be on one device, but x is on ",
@@ -56,25 +83,26 @@ void check_arguments(const Tensor& x, const Tensor& w_packed, const Tensor& w_sc
                     "bitlinear: in_features must be between 1 and ", BITLINEAR_MAX_K,
                     " (where int32 sums are exact), but it is ", in_features,
                     ": split the layer along in_features");
-  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 1e-36,
-                    "bitlinear: eps must be finite and at least 1e-36 (127 / eps has to fit "
-                    "float32), but it is ",
+  TORCH_CHECK_VALUE(eps >= 1e-36 && eps <= 1e18,
+                    "bitlinear: eps must be between 1e-36 and 1e+18 (127 / eps and eps * eps have "
+                    "to fit float32), but it is ",
                     eps);
   TORCH_CHECK_TYPE(kernel_dtype(x.scalar_type()) >= 0,
-                   "bitlinear: x must be float32, float16 or bfloat16, but it is ", x.scalar_type(),
-                   ": convert it, for example with x.float()");
+                   "bitlinear: x must be float32, float16 or bfloat16, but it is ",
+                   dtype_name(x.scalar_type()), ": convert it, for example with x.float()");
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == in_features,
                     "bitlinear: the last dimension of x must be in_features = ", in_features,
                     ", but x has shape ", x.sizes());
   TORCH_CHECK_TYPE(kernel_dtype(out_dtype) >= 0,
                    "bitlinear: out_dtype must be float32, float16 or bfloat16, but it is ",
-                   out_dtype, ": leave it out to get the dtype of x");
+                   dtype_name(out_dtype), ": leave it out to get the dtype of x");
   TORCH_CHECK_TYPE(w_packed.scalar_type() == ScalarType::Byte,
-                   "bitlinear: w_packed must be uint8, but it is ", w_packed.scalar_type(),
+                   "bitlinear: w_packed must be uint8, but it is ",
+                   dtype_name(w_packed.scalar_type()),
                    ": pack ternary weights with bitlinear.packing.pack_ternary");
   TORCH_CHECK_TYPE(w_scale.scalar_type() == ScalarType::Float,
-                   "bitlinear: w_scale must be float32, but it is ", w_scale.scalar_type(),
-                   ": convert it with w_scale.float()");
+                   "bitlinear: w_scale must be float32, but it is ",
+                   dtype_name(w_scale.scalar_type()), ": convert it with w_scale.float()");
   const int64_t columns = (in_features + 3) / 4;
   TORCH_CHECK_VALUE(w_packed.dim() == 2 && w_packed.size(1) == columns,
                     "bitlinear: w_packed must have shape (N, ", columns,
@@ -90,13 +118,21 @@ void check_arguments(const Tensor& x, const Tensor& w_packed, const Tensor& w_sc
   check_device(x, "w_scale", w_scale);
   if (bias.has_value()) {
     TORCH_CHECK_TYPE(at::isFloatingType(bias->scalar_type()),
-                     "bitlinear: bias must be floating point, but it is ", bias->scalar_type(),
-                     ": convert it with bias.float()");
+                     "bitlinear: bias must be floating point, but it is ",
+                     dtype_name(bias->scalar_type()), ": convert it with bias.float()");
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == out_features,
                       "bitlinear: bias must have shape (", out_features, ",), as w_packed has ",
                       out_features, " rows, but it has shape ", bias->sizes());
     check_device(x, "bias", *bias);
   }
+}
+
+// The memory of a tensor, which a framework that shards parameters may have taken away.
+const char* data_of(const Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.unsafeGetTensorImpl()->storage_initialized(), "bitlinear: ", name,
+                    " has ", tensor.numel(),
+                    " elements, but its storage was freed: restore it before the forward pass");
+  return static_cast<const char*>(tensor.const_data_ptr());
 }
 
 Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
@@ -133,7 +169,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   int32_t* q_sum = reinterpret_cast<int32_t*>(s_x + M);
 
   const int x_dtype = kernel_dtype(x.scalar_type());
-  const char* tokens = static_cast<const char*>(input.const_data_ptr());
+  const char* tokens = data_of(input, "x");
   const int64_t token_bytes = K * input.element_size();
   const int64_t threads = at::get_num_threads();
   const int64_t quantize_parts = bitlinear::choose_quantize_parts(M, K, threads);
@@ -151,11 +187,11 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.s_x = s_x;
   task.q_sum = q_sum;
   task.M = M;
-  task.w = static_cast<const uint8_t*>(weight.const_data_ptr());
+  task.w = reinterpret_cast<const uint8_t*>(data_of(weight, "w_packed"));
   task.row_bytes = weight.size(1);
-  task.s_w = static_cast<const float*>(scale.const_data_ptr());
+  task.s_w = reinterpret_cast<const float*>(data_of(scale, "w_scale"));
   task.s_w_stride = scale.dim() == 2 ? 1 : 0;
-  task.bias = addend.defined() ? addend.const_data_ptr() : nullptr;
+  task.bias = addend.defined() ? data_of(addend, "bias") : nullptr;
   task.bias_dtype = addend.defined() ? kernel_dtype(addend.scalar_type()) : BITLINEAR_F32;
   task.y = y.data_ptr();
   task.y_stride = N;
