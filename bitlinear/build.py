@@ -215,7 +215,9 @@ def _compiler_line(log: str) -> str:
     """The line that says what is wrong: not the command, and not what ninja makes of it."""
     lines = [line.strip() for line in log.splitlines()]
     messages = (
-        line for line in lines if not line.startswith(("FAILED:", "[", "/", "ninja: build"))
+        line
+        for line in lines
+        if _WRAPPER not in line and not line.startswith(("FAILED:", "[", "ninja: build"))
     )
     return next((line for line in messages if _ERROR_LINE.search(line)), _last_line(log))
 

@@ -40,9 +40,11 @@ def main(spec_path: str) -> None:
         stage = "self-test"
         report(stage)
         verdict = _SELF_TESTS[spec["self_test"]](str(library))
-    except Exception as error:
+    except Exception as caught:
+        error: BaseException = caught
         if stage == "compile" and library.exists():
             stage = "load"  # cpp_extension.load links and loads in one call
+            error = error.__cause__ or error  # torch only names the file; the linker says why
         kind = "" if isinstance(error, _SelfTestError) else f"{type(error).__name__}: "
         report(stage, error=f"{kind}{error}")
         sys.exit(1)

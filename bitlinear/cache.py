@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class CacheDirectory:
         temporary: It vanishes when this process ends.
         unsafe: A directory was refused because other users could put code into it.
         readable: Every directory to look for artifacts in, best first, read-only ones included.
+        refused: Why BITLINEAR_CACHE_DIR is not even read; empty if it is, or is not set.
     """
 
     path: Path | None
@@ -65,6 +66,7 @@ class CacheDirectory:
     temporary: bool = False
     unsafe: bool = False
     readable: tuple[Path, ...] = ()
+    refused: str = ""
 
 
 def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
@@ -72,6 +74,7 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
     reasons: list[str] = []
     readable: list[Path] = []
     unsafe = False
+    refused = ""
     for candidate in _candidates(environ):
         reason = _make(candidate)
         directory = Path(os.path.realpath(candidate))
@@ -80,9 +83,13 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
         elif not reason:
             readable.append(directory)
             if not (reason := unusable(directory)):
-                return CacheDirectory(directory, "; ".join(reasons), False, unsafe, tuple(readable))
+                break
         reasons.append(f"{candidate} {reason}")
-    return CacheDirectory(None, "; ".join(reasons), False, unsafe, tuple(readable))
+        if not readable and not refused and environ.get("BITLINEAR_CACHE_DIR"):
+            refused = reasons[0]
+    else:
+        directory = None
+    return CacheDirectory(directory, "; ".join(reasons), False, unsafe, tuple(readable), refused)
 
 
 def with_temporary(cache: CacheDirectory) -> CacheDirectory:
@@ -92,7 +99,7 @@ def with_temporary(cache: CacheDirectory) -> CacheDirectory:
     try:
         path = Path(tempfile.mkdtemp(prefix="bitlinear-")).resolve()
     except OSError as error:
-        return CacheDirectory(None, f"{cache.reason}; {error}", False, cache.unsafe, cache.readable)
+        return replace(cache, reason=f"{cache.reason}; {error}")
     owner = os.getpid()
 
     def remove() -> None:
@@ -101,9 +108,8 @@ def with_temporary(cache: CacheDirectory) -> CacheDirectory:
 
     atexit.register(remove)
     if reason := unusable(path):
-        reason = f"{cache.reason}; {path} {reason}"
-        return CacheDirectory(None, reason, False, cache.unsafe, cache.readable)
-    return CacheDirectory(path, cache.reason, True, cache.unsafe, (*cache.readable, path))
+        return replace(cache, reason=f"{cache.reason}; {path} {reason}")
+    return replace(cache, path=path, temporary=True, readable=(*cache.readable, path))
 
 
 def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:

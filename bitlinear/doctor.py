@@ -173,6 +173,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # What --no-build, --clean and --rebuild keep the import from doing is up to jit.load.
     if options.clean or options.rebuild:
+        if jit.runtime().cache.refused:  # the import has said why
+            print("nothing deleted: that is not the directory asked for", file=sys.stderr)
+            return BROKEN
         roots = jit.runtime().cache.readable
         count = sum(map(cache.clean, roots))
         if options.clean:

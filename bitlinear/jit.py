@@ -99,6 +99,8 @@ def load(
             raises: without a compiled kernel there is one warning, and ``Runtime.problem``.
     """
     found = cache.open_cache()
+    if found.refused:
+        build.say(f"BITLINEAR_CACHE_DIR is not used: {found.refused}")
     hardware = detect(found.readable[0] if found.readable else None)
     forced = os.environ.get("BITLINEAR_KERNEL") or None
     request = _Request(hardware, variants, operator, directory, forced)
@@ -310,6 +312,8 @@ class _Workshop:
             found = cache.find(self.cache, parts, any_compiler=self._obstacle is not None)
             if found is not None:
                 self.done[library.name] = found
+                if found.state == "failed":
+                    break  # what comes after it may never be needed
             elif self._obstacle is not None:
                 self.done[library.name] = _cannot(library, self._obstacle)
             else:

@@ -219,6 +219,18 @@ def test_cleaning_does_not_compile_first(warm: Path, tmp_path: Path) -> None:
     assert not list(warm.glob("*/*/meta.json"))
 
 
+def test_cleaning_deletes_nothing_but_what_was_named(warm: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(warm, home / ".cache" / "bitlinear")
+    (tmp_path / "file").touch()
+    environment = {"HOME": str(home), "XDG_CACHE_HOME": ""}
+    done = run("--clean", BITLINEAR_CACHE_DIR=str(tmp_path / "file"), **environment)
+    assert done.returncode == 2
+    assert f"BITLINEAR_CACHE_DIR is not used: {tmp_path}/file cannot be created" in done.stderr
+    assert "nothing deleted" in done.stderr
+    assert list(home.glob(".cache/bitlinear/*/*/meta.json"))
+
+
 @pytest.mark.slow
 def test_rebuilding_forgets_and_compiles(warm: Path) -> None:
     """A recorded failure of the operator is what a user wants to be rid of."""
