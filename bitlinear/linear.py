@@ -299,10 +299,7 @@ class BitLinear(nn.Linear):
         # never require gradients.
         with torch.inference_mode(False):
             weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-            addend = None if bias is None else nn.Parameter(torch.empty_like(bias))
-        if bias is not None and addend is not None:
-            with torch.no_grad():
-                addend.copy_(bias)
+            addend = None if bias is None else nn.Parameter(bias.detach().clone())
         del self.w_packed, self.w_scale, self.bias
         self.weight = weight
         self.register_parameter("bias", addend)

@@ -23,6 +23,11 @@ from bitlinear import jit
 Contestants = dict[str, Callable[[], object]]
 
 
+def usable_kernels() -> list[str]:
+    """The kernel variants that this machine can run, best first."""
+    return [verdict.variant for verdict in bitlinear.available_kernels() if verdict.ok]
+
+
 def contestants(n: int, k: int, m: int) -> Contestants:
     """What is timed for ``y[m, n] = x[m, k] @ w[n, k].T``, by name."""
     x = torch.randn(m, k)
@@ -32,19 +37,11 @@ def contestants(n: int, k: int, m: int) -> Contestants:
     undeployed = bitlinear.BitLinear.from_linear(linear)
     deployed = bitlinear.BitLinear(k, n).deploy()
 
-    def with_kernel(name: str) -> Callable[[], object]:
-        def run() -> object:
-            return deployed(x)
-
-        run.kernel = name  # type: ignore[attr-defined]
-        return run
-
-    usable = [verdict.variant for verdict in bitlinear.available_kernels() if verdict.ok]
     return {
         "nn.Linear fp32": lambda: linear(x),
         "nn.Linear bf16": lambda: half(half_x),
         "undeployed": lambda: undeployed(x),
-        **{name: with_kernel(name) for name in usable},
+        **{name: lambda: deployed(x) for name in usable_kernels()},
     }
 
 
@@ -57,13 +54,14 @@ def seconds(call: Callable[[], object]) -> float:
 def medians(calls: Contestants, budget: float) -> dict[str, float]:
     """Median microseconds of each call, in rounds until ``budget`` seconds have passed."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    kernels = usable_kernels()
     end = time.perf_counter() + budget
     rounds = 0
     while rounds < 5 or time.perf_counter() < end:
         rounds += 1
         for name, call in calls.items():
-            if hasattr(call, "kernel"):
-                jit.activate(call.kernel)
+            if name in kernels:
+                jit.activate(name)
             call()  # brings weights and code into the cache
             times[name] += [seconds(call) for _ in range(3)]
     return {name: statistics.median(values) * 1e6 for name, values in times.items()}
