@@ -394,6 +394,8 @@ def _open(artifact: Artifact) -> Artifact:
         kernels = ctypes.CDLL(str(artifact.path))
         kernels.bitlinear_kernels.argtypes = []
         kernels.bitlinear_kernels.restype = ctypes.c_void_p
+        if not kernels.bitlinear_kernels():  # it passed its self-test where the system allowed it
+            raise OSError("the system refuses what it needs")
     except (OSError, AttributeError) as error:
         return _unloadable(artifact, error)
     _state.kernels[artifact.name] = kernels

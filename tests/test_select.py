@@ -25,7 +25,7 @@ EXPECTED = {
     "skylake_x": "avx2",  # AVX-512, but not its VNNI
     "ice_lake": "avx512_vnni",
     "alder_lake": "avx_vnni",  # AVX-512 is fused off, VNNI exists in VEX encoding only
-    "sapphire_rapids": "avx512_vnni",  # has avx_vnni as well
+    "sapphire_rapids": "amx_int8",  # has avx512_vnni and avx_vnni as well
     "zen2": "avx2",
     "zen4": "avx512_vnni",  # has no avx_vnni
     "zen5": "avx512_vnni",
@@ -151,7 +151,7 @@ def test_nothing_is_chosen_where_nothing_runs() -> None:
 # --- Forcing (BITLINEAR_KERNEL) ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("forced", ["avx512_vnni", "avx_vnni", "avx2", "scalar"])
+@pytest.mark.parametrize("forced", ["amx_int8", "avx512_vnni", "avx_vnni", "avx2", "scalar"])
 def test_forced_variant_is_chosen(forced: str) -> None:
     verdicts = select(machine(read_cpu("sapphire_rapids")), forced=forced)
     assert chosen(verdicts) == forced
@@ -172,8 +172,8 @@ def test_forcing_an_unknown_name_lists_the_valid_ones() -> None:
     with pytest.raises(ValueError, match="nonsense") as raised:
         select(machine(read_cpu("haswell")), forced="nonsense")
     assert str(raised.value) == (
-        "BITLINEAR_KERNEL='nonsense' names no CPU kernel (there are avx512_vnni, avx_vnni, avx2, "
-        "scalar). Valid on this machine: avx2, scalar. Set it to one of those, or unset it."
+        "BITLINEAR_KERNEL='nonsense' names no CPU kernel (there are amx_int8, avx512_vnni, "
+        "avx_vnni, avx2, scalar). Valid on this machine: avx2, scalar. Set it to one of those, or unset it."
     )
 
 
@@ -208,7 +208,7 @@ def failed(name: str) -> Verdict:
 
 def test_rejected_variants_keep_their_verdict_and_the_next_one_is_chosen() -> None:
     hardware = machine(read_cpu("sapphire_rapids"))
-    rejected = {name: failed(name) for name in ("avx512_vnni", "avx_vnni")}
+    rejected = {name: failed(name) for name in ("amx_int8", "avx512_vnni", "avx_vnni")}
     verdicts = select(hardware, rejected=rejected)
     assert chosen(verdicts) == "avx2"
     for name, verdict in rejected.items():
@@ -302,6 +302,8 @@ MACROS = {
     "__AVX512DQ__": "avx512dq",
     "__AVX512VL__": "avx512vl",
     "__AVX512VNNI__": "avx512_vnni",
+    "__AMX_TILE__": "amx_tile",
+    "__AMX_INT8__": "amx_int8",
 }
 # Consequences of the above that are no instruction sets.
 OTHER_MACROS = ("__BIGGEST_ALIGNMENT__", "__FP_FAST_FMA")

@@ -68,14 +68,24 @@ def _variant(
     )
 
 
+_AVX512_ISA = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mf16c")
+# clang takes -mavx512f to include FMA
+_AVX512_FLAGS = f"{_AVX2_FLAGS} fma avx512f avx512bw avx512dq avx512vl avx512_vnni"
+
 VARIANTS: tuple[Variant, ...] = (
+    _variant(
+        "amx_int8",
+        priority=50,
+        arch="x86_64",
+        isa=(*_AVX512_ISA, "-mamx-tile", "-mamx-int8"),
+        requires=f"{_AVX512_FLAGS} amx_tile amx_int8",
+    ),
     _variant(
         "avx512_vnni",
         priority=40,
         arch="x86_64",
-        isa=("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mf16c"),
-        # clang takes -mavx512f to include FMA
-        requires=f"{_AVX2_FLAGS} fma avx512f avx512bw avx512dq avx512vl avx512_vnni",
+        isa=_AVX512_ISA,
+        requires=_AVX512_FLAGS,
     ),
     _variant(
         "avx_vnni",

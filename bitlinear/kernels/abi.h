@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define BITLINEAR_ABI_VERSION 1
+#define BITLINEAR_ABI_VERSION 2
 
 // Activations and weights are multiplied in int32. The most significant plane of a packed byte
 // counts 64 times too large (see gemv.h), so |acc| <= 127 * 2 * 64 * K / 4, which stays below 2^31
@@ -31,6 +31,14 @@ struct bitlinear_task {
   void* y;  // (M, y_stride)
   int64_t y_stride;
   int y_dtype;
+  void* scratch;  // as many bytes as scratch_bytes() says, at a multiple of 64; of this call alone
+};
+
+// What a large product costs besides its multiplications; heuristics.h divides the work by it.
+struct bitlinear_costs {
+  int64_t token_unit, row_unit;  // tokens and rows of a tile: a part costs as much as whole tiles
+  int64_t per_row;    // what is done once per weight row (decoding), in multiplications by a token
+  int64_t per_token;  // what is done once per token (tables), in multiplications by a weight row
 };
 
 struct bitlinear_kernel_table {
@@ -45,11 +53,16 @@ struct bitlinear_kernel_table {
                        int32_t* q_sum);
   // Computes the rectangle of the task.
   void (*linear)(const bitlinear_task* task);
+  // What a task of M tokens needs.
+  int64_t (*scratch_bytes)(int64_t M);
+  bitlinear_costs costs;
 };
 
+// An odd number of cache lines: rows a power of two apart would compete for the same sets.
 static inline int64_t bitlinear_q_stride(const bitlinear_kernel_table* kernels, int64_t K) {
   const int64_t row_bytes = (K + 3) / 4;
-  return (row_bytes + kernels->block - 1) / kernels->block * kernels->block * 4;
+  return ((row_bytes + kernels->block - 1) / kernels->block * kernels->block * 4 + 63) / 64 * 64 |
+         64;
 }
 
 #if defined(_WIN32)
@@ -58,7 +71,7 @@ static inline int64_t bitlinear_q_stride(const bitlinear_kernel_table* kernels, 
 #define BITLINEAR_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// Exported by every variant's library.
+// Exported by every variant's library. Null if the system refuses what the variant needs.
 BITLINEAR_EXPORT const bitlinear_kernel_table* bitlinear_kernels(void);
 // 0 if the variant reproduces the numerics of its reference to the bit; else 1 and a message.
 BITLINEAR_EXPORT int bitlinear_selftest(char* message, int64_t message_size);

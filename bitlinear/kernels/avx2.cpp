@@ -1,32 +1,18 @@
 // AVX2: vpmaddubsw multiplies unsigned by signed bytes and adds pairs, saturating at 16 bits. The
 // 16-bit sums below are flushed to 32 bits before they can reach 2^15.
-#include "table.h"
+#include "gemm_lookup.h"
+#include "vocabulary.h"
 #include "x86.h"
 
 namespace bitlinear {
 namespace {
 
 struct Avx2 : X86Ymm {
+  static constexpr int kGemvTokens = 4;
   static constexpr int kGemvRows = 4;
-  static constexpr int kTokens = 4;
-  static constexpr int kTileRows = 2;
+  static constexpr int64_t kGemmTokens = 13;
 
   static __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-
-  struct CodeSum {
-    // A block adds 4 planes of at most 2 codes * 2 * 127 = 508: 16 * 4 * 508 = 32512 < 2^15.
-    static constexpr int64_t kFlush = 16;
-    __m256i sum16 = _mm256_setzero_si256();
-    __m256i sum = _mm256_setzero_si256();
-    void add(Bytes codes, Bytes plane) {
-      sum16 = _mm256_add_epi16(sum16, _mm256_maddubs_epi16(codes, plane));
-    }
-    void flush() {
-      sum = _mm256_add_epi32(sum, widen(sum16));
-      sum16 = _mm256_setzero_si256();
-    }
-    int32_t total() const { return reduce(sum); }
-  };
 
   // One shift by 4 lets the masks 0x0C and 0x03 serve all planes, so factors are only 4 and 1.
   struct PlaneSum {
@@ -52,11 +38,11 @@ struct Avx2 : X86Ymm {
       sum = _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_srai_epi32(widen(by4), 2), widen(by1)));
       by4 = by1 = _mm256_setzero_si256();
     }
-    int32_t total() const { return reduce(sum); }
+    __m256i lanes() const { return sum; }
   };
 };
 
-constexpr bitlinear_kernel_table kTable = make_table<Avx2>("avx2");
+constexpr bitlinear_kernel_table kTable = make_table<Avx2, LookupGemm<Avx2>>("avx2");
 
 }  // namespace
 }  // namespace bitlinear

@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "abi.h"
+#include "heuristics.h"
 #include "parallel.h"
 
 namespace {
@@ -22,6 +23,8 @@ using at::ScalarType;
 using at::Tensor;
 
 std::atomic<const bitlinear_kernel_table*> active_kernels{nullptr};
+
+constexpr int64_t kAlignment = 64;  // of torch's memory, of cache lines and of vectors
 
 // The dtype's number in the kernels' interface, or -1.
 int kernel_dtype(ScalarType dtype) {
@@ -160,23 +163,31 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
     if (kernel_dtype(addend.scalar_type()) < 0) addend = addend.to(ScalarType::Float);
   }
 
-  // One block of scratch: quantised activations, then their scales and sums.
+  const int64_t threads = at::get_num_threads();
+  const int64_t row_bytes = weight.size(1);
+  const bitlinear::Grid grid = bitlinear::choose_grid(M, N, row_bytes, threads, kernels->costs);
+  const int64_t parts = grid.tokens * grid.rows;
+
+  // One block of scratch: what each part needs, then the quantised activations, scales and sums.
+  const int64_t part_tokens = bitlinear::largest_part(M, kernels->costs.token_unit, grid.tokens);
+  const int64_t part_bytes =
+      bitlinear::ceil_div(kernels->scratch_bytes(part_tokens), kAlignment) * kAlignment;
   const int64_t q_stride = bitlinear_q_stride(kernels, K);
-  const Tensor scratch = at::empty(
-      {M * (q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)})}, w_packed.options());
-  int8_t* q = static_cast<int8_t*>(scratch.data_ptr());
+  const int64_t token_bytes = q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)};
+  const Tensor scratch = at::empty({parts * part_bytes + M * token_bytes}, w_packed.options());
+  char* const part_scratch = static_cast<char*>(scratch.data_ptr());
+  int8_t* q = reinterpret_cast<int8_t*>(part_scratch + parts * part_bytes);
   float* s_x = reinterpret_cast<float*>(q + M * q_stride);
   int32_t* q_sum = reinterpret_cast<int32_t*>(s_x + M);
 
   const int x_dtype = kernel_dtype(x.scalar_type());
   const char* tokens = data_of(input, "x");
-  const int64_t token_bytes = K * input.element_size();
-  const int64_t threads = at::get_num_threads();
+  const int64_t x_bytes = K * input.element_size();
   const int64_t quantize_parts = bitlinear::choose_quantize_parts(M, K, threads);
   bitlinear::parallel(quantize_parts, [&](int64_t part) {
     const bitlinear::Range rows = bitlinear::part_of(M, 1, part, quantize_parts);
     for (int64_t m = rows.begin; m < rows.end; ++m) {
-      kernels->quantize_row(tokens + m * token_bytes, x_dtype, K, static_cast<float>(eps),
+      kernels->quantize_row(tokens + m * x_bytes, x_dtype, K, static_cast<float>(eps),
                             q + m * q_stride, s_x + m, q_sum + m);
     }
   });
@@ -188,7 +199,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.q_sum = q_sum;
   task.M = M;
   task.w = reinterpret_cast<const uint8_t*>(data_of(weight, "w_packed"));
-  task.row_bytes = weight.size(1);
+  task.row_bytes = row_bytes;
   task.s_w = reinterpret_cast<const float*>(data_of(scale, "w_scale"));
   task.s_w_stride = scale.dim() == 2 ? 1 : 0;
   task.bias = addend.defined() ? data_of(addend, "bias") : nullptr;
@@ -196,12 +207,11 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.y = y.data_ptr();
   task.y_stride = N;
   task.y_dtype = kernel_dtype(y_dtype);
-  const bitlinear::Grid grid = bitlinear::choose_grid(M, N, task.row_bytes, threads);
-  bitlinear::parallel(grid.tokens * grid.rows, [&](int64_t part) {
+  bitlinear::parallel(parts, [&](int64_t part) {
     const bitlinear::Range m =
-        bitlinear::part_of(M, bitlinear::kTokenUnit, part / grid.rows, grid.tokens);
+        bitlinear::part_of(M, kernels->costs.token_unit, part / grid.rows, grid.tokens);
     const bitlinear::Range n =
-        bitlinear::part_of(N, bitlinear::kRowUnit, part % grid.rows, grid.rows);
+        bitlinear::part_of(N, kernels->costs.row_unit, part % grid.rows, grid.rows);
     bitlinear_task mine = task;
     mine.q += m.begin * q_stride;
     mine.s_x += m.begin;
@@ -209,6 +219,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
     mine.M = m.end - m.begin;
     mine.n_begin = n.begin;
     mine.n_end = n.end;
+    mine.scratch = part_scratch + part * part_bytes;
     mine.y = static_cast<char*>(task.y) + m.begin * N * y.element_size();
     kernels->linear(&mine);
   });

@@ -1,14 +1,16 @@
 // Plain C++ over arrays of 16 bytes, for every machine; what the compiler makes of the loops with
 // the baseline instruction set is what it is.
-#include "table.h"
+#include "gemm_lookup.h"
+#include "vocabulary.h"
 
 namespace bitlinear {
 namespace {
 
 struct Scalar {
   static constexpr int64_t kWidth = 16;
+  static constexpr int kGemvTokens = 1;  // no registers to keep more in
   static constexpr int kGemvRows = 1;
-  static constexpr int kTokens = 1;  // no registers to keep a tile in
+  static constexpr int64_t kGemmTokens = 4;
 
   struct Bytes {
     uint8_t byte[kWidth];
@@ -20,30 +22,37 @@ struct Scalar {
     memcpy(w.byte, p, static_cast<size_t>(n));
     return w;
   }
+  static void store(uint8_t* p, Bytes a) { memcpy(p, a.byte, sizeof(a.byte)); }
   static Bytes load_plane(const int8_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
   struct PlaneSum {
     // 16-bit lanes are what a baseline instruction set multiplies well. A block adds 4 planes of at
     // most 2 * 127 = 254 to a lane: 32 * 4 * 254 = 32512 < 2^15.
     static constexpr int64_t kFlush = 32;
-    int16_t lanes[kWidth] = {};
+    int16_t sums16[kWidth] = {};
     int32_t sum = 0;
     void add(Bytes w, const Bytes (&q)[4]) {
       for (int i = 0; i < kWidth; ++i) {
-        int value = lanes[i];
+        int value = sums16[i];
         for (int j = 0; j < 4; ++j) {
           value += (w.byte[i] >> (6 - 2 * j) & 3) * static_cast<int8_t>(q[j].byte[i]);
         }
-        lanes[i] = static_cast<int16_t>(value);
+        sums16[i] = static_cast<int16_t>(value);
       }
     }
     void flush() {
       for (int i = 0; i < kWidth; ++i) {
-        sum += lanes[i];
-        lanes[i] = 0;
+        sum += sums16[i];
+        sums16[i] = 0;
       }
     }
-    int32_t total() const { return sum; }
+    int32_t lanes() const { return sum; }
   };
+
+  static int32_t reduce(int32_t sum) { return sum; }
+  static void reduce4(int32_t a, int32_t b, int32_t c, int32_t d, int32_t* out) {
+    const int32_t sums[4] = {a, b, c, d};
+    memcpy(out, sums, sizeof(sums));
+  }
 
   static void floats_from_fp16(const uint16_t* half, int64_t count, float* out) {
     for (int64_t i = 0; i < count; ++i) out[i] = float_from_fp16(half[i]);
@@ -75,7 +84,7 @@ struct Scalar {
   }
 };
 
-constexpr bitlinear_kernel_table kTable = make_table<Scalar>("scalar");
+constexpr bitlinear_kernel_table kTable = make_table<Scalar, LookupGemm<Scalar>>("scalar");
 
 }  // namespace
 }  // namespace bitlinear

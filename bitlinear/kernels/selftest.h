@@ -8,6 +8,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <string>
@@ -173,7 +174,14 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   task.y = y.data();
   task.y_stride = c.N;
   task.y_dtype = c.dtype;
+  // Exactly as long as promised, and aligned as promised.
+  const int64_t scratch_bytes = kernels.scratch_bytes(c.M);
+  void* scratch = nullptr;
+  if (posix_memalign(&scratch, 64, static_cast<size_t>(scratch_bytes)) != 0) return "no memory";
+  memset(scratch, 99, static_cast<size_t>(scratch_bytes));
+  task.scratch = scratch;
   kernels.linear(&task);
+  free(scratch);
 
   std::vector<int64_t> row(static_cast<size_t>(c.K));
   for (int64_t m = 0; m < c.M; ++m) {

@@ -5,41 +5,36 @@
 
 #include <stdint.h>
 
-#include "table.h"
+#include "vocabulary.h"
 
 namespace bitlinear {
 namespace {
 
 // Isa provides zero(), dot(sum, codes, plane), both(a, b) (bitwise and), bytes_of(value), and on
-// int32 lanes shift_right<bits>(a), add(a, b), reduce(a).
+// int32 lanes shift_right<bits>(a), add(a, b), reduce(a), reduce4(...).
 template <class Isa>
 struct Vnni : Isa {
   using Bytes = typename Isa::Bytes;
 
-  struct CodeSum {
-    static constexpr int64_t kFlush = kNeverFlush;
-    Bytes sum = Isa::zero();
-    void add(Bytes codes, Bytes plane) { sum = Isa::dot(sum, codes, plane); }
-    void flush() {}
-    int32_t total() const { return Isa::reduce(sum); }
-  };
+  static Bytes codes(Bytes w, int shift) {
+    return Isa::both(Isa::shift_bytes_right(w, shift), Isa::bytes_of(3));
+  }
 
   struct PlaneSum {
     static constexpr int64_t kFlush = kNeverFlush;
-    CodeSum by64, by16, by4, by1;
+    Bytes by64 = Isa::zero(), by16 = Isa::zero(), by4 = Isa::zero(), by1 = Isa::zero();
     void add(Bytes w, const Bytes (&q)[4]) {
-      by64.add(Isa::both(w, Isa::bytes_of(0xC0)), q[0]);
-      by16.add(Isa::both(w, Isa::bytes_of(0x30)), q[1]);
-      by4.add(Isa::both(w, Isa::bytes_of(0x0C)), q[2]);
-      by1.add(Isa::both(w, Isa::bytes_of(0x03)), q[3]);
+      by64 = Isa::dot(by64, Isa::both(w, Isa::bytes_of(0xC0)), q[0]);
+      by16 = Isa::dot(by16, Isa::both(w, Isa::bytes_of(0x30)), q[1]);
+      by4 = Isa::dot(by4, Isa::both(w, Isa::bytes_of(0x0C)), q[2]);
+      by1 = Isa::dot(by1, Isa::both(w, Isa::bytes_of(0x03)), q[3]);
     }
     void flush() {}
-    int32_t total() const {
+    Bytes lanes() const {
       // Every lane is a multiple of its plane's factor: the shifts are exact.
       const Bytes high =
-          Isa::add(Isa::template shift_right<6>(by64.sum), Isa::template shift_right<4>(by16.sum));
-      const Bytes low = Isa::add(Isa::template shift_right<2>(by4.sum), by1.sum);
-      return Isa::reduce(Isa::add(high, low));
+          Isa::add(Isa::template shift_right<6>(by64), Isa::template shift_right<4>(by16));
+      return Isa::add(high, Isa::add(Isa::template shift_right<2>(by4), by1));
     }
   };
 };

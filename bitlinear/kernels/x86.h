@@ -43,14 +43,18 @@ struct X86Ymm : X86Half {
     memcpy(bytes, p, static_cast<size_t>(n));
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
   }
-  static Bytes codes(Bytes w, int shift) {
-    return _mm256_and_si256(_mm256_srli_epi16(w, shift), _mm256_set1_epi8(3));
-  }
+  static void store(uint8_t* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static int32_t reduce(__m256i sum) {
     const __m128i four =
         _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
     const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+  }
+  static void reduce4(__m256i a, __m256i b, __m256i c, __m256i d, int32_t* out) {
+    const __m256i four = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(out),
+        _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
   }
 };
 

@@ -53,10 +53,29 @@ int main(int argc, char** argv) {
   for (const int64_t N : {63, 64, 65, 127, 128, 129, 200}) {
     for (const int64_t M : {1, 2, 9}) check({M, N, 37, 0, false, false, Data::kRandom, 0});
   }
+  // Every M and N around the tiles of the large products.
+  for (const int64_t M : {11, 12, 13, 15, 16, 17, 24, 31, 32, 33, 40}) {
+    for (const int64_t N : {1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 65}) {
+      if (quick && M * N % 3 != 0) continue;
+      check({M, N, 70, 0, false, false, kinds[N % 4], 0});
+    }
+  }
+  // Their slices of K, of rows and of tokens.
+  for (const int64_t K : {511, 512, 513, 2047, 2048, 2049, 4100}) {
+    for (const int64_t M : {17, 33}) check({M, 50, K, 0, false, false, kinds[K % 2], 0});
+  }
+  if (!quick) {
+    for (const int64_t M : {127, 128, 129, 255, 256, 257, 290}) {
+      check({M, 50, 300, 0, false, false, Data::kRandom, 0});
+    }
+    for (const int64_t N : {2047, 2048, 2049, 2100}) {
+      check({20, N, 260, 0, false, false, Data::kRandom, 0});
+    }
+  }
   // Long rows: the limits of the 16-bit and 32-bit sums.
   for (const int64_t K : {4095, 4096, 4097, 65535, 65536, 65540}) {
     if (quick && K > 5000) break;
-    for (const int64_t M : {1, 9}) {
+    for (const int64_t M : {1, 3, 20}) {
       check({M, 3, K, 0, false, false, Data::kExtreme, 0});
       check({M, 3, K, 0, false, false, Data::kRandom, 0});
     }
@@ -64,6 +83,7 @@ int main(int argc, char** argv) {
   if (!quick) {
     check({1, 2, BITLINEAR_MAX_K, 0, false, false, Data::kExtreme, 0});
     check({2, 2, BITLINEAR_MAX_K, 0, false, false, Data::kExtreme, 0});
+    check({17, 2, BITLINEAR_MAX_K, 0, false, false, Data::kExtreme, 0});
   }
   printf("%s: %lld passed, %lld failed\n", bitlinear_kernels()->name,
          static_cast<long long>(passed), static_cast<long long>(failed));

@@ -21,12 +21,17 @@ variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: vari
 compilers = pytest.mark.parametrize("compiler", COMPILERS)
 
 
+def require_compiler(compiler: str) -> str:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    return compiler
+
+
 def compile_variant(
     compiler: str, variant: Variant, output: Path, *arguments: str, directory: Path = DIRECTORY
 ) -> None:
     """Runs the compiler on the kernel alone (``-c``), or on kernel, self-test and driver."""
-    if shutil.which(compiler) is None:
-        pytest.skip(f"{compiler} is not installed")
+    require_compiler(compiler)
     if variant.arch not in ("any", platform.machine()):
         pytest.skip(f"{variant.name} is for {variant.arch}")
     sources = [directory / variant.sources[0]]
@@ -34,7 +39,7 @@ def compile_variant(
         sources = [directory / source for source in variant.sources] + [DRIVER]
     command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", *variant.cflags]
     # GCC 12 takes the deliberately undefined vectors of its own AVX-512 header for a mistake.
-    command += ["-Wno-maybe-uninitialized"] if compiler == "g++" else []
+    command += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if compiler == "g++" else []
     command += [f"-I{directory}", *arguments, *map(str, sources), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

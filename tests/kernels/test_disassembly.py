@@ -13,7 +13,8 @@ from bitlinear.kernels import VARIANTS
 
 # variant: (must appear, must not appear), as regular expressions over objdump's lines
 EXPECTED = {
-    "avx512_vnni": (r"vpdpbusd .*%zmm", r"\{vex\} vpdpbusd"),
+    "amx_int8": (r"tdpbsud", r"\{vex\} vpdpbusd"),
+    "avx512_vnni": (r"vpdpbusd .*%zmm", r"\{vex\} vpdpbusd|tdpbsud"),
     # VEX-encoded, which objdump marks where both encodings exist; no EVEX prefix (62) anywhere.
     "avx_vnni": (r"\{vex\} vpdpbusd .*%ymm", r":\t62 "),
     "avx2": (r"vpmaddubsw .*%ymm", r":\t62 |vpdpbusd"),

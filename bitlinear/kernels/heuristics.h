@@ -1,0 +1,73 @@
+// How one call is divided among threads: pure functions of its sizes, tested by
+// tests/kernels/test_heuristics.py. From how many tokens on a variant leaves its GEMV for its GEMM
+// is a constant of the variant, kGemmTokens.
+#pragma once
+
+#include <stdint.h>
+
+#include "abi.h"
+
+namespace bitlinear {
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Part `index` of `parts` nearly equal parts of [0, size), cut at multiples of `unit`.
+constexpr Range part_of(int64_t size, int64_t unit, int64_t index, int64_t parts) {
+  const int64_t units = (size + unit - 1) / unit;
+  const int64_t begin = index * units / parts * unit;
+  const int64_t end = (index + 1) * units / parts * unit;
+  return {begin < size ? begin : size, end < size ? end : size};
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The size of the largest of those parts.
+constexpr int64_t largest_part(int64_t size, int64_t unit, int64_t parts) {
+  const int64_t largest = ceil_div(ceil_div(size, unit), parts) * unit;
+  return largest < size ? largest : size;
+}
+
+// The output (M, N) is cut into tokens x rows rectangles, one per thread.
+struct Grid {
+  int64_t tokens, rows;
+};
+
+// Waking a team of threads costs about 0.7 us a thread (GNU OpenMP, spinning; 2 to 16 threads), and
+// one thread multiplies about 45 KB of packed bytes by a token in a microsecond.
+constexpr bool worth_a_team(int64_t packed_bytes_times_tokens, int64_t threads) {
+  constexpr int64_t kTeamBytesPerThread = 32 * 1024;
+  return threads > 1 &&
+         packed_bytes_times_tokens * (threads - 1) >= kTeamBytesPerThread * threads * threads;
+}
+
+// The division that makes the largest part cheapest, by the variant's own account of its costs; of
+// equals the one with the fewest cuts between tokens, as every such cut reads the weights again.
+constexpr Grid choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,
+                           const bitlinear_costs& costs) {
+  if (!worth_a_team(M * N * row_bytes, threads)) return {1, 1};
+  const int64_t token_units = ceil_div(M, costs.token_unit);
+  const int64_t row_units = ceil_div(N, costs.row_unit);
+  Grid best = {1, 1};
+  int64_t least = INT64_MAX;
+  for (int64_t tokens = 1; tokens <= threads && tokens <= token_units; ++tokens) {
+    const int64_t rows = threads / tokens < row_units ? threads / tokens : row_units;
+    const int64_t part_tokens = ceil_div(token_units, tokens) * costs.token_unit;
+    const int64_t part_rows = ceil_div(row_units, rows) * costs.row_unit;
+    const int64_t cost = (part_tokens + costs.per_row) * (part_rows + costs.per_token);
+    if (cost < least) {
+      least = cost;
+      best = {tokens, rows};
+    }
+  }
+  return best;
+}
+
+// Threads that quantise M tokens of K values: one value costs about as much as four packed bytes.
+constexpr int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads) {
+  if (!worth_a_team(4 * M * K, threads)) return 1;
+  return M < threads ? M : threads;
+}
+
+}  // namespace bitlinear

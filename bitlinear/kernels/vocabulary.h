@@ -1,0 +1,53 @@
+// Turns an instruction set's vector vocabulary V into the table that a variant exports.
+//
+// What V provides (avx2.cpp is the shortest example):
+//   kWidth                     bytes in a vector
+//   Bytes                      a vector of kWidth bytes
+//   load(p), load_partial(p, n)     packed bytes; the latter reads n < kWidth of them, rest zero
+//   store(p, bytes)
+//   load_plane(p)              activations (int8), aligned or not
+//   PlaneSum                   sum of codes times activations; add(w, q) takes packed bytes and the
+//                              four activation vectors of their block
+//     kFlush                   blocks that may be added before flush() must be called
+//     lanes()                  32-bit lanes whose total is the exact sum, after a flush()
+//   reduce(lanes)              their total
+//   reduce4(a, b, c, d, out)   the totals of four, to out[0] .. out[3]
+//   kGemvTokens                tokens that share the loads of packed bytes, as registers allow
+//   kGemvRows                  PlaneSums in registers: weight rows times tokens
+//   floats_from_fp16, fp16_from_floats
+//   kGemmTokens                from how many tokens on Gemm is faster than GEMVs
+//
+// Gemm, one of the templates in gemm_*.h, says what it needs besides.
+#pragma once
+
+#include <limits.h>
+
+#include "abi.h"
+#include "gemv.h"
+#include "quantize.h"
+
+namespace bitlinear {
+
+constexpr int64_t kNeverFlush = INT64_MAX;
+
+template <class V, class Gemm>
+void linear(const bitlinear_task* task) {
+  if (task->M < V::kGemmTokens) {
+    gemv<V>(*task);
+  } else {
+    Gemm::run(*task);
+  }
+}
+
+template <class V, class Gemm>
+int64_t scratch_bytes(int64_t M) {
+  return M < V::kGemmTokens ? 0 : Gemm::scratch_bytes(M);
+}
+
+template <class V, class Gemm>
+constexpr bitlinear_kernel_table make_table(const char* name) {
+  return {BITLINEAR_ABI_VERSION,  name,        V::kWidth, quantize_row<V>, linear<V, Gemm>,
+          scratch_bytes<V, Gemm>, Gemm::kCosts};
+}
+
+}  // namespace bitlinear

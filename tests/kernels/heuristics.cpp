@@ -1,0 +1,29 @@
+// The heuristics as a library that ctypes can load.
+#include "heuristics.h"
+
+extern "C" {
+
+bool worth_a_team(int64_t work, int64_t threads) { return bitlinear::worth_a_team(work, threads); }
+
+void part_of(int64_t size, int64_t unit, int64_t index, int64_t parts, int64_t* out) {
+  const bitlinear::Range range = bitlinear::part_of(size, unit, index, parts);
+  out[0] = range.begin;
+  out[1] = range.end;
+}
+
+int64_t largest_part(int64_t size, int64_t unit, int64_t parts) {
+  return bitlinear::largest_part(size, unit, parts);
+}
+
+void choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t threads, const int64_t* costs,
+                 int64_t* out) {
+  const bitlinear::Grid grid =
+      bitlinear::choose_grid(M, N, row_bytes, threads, {costs[0], costs[1], costs[2], costs[3]});
+  out[0] = grid.tokens;
+  out[1] = grid.rows;
+}
+
+int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads) {
+  return bitlinear::choose_quantize_parts(M, K, threads);
+}
+}

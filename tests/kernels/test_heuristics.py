@@ -1,0 +1,131 @@
+"""How a call is divided among threads: heuristics.h, which is pure."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from native import require_compiler
+
+from bitlinear.kernels import DIRECTORY
+
+SOURCE = Path(__file__).with_name("heuristics.cpp")
+# token_unit, row_unit, per_row, per_token: like avx512_vnni, amx_int8 and avx2
+COSTS = [(8, 48, 3, 0), (32, 32, 25, 0), (16, 64, 8, 111)]
+
+sizes = st.integers(1, 20_000)
+thread_counts = st.integers(1, 64)
+costs = st.sampled_from(COSTS)
+
+
+class Heuristics:
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.largest_part.restype = ctypes.c_int64
+        library.choose_quantize_parts.restype = ctypes.c_int64
+        library.worth_a_team.restype = ctypes.c_bool
+
+    def call(self, name: str, *arguments: int) -> int:
+        return getattr(self._library, name)(*map(ctypes.c_int64, arguments))
+
+    def part_of(self, size: int, unit: int, index: int, parts: int) -> tuple[int, int]:
+        out = (ctypes.c_int64 * 2)()
+        self._library.part_of(*map(ctypes.c_int64, (size, unit, index, parts)), out)
+        return out[0], out[1]
+
+    def grid(self, m: int, n: int, k: int, threads: int, cost: tuple[int, ...]) -> tuple[int, int]:
+        out = (ctypes.c_int64 * 2)()
+        numbers = (ctypes.c_int64 * 4)(*cost)
+        row_bytes = -(-k // 4)
+        self._library.choose_grid(*map(ctypes.c_int64, (m, n, row_bytes, threads)), numbers, out)
+        return out[0], out[1]
+
+
+@pytest.fixture(scope="module")
+def heuristics(tmp_path_factory):
+    output = tmp_path_factory.mktemp("heuristics") / "heuristics.so"
+    command = [require_compiler("g++"), "-std=c++17", "-O1", "-shared", "-fPIC"]
+    subprocess.run([*command, f"-I{DIRECTORY}", SOURCE, "-o", output], check=True)
+    return Heuristics(ctypes.CDLL(str(output)))
+
+
+@given(size=sizes, unit=st.sampled_from([1, 8, 32, 48]), parts=st.integers(1, 64))
+def test_parts_cover_everything_once(heuristics, size, unit, parts):
+    ranges = [heuristics.part_of(size, unit, index, parts) for index in range(parts)]
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == size
+    for (_, end), (begin, _) in zip(ranges, ranges[1:]):
+        assert end == begin
+        assert end % unit == 0 or end == size
+    assert max(end - begin for begin, end in ranges) <= heuristics.call(
+        "largest_part", size, unit, parts
+    )
+    lengths = [-(-(end - begin) // unit) for begin, end in ranges]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@given(m=sizes, n=sizes, k=sizes, threads=thread_counts, cost=costs)
+def test_a_grid_has_a_part_for_every_thread_at_most(heuristics, m, n, k, threads, cost):
+    tokens, rows = heuristics.grid(m, n, k, threads, cost)
+    assert 1 <= tokens * rows <= threads
+    # No part is empty.
+    assert tokens <= -(-m // cost[0])
+    assert rows <= -(-n // cost[1])
+
+
+@given(m=sizes, n=sizes, k=sizes, threads=thread_counts, cost=costs)
+def test_work_is_balanced(heuristics, m, n, k, threads, cost):
+    """No other grid would make the largest part cheaper."""
+
+    def ceil(a, b):
+        return -(-a // b)
+
+    def price(tokens, rows):
+        part_tokens = ceil(ceil(m, cost[0]), tokens) * cost[0]
+        part_rows = ceil(ceil(n, cost[1]), rows) * cost[1]
+        return (part_tokens + cost[2]) * (part_rows + cost[3])
+
+    grid = heuristics.grid(m, n, k, threads, cost)
+    if heuristics.call("worth_a_team", m * n * ceil(k, 4), threads):
+        assert price(*grid) == min(
+            price(tokens, min(threads // tokens, ceil(n, cost[1])))
+            for tokens in range(1, min(threads, ceil(m, cost[0])) + 1)
+        )
+    else:
+        assert grid == (1, 1)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("threads", [1, 2, 4, 16, 64])
+def test_grids_of_typical_layers(heuristics, threads, cost):
+    # One token: the weights are divided.
+    assert heuristics.grid(1, 14336, 4096, threads, cost) == (1, threads)
+    # Many tokens and few rows: the tokens are.
+    tokens, rows = heuristics.grid(100_000, 10, 4096, threads, cost)
+    assert (tokens, rows) == (threads, 1)
+    # Small work is nobody else's.
+    assert heuristics.grid(1, 256, 256, threads, cost) == (1, 1)
+    assert heuristics.call("choose_quantize_parts", 1, 1 << 20, threads) == 1
+    assert heuristics.call("choose_quantize_parts", 4, 64, threads) == 1
+    assert heuristics.call("choose_quantize_parts", 4096, 4096, threads) == threads
+
+
+def test_more_threads_need_more_work(heuristics):
+    """A team's price grows with its size: what is worth two threads may not be worth 64."""
+    assert not heuristics.call("worth_a_team", 1 << 40, 1)
+    least = []
+    for threads in (2, 4, 8, 16, 32, 64):
+        low, high = 1, 1 << 40
+        while low < high:
+            middle = (low + high) // 2
+            if heuristics.call("worth_a_team", middle, threads):
+                high = middle
+            else:
+                low = middle + 1
+        least.append(low)
+    assert least == sorted(least)
+    assert least[0] == 128 * 1024
