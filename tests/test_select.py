@@ -304,6 +304,8 @@ MACROS = {
     "__AVX512VNNI__": "avx512_vnni",
     "__AMX_TILE__": "amx_tile",
     "__AMX_INT8__": "amx_int8",
+    "__AMXTILE__": "amx_tile",  # clang
+    "__AMXINT8__": "amx_int8",
 }
 # Consequences of the above that are no instruction sets.
 OTHER_MACROS = ("__BIGGEST_ALIGNMENT__", "__FP_FAST_FMA")

@@ -45,13 +45,9 @@ inline const float* as_floats(const void* x, int dtype, int64_t begin, int64_t c
   return buffer;
 }
 
-// y[begin : begin + count] = floats, rounded once to the output dtype.
+// y[begin : begin + count] = floats, rounded once to a 16-bit dtype.
 template <class V>
-inline void store_floats(const float* floats, int64_t count, void* y, int dtype, int64_t begin) {
-  if (dtype == BITLINEAR_F32) {
-    memcpy(static_cast<float*>(y) + begin, floats, static_cast<size_t>(count) * sizeof(float));
-    return;
-  }
+inline void store_halves(const float* floats, int64_t count, void* y, int dtype, int64_t begin) {
   uint16_t* half = static_cast<uint16_t*>(y) + begin;
   if (dtype == BITLINEAR_F16) {
     V::fp16_from_floats(floats, count, half);

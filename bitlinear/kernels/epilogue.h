@@ -8,31 +8,50 @@
 
 namespace bitlinear {
 
-constexpr int64_t kEpilogueColumns = 64;
-
-// Writes y[m, n : n + count] for count <= kEpilogueColumns. `codes` holds sum_k c * q with the
-// codes c = t + 1, so one subtraction of sum_k q gives sum_k t * q.
-template <class V>
-inline void epilogue(const bitlinear_task& task, int64_t m, int64_t n, int64_t count,
-                     const int32_t* codes) {
-  float out[kEpilogueColumns];
-  float bias_buffer[kEpilogueColumns];
-  const float s_x = task.s_x[m];
-  const int32_t q_sum = task.q_sum[m];
-  if (task.s_w_stride == 0) {
-    const float scale = s_x * task.s_w[0];
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(codes[i] - q_sum) * scale;
-  } else {
-    const float* s_w = task.s_w + n;
-    for (int64_t i = 0; i < count; ++i) {
-      out[i] = static_cast<float>(codes[i] - q_sum) * (s_x * s_w[i]);
+// Columns n .. n + count of the output, count <= kColumns. What does not depend on the token is
+// prepared once.
+template <class V, int kColumns>
+class Epilogue {
+ public:
+  Epilogue(const bitlinear_task& task, int64_t n, int64_t count)
+      : task_(task), n_(n), count_(count) {
+    for (int64_t i = 0; i < count; ++i) s_w_[i] = task.s_w[(n + i) * task.s_w_stride];
+    // Adding -0 changes nothing, not even the sign of a zero: one loop with and without bias.
+    for (int64_t i = 0; i < count; ++i) bias_[i] = -0.0f;
+    if (task.bias != nullptr) {
+      float buffer[kColumns];
+      const float* bias = as_floats<V>(task.bias, task.bias_dtype, n, count, buffer);
+      memcpy(bias_, bias, static_cast<size_t>(count) * sizeof(float));
     }
   }
-  if (task.bias != nullptr) {
-    const float* bias = as_floats<V>(task.bias, task.bias_dtype, n, count, bias_buffer);
-    for (int64_t i = 0; i < count; ++i) out[i] += bias[i];
+
+  // Writes row m. `codes` holds sum_k c * q with the codes c = t + 1, so one subtraction of
+  // sum_k q gives sum_k t * q.
+  void store(int64_t m, const int32_t* codes) const {
+    float buffer[kColumns];
+    const int64_t begin = m * task_.y_stride + n_;
+    float* out = task_.y_dtype == BITLINEAR_F32 ? static_cast<float*>(task_.y) + begin : buffer;
+    // A constant number of iterations makes straight vector code.
+    if (count_ == kColumns) {
+      scale(m, codes, kColumns, out);
+    } else {
+      scale(m, codes, count_, out);
+    }
+    if (out == buffer) store_halves<V>(buffer, count_, task_.y, task_.y_dtype, begin);
   }
-  store_floats<V>(out, count, task.y, task.y_dtype, m * task.y_stride + n);
-}
+
+ private:
+  void scale(int64_t m, const int32_t* codes, int64_t count, float* out) const {
+    const float s_x = task_.s_x[m];
+    const int32_t q_sum = task_.q_sum[m];
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = static_cast<float>(codes[i] - q_sum) * (s_x * s_w_[i]) + bias_[i];
+    }
+  }
+
+  const bitlinear_task& task_;
+  const int64_t n_, count_;
+  float s_w_[kColumns], bias_[kColumns];
+};
 
 }  // namespace bitlinear

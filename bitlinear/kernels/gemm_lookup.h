@@ -143,13 +143,15 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class V>
 inline void lookup_store(const bitlinear_task& task, int64_t m, int64_t tokens, int64_t n,
                          int64_t rows, const int32_t (*sums)[Lookup<V>::kTokens]) {
-  for (int64_t r = 0; r < rows; r += kEpilogueColumns) {
-    const int64_t count = rows - r < kEpilogueColumns ? rows - r : kEpilogueColumns;
+  constexpr int kColumns = 64;
+  for (int64_t r = 0; r < rows; r += kColumns) {
+    const int64_t count = least(rows - r, kColumns);
+    const Epilogue<V, kColumns> epilogue(task, n + r, count);
     for (int64_t t = 0; t < tokens; ++t) {
-      int32_t codes[kEpilogueColumns];
+      int32_t codes[kColumns];
       // The tables hold sums of weights, the epilogue expects sums of codes.
       for (int64_t i = 0; i < count; ++i) codes[i] = sums[r + i][t] + task.q_sum[m + t];
-      epilogue<V>(task, m + t, n + r, count, codes);
+      epilogue.store(m + t, codes);
     }
   }
 }

@@ -119,6 +119,7 @@ template <class V, int kStrips, class Tiles>
 inline void panel_rows(const bitlinear_task& task, int64_t n, int64_t count, Tiles& tiles) {
   constexpr int64_t kBytes = Panel<V>::kDepth / 4;
   Panel<V>& panel = *static_cast<Panel<V>*>(task.scratch);
+  const Epilogue<V, kStrips * Panel<V>::kLanes> epilogue(task, n, count);
   for (int64_t m = 0; m < task.M; m += Panel<V>::kTokens) {
     const int64_t tokens = task.M - m < Panel<V>::kTokens ? task.M - m : Panel<V>::kTokens;
     for (int64_t b = 0; b < task.row_bytes; b += kBytes) {
@@ -131,9 +132,7 @@ inline void panel_rows(const bitlinear_task& task, int64_t n, int64_t count, Til
       tiles.template multiply<kStrips>(panel.codes, task.q + m * task.q_stride + b * 4,
                                        task.q_stride, tokens, bytes, panel.sums, b > 0);
     }
-    for (int64_t t = 0; t < tokens; ++t) {
-      epilogue<V>(task, m + t, n, count, panel.sums + t * Panel<V>::kRows);
-    }
+    for (int64_t t = 0; t < tokens; ++t) epilogue.store(m + t, panel.sums + t * Panel<V>::kRows);
   }
 }
 

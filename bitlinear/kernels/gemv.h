@@ -16,6 +16,9 @@
 
 namespace bitlinear {
 
+// Columns of the output that are computed together.
+constexpr int kGemvColumns = 64;
+
 // out[i] = the exact sum over all lanes of sums[i].
 template <class V, int kCount, class Sum>
 inline void store_totals(const Sum (&sums)[kCount], int32_t* out) {
@@ -27,7 +30,7 @@ inline void store_totals(const Sum (&sums)[kCount], int32_t* out) {
   for (; i < kCount; ++i) out[i] = V::reduce(sums[i].lanes());
 }
 
-// codes[m * kEpilogueColumns + r] (+)= sum_k c[r, k] * q[m, k] over whole blocks of k, for
+// codes[m * kGemvColumns + r] (+)= sum_k c[r, k] * q[m, k] over whole blocks of k, for
 // consecutive tokens and for weight rows `stride` bytes apart.
 template <class V, int kTokens, int kRows>
 inline void gemv_tile(const uint8_t* w, int64_t stride, int64_t blocks, const int8_t* q,
@@ -58,7 +61,7 @@ inline void gemv_tile(const uint8_t* w, int64_t stride, int64_t blocks, const in
   for (int m = 0; m < kTokens; ++m) {
     int32_t totals[kRows];
     store_totals<V>(sums[m], totals);
-    int32_t* out = codes + m * kEpilogueColumns;
+    int32_t* out = codes + m * kGemvColumns;
     for (int r = 0; r < kRows; ++r) out[r] = accumulate ? out[r] + totals[r] : totals[r];
   }
 }
@@ -80,13 +83,14 @@ inline void gemv_rows(const uint8_t* w, int64_t row_bytes, const int8_t* q, int6
   }
 }
 
-// Tokens m .. m + kTokens against rows n .. n + count, count <= kEpilogueColumns.
+// Tokens m .. m + kTokens against rows n .. n + count, count <= kGemvColumns.
 template <class V, int kTokens>
-inline void gemv_columns(const bitlinear_task& task, int64_t m, int64_t n, int64_t count) {
+inline void gemv_columns(const bitlinear_task& task, int64_t m, int64_t n, int64_t count,
+                         const Epilogue<V, kGemvColumns>& epilogue) {
   constexpr int kRows = V::kGemvRows > kTokens ? V::kGemvRows / kTokens : 1;
   const int8_t* q = task.q + m * task.q_stride;
   const uint8_t* w = task.w + n * task.row_bytes;
-  int32_t codes[kTokens * kEpilogueColumns];
+  int32_t codes[kTokens * kGemvColumns];
   int64_t i = 0;
   for (; i + kRows <= count; i += kRows) {
     gemv_rows<V, kTokens, kRows>(w + i * task.row_bytes, task.row_bytes, q, task.q_stride,
@@ -95,24 +99,25 @@ inline void gemv_columns(const bitlinear_task& task, int64_t m, int64_t n, int64
   for (; i < count; ++i) {
     gemv_rows<V, kTokens, 1>(w + i * task.row_bytes, task.row_bytes, q, task.q_stride, codes + i);
   }
-  for (int t = 0; t < kTokens; ++t) {
-    epilogue<V>(task, m + t, n, count, codes + t * kEpilogueColumns);
-  }
+  for (int t = 0; t < kTokens; ++t) epilogue.store(m + t, codes + t * kGemvColumns);
 }
 
+// kTokens at a time, then fewer.
 template <class V, int kTokens>
-inline void gemv_tokens(const bitlinear_task& task, int64_t m, int64_t n, int64_t count) {
-  for (; m + kTokens <= task.M; m += kTokens) gemv_columns<V, kTokens>(task, m, n, count);
+inline void gemv_tokens(const bitlinear_task& task, int64_t m, int64_t n, int64_t count,
+                        const Epilogue<V, kGemvColumns>& epilogue) {
+  for (; m + kTokens <= task.M; m += kTokens) gemv_columns<V, kTokens>(task, m, n, count, epilogue);
   if constexpr (kTokens > 1) {
-    if (m < task.M) gemv_tokens<V, kTokens - 1>(task, m, n, count);
+    if (m < task.M) gemv_tokens<V, kTokens - 1>(task, m, n, count, epilogue);
   }
 }
 
 template <class V>
 void gemv(const bitlinear_task& task) {
-  for (int64_t n = task.n_begin; n < task.n_end; n += kEpilogueColumns) {
-    const int64_t count = task.n_end - n < kEpilogueColumns ? task.n_end - n : kEpilogueColumns;
-    gemv_tokens<V, V::kGemvTokens>(task, 0, n, count);
+  for (int64_t n = task.n_begin; n < task.n_end; n += kGemvColumns) {
+    const int64_t count = task.n_end - n < kGemvColumns ? task.n_end - n : kGemvColumns;
+    const Epilogue<V, kGemvColumns> epilogue(task, n, count);
+    gemv_tokens<V, V::kGemvTokens>(task, 0, n, count, epilogue);
   }
 }
 
