@@ -108,20 +108,23 @@ class Setup:
     check: bool
 
 
-def _shape(text: str) -> Shape:
+def parse_shape(text: str) -> Shape:
+    """``(N, K)`` from ``NxK``, for argparse."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NxK, such as 4096x1024")
     return int(match[1]), int(match[2])
 
 
-def _count(text: str) -> int:
+def parse_count(text: str) -> int:
+    """A whole number above 0, for argparse."""
     if re.fullmatch(r"[1-9]\d*", text) is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def parse_seconds(text: str) -> float:
+    """A duration above 0, for argparse."""
     with contextlib.suppress(ValueError):
         if 0 < (seconds := float(text)) < float("inf"):
             return seconds
@@ -137,10 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     names = ["bitlinear", *OTHERS]
     add = parser.add_argument
     add("--grid", choices=GRIDS, default="quick", help="which cells (default: quick)")
-    add("--shapes", nargs="+", type=_shape, metavar="NxK", help="instead of the grid's")
-    add("--tokens", nargs="+", type=_count, metavar="M", help="instead of the grid's")
-    add("--threads", nargs="+", type=_count, metavar="T", help="default: as many as torch takes")
-    add("--budget", type=_seconds, default=2.0, help="seconds for each cell (default: 2)")
+    add("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="instead of the grid's")
+    add("--tokens", nargs="+", type=parse_count, metavar="M", help="instead of the grid's")
+    add(
+        "--threads",
+        nargs="+",
+        type=parse_count,
+        metavar="T",
+        help="default: as many as torch takes",
+    )
+    add("--budget", type=parse_seconds, default=2.0, help="seconds for each cell (default: 2)")
     add("--device", choices=contestants.DTYPES, default="cpu")
     add("--contestants", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     add("--kernels", nargs="+", metavar="NAME", help="default: all that this machine can run")
@@ -195,7 +204,9 @@ def _parse(argv: Sequence[str] | None) -> Setup:
 
 def _circumstances(setup: Setup) -> Record:
     """The results before anything is measured."""
-    labels = {name: {"role": "kernel", "label": name, "note": ""} for name in setup.kernels}
+    labels = {
+        name: {"role": "kernel", "label": f"BitLinear {name}", "note": ""} for name in setup.kernels
+    }
     for name in setup.others:
         kind = OTHERS[name]
         role = "peer" if kind.is_peer else "other"

@@ -187,7 +187,7 @@ def render(results: Record) -> str:
 
 def title(cell: Mapping[str, Any]) -> str:
     """A cell's name for people."""
-    return f"{cell['N']} x {cell['K']}, M = {cell['M']}, {_plural(cell['threads'], 'thread')}"
+    return f"{cell['N']} x {cell['K']}, M = {cell['M']}, {plural(cell['threads'], 'thread')}"
 
 
 def check(results: Record) -> tuple[str, bool]:
@@ -201,7 +201,7 @@ def check(results: Record) -> tuple[str, bool]:
         for cell, ahead in checked
         if ahead < 1
     ]
-    count = _plural(len(checked), "cell")
+    count = plural(len(checked), "cell")
     if not lost:
         return f"check passed: {chosen} is the fastest in {count}", True
     first = f"check failed: {chosen} is slower than a peer in {len(lost)} of {count}"
@@ -223,7 +223,7 @@ def _heading(results: Record) -> str:
         reads = ", ".join(f"{_size(r['bytes'])} {r['gbps']:.0f}" for r in peaks["read"])
         adds = ", ".join(f"{n} {rate:.0f}" for n, rate in peaks["multiply_add_gops"].items())
         lines.append(
-            f"peaks of {_plural(peaks['threads'], 'thread')}: reading {reads} GB/s; "
+            f"peaks of {plural(peaks['threads'], 'thread')}: reading {reads} GB/s; "
             f"multiply-adds {adds or 'unknown'} Gop/s"
         )
     return "  \n".join(lines)
@@ -232,7 +232,9 @@ def _heading(results: Record) -> str:
 def _table(results: Record) -> str:
     """One row for each contestant in each cell, the chosen kernel in bold."""
     labels = {name: its["label"] for name, its in results["contestants"].items()}
-    labels[results["chosen_kernel"]] = f"**{results['chosen_kernel']}**"
+    chosen = results["chosen_kernel"]
+    if chosen in labels:
+        labels[chosen] = f"**{labels[chosen]}**"
     rows = [
         (
             f"{cell['N']} x {cell['K']}",
@@ -277,7 +279,7 @@ def _notes(results: Record) -> list[str]:
     for name, reason in results["peaks_missing"].items():
         lines.append(f"no peaks of {name}: {reason}")
     if not results["complete"]:
-        lines.append(f"interrupted after {_plural(len(results['cells']), 'cell')}")
+        lines.append(f"interrupted after {plural(len(results['cells']), 'cell')}")
     return lines
 
 
@@ -285,5 +287,6 @@ def _size(count: int) -> str:
     return f"{count >> 20} MB" if count >= 1 << 20 else f"{count >> 10} KB"
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """``"1 thread"``, ``"2 threads"``."""
     return f"{count} {noun}" + ("s" if count != 1 else "")
