@@ -87,9 +87,8 @@ class Setup:
         threads: and these numbers of threads.
         budget: Seconds for each cell.
         device: ``"cpu"`` or ``"cuda"``.
-        kernels: What the deployed layer runs on.
+        kernels: What the deployed layer runs on, one after the other.
         chosen: What ``import bitlinear`` chose for it.
-        failed: Kernels for this CPU that cannot be built, and why.
         others: The other contestants.
         json: Where to write the results.
         check: Whether a cell that ``chosen`` loses is measured again, and counts as a failure.
@@ -102,7 +101,6 @@ class Setup:
     device: str
     kernels: list[str]
     chosen: str
-    failed: dict[str, str]
     others: list[str]
     json: Path | None
     check: bool
@@ -142,13 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--grid", choices=GRIDS, default="quick", help="which cells (default: quick)")
     add("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="instead of the grid's")
     add("--tokens", nargs="+", type=parse_count, metavar="M", help="instead of the grid's")
-    add(
-        "--threads",
-        nargs="+",
-        type=parse_count,
-        metavar="T",
-        help="default: as many as torch takes",
-    )
+    add("--threads", nargs="+", type=parse_count, metavar="T", help="default: those of torch")
     add("--budget", type=parse_seconds, default=2.0, help="seconds for each cell (default: 2)")
     add("--device", choices=contestants.DTYPES, default="cpu")
     add("--contestants", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
@@ -171,14 +163,13 @@ def _parse(argv: Sequence[str] | None) -> Setup:
     wanted = options.contestants or here
     if not set(wanted) <= set(here):
         parser.error(f"--contestants: on {device} there are {', '.join(here)}")
-    usable, failed = contestants.usable_kernels(device)
-    if not usable:
-        parser.error(f"no compiled kernel: {jit.runtime().problem}")
-    kernels = options.kernels or usable
-    if not set(kernels) <= set(usable):
-        parser.error(f"--kernels: on this machine there are {', '.join(usable)}")
-    kernels = kernels if "bitlinear" in wanted else []
-    chosen = (jit.runtime().kernel or usable[0]) if device == "cpu" else usable[0]
+    available = contestants.available_kernels(device)
+    kernels = (options.kernels or available) if "bitlinear" in wanted else []
+    if not set(kernels) <= set(available):
+        parser.error(f"--kernels: on this machine there are {', '.join(available)}")
+    chosen = available[0] if device == "cuda" else jit.runtime().kernel
+    if chosen is None:
+        parser.error(f"there is no compiled kernel: {jit.runtime().problem}")
     others = [name for name in here if name in wanted and name in OTHERS]
     if options.check and not (chosen in kernels and any(OTHERS[name].is_peer for name in others)):
         parser.error(f"--check compares {chosen} with its peers: leave them in")
@@ -192,7 +183,6 @@ def _parse(argv: Sequence[str] | None) -> Setup:
         device=device,
         kernels=kernels,
         chosen=chosen,
-        failed=failed,
         others=others,
         json=options.json,
         check=options.check,
@@ -232,19 +222,21 @@ def _circumstances(setup: Setup) -> Record:
 
 def _measure(setup: Setup, results: Record) -> None:
     """Fills the results in, cell by cell, and keeps the file up to date."""
-    known = _measure_peaks(setup, results)
+    failed = contestants.build_kernels(setup.kernels) if setup.device == "cpu" else {}
+    kernels = [name for name in setup.kernels if name not in failed]
+    known = _measure_peaks(setup, kernels, results)
     total = len(setup.shapes) * len(setup.threads) * len(setup.tokens)
     with tqdm(total=total, desc="timing", unit="cell") as bar:
         for N, K in setup.shapes:
-            layers = contestants.Layers(N, K, setup.others, setup.kernels, setup.device)
+            layers = contestants.Layers(N, K, setup.others, kernels, setup.device)
             for threads, M in itertools.product(setup.threads, setup.tokens):
                 torch.set_num_threads(threads)
                 dtype = str(contestants.DTYPES[setup.device]).rpartition(".")[2]
                 cell = Cell(N, K, M, threads, dtype)
                 bar.set_postfix_str(report.title(vars(cell)))
                 field, missing = layers.contestants(M)
-                report.note_skipped(results, cell, {**setup.failed, **missing})
-                bounds = _bounds(cell, setup.kernels, known.get(threads))
+                report.note_skipped(results, cell, {**failed, **missing})
+                bounds = _bounds(cell, kernels, known.get(threads))
                 results["cells"].append(_measure_cell(setup, cell, field, bounds))
                 if setup.json is not None:
                     report.write(setup.json, results)
@@ -267,14 +259,14 @@ def _measure_cell(
     return record
 
 
-def _measure_peaks(setup: Setup, results: Record) -> dict[int, Peaks]:
+def _measure_peaks(setup: Setup, kernels: Sequence[str], results: Record) -> dict[int, Peaks]:
     """The peaks by the number of threads; empty where there is nothing to measure them with."""
     if setup.device == "cuda":
         return {}
     loops = {}
     compiler = jit.runtime().hardware.compiler
     for variant in sorted(VARIANTS, key=lambda variant: -variant.priority):
-        if variant.name in setup.kernels:
+        if variant.name in kernels:
             try:
                 loops[variant.name] = peaks.compile_loops(variant, compiler)
             except (RuntimeError, OSError) as error:

@@ -103,24 +103,23 @@ OTHERS: dict[str, Kind] = {
 }
 
 
-def usable_kernels(device: str) -> tuple[list[str], dict[str, str]]:
-    """What a deployed layer can run on, best first, and which kernels failed to build, and why.
-
-    Builds those that have not been built yet.
-    """
-    verdicts = {v.variant: v for v in bitlinear.available_kernels() if v.ok}
+def available_kernels(device: str) -> list[str]:
+    """What a deployed layer can run on, best first."""
+    names = [verdict.variant for verdict in bitlinear.available_kernels() if verdict.ok]
     if device == "cuda":
-        return ["cuda" if "cuda" in verdicts else "reference"], {}
-    usable, failed = [], {}
-    for name in verdicts.keys() - {"cuda"}:
+        return ["cuda" if "cuda" in names else "reference"]
+    return [name for name in names if name != "cuda"]
+
+
+def build_kernels(names: Iterable[str]) -> dict[str, str]:
+    """Has CPU kernels compiled that have not been yet; which ones cannot be, and why."""
+    failed = {}
+    for name in names:
         try:
             jit.activate(name)
         except RuntimeError as error:
             failed[name] = one_line(error)
-        else:
-            usable.append(name)
-    jit.activate(None)
-    return sorted(usable, key=list(verdicts).index), failed
+    return failed
 
 
 class Layers:

@@ -30,11 +30,11 @@ SOURCE = Path(__file__).with_name("peaks.cpp")
 
 # Working sets from a fast cache to memory, in bytes.
 WORKING_SETS = tuple(4**step << 16 for step in range(7))  # 64 KB ... 256 MB
-_UNIT = 512  # read_bytes reads multiples of this
+UNIT = 512  # read_bytes reads multiples of this
 
 # Long beside what it takes to start the threads.
-_RUN_SECONDS = 10e-3
-_RUNS = 7
+RUN_SECONDS = 10e-3
+RUNS = 7
 
 # (thread, passes): how many units of work were done.
 Work = Callable[[int, int], int]
@@ -113,7 +113,7 @@ def measure(
     # those of weights would.
     buffer = torch.ones(max(working_sets), dtype=torch.uint8)
     reader = next(iter(loops.values()))
-    parts = {size: max(_UNIT, size // threads // _UNIT * _UNIT) for size in working_sets}
+    parts = {size: max(UNIT, size // threads // UNIT * UNIT) for size in working_sets}
     reading = {size: _reading(reader, buffer, part) for size, part in parts.items()}
     adding = {
         name: _multiplying(library) for name, library in loops.items() if library.multiply_adds(1)
@@ -143,7 +143,7 @@ def _best_rates(works: Sequence[Work], threads: int) -> list[float]:
     with ThreadPoolExecutor(threads) as pool:
         passes = [_long_enough(pool, work, threads) for work in works]
         # In rounds, so that a moment in which something else has the machine costs nobody its best.
-        for _ in range(_RUNS):
+        for _ in range(RUNS):
             for index, work in enumerate(works):
                 done, seconds = _run(pool, work, threads, passes[index])
                 best[index] = max(best[index], done / seconds)
@@ -153,8 +153,8 @@ def _best_rates(works: Sequence[Work], threads: int) -> list[float]:
 def _long_enough(pool: ThreadPoolExecutor, work: Work, threads: int) -> int:
     """How many passes make a run."""
     passes = 1
-    while (seconds := _run(pool, work, threads, passes)[1]) < _RUN_SECONDS:
-        passes *= max(2, math.ceil(_RUN_SECONDS / seconds))
+    while (seconds := _run(pool, work, threads, passes)[1]) < RUN_SECONDS:
+        passes *= max(2, math.ceil(RUN_SECONDS / seconds))
     return passes
 
 

@@ -203,7 +203,7 @@ def check(results: Record) -> tuple[str, bool]:
     ]
     count = plural(len(checked), "cell")
     if not lost:
-        return f"check passed: {chosen} is the fastest in {count}", True
+        return f"check passed: no peer is faster than {chosen} in {count}", True
     first = f"check failed: {chosen} is slower than a peer in {len(lost)} of {count}"
     return "\n".join([first, *lost]), False
 
@@ -267,15 +267,13 @@ def _optional(value: float | None, form: str) -> str:
 
 def _notes(results: Record) -> list[str]:
     """What a reader must know besides."""
-    lines = [
-        f"{its['label']}: {its['note']}" for its in results["contestants"].values() if its["note"]
-    ]
+    contestants = results["contestants"].values()
+    lines = [f"{its['label']}: {its['note']}" for its in contestants if its["note"]]
     for skipped in results["skipped"]:
         cells = skipped["cells"]
-        where = (
-            "everywhere" if len(cells) >= len(results["cells"]) else "; ".join(map(title, cells))
-        )
-        lines.append(f"skipped: {skipped['contestant']} ({skipped['reason']}) in {where}")
+        everywhere = len(cells) >= len(results["cells"])
+        where = "everywhere" if everywhere else f"in {'; '.join(map(title, cells))}"
+        lines.append(f"skipped: {skipped['contestant']} {where}: {skipped['reason']}")
     for name, reason in results["peaks_missing"].items():
         lines.append(f"no peaks of {name}: {reason}")
     if not results["complete"]:
