@@ -1,14 +1,22 @@
 """From times to results: the records of the JSON file, the table, the check.
 
 A results file is one JSON object, written by ``bench.py`` and read by ``plot.py``. ``SCHEMA``
-counts up whenever a field disappears or changes its meaning. Nothing is measured here.
+counts up whenever a field disappears or changes its meaning. Its fields:
+
+- ``schema``, ``time`` (UTC), ``complete`` (not interrupted), ``device``, ``budget_s``
+- ``machine``, ``versions``, ``torch_cpu_capability``, ``chosen_kernel``
+- ``contestants``: by name, a ``label`` for people, a ``role`` (``kernel``: a deployed layer on that
+  kernel; ``peer``: what it has to beat; ``other``) and a ``note``
+- ``peaks``: for each number of threads, see :func:`peaks_record`; ``peaks_missing``: by kernel, why
+- ``skipped``: a ``contestant``, the ``reason``, and the ``cells`` from which it is missing
+- ``cells``: see :func:`record`
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +62,8 @@ def record(
     cell: Cell,
     times: Mapping[str, Summary],
     *,
-    kernels: Iterable[str],
-    peers: Iterable[str],
+    kernels: Collection[str],
+    peers: Collection[str],
     bounds: Mapping[str, float],
     measurements: int = 1,
 ) -> Record:
