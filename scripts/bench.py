@@ -1,98 +1,298 @@
-"""Times a deployed BitLinear, with each kernel that this machine can run, beside ``nn.Linear``.
+"""Times a deployed BitLinear, with each kernel that this machine can run, beside its alternatives.
 
-    python scripts/bench.py [--shapes 4096x4096 1024x1024] [--tokens 1 32 512]
+    python scripts/bench.py [--grid floor] [--json scripts/results/NAME.json] [--check]
 
-One process, one run: for each shape and batch size all contestants are timed in turn, round after
-round, so that a drift of the machine's speed hits them alike. Figures are medians in microseconds.
+Everything runs in one process. In each cell (a shape, a batch size, a number of threads) all
+contestants take turns, round after round, so that a machine whose speed drifts treats them alike;
+figures are medians and quartiles, set against what the machine can do at best, measured too. The
+table goes to standard output as Markdown; the JSON file has the same figures and the circumstances.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from typing import Callable
+import contextlib
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-import bitlinear
+import contestants
+import machine
+import peaks
+import report
+import timing
 from bitlinear import jit
+from bitlinear.kernels import VARIANTS
+from contestants import OTHERS
+from peaks import Peaks
+from report import Cell, Record
 
-Contestants = dict[str, Callable[[], object]]
+Shape = tuple[int, int]
+
+GRIDS: dict[str, tuple[list[Shape], list[int]]] = {
+    "quick": ([(1024, 1024), (4096, 4096)], [1, 8, 32, 256]),
+    # Where a deployed layer must never be slower than an alternative.
+    "floor": (
+        [
+            (64, 64), (512, 256), (256, 512), (1024, 1024), (2560, 2560), (4096, 4096),
+            (2560, 6912), (6912, 2560), (14336, 4096),
+        ],
+        [1 << exponent for exponent in range(11)],
+    ),
+}  # fmt: skip
+
+# How often --check measures a lost cell, each time for twice as long, before it believes it.
+MEASUREMENTS = 3
+
+FAILED, INTERRUPTED = 1, 130
 
 
-def usable_kernels() -> list[str]:
-    """The kernel variants that this machine can run, best first."""
-    return [verdict.variant for verdict in bitlinear.available_kernels() if verdict.ok]
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    setup = _parse(argv)
+    results = _circumstances(setup)
+    code = 0
+    try:
+        with _process_restored(setup.device), torch.inference_mode():
+            _measure(setup, results)
+        results["complete"] = True
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    if setup.json is not None:
+        report.write(setup.json, results)
+    print(report.render(results))
+    if setup.check and code == 0:
+        verdict, passed = report.check(results)
+        print(f"\n{verdict}")
+        code = 0 if passed else FAILED
+    return code
 
 
-def contestants(n: int, k: int, m: int) -> Contestants:
-    """What is timed for ``y[m, n] = x[m, k] @ w[n, k].T``, by name."""
-    x = torch.randn(m, k)
-    linear = nn.Linear(k, n).eval()
-    half = nn.Linear(k, n, dtype=torch.bfloat16).eval()
-    half_x = x.bfloat16()
-    undeployed = bitlinear.BitLinear.from_linear(linear)
-    deployed = bitlinear.BitLinear(k, n).deploy()
+# --------------------------------------------------------------------------------- command line
 
+
+@dataclass(frozen=True)
+class Setup:
+    """What to measure.
+
+    Attributes:
+        shapes: ``(N, K)`` of the layers; the cells are all combinations of these,
+        tokens: these batch sizes
+        threads: and these numbers of threads.
+        budget: Seconds for each cell.
+        device: ``"cpu"`` or ``"cuda"``.
+        kernels: What the deployed layer runs on, one after the other.
+        chosen: What ``import bitlinear`` chose for it.
+        others: The other contestants.
+        json: Where to write the results.
+        check: Whether a cell that ``chosen`` loses is measured again, and counts as a failure.
+    """
+
+    shapes: list[Shape]
+    tokens: list[int]
+    threads: list[int]
+    budget: float
+    device: str
+    kernels: list[str]
+    chosen: str
+    others: list[str]
+    json: Path | None
+    check: bool
+
+
+def parse_shape(text: str) -> Shape:
+    """``(N, K)`` from ``NxK``, for argparse."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NxK, such as 4096x1024")
+    return int(match[1]), int(match[2])
+
+
+def parse_count(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if re.fullmatch(r"[1-9]\d*", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def parse_seconds(text: str) -> float:
+    """A duration above 0, for argparse."""
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < float("inf"):
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=report.EXPLANATION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = ["bitlinear", *OTHERS]
+    add = parser.add_argument
+    add("--grid", choices=GRIDS, default="quick", help="which cells (default: quick)")
+    add("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="instead of the grid's")
+    add("--tokens", nargs="+", type=parse_count, metavar="M", help="instead of the grid's")
+    add("--threads", nargs="+", type=parse_count, metavar="T", help="default: those of torch")
+    add("--budget", type=parse_seconds, default=2.0, help="seconds for each cell (default: 2)")
+    add("--device", choices=contestants.DTYPES, default="cpu")
+    add("--contestants", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    add("--kernels", nargs="+", metavar="NAME", help="default: all that this machine can run")
+    add("--json", type=Path, metavar="PATH", help="write the results there")
+    add("--check", action="store_true", help="exit with 1 if the chosen kernel loses a cell")
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> Setup:
+    parser = _parser()
+    options = parser.parse_args(argv)
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no directory {options.json.parent}")
+
+    here = ["bitlinear", *(name for name, kind in OTHERS.items() if device in kind.devices)]
+    wanted = options.contestants or here
+    if not set(wanted) <= set(here):
+        parser.error(f"--contestants: on {device} there are {', '.join(here)}")
+    available = contestants.available_kernels(device)
+    kernels = (options.kernels or available) if "bitlinear" in wanted else []
+    if not set(kernels) <= set(available):
+        parser.error(f"--kernels: on this machine there are {', '.join(available)}")
+    chosen = available[0] if device == "cuda" else jit.runtime().kernel
+    if chosen is None:
+        parser.error(f"there is no compiled kernel: {jit.runtime().problem}")
+    others = [name for name in here if name in wanted and name in OTHERS]
+    if options.check and not (chosen in kernels and any(OTHERS[name].is_peer for name in others)):
+        parser.error(f"--check compares {chosen} with its peers: leave them in")
+
+    shapes, tokens = GRIDS[options.grid]
+    return Setup(
+        shapes=options.shapes or shapes,
+        tokens=options.tokens or tokens,
+        threads=options.threads or [torch.get_num_threads()],
+        budget=options.budget,
+        device=device,
+        kernels=kernels,
+        chosen=chosen,
+        others=others,
+        json=options.json,
+        check=options.check,
+    )
+
+
+# --------------------------------------------------------------------------------- measuring
+
+
+def _circumstances(setup: Setup) -> Record:
+    """The results before anything is measured."""
+    labels = {
+        name: {"role": "kernel", "label": f"BitLinear {name}", "note": ""} for name in setup.kernels
+    }
+    for name in setup.others:
+        kind = OTHERS[name]
+        role = "peer" if kind.is_peer else "other"
+        labels[name] = {"role": role, "label": kind.label, "note": kind.note}
+    described = machine.describe(jit.runtime().hardware, setup.device)
     return {
-        "nn.Linear fp32": lambda: linear(x),
-        "nn.Linear bf16": lambda: half(half_x),
-        "undeployed": lambda: undeployed(x),
-        **{name: lambda: deployed(x) for name in usable_kernels()},
+        "schema": report.SCHEMA,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "complete": False,
+        "device": setup.device,
+        "budget_s": setup.budget,
+        "machine": {**described, "threads": setup.threads},
+        "versions": machine.versions(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "chosen_kernel": setup.chosen,
+        "contestants": labels,
+        "peaks": [],
+        "peaks_missing": {},
+        "skipped": [],
+        "cells": [],
     }
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _measure(setup: Setup, results: Record) -> None:
+    """Fills the results in, cell by cell, and keeps the file up to date."""
+    failed = contestants.build_kernels(setup.kernels) if setup.device == "cpu" else {}
+    kernels = [name for name in setup.kernels if name not in failed]
+    known = _measure_peaks(setup, kernels, results)
+    total = len(setup.shapes) * len(setup.threads) * len(setup.tokens)
+    with tqdm(total=total, desc="timing", unit="cell") as bar:
+        for N, K in setup.shapes:
+            layers = contestants.Layers(N, K, setup.others, kernels, setup.device)
+            for threads, M in itertools.product(setup.threads, setup.tokens):
+                torch.set_num_threads(threads)
+                dtype = str(contestants.DTYPES[setup.device]).rpartition(".")[2]
+                cell = Cell(N, K, M, threads, dtype)
+                bar.set_postfix_str(report.title(vars(cell)))
+                field, missing = layers.contestants(M)
+                report.note_skipped(results, cell, {**failed, **missing})
+                bounds = _bounds(cell, kernels, known.get(threads))
+                results["cells"].append(_measure_cell(setup, cell, field, bounds))
+                if setup.json is not None:
+                    report.write(setup.json, results)
+                bar.update()
 
 
-def medians(calls: Contestants, budget: float) -> dict[str, float]:
-    """Median microseconds of each call, in rounds until ``budget`` seconds have passed."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    kernels = usable_kernels()
-    end = time.perf_counter() + budget
-    rounds = 0
-    while rounds < 5 or time.perf_counter() < end:
-        rounds += 1
-        for name, call in calls.items():
-            if name in kernels:
-                jit.activate(name)
-            call()  # brings weights and code into the cache
-            times[name] += [seconds(call) for _ in range(3)]
-    return {name: statistics.median(values) * 1e6 for name, values in times.items()}
+def _measure_cell(
+    setup: Setup, cell: Cell, field: Sequence[timing.Contestant], bounds: Mapping[str, float]
+) -> Record:
+    timer = timing.cuda_timer if setup.device == "cuda" else timing.cpu_timer
+    peers = [name for name in setup.others if OTHERS[name].is_peer]
+    for number in range(1, MEASUREMENTS + 1):
+        times = timing.compare(field, setup.budget * 2 ** (number - 1), timer)
+        record = report.record(
+            cell, times, kernels=setup.kernels, peers=peers, bounds=bounds, measurements=number
+        )
+        lead = report.lead(record, setup.chosen)
+        if not setup.check or lead is None or lead >= 1:
+            break
+    return record
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["1024x1024", "4096x4096"], metavar="NxK")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 256], metavar="M")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds per row (default: 2)")
-    arguments = parser.parse_args()
-    chosen = jit.runtime().kernel
-    if chosen is None:
-        parser.exit(1, f"no compiled kernel: {jit.runtime().problem}\n")
+def _measure_peaks(setup: Setup, kernels: Sequence[str], results: Record) -> dict[int, Peaks]:
+    """The peaks by the number of threads; empty where there is nothing to measure them with."""
+    if setup.device == "cuda":
+        return {}
+    loops = {}
+    compiler = jit.runtime().hardware.compiler
+    for variant in sorted(VARIANTS, key=lambda variant: -variant.priority):
+        if variant.name in kernels:
+            try:
+                loops[variant.name] = peaks.compile_loops(variant, compiler)
+            except (RuntimeError, OSError) as error:
+                results["peaks_missing"][variant.name] = contestants.one_line(error)
+    known = {threads: peaks.measure(loops, threads) for threads in setup.threads} if loops else {}
+    results["peaks"] = [report.peaks_record(its) for its in known.values()]
+    return known
 
-    cells = [(shape, m) for shape in arguments.shapes for m in arguments.tokens]
-    rows = []
-    with torch.inference_mode():
-        for shape, m in tqdm(cells, desc="timing", unit="cell"):
-            n, k = map(int, shape.split("x"))
-            result = medians(contestants(n, k, m), arguments.budget)
-            speedup = result["nn.Linear fp32"] / result[chosen]
-            rows.append((f"{n} x {k}", str(m), *(f"{us:.1f}" for us in result.values()), speedup))
-    names = list(result)
 
-    print(f"{jit.runtime().hardware.cpu.brand}, {torch.get_num_threads()} threads; medians in us")
-    print(f"| N x K | M | {' | '.join(names)} | {chosen} over fp32 |")
-    print("|---" * (len(names) + 3) + "|")
-    for *columns, speedup in rows:
-        print(f"| {' | '.join(columns)} | {speedup:.1f}x |")
+def _bounds(cell: Cell, kernels: Iterable[str], known: Peaks | None) -> dict[str, float]:
+    if known is None:
+        return {}
+    return {name: known.bound(name, cell.packed_bytes, cell.operations) for name in kernels}
+
+
+@contextlib.contextmanager
+def _process_restored(device: str) -> Iterator[None]:
+    """Undoes what measuring changes in this process: the number of threads, and the kernel."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if device == "cpu":
+            jit.activate(None)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
