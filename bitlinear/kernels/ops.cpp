@@ -2,8 +2,8 @@
 // kernel variant that bitlinear_use_kernels() received.
 //
 // The headers are chosen for compile time: this file is most of a cold import.
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -138,6 +138,19 @@ const char* data_of(const Tensor& tensor, const char* name) {
   return static_cast<const char*>(tensor.const_data_ptr());
 }
 
+// The scratch memory of one call: on the stack where it is small, as it is for one token.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    if (bytes > int64_t{sizeof(stack_)}) heap_ = at::detail::empty_cpu({bytes}, ScalarType::Byte);
+  }
+  char* data() { return heap_.defined() ? static_cast<char*>(heap_.data_ptr()) : stack_; }
+
+ private:
+  alignas(kAlignment) char stack_[16 * 1024];
+  at::TensorBase heap_;
+};
+
 Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
               const std::optional<Tensor>& bias, int64_t in_features, double eps,
               int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
@@ -151,7 +164,8 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const int64_t M = x.numel() / K;
   c10::DimVector shape(x.sizes());
   shape.back() = N;
-  Tensor y = at::empty(shape, x.options().dtype(y_dtype));
+  // Not at::empty, whose way through the dispatcher costs as much as a small product.
+  Tensor y = Tensor(at::detail::empty_cpu(shape, y_dtype));
   if (M == 0 || N == 0) return y;
 
   const Tensor input = x.contiguous();
@@ -174,8 +188,8 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
       bitlinear::ceil_div(kernels->scratch_bytes(part_tokens), kAlignment) * kAlignment;
   const int64_t q_stride = bitlinear_q_stride(kernels, K);
   const int64_t token_bytes = q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)};
-  const Tensor scratch = at::empty({parts * part_bytes + M * token_bytes}, w_packed.options());
-  char* const part_scratch = static_cast<char*>(scratch.data_ptr());
+  Scratch scratch(parts * part_bytes + M * token_bytes);
+  char* const part_scratch = scratch.data();
   int8_t* q = reinterpret_cast<int8_t*>(part_scratch + parts * part_bytes);
   float* s_x = reinterpret_cast<float*>(q + M * q_stride);
   int32_t* q_sum = reinterpret_cast<int32_t*>(s_x + M);
