@@ -96,6 +96,26 @@ constexpr int kStreams = 8;
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
+#if defined(__AMX_INT8__)
+// Tiles are no vectors: their numbers are part of the instruction. The process must have been
+// granted their use, as it has once the kernel variant was loaded.
+EXPORTED int64_t multiply_adds(int64_t steps) {
+  struct alignas(64) {
+    uint8_t palette = 1, reserved[15] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);
+  for (int64_t step = 0; step < steps; ++step) {
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  _tile_release();
+  return steps * 4 * (16 * 16 * 64);
+}
+#else
 // Returns how many multiply-adds it has done; 0: the instruction set has none for bytes.
 EXPORTED int64_t multiply_adds(int64_t steps) {
   Dot::Vector a = {}, b = {};
@@ -112,6 +132,7 @@ EXPORTED int64_t multiply_adds(int64_t steps) {
   for (int i = 0; i < Dot::kSums; ++i) keep(sums[i]);
   return steps * Dot::kSums * Dot::kMultiplyAdds;
 }
+#endif
 
 // Reads `bytes` (rounded down to a multiple of 512) at `data`, 64-byte aligned, `passes` times;
 // returns how many bytes that were.

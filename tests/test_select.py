@@ -173,7 +173,8 @@ def test_forcing_an_unknown_name_lists_the_valid_ones() -> None:
         select(machine(read_cpu("haswell")), forced="nonsense")
     assert str(raised.value) == (
         "BITLINEAR_KERNEL='nonsense' names no CPU kernel (there are amx_int8, avx512_vnni, "
-        "avx_vnni, avx2, scalar). Valid on this machine: avx2, scalar. Set it to one of those, or unset it."
+        "avx_vnni, avx2, scalar). Valid on this machine: avx2, scalar. Set it to one of those, or "
+        "unset it."
     )
 
 

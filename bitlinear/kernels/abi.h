@@ -53,8 +53,8 @@ struct bitlinear_kernel_table {
                        int32_t* q_sum);
   // Computes the rectangle of the task.
   void (*linear)(const bitlinear_task* task);
-  // What a task of M tokens needs.
-  int64_t (*scratch_bytes)(int64_t M);
+  // What a task of M tokens, or fewer, needs.
+  int64_t (*scratch_bytes)(int64_t M, int64_t row_bytes);
   bitlinear_costs costs;
 };
 

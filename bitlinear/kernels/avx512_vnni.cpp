@@ -6,10 +6,11 @@ namespace bitlinear {
 namespace {
 
 struct Avx512Vnni : Vnni<Zmm> {
-  static constexpr int64_t kGemmTokens = 9;
+  static constexpr int64_t kGemmTokens = 13;
+  static constexpr int64_t kGemvOverhead = 12;
   static constexpr int kPanelTokens = 8;
   static constexpr int kPanelStrips = 3;
-  static constexpr int64_t kPanelDepth = 2048;  // 96 KB of codes, in the L2 cache
+  static constexpr int64_t kPanelDepth = 512;
   static constexpr int kDecodingTokens = 3;
 };
 

@@ -52,10 +52,11 @@ struct Ymm : X86Ymm {
 };
 
 struct AvxVnni : Vnni<Ymm> {
-  static constexpr int64_t kGemmTokens = 10;
+  static constexpr int64_t kGemmTokens = 13;
+  static constexpr int64_t kGemvOverhead = 12;
   static constexpr int kPanelTokens = 6;
   static constexpr int kPanelStrips = 2;
-  static constexpr int64_t kPanelDepth = 2048;  // 32 KB of codes
+  static constexpr int64_t kPanelDepth = 1024;
   static constexpr int kDecodingTokens = 3;
 };
 

@@ -22,12 +22,15 @@ template <class V>
 struct Panel {
   static constexpr int kLanes = V::kWidth / 4;  // rows of a strip
   static constexpr int64_t kRows = V::kPanelStrips * kLanes;
-  static constexpr int64_t kDepth = V::kPanelDepth;  // codes decoded at a time, per row
-  // Tokens whose sums are kept between two slices of k.
-  static constexpr int64_t kTokens = 256;
+  static constexpr int64_t kBytes = V::kPanelDepth / 4;  // packed bytes of a row decoded at a time
+  // A block of the output whose sums are kept from one slice of k to the next: the activations of
+  // one slice stay in the L2 cache for all panels of the block.
+  static constexpr int64_t kBlockTokens = 256;
+  static constexpr int64_t kBlockRows = 192;  // whole panels: kRows is 16, 32 or 48
 
-  alignas(64) uint8_t codes[kRows * kDepth];
-  alignas(64) int32_t sums[kTokens * kRows];
+  alignas(64) uint8_t codes[kRows * V::kPanelDepth];
+  // Of each panel in turn, as many tokens as the block has.
+  alignas(64) int32_t sums[kBlockRows * kBlockTokens];
 };
 
 // Decodes `bytes` packed bytes of up to kLanes rows into every kStrips-th vector of `codes`; rows
@@ -114,39 +117,49 @@ struct DotTiles {
   }
 };
 
-// All tokens against rows n .. n + count, at most kStrips strips.
+// One panel, `rows` rows from row n on, and one slice of k, `bytes` packed bytes from `begin` on.
 template <class V, int kStrips, class Tiles>
-inline void panel_rows(const bitlinear_task& task, int64_t n, int64_t count, Tiles& tiles) {
-  constexpr int64_t kBytes = Panel<V>::kDepth / 4;
-  Panel<V>& panel = *static_cast<Panel<V>*>(task.scratch);
-  const Epilogue<V, kStrips * Panel<V>::kLanes> epilogue(task, n, count);
-  for (int64_t m = 0; m < task.M; m += Panel<V>::kTokens) {
-    const int64_t tokens = task.M - m < Panel<V>::kTokens ? task.M - m : Panel<V>::kTokens;
-    for (int64_t b = 0; b < task.row_bytes; b += kBytes) {
-      const int64_t bytes = task.row_bytes - b < kBytes ? task.row_bytes - b : kBytes;
-      for (int s = 0; s < kStrips; ++s) {
-        const int64_t first = s * Panel<V>::kLanes;
-        decode_strip<V, kStrips>(task.w + (n + first) * task.row_bytes + b, task.row_bytes,
-                                 count - first, bytes, panel.codes + s * V::kWidth);
-      }
-      tiles.template multiply<kStrips>(panel.codes, task.q + m * task.q_stride + b * 4,
-                                       task.q_stride, tokens, bytes, panel.sums, b > 0);
+inline void panel_slice(const bitlinear_task& task, int64_t m, int64_t tokens, int64_t n,
+                        int64_t rows, int64_t begin, int64_t bytes, Tiles& tiles, int32_t* sums) {
+  constexpr int kLanes = Panel<V>::kLanes;
+  if constexpr (kStrips > 1) {
+    if (rows <= (kStrips - 1) * kLanes) {
+      panel_slice<V, kStrips - 1>(task, m, tokens, n, rows, begin, bytes, tiles, sums);
+      return;
     }
-    for (int64_t t = 0; t < tokens; ++t) epilogue.store(m + t, panel.sums + t * Panel<V>::kRows);
   }
+  uint8_t* codes = static_cast<Panel<V>*>(task.scratch)->codes;
+  const uint8_t* packed = task.w + n * task.row_bytes + begin;
+  for (int s = 0; s < kStrips; ++s) {
+    decode_strip<V, kStrips>(packed + s * kLanes * task.row_bytes, task.row_bytes,
+                             rows - s * kLanes, bytes, codes + s * V::kWidth);
+  }
+  tiles.template multiply<kStrips>(codes, task.q + m * task.q_stride + begin * 4, task.q_stride,
+                                   tokens, bytes, sums, begin > 0);
 }
 
-// Panels of kStrips strips, then whatever is left in narrower ones.
-template <class V, int kStrips, class Tiles>
-inline void panel_width(const bitlinear_task& task, int64_t n, Tiles& tiles) {
-  constexpr int64_t kRows = kStrips * Panel<V>::kLanes;
-  while (task.n_end - n > kRows - Panel<V>::kLanes) {
-    const int64_t count = task.n_end - n < kRows ? task.n_end - n : kRows;
-    panel_rows<V, kStrips>(task, n, count, tiles);
-    n += count;
+// A block of the output: `tokens` tokens from m on, `rows` weight rows from n on.
+template <class V, class Tiles>
+inline void panel_block(const bitlinear_task& task, int64_t m, int64_t tokens, int64_t n,
+                        int64_t rows, Tiles& tiles) {
+  using P = Panel<V>;
+  int32_t* sums = static_cast<P*>(task.scratch)->sums;
+  const int64_t panels = (rows + P::kRows - 1) / P::kRows;
+  for (int64_t begin = 0; begin < task.row_bytes; begin += P::kBytes) {
+    const int64_t bytes = task.row_bytes - begin < P::kBytes ? task.row_bytes - begin : P::kBytes;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t first = panel * P::kRows;
+      const int64_t count = rows - first < P::kRows ? rows - first : P::kRows;
+      panel_slice<V, V::kPanelStrips>(task, m, tokens, n + first, count, begin, bytes, tiles,
+                                      sums + first * tokens);
+    }
   }
-  if constexpr (kStrips > 1) {
-    if (n < task.n_end) panel_width<V, kStrips - 1>(task, n, tiles);
+  for (int64_t first = 0; first < rows; first += P::kRows) {
+    const int64_t count = rows - first < P::kRows ? rows - first : P::kRows;
+    const Epilogue<V, P::kRows> epilogue(task, n + first, count);
+    for (int64_t t = 0; t < tokens; ++t) {
+      epilogue.store(m + t, sums + first * tokens + t * P::kRows);
+    }
   }
 }
 
@@ -157,10 +170,21 @@ template <class V, class Tiles = DotTiles<V>>
 struct PanelGemm {
   static constexpr bitlinear_costs kCosts = {V::kPanelTokens, Panel<V>::kRows, V::kDecodingTokens,
                                              0};
-  static int64_t scratch_bytes(int64_t) { return sizeof(Panel<V>); }
+  static int64_t scratch_bytes(int64_t M) {
+    using P = Panel<V>;
+    const int64_t tokens = M < P::kBlockTokens ? M : P::kBlockTokens;
+    return static_cast<int64_t>(sizeof(P)) - (P::kBlockTokens - tokens) * P::kBlockRows * 4;
+  }
   static void run(const bitlinear_task& task) {
+    using P = Panel<V>;
     Tiles tiles;
-    panel_width<V, V::kPanelStrips>(task, task.n_begin, tiles);
+    for (int64_t m = 0; m < task.M; m += P::kBlockTokens) {
+      const int64_t tokens = task.M - m < P::kBlockTokens ? task.M - m : P::kBlockTokens;
+      for (int64_t n = task.n_begin; n < task.n_end; n += P::kBlockRows) {
+        const int64_t rows = task.n_end - n < P::kBlockRows ? task.n_end - n : P::kBlockRows;
+        panel_block<V>(task, m, tokens, n, rows, tiles);
+      }
+    }
   }
 };
 

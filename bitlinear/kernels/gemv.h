@@ -19,15 +19,16 @@ namespace bitlinear {
 // Columns of the output that are computed together.
 constexpr int kGemvColumns = 64;
 
-// out[i] = the exact sum over all lanes of sums[i].
-template <class V, int kCount, class Sum>
-inline void store_totals(const Sum (&sums)[kCount], int32_t* out) {
+// totals[m * kRows + r] = the exact sum over all lanes of sums[m][r].
+template <class V, int kTokens, int kRows>
+inline void add_lanes(const typename V::PlaneSum (&sums)[kTokens][kRows], int32_t* totals) {
+  constexpr int kCount = kTokens * kRows;
+  const auto lanes = [&](int i) { return sums[i / kRows][i % kRows].lanes(); };
   int i = 0;
   for (; i + 4 <= kCount; i += 4) {
-    V::reduce4(sums[i].lanes(), sums[i + 1].lanes(), sums[i + 2].lanes(), sums[i + 3].lanes(),
-               out + i);
+    V::reduce4(lanes(i), lanes(i + 1), lanes(i + 2), lanes(i + 3), totals + i);
   }
-  for (; i < kCount; ++i) out[i] = V::reduce(sums[i].lanes());
+  for (; i < kCount; ++i) totals[i] = V::reduce(lanes(i));
 }
 
 // codes[m * kGemvColumns + r] (+)= sum_k c[r, k] * q[m, k] over whole blocks of k, for
@@ -58,11 +59,13 @@ inline void gemv_tile(const uint8_t* w, int64_t stride, int64_t blocks, const in
     }
     blocks -= run;
   }
+  int32_t totals[kTokens * kRows];
+  add_lanes<V>(sums, totals);
   for (int m = 0; m < kTokens; ++m) {
-    int32_t totals[kRows];
-    store_totals<V>(sums[m], totals);
-    int32_t* out = codes + m * kGemvColumns;
-    for (int r = 0; r < kRows; ++r) out[r] = accumulate ? out[r] + totals[r] : totals[r];
+    for (int r = 0; r < kRows; ++r) {
+      int32_t& out = codes[m * kGemvColumns + r];
+      out = totals[m * kRows + r] + (accumulate ? out : 0);
+    }
   }
 }
 

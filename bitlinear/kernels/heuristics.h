@@ -1,6 +1,5 @@
-// How one call is divided among threads: pure functions of its sizes, tested by
-// tests/kernels/test_heuristics.py. From how many tokens on a variant leaves its GEMV for its GEMM
-// is a constant of the variant, kGemmTokens.
+// Which form of kernel runs, and how one call is divided among threads: pure functions of its
+// sizes, tested by tests/kernels/test_heuristics.py.
 #pragma once
 
 #include <stdint.h>
@@ -8,6 +7,15 @@
 #include "abi.h"
 
 namespace bitlinear {
+
+// Whether M tokens are better served by the GEMM than by a GEMV for every few of them. A GEMV reads
+// packed bytes directly and pays for summing across lanes once per row and token, as much as for
+// `gemv_overhead` vectors of packed bytes; the GEMM pays for decoding once per packed byte. Where a
+// row is long, the GEMM is ahead from gemm_tokens on, where it is short, earlier.
+constexpr bool prefer_gemm(int64_t M, int64_t vectors_per_row, int64_t gemm_tokens,
+                           int64_t gemv_overhead) {
+  return M > 1 && M * (vectors_per_row + gemv_overhead) >= gemm_tokens * vectors_per_row;
+}
 
 struct Range {
   int64_t begin, end;

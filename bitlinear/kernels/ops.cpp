@@ -185,7 +185,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   // One block of scratch: what each part needs, then the quantised activations, scales and sums.
   const int64_t part_tokens = bitlinear::largest_part(M, kernels->costs.token_unit, grid.tokens);
   const int64_t part_bytes =
-      bitlinear::ceil_div(kernels->scratch_bytes(part_tokens), kAlignment) * kAlignment;
+      bitlinear::ceil_div(kernels->scratch_bytes(part_tokens, row_bytes), kAlignment) * kAlignment;
   const int64_t q_stride = bitlinear_q_stride(kernels, K);
   const int64_t token_bytes = q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)};
   Scratch scratch(parts * part_bytes + M * token_bytes);
@@ -197,15 +197,6 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const int x_dtype = kernel_dtype(x.scalar_type());
   const char* tokens = data_of(input, "x");
   const int64_t x_bytes = K * input.element_size();
-  const int64_t quantize_parts = bitlinear::choose_quantize_parts(M, K, threads);
-  bitlinear::parallel(quantize_parts, [&](int64_t part) {
-    const bitlinear::Range rows = bitlinear::part_of(M, 1, part, quantize_parts);
-    for (int64_t m = rows.begin; m < rows.end; ++m) {
-      kernels->quantize_row(tokens + m * x_bytes, x_dtype, K, static_cast<float>(eps),
-                            q + m * q_stride, s_x + m, q_sum + m);
-    }
-  });
-
   bitlinear_task task = {};
   task.q = q;
   task.q_stride = q_stride;
@@ -221,7 +212,15 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.y = y.data_ptr();
   task.y_stride = N;
   task.y_dtype = kernel_dtype(y_dtype);
-  bitlinear::parallel(parts, [&](int64_t part) {
+  const int64_t quantize_parts = bitlinear::choose_quantize_parts(M, K, threads);
+  const auto quantize = [&](int64_t part) {
+    const bitlinear::Range rows = bitlinear::part_of(M, 1, part, quantize_parts);
+    for (int64_t m = rows.begin; m < rows.end; ++m) {
+      kernels->quantize_row(tokens + m * x_bytes, x_dtype, K, static_cast<float>(eps),
+                            q + m * q_stride, s_x + m, q_sum + m);
+    }
+  };
+  const auto multiply = [&](int64_t part) {
     const bitlinear::Range m =
         bitlinear::part_of(M, kernels->costs.token_unit, part / grid.rows, grid.tokens);
     const bitlinear::Range n =
@@ -236,7 +235,8 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
     mine.scratch = part_scratch + part * part_bytes;
     mine.y = static_cast<char*>(task.y) + m.begin * N * y.element_size();
     kernels->linear(&mine);
-  });
+  };
+  bitlinear::parallel(quantize_parts, quantize, parts, multiply);
   return y;
 }
 
@@ -253,10 +253,11 @@ BITLINEAR_EXPORT int bitlinear_use_kernels(const bitlinear_kernel_table* kernels
 BITLINEAR_EXPORT int bitlinear_parallel_threads(void) {
   std::mutex mutex;
   std::set<std::thread::id> threads;
-  bitlinear::parallel(at::get_num_threads(), [&](int64_t) {
+  const auto note = [&](int64_t) {
     const std::lock_guard<std::mutex> lock(mutex);
     threads.insert(std::this_thread::get_id());
-  });
+  };
+  bitlinear::parallel(0, note, at::get_num_threads(), note);
   return static_cast<int>(threads.size());
 }
 

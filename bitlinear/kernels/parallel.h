@@ -5,39 +5,57 @@
 
 #include <cstdint>
 
-// The entry point of GNU's OpenMP runtime, which libgomp, Intel's and LLVM's runtimes export on
+// The entry points of GNU's OpenMP runtime, which libgomp, Intel's and LLVM's runtimes export on
 // Linux. at::parallel_for is a template around `#pragma omp parallel`: clang would compile it into
 // calls of a second runtime, which ignores torch.set_num_threads and competes with torch's for the
 // cores. Calling the entry point binds to the runtime that torch has loaded, with any compiler.
 // Weak: without one the work is serial, and the doctor says so.
 extern "C" __attribute__((weak)) void GOMP_parallel(void (*body)(void*), void* data,
                                                     unsigned num_threads, unsigned flags);
+extern "C" __attribute__((weak)) void GOMP_barrier();
 extern "C" __attribute__((weak)) int omp_get_thread_num();
 extern "C" __attribute__((weak)) int omp_get_num_threads();
 
 namespace bitlinear {
 
-// Runs body(part) for every part in [0, parts) on torch's intra-op threads; serially inside another
-// parallel region, as at::parallel_for does. `body` must not throw.
 template <class Body>
-void parallel(int64_t parts, const Body& body) {
-  if (parts <= 1 || at::get_num_threads() <= 1 || at::in_parallel_region() ||
-      GOMP_parallel == nullptr) {
-    for (int64_t part = 0; part < parts; ++part) body(part);
+void run_parts(int64_t parts, const Body& body, int64_t first = 0, int64_t step = 1) {
+  for (int64_t part = first; part < parts; part += step) body(part);
+}
+
+// Runs first(part) for every part in [0, first_parts), and when all are done second(part) for every
+// part in [0, second_parts), on torch's intra-op threads; serially inside another parallel region,
+// as at::parallel_for does. Neither must throw.
+template <class First, class Second>
+void parallel(int64_t first_parts, const First& first, int64_t second_parts, const Second& second) {
+  // What is a single part does not wait for a team.
+  if (first_parts == 1) {
+    first(0);
+    first_parts = 0;
+  }
+  if ((first_parts <= 1 && second_parts <= 1) || at::get_num_threads() <= 1 ||
+      at::in_parallel_region() || GOMP_parallel == nullptr || GOMP_barrier == nullptr) {
+    run_parts(first_parts, first);
+    run_parts(second_parts, second);
     return;
   }
   struct Region {
-    const Body& body;
-    int64_t parts;
-  } region{body, parts};
+    int64_t first_parts;
+    const First& first;
+    int64_t second_parts;
+    const Second& second;
+  } region{first_parts, first, second_parts, second};
   GOMP_parallel(
       [](void* data) {
         const Region& shared = *static_cast<Region*>(data);
         // The team may be larger or smaller than the number of parts.
-        for (int64_t part = omp_get_thread_num(); part < shared.parts;
-             part += omp_get_num_threads()) {
-          shared.body(part);
+        const int64_t thread = omp_get_thread_num();
+        const int64_t threads = omp_get_num_threads();
+        if (shared.first_parts > 0) {
+          run_parts(shared.first_parts, shared.first, thread, threads);
+          GOMP_barrier();
         }
+        run_parts(shared.second_parts, shared.second, thread, threads);
       },
       // 0: as many as torch.set_num_threads said. A team size that changes from call to call makes
       // libgomp dismiss its threads and start new ones.

@@ -10,7 +10,8 @@ struct Scalar {
   static constexpr int64_t kWidth = 16;
   static constexpr int kGemvTokens = 1;  // no registers to keep more in
   static constexpr int kGemvRows = 1;
-  static constexpr int64_t kGemmTokens = 4;
+  static constexpr int64_t kGemmTokens = 3;
+  static constexpr int64_t kGemvOverhead = 0;
 
   struct Bytes {
     uint8_t byte[kWidth];

@@ -175,7 +175,7 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   task.y_stride = c.N;
   task.y_dtype = c.dtype;
   // Exactly as long as promised, and aligned as promised.
-  const int64_t scratch_bytes = kernels.scratch_bytes(c.M);
+  const int64_t scratch_bytes = kernels.scratch_bytes(c.M, row_bytes);
   void* scratch = nullptr;
   if (posix_memalign(&scratch, 64, static_cast<size_t>(scratch_bytes)) != 0) return "no memory";
   memset(scratch, 99, static_cast<size_t>(scratch_bytes));

@@ -15,7 +15,7 @@
 //   kGemvTokens                tokens that share the loads of packed bytes, as registers allow
 //   kGemvRows                  PlaneSums in registers: weight rows times tokens
 //   floats_from_fp16, fp16_from_floats
-//   kGemmTokens                from how many tokens on Gemm is faster than GEMVs
+//   kGemmTokens, kGemvOverhead from how many tokens on Gemm is faster: see heuristics.h
 //
 // Gemm, one of the templates in gemm_*.h, says what it needs besides.
 #pragma once
@@ -24,24 +24,30 @@
 
 #include "abi.h"
 #include "gemv.h"
+#include "heuristics.h"
 #include "quantize.h"
 
 namespace bitlinear {
 
 constexpr int64_t kNeverFlush = INT64_MAX;
 
+template <class V>
+bool use_gemm(int64_t M, int64_t row_bytes) {
+  return prefer_gemm(M, ceil_div(row_bytes, V::kWidth), V::kGemmTokens, V::kGemvOverhead);
+}
+
 template <class V, class Gemm>
 void linear(const bitlinear_task* task) {
-  if (task->M < V::kGemmTokens) {
-    gemv<V>(*task);
-  } else {
+  if (use_gemm<V>(task->M, task->row_bytes)) {
     Gemm::run(*task);
+  } else {
+    gemv<V>(*task);
   }
 }
 
 template <class V, class Gemm>
-int64_t scratch_bytes(int64_t M) {
-  return M < V::kGemmTokens ? 0 : Gemm::scratch_bytes(M);
+int64_t scratch_bytes(int64_t M, int64_t row_bytes) {
+  return use_gemm<V>(M, row_bytes) ? Gemm::scratch_bytes(M) : 0;
 }
 
 template <class V, class Gemm>
