@@ -28,6 +28,7 @@ class Heuristics:
         library.largest_part.restype = ctypes.c_int64
         library.choose_quantize_parts.restype = ctypes.c_int64
         library.worth_a_team.restype = ctypes.c_bool
+        library.prefer_gemm.restype = ctypes.c_bool
 
     def call(self, name: str, *arguments: int) -> int:
         return getattr(self._library, name)(*map(ctypes.c_int64, arguments))
@@ -51,6 +52,24 @@ def heuristics(tmp_path_factory):
     command = [require_compiler("g++"), "-std=c++17", "-O1", "-shared", "-fPIC"]
     subprocess.run([*command, f"-I{DIRECTORY}", SOURCE, "-o", output], check=True)
     return Heuristics(ctypes.CDLL(str(output)))
+
+
+@given(vectors=st.integers(1, 2000), tokens=st.integers(2, 40), overhead=st.integers(0, 40))
+def test_there_is_one_batch_size_at_which_the_gemm_takes_over(
+    heuristics, vectors, tokens, overhead
+):
+    def gemm(m):
+        return heuristics.call("prefer_gemm", m, vectors, tokens, overhead)
+
+    choices = [gemm(m) for m in range(1, tokens + 1)]
+    assert not choices[0]  # one token: always a GEMV
+    assert choices[-1]
+    assert choices == sorted(choices)
+    # The longer the rows, the later.
+    for m in range(1, tokens + 1):
+        assert choices[m - 1] or not heuristics.call(
+            "prefer_gemm", m, vectors + 1, tokens, overhead
+        )
 
 
 @given(size=sizes, unit=st.sampled_from([1, 8, 32, 48]), parts=st.integers(1, 64))
