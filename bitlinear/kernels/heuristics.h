@@ -72,10 +72,12 @@ constexpr Grid choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t thre
   return best;
 }
 
-// Threads that quantise M tokens of K values: one value costs about as much as four packed bytes.
-constexpr int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads) {
-  if (!worth_a_team(4 * M * K, threads)) return 1;
-  return M < threads ? M : threads;
+// The number of parts in which M tokens of K values are quantised, before the product on `parts`
+// threads. Where those are awake anyway, a part costs a barrier: as much as some 500 values. Else a
+// value counts as much as four packed bytes.
+constexpr int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads, int64_t parts) {
+  const bool divide = parts > 1 ? M * K >= 512 * threads : worth_a_team(4 * M * K, threads);
+  return !divide ? 1 : M < threads ? M : threads;
 }
 
 }  // namespace bitlinear

@@ -212,7 +212,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.y = y.data_ptr();
   task.y_stride = N;
   task.y_dtype = kernel_dtype(y_dtype);
-  const int64_t quantize_parts = bitlinear::choose_quantize_parts(M, K, threads);
+  const int64_t quantize_parts = bitlinear::choose_quantize_parts(M, K, threads, parts);
   const auto quantize = [&](int64_t part) {
     const bitlinear::Range rows = bitlinear::part_of(M, 1, part, quantize_parts);
     for (int64_t m = rows.begin; m < rows.end; ++m) {

@@ -27,7 +27,7 @@ void choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t threads, const
   out[1] = grid.rows;
 }
 
-int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads) {
-  return bitlinear::choose_quantize_parts(M, K, threads);
+int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads, int64_t parts) {
+  return bitlinear::choose_quantize_parts(M, K, threads, parts);
 }
 }

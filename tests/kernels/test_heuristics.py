@@ -128,9 +128,21 @@ def test_grids_of_typical_layers(heuristics, threads, cost):
     assert (tokens, rows) == (threads, 1)
     # Small work is nobody else's.
     assert heuristics.grid(1, 256, 256, threads, cost) == (1, 1)
-    assert heuristics.call("choose_quantize_parts", 1, 1 << 20, threads) == 1
-    assert heuristics.call("choose_quantize_parts", 4, 64, threads) == 1
-    assert heuristics.call("choose_quantize_parts", 4096, 4096, threads) == threads
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 16, 64])
+def test_quantising_is_divided_where_it_pays(heuristics, threads):
+    def parts(m, k, product_parts):
+        return heuristics.call("choose_quantize_parts", m, k, threads, product_parts)
+
+    # A token is quantised by one thread.
+    assert parts(1, 1 << 20, threads) == 1
+    assert parts(2, 1 << 20, threads) == min(2, threads)
+    # With threads that are awake anyway, sooner than alone.
+    assert parts(64, 1024, threads) == (1 if threads == 1 else threads)
+    assert parts(64, 256, 1) == 1
+    assert parts(4096, 4096, 1) == threads
+    assert parts(4, 16, threads) == 1
 
 
 def test_more_threads_need_more_work(heuristics):
