@@ -39,7 +39,7 @@ class AmxTiles {
       configure(static_cast<uint8_t>(count));
       const auto product =
           count > 16 ? multiply_tile<true, kStrips> : multiply_tile<false, kStrips>;
-      product(codes, q + m * q_stride, q_stride, bytes, sums + m * Panel<AmxInt8>::kRows,
+      product(codes, q + m * q_stride, q_stride, bytes, sums + m * Panel<AmxInt8>::kBlockRows,
               accumulate);
     }
   }
@@ -68,8 +68,8 @@ class AmxTiles {
   static void multiply_tile(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t bytes,
                             int32_t* sums, bool accumulate) {
     constexpr int64_t kStep = kStrips * 64;
-    constexpr int64_t kSumsStride = Panel<AmxInt8>::kRows * 4;
-    int32_t* below = sums + 16 * Panel<AmxInt8>::kRows;
+    constexpr int64_t kSumsStride = Panel<AmxInt8>::kBlockRows * 4;
+    int32_t* below = sums + 16 * Panel<AmxInt8>::kBlockRows;
     if (accumulate) {
       _tile_loadd(0, sums, kSumsStride);
       if (kStrips > 1) _tile_loadd(1, sums + 16, kSumsStride);

@@ -29,8 +29,7 @@ struct Panel {
   static constexpr int64_t kBlockRows = 192;  // whole panels: kRows is 16, 32 or 48
 
   alignas(64) uint8_t codes[kRows * V::kPanelDepth];
-  // Of each panel in turn, as many tokens as the block has.
-  alignas(64) int32_t sums[kBlockRows * kBlockTokens];
+  alignas(64) int32_t sums[kBlockTokens][kBlockRows];
 };
 
 // Decodes `bytes` packed bytes of up to kLanes rows into every kStrips-th vector of `codes`; rows
@@ -87,7 +86,7 @@ inline void panel_tile(const uint8_t* codes, const int8_t* q, int64_t q_stride, 
   }
   for (int m = 0; m < kTokens; ++m) {
     for (int s = 0; s < kStrips; ++s) {
-      int32_t* out = sums + m * Panel<V>::kRows + s * kLanes;
+      int32_t* out = sums + m * Panel<V>::kBlockRows + s * kLanes;
       V::store_ints(out, accumulate ? V::add(tile[m][s], V::load_ints(out)) : tile[m][s]);
     }
   }
@@ -99,12 +98,12 @@ inline void panel_tokens(const uint8_t* codes, const int8_t* q, int64_t q_stride
   int64_t m = 0;
   for (; m + kTokens <= tokens; m += kTokens) {
     panel_tile<V, kTokens, kStrips>(codes, q + m * q_stride, q_stride, bytes,
-                                    sums + m * Panel<V>::kRows, accumulate);
+                                    sums + m * Panel<V>::kBlockRows, accumulate);
   }
   if constexpr (kTokens > 1) {
     if (m < tokens) {
       panel_tokens<V, kTokens / 2, kStrips>(codes, q + m * q_stride, q_stride, tokens - m, bytes,
-                                            sums + m * Panel<V>::kRows, accumulate);
+                                            sums + m * Panel<V>::kBlockRows, accumulate);
     }
   }
 }
@@ -145,7 +144,7 @@ template <class V, class Tiles>
 inline void panel_block(const bitlinear_task& task, int64_t m, int64_t tokens, int64_t n,
                         int64_t rows, Tiles& tiles) {
   using P = Panel<V>;
-  int32_t* sums = static_cast<P*>(task.scratch)->sums;
+  int32_t* sums = static_cast<P*>(task.scratch)->sums[0];
   const int64_t panels = (rows + P::kRows - 1) / P::kRows;
   for (int64_t begin = 0; begin < task.row_bytes; begin += P::kBytes) {
     const int64_t bytes = task.row_bytes - begin < P::kBytes ? task.row_bytes - begin : P::kBytes;
@@ -153,16 +152,12 @@ inline void panel_block(const bitlinear_task& task, int64_t m, int64_t tokens, i
       const int64_t first = panel * P::kRows;
       const int64_t count = rows - first < P::kRows ? rows - first : P::kRows;
       panel_slice<V, V::kPanelStrips>(task, m, tokens, n + first, count, begin, bytes, tiles,
-                                      sums + first * tokens);
+                                      sums + first);
     }
   }
-  for (int64_t first = 0; first < rows; first += P::kRows) {
-    const int64_t count = rows - first < P::kRows ? rows - first : P::kRows;
-    const Epilogue<V, P::kRows> epilogue(task, n + first, count);
-    for (int64_t t = 0; t < tokens; ++t) {
-      epilogue.store(m + t, sums + first * tokens + t * P::kRows);
-    }
-  }
+  // All panels of a token together: the longer the run of addresses, the better it is fetched.
+  const Epilogue<V, P::kBlockRows> epilogue(task, n, rows);
+  for (int64_t t = 0; t < tokens; ++t) epilogue.store(m + t, sums + t * P::kBlockRows);
 }
 
 // What V provides besides (vnni.h, avx512.h): kPanelDepth; kPanelTokens and kPanelStrips, the tile
