@@ -24,7 +24,13 @@ struct Ymm : X86Ymm {
     return _mm256_set1_epi32(quad);
   }
   static Bytes dot(Bytes sum, Bytes codes, Bytes plane) {
+#if defined(__clang__)
     return _mm256_dpbusd_avx_epi32(sum, codes, plane);
+#else
+    // As in avx512.h.
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "xm"(plane));
+    return sum;
+#endif
   }
   template <int kBits>
   static Bytes shift_right(Bytes a) {
