@@ -17,8 +17,8 @@ namespace bitlinear {
 namespace {
 
 struct AmxInt8 : Vnni<Zmm> {
-  static constexpr int64_t kGemmTokens = 12;
-  static constexpr int64_t kGemvOverhead = 12;
+  static constexpr int64_t kGemmTokens = 14;
+  static constexpr int64_t kGemvOverhead = 10;
   static constexpr int kPanelTokens = 32;  // 2 x 2 tiles of sums
   static constexpr int kPanelStrips = 2;
   static constexpr int64_t kPanelDepth = 512;

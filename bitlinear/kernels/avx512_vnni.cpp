@@ -6,8 +6,8 @@ namespace bitlinear {
 namespace {
 
 struct Avx512Vnni : Vnni<Zmm> {
-  static constexpr int64_t kGemmTokens = 13;
-  static constexpr int64_t kGemvOverhead = 12;
+  static constexpr int64_t kGemmTokens = 22;
+  static constexpr int64_t kGemvOverhead = 10;
   static constexpr int kPanelTokens = 8;
   static constexpr int kPanelStrips = 3;
   static constexpr int64_t kPanelDepth = 512;

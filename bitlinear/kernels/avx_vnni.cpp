@@ -58,7 +58,7 @@ struct Ymm : X86Ymm {
 };
 
 struct AvxVnni : Vnni<Ymm> {
-  static constexpr int64_t kGemmTokens = 13;
+  static constexpr int64_t kGemmTokens = 21;
   static constexpr int64_t kGemvOverhead = 12;
   static constexpr int kPanelTokens = 6;
   static constexpr int kPanelStrips = 2;
