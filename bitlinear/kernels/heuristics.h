@@ -45,7 +45,7 @@ struct Grid {
 // Waking a team of threads costs about 0.7 us a thread (GNU OpenMP, spinning; 2 to 16 threads), and
 // one thread multiplies about 45 KB of packed bytes by a token in a microsecond.
 constexpr bool worth_a_team(int64_t packed_bytes_times_tokens, int64_t threads) {
-  constexpr int64_t kTeamBytesPerThread = 32 * 1024;
+  constexpr int64_t kTeamBytesPerThread = 24 * 1024;
   return threads > 1 &&
          packed_bytes_times_tokens * (threads - 1) >= kTeamBytesPerThread * threads * threads;
 }

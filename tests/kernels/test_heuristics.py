@@ -159,4 +159,4 @@ def test_more_threads_need_more_work(heuristics):
                 low = middle + 1
         least.append(low)
     assert least == sorted(least)
-    assert least[0] == 128 * 1024
+    assert least[0] == 96 * 1024
