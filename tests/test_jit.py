@@ -448,6 +448,17 @@ def test_variants_that_fail_give_way_to_the_next(
     assert "built" not in states(again).values()
 
 
+def test_a_kernel_that_the_system_refuses_gives_way_to_the_next(half: Path, tmp_path: Path) -> None:
+    """As amx_int8 does where a process is denied the tiles that the self-test had been granted."""
+    sources = stand_ins(tmp_path / "sources", ("good", "good"))
+    file = sources.directory / "kernel0.cpp"
+    file.write_text(file.read_text().replace("return &table", "return nullptr"))
+    runtime = sources.load()
+    assert runtime.kernel == "kernel1"
+    assert runtime.verdicts[0].status == "rejected"
+    assert "kernel0 cannot be loaded: the system refuses" in runtime.verdicts[0].reason
+
+
 @pytest.mark.slow
 def test_a_failure_of_the_machine_is_not_remembered(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

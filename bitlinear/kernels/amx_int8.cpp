@@ -5,8 +5,9 @@
 // 16 tokens by 64 bytes of quantised activations, as they lie, its first. Decoding a panel costs as
 // much as 25 tokens, so the slice of k is short: codes and activations stay in the L1 cache.
 //
-// Bound at 2.9 GHz: 5900 Gop/s a core. Reached at 4096 x 4096: M = 32 1120, M = 256 1750; the loop
-// loads 4 tiles for 4 products, and from the L2 cache that takes longer than the products.
+// Bound: 5590 Gop/s on one core of a Sapphire Rapids, measured. Reached there at 4096 x 4096, one
+// thread: M = 32 1120, M = 256 1920; 16 threads on 8 cores: 9000. The loop loads 4 tiles for 4
+// products; while the activations come from the L2 cache that takes longer than the products.
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -35,7 +36,7 @@ class AmxTiles {
   void multiply(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t tokens,
                 int64_t bytes, int32_t* sums, bool accumulate) {
     for (int64_t m = 0; m < tokens; m += AmxInt8::kPanelTokens) {
-      const int64_t count = tokens - m < AmxInt8::kPanelTokens ? tokens - m : AmxInt8::kPanelTokens;
+      const int64_t count = least(tokens - m, AmxInt8::kPanelTokens);
       configure(static_cast<uint8_t>(count));
       const auto product =
           count > 16 ? multiply_tile<true, kStrips> : multiply_tile<false, kStrips>;

@@ -20,6 +20,7 @@
 #include <string.h>
 
 #include "epilogue.h"
+#include "heuristics.h"
 
 namespace bitlinear {
 
@@ -131,7 +132,7 @@ template <class V>
 inline void lookup_tile(int64_t rows, int64_t bytes, Lookup<V>& s,
                         int32_t (*sums)[Lookup<V>::kTokens]) {
   constexpr int kGroups = Lookup<V>::kGroups;
-  const int64_t slices = (bytes + kGroups - 1) / kGroups;
+  const int64_t slices = ceil_div(bytes, kGroups);
   for (int64_t slice = 0; slice < slices; ++slice) {
     for (int g = 0; g < kGroups; ++g) lookup_table<V>(s.x[slice * kGroups + g], s.tables[g]);
     const bool last = slice == slices - 1;
@@ -140,8 +141,6 @@ inline void lookup_tile(int64_t rows, int64_t bytes, Lookup<V>& s,
     add(s.index[slice], rows, s, sums);
   }
 }
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // From the sums of one tile to the output.
 template <class V>
@@ -166,7 +165,7 @@ inline void lookup_block(const bitlinear_task& task, int64_t begin, int64_t toke
                          int64_t rows) {
   using L = Lookup<V>;
   L& s = *static_cast<L*>(task.scratch);
-  const int64_t tiles = (tokens + L::kTokens - 1) / L::kTokens;
+  const int64_t tiles = ceil_div(tokens, L::kTokens);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     memset(s.sums[tile], 0, static_cast<size_t>(rows) * sizeof(s.sums[0][0]));
   }
@@ -198,8 +197,7 @@ struct LookupGemm {
 
   // Of the scratch, only the tiles that the task has.
   static int64_t scratch_bytes(int64_t M) {
-    const int64_t tiles = (M + L::kTokens - 1) / L::kTokens;
-    const int64_t unused = tiles < L::kTiles ? L::kTiles - tiles : 0;
+    const int64_t unused = L::kTiles - least(ceil_div(M, L::kTokens), L::kTiles);
     return static_cast<int64_t>(sizeof(L)) - unused * static_cast<int64_t>(sizeof(L::sums[0]));
   }
 

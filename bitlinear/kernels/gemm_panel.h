@@ -15,6 +15,7 @@
 #include <stdint.h>
 
 #include "epilogue.h"
+#include "heuristics.h"
 
 namespace bitlinear {
 
@@ -145,14 +146,11 @@ inline void panel_block(const bitlinear_task& task, int64_t m, int64_t tokens, i
                         int64_t rows, Tiles& tiles) {
   using P = Panel<V>;
   int32_t* sums = static_cast<P*>(task.scratch)->sums[0];
-  const int64_t panels = (rows + P::kRows - 1) / P::kRows;
   for (int64_t begin = 0; begin < task.row_bytes; begin += P::kBytes) {
-    const int64_t bytes = task.row_bytes - begin < P::kBytes ? task.row_bytes - begin : P::kBytes;
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t first = panel * P::kRows;
-      const int64_t count = rows - first < P::kRows ? rows - first : P::kRows;
-      panel_slice<V, V::kPanelStrips>(task, m, tokens, n + first, count, begin, bytes, tiles,
-                                      sums + first);
+    const int64_t bytes = least(task.row_bytes - begin, P::kBytes);
+    for (int64_t first = 0; first < rows; first += P::kRows) {
+      panel_slice<V, V::kPanelStrips>(task, m, tokens, n + first, least(rows - first, P::kRows),
+                                      begin, bytes, tiles, sums + first);
     }
   }
   // All panels of a token together: the longer the run of addresses, the better it is fetched.
@@ -169,17 +167,16 @@ struct PanelGemm {
                                              0};
   static int64_t scratch_bytes(int64_t M) {
     using P = Panel<V>;
-    const int64_t tokens = M < P::kBlockTokens ? M : P::kBlockTokens;
+    const int64_t tokens = least(M, P::kBlockTokens);
     return static_cast<int64_t>(sizeof(P)) - (P::kBlockTokens - tokens) * P::kBlockRows * 4;
   }
   static void run(const bitlinear_task& task) {
     using P = Panel<V>;
     Tiles tiles;
     for (int64_t m = 0; m < task.M; m += P::kBlockTokens) {
-      const int64_t tokens = task.M - m < P::kBlockTokens ? task.M - m : P::kBlockTokens;
       for (int64_t n = task.n_begin; n < task.n_end; n += P::kBlockRows) {
-        const int64_t rows = task.n_end - n < P::kBlockRows ? task.n_end - n : P::kBlockRows;
-        panel_block<V>(task, m, tokens, n, rows, tiles);
+        panel_block<V>(task, m, least(task.M - m, P::kBlockTokens), n,
+                       least(task.n_end - n, P::kBlockRows), tiles);
       }
     }
   }

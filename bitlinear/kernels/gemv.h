@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "epilogue.h"
+#include "heuristics.h"
 
 namespace bitlinear {
 
@@ -38,7 +39,7 @@ inline void gemv_tile(const uint8_t* w, int64_t stride, int64_t blocks, const in
                       int64_t q_stride, int32_t* codes, bool accumulate) {
   typename V::PlaneSum sums[kTokens][kRows] = {};
   while (blocks > 0) {
-    const int64_t run = blocks < V::PlaneSum::kFlush ? blocks : V::PlaneSum::kFlush;
+    const int64_t run = least(blocks, V::PlaneSum::kFlush);
     for (int64_t i = 0; i < run; ++i) {
       typename V::Bytes packed[kRows];
       for (int r = 0; r < kRows; ++r) {
@@ -118,7 +119,7 @@ inline void gemv_tokens(const bitlinear_task& task, int64_t m, int64_t n, int64_
 template <class V>
 void gemv(const bitlinear_task& task) {
   for (int64_t n = task.n_begin; n < task.n_end; n += kGemvColumns) {
-    const int64_t count = task.n_end - n < kGemvColumns ? task.n_end - n : kGemvColumns;
+    const int64_t count = least(task.n_end - n, kGemvColumns);
     const Epilogue<V, kGemvColumns> epilogue(task, n, count);
     gemv_tokens<V, V::kGemvTokens>(task, 0, n, count, epilogue);
   }

@@ -8,6 +8,9 @@
 
 namespace bitlinear {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Whether M tokens are better served by the GEMM than by a GEMV for every few of them. A GEMV reads
 // packed bytes directly and pays for summing across lanes once per row and token, as much as for
 // `gemv_overhead` vectors of packed bytes; the GEMM pays for decoding once per packed byte. Where a
@@ -23,18 +26,15 @@ struct Range {
 
 // Part `index` of `parts` nearly equal parts of [0, size), cut at multiples of `unit`.
 constexpr Range part_of(int64_t size, int64_t unit, int64_t index, int64_t parts) {
-  const int64_t units = (size + unit - 1) / unit;
+  const int64_t units = ceil_div(size, unit);
   const int64_t begin = index * units / parts * unit;
   const int64_t end = (index + 1) * units / parts * unit;
-  return {begin < size ? begin : size, end < size ? end : size};
+  return {least(begin, size), least(end, size)};
 }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The size of the largest of those parts.
 constexpr int64_t largest_part(int64_t size, int64_t unit, int64_t parts) {
-  const int64_t largest = ceil_div(ceil_div(size, unit), parts) * unit;
-  return largest < size ? largest : size;
+  return least(ceil_div(ceil_div(size, unit), parts) * unit, size);
 }
 
 // The output (M, N) is cut into tokens x rows rectangles, one per thread.
@@ -58,14 +58,14 @@ constexpr Grid choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t thre
   const int64_t token_units = ceil_div(M, costs.token_unit);
   const int64_t row_units = ceil_div(N, costs.row_unit);
   Grid best = {1, 1};
-  int64_t least = INT64_MAX;
+  int64_t lowest = INT64_MAX;
   for (int64_t tokens = 1; tokens <= threads && tokens <= token_units; ++tokens) {
-    const int64_t rows = threads / tokens < row_units ? threads / tokens : row_units;
+    const int64_t rows = least(threads / tokens, row_units);
     const int64_t part_tokens = ceil_div(token_units, tokens) * costs.token_unit;
     const int64_t part_rows = ceil_div(row_units, rows) * costs.row_unit;
     const int64_t cost = (part_tokens + costs.per_row) * (part_rows + costs.per_token);
-    if (cost < least) {
-      least = cost;
+    if (cost < lowest) {
+      lowest = cost;
       best = {tokens, rows};
     }
   }
@@ -77,7 +77,7 @@ constexpr Grid choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t thre
 // value counts as much as four packed bytes.
 constexpr int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads, int64_t parts) {
   const bool divide = parts > 1 ? M * K >= 512 * threads : worth_a_team(4 * M * K, threads);
-  return !divide ? 1 : M < threads ? M : threads;
+  return divide ? least(M, threads) : 1;
 }
 
 }  // namespace bitlinear
