@@ -37,8 +37,10 @@ struct bitlinear_task {
 // What a large product costs besides its multiplications; heuristics.h divides the work by it.
 struct bitlinear_costs {
   int64_t token_unit, row_unit;  // tokens and rows of a tile: a part costs as much as whole tiles
-  int64_t per_row;    // what is done once per weight row (decoding), in multiplications by a token
-  int64_t per_token;  // what is done once per token (tables), in multiplications by a weight row
+  int64_t per_row;  // what is done once per weight row (decoding), in multiplications by a token
+  // What is done once per token, in multiplications by a weight row: building tables, or fetching
+  // the activations that another core has quantised.
+  int64_t per_token;
 };
 
 struct bitlinear_kernel_table {

@@ -12,6 +12,7 @@ struct Avx512Vnni : Vnni<Zmm> {
   static constexpr int kPanelStrips = 3;
   static constexpr int64_t kPanelDepth = 512;
   static constexpr int kDecodingTokens = 3;
+  static constexpr int kFetchingRows = 32;
 };
 
 constexpr bitlinear_kernel_table kTable =

@@ -64,6 +64,7 @@ struct AvxVnni : Vnni<Ymm> {
   static constexpr int kPanelStrips = 2;
   static constexpr int64_t kPanelDepth = 1024;
   static constexpr int kDecodingTokens = 3;
+  static constexpr int kFetchingRows = 16;
 };
 
 constexpr bitlinear_kernel_table kTable = make_table<AvxVnni, PanelGemm<AvxVnni>>("avx_vnni");

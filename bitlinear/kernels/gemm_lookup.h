@@ -191,9 +191,9 @@ template <class V>
 struct LookupGemm {
   using L = Lookup<V>;
 
-  // A table has as many entries as additions of 81 rows, and gathering its x costs some 30 more. An
-  // index costs as much as half a tile.
-  static constexpr bitlinear_costs kCosts = {L::kTokens, 64, L::kTokens / 2, L::kEntries + 30};
+  // A table has as many entries as additions of 81 rows, and fetching its x some 50 more. An index
+  // costs as much as half a tile.
+  static constexpr bitlinear_costs kCosts = {L::kTokens, 64, L::kTokens / 2, L::kEntries + 50};
 
   // Of the scratch, only the tiles that the task has.
   static int64_t scratch_bytes(int64_t M) {

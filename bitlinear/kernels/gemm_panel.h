@@ -159,12 +159,14 @@ inline void panel_block(const bitlinear_task& task, int64_t m, int64_t tokens, i
 }
 
 // What V provides besides (vnni.h, avx512.h): kPanelDepth; kPanelTokens and kPanelStrips, the tile
-// in registers; zero, codes(w, shift), which is (w >> shift) & 3 in every byte, broadcast_quad(p),
-// dot(sum, codes, activations), add, transpose(rows), store, load_ints, store_ints.
+// in registers; kDecodingTokens and kFetchingRows, the costs of a row and of a token; zero,
+// codes(w, shift), which is (w >> shift) & 3 in every byte, broadcast_quad(p), dot(sum, codes,
+// activations), add, transpose(rows), store, load_ints, store_ints.
 template <class V, class Tiles = DotTiles<V>>
 struct PanelGemm {
-  static constexpr bitlinear_costs kCosts = {V::kPanelTokens, Panel<V>::kRows, V::kDecodingTokens,
-                                             0};
+  // Rows beyond the last whole panel cost a narrower one: a strip is the unit.
+  static constexpr bitlinear_costs kCosts = {V::kPanelTokens, Panel<V>::kLanes, V::kDecodingTokens,
+                                             V::kFetchingRows};
   static int64_t scratch_bytes(int64_t M) {
     using P = Panel<V>;
     const int64_t tokens = least(M, P::kBlockTokens);
