@@ -24,7 +24,7 @@ struct AmxInt8 : Vnni<Zmm> {
   static constexpr int kPanelStrips = 2;
   static constexpr int64_t kPanelDepth = 512;
   static constexpr int kDecodingTokens = 25;
-  static constexpr int kFetchingRows = 256;
+  static constexpr int kFetchingRows = 64;
 };
 
 // Tiles 0 .. 3 hold sums, 4 and 5 activations, 6 and 7 codes. Intrinsics take tile numbers as

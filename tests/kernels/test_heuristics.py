@@ -15,7 +15,7 @@ from bitlinear.kernels import DIRECTORY
 
 SOURCE = Path(__file__).with_name("heuristics.cpp")
 # token_unit, row_unit, per_row, per_token: like avx512_vnni, amx_int8 and avx2
-COSTS = [(8, 16, 3, 32), (32, 16, 25, 256), (16, 64, 8, 131)]
+COSTS = [(8, 16, 3, 32), (32, 16, 25, 64), (16, 64, 8, 131)]
 
 sizes = st.integers(1, 20_000)
 thread_counts = st.integers(1, 64)
