@@ -295,9 +295,13 @@ def _python_path(links: Path) -> Iterator[str]:
             yield entry
 
 
+def available_cpus() -> int:
+    """How many CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _max_jobs() -> int:
     """As many compilers as we have CPUs and 2 GB of memory for each, at most 4."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = []
     for file, pattern, unit in (
         ("/proc/meminfo", r"MemAvailable:\s+(\d+)", 1024),
@@ -307,7 +311,7 @@ def _max_jobs() -> int:
         with contextlib.suppress(OSError):
             found = re.search(pattern, Path(file).read_text(encoding="ascii"))
             limits += [int(found.group(1)) * unit] if found else []
-    return max(1, min(cpus, min(limits, default=2 * _GIB) // (2 * _GIB), 4))
+    return max(1, min(available_cpus(), min(limits, default=2 * _GIB) // (2 * _GIB), 4))
 
 
 # --------------------------------------------------------------------------------- lock

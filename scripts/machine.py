@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import bitlinear
+from bitlinear.build import available_cpus
 from bitlinear.hardware import Hardware
 from bitlinear.kernels import VARIANTS
 
@@ -25,7 +26,7 @@ def describe(hardware: Hardware, device: str) -> dict[str, Any]:
     machine = {
         "cpu": hardware.cpu.brand,
         "architecture": hardware.cpu.machine,
-        "cores": available_cores(),
+        "cores": available_cpus(),
         "flags": sorted(interesting & (hardware.cpu.flags or frozenset())),
         "memory_bytes": _memory(),
         "caches": _caches(),
@@ -47,13 +48,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
-
-
-def available_cores() -> int:
-    """How many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory() -> int | None:

@@ -46,7 +46,8 @@ struct bitlinear_costs {
 struct bitlinear_kernel_table {
   uint32_t abi_version;
   const char* name;
-  // Packed bytes per block of the activations' layout: the byte width of the variant's vectors.
+  // Packed bytes per block of the activations' layout: the byte width of the variant's vectors, a
+  // multiple of 16.
   int64_t block;
   // Quantises one token x[0:K] of `dtype` to q (bitlinear_q_stride bytes, all of them written), its
   // scale and its sum. Layout of q: blocks of 4 * block bytes, in which byte j * block + b belongs
@@ -63,8 +64,8 @@ struct bitlinear_kernel_table {
 // An odd number of cache lines: rows a power of two apart would compete for the same sets.
 static inline int64_t bitlinear_q_stride(const bitlinear_kernel_table* kernels, int64_t K) {
   const int64_t row_bytes = (K + 3) / 4;
-  return ((row_bytes + kernels->block - 1) / kernels->block * kernels->block * 4 + 63) / 64 * 64 |
-         64;
+  // A block holds whole lines, so the | makes their number odd.
+  return (row_bytes + kernels->block - 1) / kernels->block * kernels->block * 4 | 64;
 }
 
 #if defined(_WIN32)

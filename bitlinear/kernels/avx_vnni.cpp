@@ -18,11 +18,7 @@ struct Ymm : X86Ymm {
   static Bytes both(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
   // Bits of one byte enter the next: for masking afterwards.
   static Bytes shift_bytes_right(Bytes a, int bits) { return _mm256_srli_epi16(a, bits); }
-  static Bytes broadcast_quad(const int8_t* p) {
-    int32_t quad;
-    memcpy(&quad, p, sizeof(quad));
-    return _mm256_set1_epi32(quad);
-  }
+  static Bytes ints_of(int32_t value) { return _mm256_set1_epi32(value); }
   static Bytes dot(Bytes sum, Bytes codes, Bytes plane) {
 #if defined(__clang__)
     return _mm256_dpbusd_avx_epi32(sum, codes, plane);

@@ -16,9 +16,10 @@ class Epilogue {
   Epilogue(const bitlinear_task& task, int64_t n, int64_t count)
       : task_(task), n_(n), count_(count) {
     for (int64_t i = 0; i < count; ++i) s_w_[i] = task.s_w[(n + i) * task.s_w_stride];
-    // Adding -0 changes nothing, not even the sign of a zero: one loop with and without bias.
-    for (int64_t i = 0; i < count; ++i) bias_[i] = -0.0f;
-    if (task.bias != nullptr) {
+    if (task.bias == nullptr) {
+      // Adding -0 changes nothing, not even the sign of a zero: one loop with and without bias.
+      for (int64_t i = 0; i < count; ++i) bias_[i] = -0.0f;
+    } else {
       float buffer[kColumns];
       const float* bias = as_floats<V>(task.bias, task.bias_dtype, n, count, buffer);
       memcpy(bias_, bias, static_cast<size_t>(count) * sizeof(float));

@@ -33,7 +33,7 @@ void parallel(int64_t first_parts, const First& first, int64_t second_parts, con
     first(0);
     first_parts = 0;
   }
-  if ((first_parts <= 1 && second_parts <= 1) || at::get_num_threads() <= 1 ||
+  if ((first_parts == 0 && second_parts <= 1) || at::get_num_threads() <= 1 ||
       at::in_parallel_region() || GOMP_parallel == nullptr || GOMP_barrier == nullptr) {
     run_parts(first_parts, first);
     run_parts(second_parts, second);

@@ -4,20 +4,29 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
 #include "vocabulary.h"
 
 namespace bitlinear {
 namespace {
 
-// Isa provides zero(), dot(sum, codes, plane), both(a, b) (bitwise and), bytes_of(value), and on
-// int32 lanes shift_right<bits>(a), add(a, b), reduce(a), reduce4(...).
+// Isa provides zero(), dot(sum, codes, plane), both(a, b) (bitwise and), shift_bytes_right(a,
+// bits), bytes_of(value), ints_of(value), and on int32 lanes shift_right<bits>(a), add(a, b),
+// reduce(a), reduce4(...).
 template <class Isa>
 struct Vnni : Isa {
   using Bytes = typename Isa::Bytes;
 
   static Bytes codes(Bytes w, int shift) {
     return Isa::both(Isa::shift_bytes_right(w, shift), Isa::bytes_of(3));
+  }
+
+  // Four consecutive activations, in every lane.
+  static Bytes broadcast_quad(const int8_t* p) {
+    int32_t quad;
+    memcpy(&quad, p, sizeof(quad));
+    return Isa::ints_of(quad);
   }
 
   struct PlaneSum {
