@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +15,10 @@ from bitlinear.kernels import DIRECTORY, VARIANTS, Variant
 
 DRIVER = Path(__file__).with_name("driver.cpp")
 COMPILERS = ("g++", "clang++")
+CROSS_COMPILERS = {  # for aarch64, on a machine that is not
+    "g++": "aarch64-linux-gnu-g++",
+    "clang++": "clang++ --target=aarch64-linux-gnu",
+}
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
@@ -27,17 +31,36 @@ def require_compiler(compiler: str) -> str:
     return compiler
 
 
+def compiler_command(compiler: str, variant: Variant) -> list[str]:
+    """The command that compiles for the architecture of the variant; skips where there is none."""
+    if variant.arch in ("any", this_machine().cpu.machine):
+        return [require_compiler(compiler)]
+    if variant.arch != "aarch64":
+        pytest.skip(f"{variant.name} is for {variant.arch}")
+    command = shlex.split(CROSS_COMPILERS[compiler])
+    require_compiler(command[0])
+    if not _has_headers(*command):
+        pytest.skip(f"{CROSS_COMPILERS[compiler]} finds no C++ library for aarch64")
+    return command
+
+
+@functools.cache
+def _has_headers(*command: str) -> bool:
+    """clang++ knows every architecture, but the library is a package of its own."""
+    preprocess = [*command, "-E", "-x", "c++", "-"]
+    done = subprocess.run(preprocess, input=b"#include <string>", capture_output=True, check=False)
+    return done.returncode == 0
+
+
 def compile_variant(
     compiler: str, variant: Variant, output: Path, *arguments: str, directory: Path = DIRECTORY
 ) -> None:
     """Runs the compiler on the kernel alone (``-c``), or on kernel, self-test and driver."""
-    require_compiler(compiler)
-    if variant.arch not in ("any", platform.machine()):
-        pytest.skip(f"{variant.name} is for {variant.arch}")
+    command = compiler_command(compiler, variant)
     sources = [directory / variant.sources[0]]
     if "-c" not in arguments:
         sources = [directory / source for source in variant.sources] + [DRIVER]
-    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", *variant.cflags]
+    command += ["-std=c++17", "-Wall", "-Wextra", "-Werror", *variant.cflags]
     # GCC 12 takes the deliberately undefined vectors of its own AVX-512 header for a mistake.
     command += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if compiler == "g++" else []
     command += [f"-I{directory}", *arguments, *map(str, sources), "-o", str(output)]
@@ -46,9 +69,14 @@ def compile_variant(
 
 
 @functools.lru_cache(maxsize=1)
+def this_machine() -> hardware.Hardware:
+    return hardware.detect()
+
+
+@functools.lru_cache(maxsize=1)
 def usable_variants() -> frozenset[str]:
     """The variants that this machine's CPU can run."""
-    return frozenset(v.variant for v in select.select(hardware.detect()) if v.ok)
+    return frozenset(v.variant for v in select.select(this_machine()) if v.ok)
 
 
 def require_usable(variant: Variant) -> None:
