@@ -248,11 +248,14 @@ def parse_proc_cpuinfo(text: str, machine: str) -> Cpu:
 
     first, last = blocks[0], blocks[-1]
     part, implementer = first.get("CPU part", ""), first.get("CPU implementer", "")
+    cores = dict.fromkeys(
+        f"{b.get('CPU implementer', '')} part {b['CPU part']}" for b in blocks if b.get("CPU part")
+    )
     brands = (first.get("model name"), last.get("Model"), last.get("Hardware"))
     revision = f"r{first.get('CPU variant', '')}p{first.get('CPU revision', '')}" if part else ""
     return Cpu(
         machine=machine,
-        brand=next(filter(None, brands), f"Arm {implementer} part {part}" if part else "unknown"),
+        brand=next(filter(None, brands), f"Arm {' and '.join(cores)}" if cores else "unknown"),
         vendor=first.get("vendor_id", implementer),
         family=first.get("cpu family", first.get("CPU architecture", "")),
         model=first.get("model", part),
@@ -269,13 +272,15 @@ def parse_sysctl(text: str, machine: str) -> Cpu:
     for group in ("features", "leaf7_features", "extfeatures"):
         names += fields.get(f"machdep.cpu.{group}", "").lower().split()
     flags = {_FROM_SYSCTL.get(name, name) for name in names}
+    denied = set()  # the system has not enabled it, whatever CPUID or another name of it says
     for key, value in fields.items():
         if key.startswith("hw.optional."):
             name = key.rpartition(".")[2].lower()
-            if value == "0":  # the system has not enabled it, whatever CPUID says
-                flags.discard(_FROM_SYSCTL.get(name, name))
+            if value == "0":
+                denied.add(_FROM_SYSCTL.get(name, name))
             elif machine == "aarch64" and name in _FROM_SYSCTL:
                 flags.add(_FROM_SYSCTL[name])
+    flags -= denied
     return Cpu(
         machine=machine,
         brand=fields.get("machdep.cpu.brand_string", "unknown"),

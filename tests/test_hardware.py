@@ -37,7 +37,10 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
         ("zen2", "x86_64 AuthenticAMD 23 113 0 AMD Ryzen 9 3900XT 12-Core Processor"),
         ("graviton2", "aarch64 0x41 8 0xd0c r0x3p1 Arm 0x41 part 0xd0c"),
         ("raspberry_pi_4", "aarch64 0x41 8 0xd08 r0x0p3 Raspberry Pi 4 Model B Rev 1.1"),
+        ("rk3588", "aarch64 0x41 8 0xd05 r0x2p0 Arm 0x41 part 0xd05 and 0x41 part 0xd0b"),
+        ("exynos_9810", "aarch64 0x41 8 0xd05 r0x0p1 Arm 0x41 part 0xd05 and 0x53 part 0x002"),
         ("apple_m1", "aarch64 Apple 458787763   Apple M1"),
+        ("apple_m2", "aarch64 Apple -634136515   Apple M2"),
         ("intel_mac_haswell", "x86_64 GenuineIntel  70  Intel(R) Core(TM) i7-4980HQ CPU @ 2.80GHz"),
     ],
 )
@@ -56,9 +59,18 @@ def test_names(name: str, expected: str) -> None:
         ("vm_hides_f16c", "avx avx2 xsave", "f16c fma"),
         ("graviton2", "asimd asimddp asimdhp", "i8mm bf16 sve"),
         ("graviton3", "asimd asimddp i8mm bf16 sve svei8mm", "sve2"),
+        ("grace", "asimd asimddp i8mm bf16 sve sve2", "sme"),
+        ("raspberry_pi_3", "asimd crc32", "asimddp i8mm atomics"),
         ("raspberry_pi_4", "asimd crc32", "asimddp i8mm atomics"),
+        ("raspberry_pi_5", "asimd asimddp asimdhp", "i8mm bf16"),
+        ("rk3588", "asimd asimddp asimdhp", "i8mm bf16"),
+        ("exynos_9810", "asimd asimdhp", "asimddp"),
+        ("big_little_mixed", "asimd crc32", "asimddp asimdhp atomics"),
         # macOS's names are turned into those of Linux.
         ("apple_m1", "asimd asimddp asimdhp asimdfhm asimdrdm atomics crc32", "i8mm bf16"),
+        ("apple_m1_macos_11", "asimd asimdfhm atomics crc32", "asimddp i8mm bf16"),
+        ("apple_m2", "asimd asimddp i8mm bf16", "sme"),
+        ("apple_no_dot_product", "asimd asimdhp asimdfhm", "asimddp i8mm"),
         ("intel_mac_haswell", "pni ssse3 sse4_1 sse4_2 popcnt xsave avx f16c fma avx2", "avx512f"),
     ],
 )
@@ -69,11 +81,11 @@ def test_flags(name: str, has: str, lacks: str) -> None:
     assert not set(lacks.split()) & flags
 
 
-@pytest.mark.parametrize("name", [n for n in CPUS if n not in ("apple_m1", "intel_mac_haswell")])
+@pytest.mark.parametrize("name", [n for n in CPUS if "machdep.cpu" not in cpu_text(n)])
 def test_flags_are_those_of_the_recording(name: str) -> None:
     lines = cpu_text(name).splitlines()
-    listed = next(line for line in lines if line.startswith(("flags", "Features")))
-    assert read_cpu(name).flags == (frozenset(listed.partition(":")[2].split()) or None)
+    listed = [set(ln.partition(":")[2].split()) for ln in lines if ln.startswith(("flags", "Feat"))]
+    assert (read_cpu(name).flags or set()) == set.intersection(*listed)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +106,13 @@ def test_only_flags_of_all_cores_count() -> None:
     for text in (efficient + performance, performance + efficient):
         flags = parse_proc_cpuinfo(text, "x86_64").flags
         assert flags == read_cpu("alder_lake").flags
-    # big.LITTLE: a core with the dot product beside one without.
-    text = cpu_text("graviton2") + cpu_text("raspberry_pi_4")
+    # big.LITTLE: cores with the dot product beside cores without, in either order.
+    assert "asimddp" in cpu_text("big_little_mixed").split("\n\n")[0]
+    assert "asimddp" not in cpu_text("big_little_mixed").split("\n\n")[-2]
     common = frozenset(["fp", "asimd", "evtstrm", "crc32", "cpuid"])
-    assert parse_proc_cpuinfo(text, "aarch64").flags == common
+    blocks = cpu_text("big_little_mixed").strip().split("\n\n")
+    for text in ("\n\n".join(blocks), "\n\n".join(blocks[::-1])):
+        assert parse_proc_cpuinfo(text, "aarch64").flags == common
     # One core without any flags leaves nothing that is certain.
     text = cpu_text("zen4") + cpu_text("empty_flags")
     assert parse_proc_cpuinfo(text, "x86_64").flags is None
@@ -109,6 +124,21 @@ def test_macos_switches_override_cpuid() -> None:
     assert flags is not None
     assert "avx2" not in flags
     assert {"avx", "f16c"} <= flags
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hw.optional.neon", "hw.optional.AdvSIMD", "hw.optional.arm.AdvSIMD"],  # as versions have it
+)
+def test_macos_spellings_of_asimd(name: str) -> None:
+    assert parse_sysctl(f"hw.optional.arm64: 1\n{name}: 1\n", "aarch64").flags == {"asimd"}
+    assert parse_sysctl(f"hw.optional.arm64: 1\n{name}: 0\n", "aarch64").flags is None
+
+
+def test_macos_denies_under_any_of_its_names() -> None:
+    lines = ["hw.optional.neon: 1", "hw.optional.arm.FEAT_FHM: 0", "hw.optional.armv8_2_fhm: 1"]
+    for text in ("\n".join(lines), "\n".join(lines[::-1])):
+        assert parse_sysctl(text, "aarch64").flags == {"asimd"}
 
 
 @given(st.text(max_size=300) | st.lists(st.sampled_from(list("flags:Features\n\t 0")), max_size=60))

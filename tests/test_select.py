@@ -38,6 +38,15 @@ EXPECTED = {
     "graviton3": "scalar",
     "raspberry_pi_4": "scalar",
     "apple_m1": "scalar",
+    "grace": "scalar",
+    "raspberry_pi_3": "scalar",
+    "raspberry_pi_5": "scalar",
+    "rk3588": "scalar",
+    "exynos_9810": "scalar",
+    "big_little_mixed": "scalar",
+    "apple_m1_macos_11": "scalar",
+    "apple_m2": "scalar",
+    "apple_no_dot_product": "scalar",
     "intel_mac_haswell": "avx2",
 }
 
