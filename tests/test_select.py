@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import platform
+import runpy
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bitlinear.select
+from bitlinear import kernels
 from bitlinear.hardware import Cpu, Hardware, Torch
 from bitlinear.kernels import VARIANTS, Variant
 from bitlinear.select import Verdict, select
@@ -366,6 +369,17 @@ def test_nothing_is_required_that_no_compiler_may_emit(variant: Variant) -> None
     # -mavx512f implies FMA for clang and not for gcc: only both together tell what is too much.
     emitted = frozenset().union(*(switched_on(compiler, variant) for compiler in COMPILERS))
     assert variant.requires == emitted
+
+
+@pytest.mark.parametrize(
+    ("system", "known"), [("linux", True), ("darwin", False), ("win32", False)]
+)
+def test_as_needed_is_for_linkers_that_know_it(
+    system: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    for variant in runpy.run_path(kernels.__file__)["VARIANTS"]:
+        assert variant.ldflags == (("-Wl,--as-needed",) if known else ())
 
 
 def test_no_variant_is_tuned_to_the_building_machine() -> None:

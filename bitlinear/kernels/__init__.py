@@ -7,6 +7,7 @@ iterate :data:`VARIANTS`, so a variant cannot exist untested or unreported.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,10 @@ class Variant(Library):
     priority: int = 0
 
 
+# The kernels use nothing of torch: do not tie the library to libtorch. The linkers of macOS and
+# Windows do not know the flag; there the library is tied, which is harmless: torch is loaded first.
+_LDFLAGS = ("-Wl,--as-needed",) if sys.platform == "linux" else ()
+
 # What -mavx2 -mf16c lets a compiler use, implied extensions included.
 _AVX2_FLAGS = "pni ssse3 sse4_1 sse4_2 popcnt xsave avx f16c avx2"
 
@@ -60,8 +65,7 @@ def _variant(
         name=name,
         sources=(f"{name}.cpp", "selftest.cpp"),
         cflags=("-O3", *_COMMON, *isa),
-        # The kernels use nothing of torch: do not tie the library to libtorch.
-        ldflags=("-Wl,--as-needed",),
+        ldflags=_LDFLAGS,
         arch=arch,
         requires=frozenset(requires.split()),
         priority=priority,
