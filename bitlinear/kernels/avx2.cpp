@@ -12,6 +12,7 @@ struct Avx2 : X86Ymm {
   static constexpr int kGemvRows = 4;
   static constexpr int64_t kGemmTokens = 12;
   static constexpr int64_t kGemvOverhead = 0;
+  static constexpr int kLookupVectors = 1;
 
   static __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 

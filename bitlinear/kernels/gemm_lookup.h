@@ -10,6 +10,8 @@
 // 16 tokens * 4 in 2/3 cycle, against 1.5 dot products of 32 bytes with vpmaddubsw and vpaddw.
 // Reached, on one core of a Xeon at 2.8 GHz, at 4096 x 4096 and M = 256: 290 Gop/s, where the form
 // with vpmaddubsw gave 150; a fifth goes to the indices, and a tenth to summing in 32 bits.
+// NEON's vectors are so short that two of them share an index: for 16 tokens * 4 it loads an index
+// and two vectors and adds twice (neon.cpp has the counts).
 //
 // With vectors of 64 bytes the same code reached 390 Gop/s there, 0.67 of the dot product's peak,
 // which panels reach fully: so the VNNI variants use panels. A Zen 4, which starts one dot product
@@ -26,8 +28,9 @@ namespace bitlinear {
 
 template <class V>
 struct Lookup {
-  static constexpr int kTokens = V::kWidth / 2;  // of a tile: one vector of 16-bit lanes
-  static constexpr int kGroups = 8;              // groups of four k whose tables exist at a time
+  static constexpr int kVectors = V::kLookupVectors;
+  static constexpr int kTokens = kVectors * V::kWidth / 2;  // of a tile, in 16-bit lanes
+  static constexpr int kGroups = 8;  // groups of four k whose tables exist at a time
   // |+-x0 +-x1 +-x2 +-x3| <= 4 * 127 = 508, and 64 * 508 = 32512 < 2^15.
   static constexpr int kDepth = 64;       // groups until 16-bit sums are added to 32-bit ones
   static constexpr int64_t kRows = 2048;  // the more rows, the less the tables cost
@@ -35,13 +38,16 @@ struct Lookup {
   static constexpr int kEntries = 81;
 
   typedef int16_t Words __attribute__((vector_size(V::kWidth)));
+  struct Entry {
+    Words vector[kVectors];
+  };
 
-  alignas(64) Words tables[kGroups][kEntries];
+  alignas(64) Entry tables[kGroups][kEntries];
   alignas(64) int16_t x[kDepth][4][kTokens];
-  // Byte offsets of table entries. A few rows more than kRows: slices a power of two apart would
-  // compete for the same cache sets.
+  // Byte offsets of entries in `tables`. A few rows more than kRows: slices a power of two apart
+  // would compete for the same cache sets.
   alignas(64) uint16_t index[kDepth / kGroups][kRows + 4][kGroups];
-  alignas(64) Words sums16[kRows];
+  alignas(64) Entry sums16[kRows];
   alignas(64) int32_t sums[kTiles][kRows][kTokens];  // last: no longer than the tiles of a task
 };
 
@@ -62,19 +68,21 @@ inline void lookup_gather(const int8_t* q, int64_t q_stride, int64_t tokens, int
 // table[27 * c0 + 9 * c1 + 3 * c2 + c3] = sum_j (c_j - 1) * x[j].
 template <class V>
 inline void lookup_table(const int16_t (&x)[4][Lookup<V>::kTokens],
-                         typename Lookup<V>::Words (&table)[Lookup<V>::kEntries]) {
-  typename Lookup<V>::Words value[4];
+                         typename Lookup<V>::Entry (&table)[Lookup<V>::kEntries]) {
+  typename Lookup<V>::Entry value[4];
   memcpy(value, x, sizeof(value));
-  auto* entry = table;
-  auto sum0 = -value[0];
-  for (int c0 = 0; c0 < 3; ++c0, sum0 += value[0]) {
-    auto sum1 = sum0 - value[1];
-    for (int c1 = 0; c1 < 3; ++c1, sum1 += value[1]) {
-      auto sum2 = sum1 - value[2];
-      for (int c2 = 0; c2 < 3; ++c2, sum2 += value[2]) {
-        *entry++ = sum2 - value[3];
-        *entry++ = sum2;
-        *entry++ = sum2 + value[3];
+  for (int v = 0; v < Lookup<V>::kVectors; ++v) {
+    auto* entry = table;
+    auto sum0 = -value[0].vector[v];
+    for (int c0 = 0; c0 < 3; ++c0, sum0 += value[0].vector[v]) {
+      auto sum1 = sum0 - value[1].vector[v];
+      for (int c1 = 0; c1 < 3; ++c1, sum1 += value[1].vector[v]) {
+        auto sum2 = sum1 - value[2].vector[v];
+        for (int c2 = 0; c2 < 3; ++c2, sum2 += value[2].vector[v]) {
+          (entry++)->vector[v] = sum2 - value[3].vector[v];
+          (entry++)->vector[v] = sum2;
+          (entry++)->vector[v] = sum2 + value[3].vector[v];
+        }
       }
     }
   }
@@ -98,7 +106,8 @@ inline void lookup_index(const uint8_t* packed, int64_t bytes, int64_t row, Look
     // From digits of base 4 to base 3: 4a + b becomes 3a + b in each nibble, then 16A + B 9A + B.
     const uint8_t pairs = static_cast<uint8_t>(packed[g] - (packed[g] >> 2 & 0x33));
     const uint8_t entry = static_cast<uint8_t>(pairs - 7 * (pairs >> 4));
-    offset[g] = static_cast<uint16_t>(entry * V::kWidth);
+    const size_t table = g % kGroups * sizeof(s.tables[0]);
+    offset[g] = static_cast<uint16_t>(table + entry * sizeof(s.tables[0][0]));
   }
   for (int slice = 0; slice < kDepth / kGroups; ++slice) {
     memcpy(s.index[slice][row], offset + slice * kGroups, sizeof(s.index[slice][row]));
@@ -110,12 +119,21 @@ inline void lookup_index(const uint8_t* packed, int64_t bytes, int64_t row, Look
 template <class V, bool kFirst, bool kLast>
 inline void lookup_add(const uint16_t (*index)[Lookup<V>::kGroups], int64_t rows, Lookup<V>& s,
                        int32_t (*sums)[Lookup<V>::kTokens]) {
+  using Entry = typename Lookup<V>::Entry;
   using Words = typename Lookup<V>::Words;
-  const char* tables = reinterpret_cast<const char*>(s.tables);
+  constexpr int kVectors = Lookup<V>::kVectors;
+  const char* tables[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    tables[v] = reinterpret_cast<const char*>(&s.tables[0][0].vector[v]);
+    // Unrelated to the compiler: base plus index is an address, a constant more is an addition.
+    __asm__("" : "+r"(tables[v]));
+  }
   for (int64_t r = 0; r < rows; ++r) {
-    Words sum = kFirst ? Words{} : s.sums16[r];
+    Entry sum = kFirst ? Entry{} : s.sums16[r];
     for (int g = 0; g < Lookup<V>::kGroups; ++g) {
-      sum += *reinterpret_cast<const Words*>(tables + g * sizeof(s.tables[0]) + index[r][g]);
+      for (int v = 0; v < kVectors; ++v) {
+        sum.vector[v] += *reinterpret_cast<const Words*>(tables[v] + index[r][g]);
+      }
     }
     if (kLast) {
       int16_t lanes[Lookup<V>::kTokens];
@@ -187,6 +205,8 @@ inline void lookup_block(const bitlinear_task& task, int64_t begin, int64_t toke
   }
 }
 
+// What V provides besides: kLookupVectors, the vectors of a table entry. More of them make tiles of
+// more tokens, larger tables, and fewer indices per token.
 template <class V>
 struct LookupGemm {
   using L = Lookup<V>;

@@ -58,64 +58,63 @@ inline void decode_strip(const uint8_t* w, int64_t row_bytes, int64_t rows, int6
 }
 
 // sums[m, strip * kLanes + lane] (+)= sum_k c * q over the slice of k that was decoded.
-template <class V, int kTokens, int kStrips>
-inline void panel_tile(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t bytes,
-                       int32_t* sums, bool accumulate) {
-  constexpr int kLanes = Panel<V>::kLanes;
-  typename V::Bytes tile[kTokens][kStrips] = {};
-  // The last block of k may be partial: of each of its planes only the beginning matters. One loop
-  // for all five ranges, since a compiler keeps the tile in registers only if it sees it used once.
-  const int64_t whole = bytes / V::kWidth * V::kWidth;
-  const int64_t tail = (bytes - whole + 3) / 4;
-  for (int range = 0; range < 5; ++range) {
-    const int64_t first = range == 0 ? 0 : whole + (range - 1) * kLanes;
-    const int64_t steps = range == 0 ? whole : tail;
-    const uint8_t* code = codes + first * kStrips * V::kWidth;
-    const int8_t* quad = q + first * 4;
-    // Unrolled, since a core that runs two threads issues three instructions of each per cycle.
-#pragma GCC unroll 4
-    for (int64_t step = 0; step < steps; ++step) {
-      typename V::Bytes strip[kStrips];
-      for (int s = 0; s < kStrips; ++s) strip[s] = V::load(code + s * V::kWidth);
-      for (int m = 0; m < kTokens; ++m) {
-        const typename V::Bytes activations = V::broadcast_quad(quad + m * q_stride);
-        for (int s = 0; s < kStrips; ++s) tile[m][s] = V::dot(tile[m][s], strip[s], activations);
-      }
-      code += kStrips * V::kWidth;
-      quad += 4;
-    }
-  }
-  for (int m = 0; m < kTokens; ++m) {
-    for (int s = 0; s < kStrips; ++s) {
-      int32_t* out = sums + m * Panel<V>::kBlockRows + s * kLanes;
-      V::store_ints(out, accumulate ? V::add(tile[m][s], V::load_ints(out)) : tile[m][s]);
-    }
-  }
-}
-
-template <class V, int kTokens, int kStrips>
-inline void panel_tokens(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t tokens,
-                         int64_t bytes, int32_t* sums, bool accumulate) {
-  int64_t m = 0;
-  for (; m + kTokens <= tokens; m += kTokens) {
-    panel_tile<V, kTokens, kStrips>(codes, q + m * q_stride, q_stride, bytes,
-                                    sums + m * Panel<V>::kBlockRows, accumulate);
-  }
-  if constexpr (kTokens > 1) {
-    if (m < tokens) {
-      panel_tokens<V, kTokens / 2, kStrips>(codes, q + m * q_stride, q_stride, tokens - m, bytes,
-                                            sums + m * Panel<V>::kBlockRows, accumulate);
-    }
-  }
-}
-
-// How the sums of a panel are computed; the AMX variant has another.
 template <class V>
-struct DotTiles {
-  template <int kStrips>
+struct DotTile {
+  template <int kTokens, int kStrips>
+  static void multiply(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t bytes,
+                       int32_t* sums, bool accumulate) {
+    constexpr int kLanes = Panel<V>::kLanes;
+    typename V::Bytes tile[kTokens][kStrips] = {};
+    // The last block of k may be partial: of each of its planes only the beginning matters. One
+    // loop for all five ranges, since a compiler keeps the tile in registers only if it sees it
+    // used once.
+    const int64_t whole = bytes / V::kWidth * V::kWidth;
+    const int64_t tail = (bytes - whole + 3) / 4;
+    for (int range = 0; range < 5; ++range) {
+      const int64_t first = range == 0 ? 0 : whole + (range - 1) * kLanes;
+      const int64_t steps = range == 0 ? whole : tail;
+      const uint8_t* code = codes + first * kStrips * V::kWidth;
+      const int8_t* quad = q + first * 4;
+      // Unrolled, since a core that runs two threads issues three instructions of each per cycle.
+#pragma GCC unroll 4
+      for (int64_t step = 0; step < steps; ++step) {
+        typename V::Bytes strip[kStrips];
+        for (int s = 0; s < kStrips; ++s) strip[s] = V::load(code + s * V::kWidth);
+        for (int m = 0; m < kTokens; ++m) {
+          const typename V::Bytes activations = V::broadcast_quad(quad + m * q_stride);
+          for (int s = 0; s < kStrips; ++s) tile[m][s] = V::dot(tile[m][s], strip[s], activations);
+        }
+        code += kStrips * V::kWidth;
+        quad += 4;
+      }
+    }
+    for (int m = 0; m < kTokens; ++m) {
+      for (int s = 0; s < kStrips; ++s) {
+        int32_t* out = sums + m * Panel<V>::kBlockRows + s * kLanes;
+        V::store_ints(out, accumulate ? V::add(tile[m][s], V::load_ints(out)) : tile[m][s]);
+      }
+    }
+  }
+};
+
+// How the sums of a panel are computed: tiles in registers of kPanelTokens tokens, then of half as
+// many. The AMX variant does it otherwise.
+template <class V, class Tile>
+struct RegisterTiles {
+  template <int kStrips, int kTokens = V::kPanelTokens>
   void multiply(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t tokens,
                 int64_t bytes, int32_t* sums, bool accumulate) {
-    panel_tokens<V, V::kPanelTokens, kStrips>(codes, q, q_stride, tokens, bytes, sums, accumulate);
+    int64_t m = 0;
+    for (; m + kTokens <= tokens; m += kTokens) {
+      Tile::template multiply<kTokens, kStrips>(codes, q + m * q_stride, q_stride, bytes,
+                                                sums + m * Panel<V>::kBlockRows, accumulate);
+    }
+    if constexpr (kTokens > 1) {
+      if (m < tokens) {
+        multiply<kStrips, kTokens / 2>(codes, q + m * q_stride, q_stride, tokens - m, bytes,
+                                       sums + m * Panel<V>::kBlockRows, accumulate);
+      }
+    }
   }
 };
 
@@ -160,9 +159,9 @@ inline void panel_block(const bitlinear_task& task, int64_t m, int64_t tokens, i
 
 // What V provides besides (vnni.h, avx512.h): kPanelDepth; kPanelTokens and kPanelStrips, the tile
 // in registers; kDecodingTokens and kFetchingRows, the costs of a row and of a token; zero,
-// codes(w, shift), which is (w >> shift) & 3 in every byte, broadcast_quad(p), dot(sum, codes,
-// activations), add, transpose(rows), store, load_ints, store_ints.
-template <class V, class Tiles = DotTiles<V>>
+// codes(w, shift), which is (w >> shift) & 3 in every byte, transpose(rows), store; and for DotTile
+// broadcast_quad(p), dot(sum, codes, activations), add, load_ints, store_ints.
+template <class V, class Tiles = RegisterTiles<V, DotTile<V>>>
 struct PanelGemm {
   // Rows beyond the last whole panel cost a narrower one: a strip is the unit.
   static constexpr bitlinear_costs kCosts = {V::kPanelTokens, Panel<V>::kLanes, V::kDecodingTokens,

@@ -43,20 +43,22 @@ inline void gemv_tile(const uint8_t* w, int64_t stride, int64_t blocks, const in
   typename V::PlaneSum sums[kTokens][kRows] = {};
   while (blocks > 0) {
     const int64_t run = least(blocks, V::PlaneSum::kFlush);
-    for (int64_t i = 0; i < run; ++i) {
-      typename V::Bytes packed[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        packed[r] = V::load(w + r * stride);
-        // Several strided streams defeat the hardware prefetcher: fetch the next row group.
-        __builtin_prefetch(w + (kRows + r) * stride);
+    for (int64_t i = 0; i < run;) {
+      // Several strided streams defeat the hardware prefetcher: fetch the next row group.
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(w + (kRows + r) * stride);
+      // For short vectors once per cache line.
+      const int64_t end = V::kWidth >= 32 ? i + 1 : least(i + 64 / V::kWidth, run);
+      for (; i < end; ++i) {
+        typename V::Bytes packed[kRows];
+        for (int r = 0; r < kRows; ++r) packed[r] = V::load(w + r * stride);
+        for (int m = 0; m < kTokens; ++m) {
+          typename V::Bytes planes[4];
+          for (int j = 0; j < 4; ++j) planes[j] = V::load_plane(q + m * q_stride + j * V::kWidth);
+          for (int r = 0; r < kRows; ++r) sums[m][r].add(packed[r], planes);
+        }
+        w += V::kWidth;
+        q += 4 * V::kWidth;
       }
-      for (int m = 0; m < kTokens; ++m) {
-        typename V::Bytes planes[4];
-        for (int j = 0; j < 4; ++j) planes[j] = V::load_plane(q + m * q_stride + j * V::kWidth);
-        for (int r = 0; r < kRows; ++r) sums[m][r].add(packed[r], planes);
-      }
-      w += V::kWidth;
-      q += 4 * V::kWidth;
     }
     for (int m = 0; m < kTokens; ++m) {
       for (int r = 0; r < kRows; ++r) sums[m][r].flush();

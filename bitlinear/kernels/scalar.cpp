@@ -12,6 +12,7 @@ struct Scalar {
   static constexpr int kGemvRows = 1;
   static constexpr int64_t kGemmTokens = 3;
   static constexpr int64_t kGemvOverhead = 0;
+  static constexpr int kLookupVectors = 1;
 
   struct Bytes {
     uint8_t byte[kWidth];
