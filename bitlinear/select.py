@@ -60,12 +60,13 @@ def select(
             nothing is chosen.
 
     Returns:
-        One verdict per variant, highest priority first, then one on ``"cuda"``.
+        One verdict per variant, highest priority first and of equals by name, then one on
+        ``"cuda"``.
 
     Raises:
         ValueError: ``forced`` is not a variant, or not one for this CPU.
     """
-    ranked = sorted(variants, key=lambda variant: -variant.priority)
+    ranked = sorted(variants, key=lambda variant: (-variant.priority, variant.name))
     judged = [_judge(variant, hardware.cpu) for variant in ranked]
     if forced:
         _check_forced(forced, judged)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import platform
 import runpy
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +13,7 @@ import pytest
 from fixtures import CPUS, read_cpu
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels.native import COMPILERS, compiler_command, this_machine
 
 import bitlinear.select
 from bitlinear import kernels
@@ -22,7 +21,7 @@ from bitlinear.hardware import Cpu, Hardware, Torch
 from bitlinear.kernels import VARIANTS, Variant
 from bitlinear.select import Verdict, select
 
-# The kernel that each recorded CPU must get. Arm has none of its own yet.
+# The kernel that each recorded CPU must get.
 EXPECTED = {
     "haswell": "avx2",
     "skylake_x": "avx2",  # AVX-512, but not its VNNI
@@ -37,21 +36,27 @@ EXPECTED = {
     "vm_hides_f16c": "scalar",  # AVX2 alone is not enough: fp16 input is converted with F16C
     "vm_hides_avx": "scalar",
     "empty_flags": "scalar",  # unknown is not "has none", and is not "has all" either
-    "graviton2": "scalar",
-    "graviton3": "scalar",
-    "raspberry_pi_4": "scalar",
-    "apple_m1": "scalar",
-    "grace": "scalar",
-    "raspberry_pi_3": "scalar",
-    "raspberry_pi_5": "scalar",
-    "rk3588": "scalar",
-    "exynos_9810": "scalar",
-    "big_little_mixed": "scalar",
-    "apple_m1_macos_11": "scalar",
-    "apple_m2": "scalar",
-    "apple_no_dot_product": "scalar",
+    "graviton2": "neon_dotprod",
+    "graviton3": "neon_i8mm",
+    "grace": "neon_i8mm",
+    "raspberry_pi_3": "neon",
+    "raspberry_pi_4": "neon",
+    "raspberry_pi_5": "neon_dotprod",
+    "rk3588": "neon_dotprod",
+    "exynos_9810": "neon",  # its Cortex-A55 are of the revision without a dot product
+    "big_little_mixed": "neon",  # a thread may move to the cores without
+    "apple_m1": "neon_dotprod",
+    "apple_m1_macos_11": "neon",  # which does not say whether there is a dot product
+    "apple_m2": "neon_i8mm",
+    "apple_no_dot_product": "neon",
     "intel_mac_haswell": "avx2",
 }
+
+
+# Highest priority first; kernels of equal priority, which are for different architectures, by name.
+RANKED = [
+    "amx_int8", "avx512_vnni", "neon_i8mm", "avx_vnni", "neon_dotprod", "avx2", "neon", "scalar",
+]  # fmt: skip
 
 
 def machine(cpu: Cpu, cuda: str | None = None, gpu: bool = False) -> Hardware:
@@ -100,8 +105,7 @@ def test_expected_kernel(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_verdicts_are_complete_ordered_and_explained(name: str) -> None:
     verdicts = select(machine(read_cpu(name)))
-    ranked = sorted(VARIANTS, key=lambda variant: -variant.priority)
-    assert [v.variant for v in verdicts] == [*(variant.name for variant in ranked), "cuda"]
+    assert [v.variant for v in verdicts] == [*RANKED, "cuda"]
     for verdict in verdicts:
         assert verdict.status in ("chosen", "available", "rejected")
         assert verdict.ok == (verdict.status != "rejected")
@@ -111,6 +115,12 @@ def test_verdicts_are_complete_ordered_and_explained(name: str) -> None:
     # Whatever is merely available ranks below the choice.
     statuses = [v.status for v in verdicts]
     assert "available" not in statuses[: statuses.index("chosen")]
+
+
+def test_one_machine_never_has_two_kernels_of_equal_priority() -> None:
+    for arch in {variant.arch for variant in VARIANTS}:
+        priorities = [v.priority for v in VARIANTS if v.arch in ("any", arch)]
+        assert len(set(priorities)) == len(priorities)
 
 
 def test_reasons_name_what_is_missing() -> None:
@@ -123,6 +133,9 @@ def test_reasons_name_what_is_missing() -> None:
     assert named(haswell, "avx_vnni").reason == "this CPU lacks avx_vnni"
     graviton = select(machine(read_cpu("graviton3")))
     assert named(graviton, "avx2").reason == "it is for x86_64, this machine is aarch64"
+    assert named(graviton, "neon").reason == "lower priority (BITLINEAR_KERNEL=neon to force)"
+    raspberry = select(machine(read_cpu("raspberry_pi_4")))
+    assert named(raspberry, "neon_i8mm").reason == "this CPU lacks asimddp, asimdrdm, atomics, i8mm"
     empty = select(machine(read_cpu("empty_flags")))
     assert named(empty, "avx2").reason == (
         "the flags of this CPU are unknown: /proc/cpuinfo lists no flags"
@@ -134,7 +147,10 @@ def test_reasons_name_what_is_missing() -> None:
 _ALL_FLAGS = sorted(frozenset().union(*(variant.requires for variant in VARIANTS)))
 
 
-@given(st.none() | st.frozensets(st.sampled_from(_ALL_FLAGS)), st.sampled_from(["x86_64", "arm"]))
+@given(
+    st.none() | st.frozensets(st.sampled_from(_ALL_FLAGS)),
+    st.sampled_from(["x86_64", "aarch64", "riscv64"]),
+)
 def test_choice_is_the_best_variant_whose_flags_are_all_there(
     flags: frozenset[str] | None, arch: str
 ) -> None:
@@ -163,13 +179,16 @@ def test_nothing_is_chosen_where_nothing_runs() -> None:
 # --- Forcing (BITLINEAR_KERNEL) ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("forced", ["amx_int8", "avx512_vnni", "avx_vnni", "avx2", "scalar"])
+@pytest.mark.parametrize("forced", RANKED)
 def test_forced_variant_is_chosen(forced: str) -> None:
-    verdicts = select(machine(read_cpu("sapphire_rapids")), forced=forced)
+    name = "grace" if forced.startswith("neon") else "sapphire_rapids"
+    cpu = read_cpu(name)
+    verdicts = select(machine(cpu), forced=forced)
     assert chosen(verdicts) == forced
-    for verdict in verdicts[:-1]:
-        assert verdict.ok
-        if verdict.variant != forced:
+    for variant in VARIANTS:
+        verdict = named(verdicts, variant.name)
+        assert verdict.ok == (variant.arch in ("any", cpu.machine))
+        if verdict.ok and variant.name != forced:
             assert verdict.status == "available"
             assert verdict.reason == f"BITLINEAR_KERNEL={forced} rules it out"
 
@@ -185,8 +204,8 @@ def test_forcing_an_unknown_name_lists_the_valid_ones() -> None:
         select(machine(read_cpu("haswell")), forced="nonsense")
     assert str(raised.value) == (
         "BITLINEAR_KERNEL='nonsense' names no CPU kernel (there are amx_int8, avx512_vnni, "
-        "avx_vnni, avx2, scalar). Valid on this machine: avx2, scalar. Set it to one of those, or "
-        "unset it."
+        "neon_i8mm, avx_vnni, neon_dotprod, avx2, neon, scalar). Valid on this machine: avx2, "
+        "scalar. Set it to one of those, or unset it."
     )
 
 
@@ -195,6 +214,8 @@ def test_forcing_an_unknown_name_lists_the_valid_ones() -> None:
     [
         ("haswell", "avx_vnni", "this CPU lacks avx_vnni"),
         ("graviton2", "avx2", "it is for x86_64, this machine is aarch64"),
+        ("haswell", "neon", "it is for aarch64, this machine is x86_64"),
+        ("big_little_mixed", "neon_dotprod", "this CPU lacks asimddp"),
         ("empty_flags", "avx2", "the flags of this CPU are unknown"),
         ("zen4", "cuda", "names no CPU kernel"),
     ],
@@ -319,16 +340,26 @@ MACROS = {
     "__AMX_INT8__": "amx_int8",
     "__AMXTILE__": "amx_tile",  # clang
     "__AMXINT8__": "amx_int8",
+    "__ARM_NEON": "asimd",
+    "__ARM_NEON_FP": "asimd",
+    "__ARM_FEATURE_NUMERIC_MAXMIN": "asimd",  # gcc: its vector form
+    "__ARM_FEATURE_QRDMX": "asimdrdm",
+    "__ARM_FEATURE_ATOMICS": "atomics",
+    "__ARM_FEATURE_CRC32": "crc32",
+    "__ARM_FEATURE_DOTPROD": "asimddp",
+    "__ARM_FEATURE_MATMUL_INT8": "i8mm",
 }
 # Consequences of the above that are no instruction sets.
 OTHER_MACROS = ("__BIGGEST_ALIGNMENT__", "__FP_FAST_FMA")
 
-COMPILERS = ("g++", "clang++")
+# The least of each architecture, because some distributions' compilers default to more. For Arm it
+# is below what any machine has, so that the vector instructions of Armv8.0-A count as added.
+BASELINES = {"x86_64": ["-march=x86-64"], "aarch64": ["-march=armv8-a+nosimd"]}
 
 
-def predefined(compiler: str, flags: list[str]) -> set[str]:
+def predefined(command: list[str]) -> set[str]:
     done = subprocess.run(
-        [compiler, *flags, "-dM", "-E", "-x", "c++", "-"],
+        [*command, "-dM", "-E", "-x", "c++", "-"],
         input="",
         capture_output=True,
         text=True,
@@ -339,16 +370,13 @@ def predefined(compiler: str, flags: list[str]) -> set[str]:
 
 def switched_on(compiler: str, variant: Variant) -> frozenset[str]:
     """The flags (in the spelling of Linux) that ``cflags`` let ``compiler`` use."""
-    if shutil.which(compiler) is None:
-        pytest.skip(f"{compiler} is not installed")
-    if variant.arch not in ("any", platform.machine()):
-        pytest.skip(f"{variant.name} is for {variant.arch}")
+    command = compiler_command(compiler, variant)
+    arch = this_machine().cpu.machine if variant.arch == "any" else variant.arch
     isa = [flag for flag in variant.cflags if flag.startswith("-m")]
     rest = [flag for flag in variant.cflags if not flag.startswith("-m")]
-    if platform.machine() == "x86_64":
-        rest = ["-march=x86-64", *rest]  # some distributions' compilers default to more
+    baseline = [*command, *BASELINES.get(arch, []), *rest]
     try:
-        macros = predefined(compiler, [*rest, *isa]) - predefined(compiler, rest)
+        macros = predefined([*baseline, *isa]) - predefined(baseline)
     except subprocess.CalledProcessError as error:
         pytest.skip(f"{compiler} is too old for {variant.name}: {error.stderr.strip()}")
     macros = {macro for macro in macros if not macro.startswith(OTHER_MACROS)}

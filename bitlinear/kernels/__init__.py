@@ -42,7 +42,8 @@ class Variant(Library):
     Attributes:
         arch: ``"x86_64"``, ``"aarch64"`` or ``"any"``.
         requires: Every CPU flag (Linux spelling) that ``cflags`` lets the compiler use.
-        priority: The usable variant with the highest priority is chosen.
+        priority: The usable variant with the highest priority is chosen. Variants of different
+            architectures may share one.
     """
 
     arch: str = "any"
@@ -76,6 +77,9 @@ _AVX512_ISA = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512v
 # clang takes -mavx512f to include FMA
 _AVX512_FLAGS = f"{_AVX2_FLAGS} fma avx512f avx512bw avx512dq avx512vl avx512_vnni"
 
+# What +dotprod needs for its base: g++ knows the dot product from Armv8.2 on only.
+_DOTPROD_FLAGS = "asimd asimdrdm atomics crc32 asimddp"
+
 VARIANTS: tuple[Variant, ...] = (
     _variant(
         "amx_int8",
@@ -104,6 +108,27 @@ VARIANTS: tuple[Variant, ...] = (
         arch="x86_64",
         isa=("-mavx2", "-mf16c"),
         requires=_AVX2_FLAGS,
+    ),
+    _variant(
+        "neon_i8mm",
+        priority=40,
+        arch="aarch64",
+        isa=("-march=armv8.2-a+dotprod+i8mm",),
+        requires=f"{_DOTPROD_FLAGS} i8mm",
+    ),
+    _variant(
+        "neon_dotprod",
+        priority=30,
+        arch="aarch64",
+        isa=("-march=armv8.2-a+dotprod",),
+        requires=_DOTPROD_FLAGS,
+    ),
+    _variant(
+        "neon",
+        priority=20,
+        arch="aarch64",
+        isa=("-march=armv8-a",),
+        requires="asimd",
     ),
     _variant("scalar", priority=0),
 )

@@ -19,26 +19,33 @@ CROSS_COMPILERS = {  # for aarch64, on a machine that is not
     "g++": "aarch64-linux-gnu-g++",
     "clang++": "clang++ --target=aarch64-linux-gnu",
 }
+# The CPUs that qemu-user emulates where this machine is not one; the first has nothing to spare: it
+# faults at the first instruction that the variant must not use.
+EMULATED_CPUS = {
+    "neon": ("cortex-a53", "max"),
+    "neon_dotprod": ("cortex-a76", "max"),
+    "neon_i8mm": ("max",),
+}
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 compilers = pytest.mark.parametrize("compiler", COMPILERS)
 
 
-def require_compiler(compiler: str) -> str:
-    if shutil.which(compiler) is None:
-        pytest.skip(f"{compiler} is not installed")
-    return compiler
+def require(program: str) -> str:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    return program
 
 
 def compiler_command(compiler: str, variant: Variant) -> list[str]:
     """The command that compiles for the architecture of the variant; skips where there is none."""
     if variant.arch in ("any", this_machine().cpu.machine):
-        return [require_compiler(compiler)]
+        return [require(compiler)]
     if variant.arch != "aarch64":
         pytest.skip(f"{variant.name} is for {variant.arch}")
     command = shlex.split(CROSS_COMPILERS[compiler])
-    require_compiler(command[0])
+    require(command[0])
     if not _has_headers(*command):
         pytest.skip(f"{CROSS_COMPILERS[compiler]} finds no C++ library for aarch64")
     return command
@@ -68,6 +75,12 @@ def compile_variant(
     assert result.returncode == 0, result.stderr
 
 
+def objdump(variant: Variant) -> list[str]:
+    """The disassembler for the architecture of the variant."""
+    native = variant.arch in ("any", this_machine().cpu.machine)
+    return [require("objdump" if native else f"{variant.arch}-linux-gnu-objdump")]
+
+
 @functools.lru_cache(maxsize=1)
 def this_machine() -> hardware.Hardware:
     return hardware.detect()
@@ -77,6 +90,23 @@ def this_machine() -> hardware.Hardware:
 def usable_variants() -> frozenset[str]:
     """The variants that this machine's CPU can run."""
     return frozenset(v.variant for v in select.select(this_machine()) if v.ok)
+
+
+def runners(variant: Variant) -> list[list[str]]:
+    """What to put before a compiled program to run it: nothing, or an emulator of each CPU."""
+    if variant.arch in ("any", this_machine().cpu.machine):
+        require_usable(variant)
+        return [[]]
+    return [emulator(cpu) for cpu in EMULATED_CPUS[variant.name]]
+
+
+def emulator(cpu: str) -> list[str]:
+    """The emulator of an Arm CPU, with the libraries of the cross compiler."""
+    names = ("qemu-aarch64", "qemu-aarch64-static")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"neither {' nor '.join(names)} is installed")
+    return [found, "-L", "/usr/aarch64-linux-gnu", "-cpu", cpu]
 
 
 def require_usable(variant: Variant) -> None:

@@ -1,52 +1,110 @@
-"""The native driver: every variant, both compilers, with and without sanitizers."""
+"""The native driver: every variant, both compilers, with and without sanitizers, emulated if need be."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 
 import pytest
-from native import SANITIZE, compile_variant, compilers, require_usable, variants
+from native import (
+    EMULATED_CPUS,
+    SANITIZE,
+    compile_variant,
+    compilers,
+    emulator,
+    runners,
+    this_machine,
+    variants,
+)
 
 from bitlinear.kernels import DIRECTORY, VARIANTS
 
 pytestmark = pytest.mark.slow
 
+# The leak detector attaches to its own process, which an emulator does not allow.
+NO_LEAK_DETECTOR = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
 
-def run(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+
+def run(*command, env=None):
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=600, env=env
+    )
+
+
+def check(*command, env=None):
+    result = run(*command, env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert ", 0 failed" in result.stdout
 
 
 @variants
 @compilers
 def test_driver(variant, compiler, tmp_path):
-    require_usable(variant)
-    compile_variant(compiler, variant, tmp_path / "driver")
-    result = run(tmp_path / "driver")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert ", 0 failed" in result.stdout
+    first, *others = runners(variant)
+    driver = tmp_path / "driver"
+    compile_variant(compiler, variant, driver)
+    # All cases once per variant where they are emulated, which is slow.
+    check(*first, driver, *(["quick"] if first and compiler != "g++" else []))
+    for runner in others:
+        check(*runner, driver, "quick")
 
 
 @variants
 def test_driver_under_sanitizers(variant, tmp_path):
-    require_usable(variant)
-    compile_variant("g++", variant, tmp_path / "driver", *SANITIZE)
-    result = run(tmp_path / "driver")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert ", 0 failed" in result.stdout
-
-
-def test_sanitizers_see_a_byte_beyond_the_buffer(tmp_path):
-    """The pass above would be worth nothing if the driver's buffers had slack."""
-    scalar = next(variant for variant in VARIANTS if variant.name == "scalar")
-    shutil.copytree(DIRECTORY, tmp_path / "kernels")
-    source = tmp_path / "kernels" / "scalar.cpp"
-    text = source.read_text()
-    correct = "memcpy(w.byte, p, static_cast<size_t>(n))"
-    assert correct in text
-    source.write_text(text.replace(correct, "memcpy(w.byte, p, kWidth + 0 * n)"))
+    runner = runners(variant)[0]
     driver = tmp_path / "driver"
-    compile_variant("g++", scalar, driver, *SANITIZE, directory=tmp_path / "kernels")
-    result = run(driver, "quick")
+    compile_variant("g++", variant, driver, *SANITIZE)
+    check(*runner, driver, env=NO_LEAK_DETECTOR if runner else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "correct", "wrong"),
+    [
+        (
+            "scalar",
+            "scalar.cpp",
+            "memcpy(w.byte, p, static_cast<size_t>(n))",
+            "memcpy(w.byte, p, kWidth + 0 * n)",
+        ),
+        (
+            "neon",
+            "neon.h",
+            "memcpy(bytes, p, static_cast<size_t>(n))",
+            "memcpy(bytes, p, kWidth + 0 * n)",
+        ),
+    ],
+    ids=["scalar", "neon"],
+)
+def test_sanitizers_see_a_byte_beyond_the_buffer(name, file, correct, wrong, tmp_path):
+    """The pass above would be worth nothing if the driver's buffers had slack."""
+    variant = next(variant for variant in VARIANTS if variant.name == name)
+    runner = runners(variant)[0]
+    shutil.copytree(DIRECTORY, tmp_path / "kernels")
+    source = tmp_path / "kernels" / file
+    text = source.read_text()
+    assert correct in text
+    source.write_text(text.replace(correct, wrong))
+    driver = tmp_path / "driver"
+    compile_variant("g++", variant, driver, *SANITIZE, directory=tmp_path / "kernels")
+    result = run(*runner, driver, "quick", env=NO_LEAK_DETECTOR)
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "cpu"), [("neon_dotprod", "cortex-a53"), ("neon_i8mm", "cortex-a76")]
+)
+def test_an_emulated_cpu_faults_at_what_it_lacks(name, cpu, tmp_path):
+    """So that a pass on the least CPU of a variant shows that the variant needs no more."""
+    if this_machine().cpu.machine == "aarch64":
+        pytest.skip("nothing is emulated here")
+    variant = next(variant for variant in VARIANTS if variant.name == name)
+    compile_variant("g++", variant, tmp_path / "driver")
+    result = run(*emulator(cpu), tmp_path / "driver", "quick")
+    assert result.returncode == -signal.SIGILL
+
+
+def test_every_variant_for_arm_is_emulated():
+    assert set(EMULATED_CPUS) == {v.name for v in VARIANTS if v.arch == "aarch64"}

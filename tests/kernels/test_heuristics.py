@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native import require_compiler
+from native import require
 
 from bitlinear.kernels import DIRECTORY
 
@@ -49,7 +49,7 @@ class Heuristics:
 @pytest.fixture(scope="module")
 def heuristics(tmp_path_factory):
     output = tmp_path_factory.mktemp("heuristics") / "heuristics.so"
-    command = [require_compiler("g++"), "-std=c++17", "-O1", "-shared", "-fPIC"]
+    command = [require("g++"), "-std=c++17", "-O1", "-shared", "-fPIC"]
     subprocess.run([*command, f"-I{DIRECTORY}", SOURCE, "-o", output], check=True)
     return Heuristics(ctypes.CDLL(str(output)))
 

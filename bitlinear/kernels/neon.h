@@ -1,0 +1,70 @@
+// What the NEON vocabularies share: vectors of 16 bytes, and the conversions of fp16, which Armv8.0
+// has.
+#pragma once
+
+#include <arm_neon.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace bitlinear {
+namespace {
+
+struct NeonBytes {
+  static constexpr int64_t kWidth = 16;
+  using Bytes = uint8x16_t;
+
+  static Bytes load(const uint8_t* p) { return vld1q_u8(p); }
+  static Bytes load_plane(const int8_t* p) { return vreinterpretq_u8_s8(vld1q_s8(p)); }
+  static Bytes load_partial(const uint8_t* p, int64_t n) {
+    uint8_t bytes[16] = {};
+    memcpy(bytes, p, static_cast<size_t>(n));
+    return vld1q_u8(bytes);
+  }
+  static void store(uint8_t* p, Bytes a) { vst1q_u8(p, a); }
+
+  static int32_t reduce(int32x4_t sum) { return vaddvq_s32(sum); }
+  static void reduce4(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d, int32_t* out) {
+    vst1q_s32(out, vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));
+  }
+
+  static void floats_from_fp16(const uint16_t* half, int64_t count, float* out) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) widen(half + i, out + i);
+    if (i < count) {
+      const size_t rest = static_cast<size_t>(count - i);
+      uint16_t last[8] = {};
+      float floats[8];
+      memcpy(last, half + i, rest * sizeof(uint16_t));
+      widen(last, floats);
+      memcpy(out + i, floats, rest * sizeof(float));
+    }
+  }
+
+  static void fp16_from_floats(const float* floats, int64_t count, uint16_t* out) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) narrow(floats + i, out + i);
+    if (i < count) {
+      const size_t rest = static_cast<size_t>(count - i);
+      float last[8] = {};
+      uint16_t half[8];
+      memcpy(last, floats + i, rest * sizeof(float));
+      narrow(last, half);
+      memcpy(out + i, half, rest * sizeof(uint16_t));
+    }
+  }
+
+ private:
+  // Eight at a time.
+  static void widen(const uint16_t* half, float* out) {
+    const float16x8_t eight = vreinterpretq_f16_u16(vld1q_u16(half));
+    vst1q_f32(out, vcvt_f32_f16(vget_low_f16(eight)));
+    vst1q_f32(out + 4, vcvt_high_f32_f16(eight));
+  }
+  static void narrow(const float* floats, uint16_t* out) {
+    const float16x4_t low = vcvt_f16_f32(vld1q_f32(floats));
+    vst1q_u16(out, vreinterpretq_u16_f16(vcvt_high_f16_f32(low, vld1q_f32(floats + 4))));
+  }
+};
+
+}  // namespace
+}  // namespace bitlinear

@@ -1,0 +1,74 @@
+// NEON with the dot product of bytes: Armv8.2 with FEAT_DotProd, such as Cortex-A55 and A76,
+// Neoverse N1 and Apple's M1.
+#include "neon_dotprod.h"
+
+#include <type_traits>
+
+namespace bitlinear {
+namespace {
+
+struct NeonDotprod : NeonDot {
+  static constexpr int64_t kGemmTokens = 5;
+  static constexpr int kPanelTokens = 4;
+  static constexpr int kPanelStrips = 6;
+  static constexpr int kDecodingTokens = 3;
+
+  // A 4 x 4 matrix of 32-bit elements.
+  static void transpose(Bytes (&rows)[4]) {
+    const auto pair = [&](int r) {
+      return vtrnq_u32(vreinterpretq_u32_u8(rows[r]), vreinterpretq_u32_u8(rows[r + 1]));
+    };
+    const uint32x4x2_t top = pair(0), bottom = pair(2);
+    for (int c = 0; c < 2; ++c) {
+      const uint64x2_t a = vreinterpretq_u64_u32(top.val[c]);
+      const uint64x2_t b = vreinterpretq_u64_u32(bottom.val[c]);
+      rows[c] = vreinterpretq_u8_u64(vzip1q_u64(a, b));
+      rows[c + 2] = vreinterpretq_u8_u64(vzip2q_u64(a, b));
+    }
+  }
+};
+
+// As DotTile, but sdot takes its quad from any place of a register: one load of activations serves
+// four steps, and there is nothing to broadcast.
+struct LaneTile {
+  template <int kTokens, int kStrips>
+  static void multiply(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t bytes,
+                       int32_t* sums, bool accumulate) {
+    int32x4_t tile[kTokens][kStrips] = {};
+    // A plane of a block, four steps, at a time; a partial block is padded with zeros.
+    const int64_t steps = ceil_div(bytes, NeonDot::kWidth) * NeonDot::kWidth;
+    for (int64_t step = 0; step < steps; step += 4) {
+      int8x16_t quads[kTokens];
+      for (int m = 0; m < kTokens; ++m) quads[m] = vld1q_s8(q + m * q_stride);
+      const auto multiply_step = [&](auto i) {
+        for (int s = 0; s < kStrips; ++s) {
+          const uint8x16_t strip = vld1q_u8(codes);
+          for (int m = 0; m < kTokens; ++m) {
+            tile[m][s] = NeonDot::dot_quad<decltype(i)::value>(tile[m][s], strip, quads[m]);
+          }
+          codes += NeonDot::kWidth;
+        }
+      };
+      multiply_step(std::integral_constant<int, 0>());
+      multiply_step(std::integral_constant<int, 1>());
+      multiply_step(std::integral_constant<int, 2>());
+      multiply_step(std::integral_constant<int, 3>());
+      q += 16;
+    }
+    for (int m = 0; m < kTokens; ++m) {
+      for (int s = 0; s < kStrips; ++s) {
+        int32_t* out = sums + m * Panel<NeonDotprod>::kBlockRows + 4 * s;
+        vst1q_s32(out, accumulate ? vaddq_s32(tile[m][s], vld1q_s32(out)) : tile[m][s]);
+      }
+    }
+  }
+};
+
+constexpr bitlinear_kernel_table kTable =
+    make_table<NeonDotprod, PanelGemm<NeonDotprod, RegisterTiles<NeonDotprod, LaneTile>>>(
+        "neon_dotprod");
+
+}  // namespace
+}  // namespace bitlinear
+
+const bitlinear_kernel_table* bitlinear_kernels(void) { return &bitlinear::kTable; }

@@ -1,0 +1,72 @@
+// The vocabulary of NEON with sdot, which multiplies signed bytes and adds the products of every
+// four to an int32 lane; what neon_dotprod.cpp and neon_i8mm.cpp share.
+#pragma once
+
+#include "gemm_panel.h"
+#include "neon.h"
+#include "vocabulary.h"
+
+namespace bitlinear {
+namespace {
+
+struct NeonDot : NeonBytes {
+  static constexpr int kGemvTokens = 2;
+  static constexpr int kGemvRows = 4;
+  static constexpr int64_t kGemvOverhead = 1;
+  static constexpr int64_t kPanelDepth = 512;
+  static constexpr int kFetchingRows = 16;
+
+  // As intrinsics they cost GCC register moves and spills (GCC 12: 142 instructions for a tile of
+  // 96 sdot, not 126).
+  static int32x4_t dot(int32x4_t sum, Bytes codes, Bytes plane) {
+#if defined(__clang__)
+    return vdotq_s32(sum, vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(plane));
+#else
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(codes), "w"(plane));
+    return sum;
+#endif
+  }
+  // Of `quads` the four bytes of one lane, for all lanes of `codes`.
+  template <int kLane>
+  static int32x4_t dot_quad(int32x4_t sum, Bytes codes, int8x16_t quads) {
+#if defined(__clang__)
+    return vdotq_laneq_s32(sum, vreinterpretq_s8_u8(codes), quads, kLane);
+#else
+    __asm__("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(sum) : "w"(codes), "w"(quads), "i"(kLane));
+    return sum;
+#endif
+  }
+
+  struct PlaneSum {
+    static constexpr int64_t kFlush = kNeverFlush;
+    int32x4_t by16 = vdupq_n_s32(0), by4 = vdupq_n_s32(0), by1 = vdupq_n_s32(0);
+    void add(Bytes w, const Bytes (&q)[4]) {
+      // Shifted, as the byte 0x80 would be negative; so it needs no sum of its own.
+      by1 = dot(by1, vshrq_n_u8(w, 6), q[0]);
+      by16 = dot(by16, vandq_u8(w, vdupq_n_u8(0x30)), q[1]);
+      by4 = dot(by4, vandq_u8(w, vdupq_n_u8(0x0C)), q[2]);
+      by1 = dot(by1, vandq_u8(w, vdupq_n_u8(0x03)), q[3]);
+    }
+    void flush() {}
+    // Every lane is a multiple of its plane's factor: the shifts are exact.
+    int32x4_t lanes() const { return vsraq_n_s32(vsraq_n_s32(by1, by16, 4), by4, 2); }
+  };
+
+  static Bytes zero() { return vdupq_n_u8(0); }
+  static Bytes codes(Bytes w, int shift) {
+    const Bytes mask = vdupq_n_u8(3);
+    switch (shift) {
+      case 6:
+        return vshrq_n_u8(w, 6);
+      case 4:
+        return vandq_u8(vshrq_n_u8(w, 4), mask);
+      case 2:
+        return vandq_u8(vshrq_n_u8(w, 2), mask);
+      default:
+        return vandq_u8(w, mask);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace bitlinear
