@@ -70,6 +70,15 @@ struct Dot {
     return _mm_add_epi32(sum, _mm_madd_epi16(a, b));
   }
 };
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+struct Dot {
+  using Vector = int32x4_t;
+  static constexpr int kSums = 24;
+  static constexpr int kMultiplyAdds = 32;
+  static Vector add(Vector sum, Vector a, Vector b) {
+    return vmmlaq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
+  }
+};
 #elif defined(__ARM_FEATURE_DOTPROD)
 struct Dot {
   using Vector = int32x4_t;
@@ -77,6 +86,15 @@ struct Dot {
   static constexpr int kMultiplyAdds = 16;
   static Vector add(Vector sum, Vector a, Vector b) {
     return vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b));
+  }
+};
+#elif defined(__ARM_NEON)
+struct Dot {
+  using Vector = int16x8_t;
+  static constexpr int kSums = 24;
+  static constexpr int kMultiplyAdds = 8;
+  static Vector add(Vector sum, Vector a, Vector b) {
+    return vmlal_high_s8(sum, vreinterpretq_s8_s16(a), vreinterpretq_s8_s16(b));
   }
 };
 #else

@@ -1,4 +1,4 @@
-"""The native driver: every variant, both compilers, with and without sanitizers, emulated if need be."""
+"""The native driver: every variant, both compilers, sanitizers; emulated where it must be."""
 
 from __future__ import annotations
 
