@@ -3,8 +3,8 @@
     python scripts/instruction_mix.py [--write] [--compiler "clang++ --target=aarch64-linux-gnu"]
 
 Compiles every Arm kernel with the flags of its row, disassembles it, and finds the inner loop of
-the GEMV for one token and that of the GEMM. Counts are per 64 packed bytes of one weight row and one
-token, which is 256 products; a load of a pair of registers is one instruction. Beside them stand the
+the GEMV for one token and that of the GEMM. Counts are per 64 packed bytes of one weight row and
+one token, which is 256 products; a load of a pair of registers is one. Beside them stand the
 least that the method needs, and the sequence of bitnet.cpp's NEON kernel (I2_S). Exits with 1 if a
 total is above the one in results/instructions.json by more than 5 %; --write replaces that file.
 """
