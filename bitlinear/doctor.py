@@ -78,6 +78,7 @@ class Report:
             ("Toolchain", [[_toolchain(self.hardware)]]),
             ("Cache", [[line] for line in _cache(self.runtime)]),
             ("Threads", [[_threads(self.threads, self.openmp)]]),
+            ("Tested", [[_tested(self.hardware)]]),
             ("Operator", [[self.operator or "bit-identical to the reference implementation"]]),
             ("Verdict", [[_summary(self.runtime, self.exit_code)]]),
         ]
@@ -99,7 +100,7 @@ class Report:
                 for row in rows
             ]
             if len(rows) == 1:
-                lines.append(f"{title:<10}{cells[0]}".rstrip())
+                lines.append(f"{title:<9} {cells[0]}".rstrip())
             else:
                 lines += [title, *(f"  {text}".rstrip() for text in cells)]
         return "\n".join(lines)
@@ -122,6 +123,7 @@ class Report:
         directory = runtime.cache
         data = {
             "exit_code": self.exit_code,
+            "tested": _tested(hardware),
             "versions": dict(entry.split(" ", 1) for entry in _versions(hardware)),
             "kernel": runtime.kernel,
             "problem": runtime.problem,
@@ -294,6 +296,18 @@ def _cache(runtime: jit.Runtime) -> list[str]:
     if directory.unsafe:
         lines.append("fix: a cache directory must be your own and closed to others (chmod 700)")
     return lines
+
+
+# Where the test suite has run.
+_TESTED = {
+    ("linux", "x86_64"): "on machines of this kind",
+    ("linux", "aarch64"): "under an emulator of this kind of machine: the results, not the speed",
+}
+
+
+def _tested(hardware: Hardware) -> str:
+    system, machine = hardware.system, hardware.cpu.machine
+    return _TESTED.get((system, machine), f"never on {system} {machine}: reports are welcome")
 
 
 def _threads(threads: int | None, openmp: tuple[str, ...]) -> str:

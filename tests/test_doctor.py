@@ -73,6 +73,23 @@ def healthy() -> doctor.Report:
     return doctor.Report(runtime, hardware, "", 2, ("/usr/lib/libgomp.so.1",))
 
 
+@pytest.mark.parametrize(
+    ("system", "machine", "said"),
+    [
+        ("linux", "x86_64", "Tested    on machines of this kind"),
+        ("linux", "aarch64", "Tested    under an emulator of this kind of machine"),
+        ("darwin", "aarch64", "Tested    never on darwin aarch64"),
+    ],
+)
+def test_it_says_where_the_tests_have_run(system: str, machine: str, said: str) -> None:
+    healthy_one = healthy()
+    cpu = replace(healthy_one.hardware.cpu, machine=machine)
+    its = replace(healthy_one, hardware=replace(healthy_one.hardware, system=system, cpu=cpu))
+    (line,) = [line for line in str(its).splitlines() if line.startswith("Tested")]
+    assert line.startswith(said)
+    assert its.to_json()["tested"] in line
+
+
 def test_the_text() -> None:
     lines = str(healthy()).splitlines()
     assert re.match(r"bitlinear \S+   torch \S+   python 3\S+   \w+ \w+$", lines[0])
