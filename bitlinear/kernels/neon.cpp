@@ -14,10 +14,9 @@ namespace {
 struct Neon : NeonBytes {
   static constexpr int kGemvTokens = 2;
   static constexpr int kGemvRows = 4;
-  // By instructions per 16 packed bytes: a GEMV takes 13 a token, the lookup form 92 for a tile of
-  // 16 tokens or fewer and some 25 for the indices.
+  // Where the instructions of a whole call say, for 16 to 1024 packed bytes a row.
   static constexpr int64_t kGemmTokens = 9;
-  static constexpr int64_t kGemvOverhead = 1;
+  static constexpr int64_t kGemvOverhead = 0;
   static constexpr int kLookupVectors = 2;
 
   struct PlaneSum {

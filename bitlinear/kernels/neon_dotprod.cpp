@@ -13,9 +13,9 @@ namespace bitlinear {
 namespace {
 
 struct NeonDotprod : NeonDot {
-  // By instructions per 16 packed bytes: a GEMV takes 8.75 a token, the panel 5.25, and 15 for
-  // decoding.
-  static constexpr int64_t kGemmTokens = 5;
+  // Where the instructions of a whole call say, for 16 to 1024 packed bytes a row.
+  static constexpr int64_t kGemmTokens = 4;
+  static constexpr int64_t kGemvOverhead = 1;
   static constexpr int kPanelTokens = 4;
   static constexpr int kPanelStrips = 6;
   static constexpr int kDecodingTokens = 3;

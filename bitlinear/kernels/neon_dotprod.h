@@ -12,7 +12,6 @@ namespace {
 struct NeonDot : NeonBytes {
   static constexpr int kGemvTokens = 2;
   static constexpr int kGemvRows = 4;
-  static constexpr int64_t kGemvOverhead = 1;
   static constexpr int64_t kPanelDepth = 512;
   static constexpr int kFetchingRows = 16;
 

@@ -10,8 +10,9 @@ namespace bitlinear {
 namespace {
 
 struct NeonI8mm : NeonDot {
-  // By instructions, as in neon_dotprod.cpp: the panel takes 3.4 a token.
+  // Where the instructions of a whole call say, for 16 to 1024 packed bytes a row.
   static constexpr int64_t kGemmTokens = 4;
+  static constexpr int64_t kGemvOverhead = 2;
   static constexpr int kPanelTokens = 4;
   static constexpr int kPanelStrips = 6;
   static constexpr int kDecodingTokens = 4;
