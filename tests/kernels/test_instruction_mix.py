@@ -1,12 +1,14 @@
-"""Counting instructions: on a made-up listing, and the kernels against the record."""
+"""Counting instructions: on a made-up listing, the kernels against the record, whole calls."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
-from native import compiler_command, objdump
+from native import compiler_command, emulator, objdump
 
+import instruction_count
 import instruction_mix as mix
 from bitlinear.kernels import VARIANTS
 
@@ -62,3 +64,24 @@ def test_the_record_is_below_the_sequence_of_bitnet():
     for its in recorded:
         if its["variant"] != "neon":  # which has no dot product, as their sequence does
             assert its["counts"]["total"] < mix.BITNET["total"]
+
+
+@pytest.mark.slow
+def test_the_form_that_is_chosen_executes_fewer_instructions(tmp_path):
+    """Or hardly more."""
+    variants = [variant for variant in VARIANTS if variant.arch == "aarch64"]
+    assert set(instruction_count.FORMS) == {variant.name for variant in variants}
+    compiler_command("g++", variants[0])
+    emulator("max")
+    if shutil.which("qemu-aarch64") is None:
+        pytest.skip("only the qemu-aarch64 that is linked dynamically has plugins")
+    counter = instruction_count.Counter(tmp_path)
+    counter.build()
+    for variant in variants:
+        for M in (1, 4, 16):
+            (gemv, gemm, quantize), chosen = instruction_count.row(
+                counter, variant.name, M, 256, 512
+            )
+            assert quantize < min(gemv, gemm)
+            assert (gemv if chosen == "GEMV" else gemm) < 1.1 * min(gemv, gemm)
+            assert chosen == ("GEMV" if M == 1 else "GEMM" if M == 16 else chosen)

@@ -1,0 +1,49 @@
+// Runs one kernel of one Arm variant a number of times, for instruction_count.py, which counts the
+// instructions of a run more or less.
+//
+// Usage: program quantize|gemv|gemm|call M N K runs. KERNEL is the file of the variant, VARIANT its
+// vocabulary, GEMM its form for many tokens.
+#include KERNEL
+#include <stdlib.h>
+
+#include <string>
+#include <vector>
+
+using namespace bitlinear;
+
+int main(int, char** arguments) {
+  const std::string what = arguments[1];
+  const int64_t M = atol(arguments[2]), N = atol(arguments[3]), K = atol(arguments[4]);
+  const int64_t row_bytes = ceil_div(K, 4), q_stride = bitlinear_q_stride(&kTable, K);
+  const std::vector<float> x(static_cast<size_t>(M * K), 1.0f);
+  const std::vector<uint8_t> w(static_cast<size_t>(N * row_bytes), 0x55);
+  const float s_w = 1;
+  std::vector<int8_t> q(static_cast<size_t>(M * q_stride));
+  std::vector<float> s_x(static_cast<size_t>(M)), y(static_cast<size_t>(M * N));
+  std::vector<int32_t> q_sum(static_cast<size_t>(M));
+  const int64_t scratch_bytes = ceil_div(GEMM::scratch_bytes(M), 64) * 64;
+
+  bitlinear_task task = {};
+  task.q = q.data();
+  task.q_stride = q_stride;
+  task.s_x = s_x.data();
+  task.q_sum = q_sum.data();
+  task.M = M;
+  task.w = w.data();
+  task.row_bytes = row_bytes;
+  task.s_w = &s_w;
+  task.n_end = N;
+  task.y = y.data();
+  task.y_stride = N;
+  task.scratch = aligned_alloc(64, static_cast<size_t>(scratch_bytes));
+  for (int64_t run = atol(arguments[5]); run > 0; --run) {
+    if (what == "gemv") gemv<VARIANT>(task);
+    if (what == "gemm") GEMM::run(task);
+    if (what == "call") kTable.linear(&task);
+    if (what != "quantize") continue;
+    for (int64_t m = 0; m < M; ++m) {
+      kTable.quantize_row(x.data() + m * K, BITLINEAR_F32, K, 1e-6f, q.data() + m * q_stride,
+                          &s_x[m], &q_sum[m]);
+    }
+  }
+}
