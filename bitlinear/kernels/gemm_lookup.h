@@ -4,7 +4,7 @@
 // Four ternary weights select one of 81 sums +-x0 +-x1 +-x2 +-x3. For a tile of tokens, one per
 // 16-bit lane, and a group of four k these sums are computed once; then each packed byte of each
 // weight row costs one addition of a table row, worth 4 * kTokens multiplications. The tables of
-// kGroups groups fill half of an L1 cache; the 16-bit sums of all rows stream past them.
+// kGroups groups take 10 or 20 KB of an L1 cache; the 16-bit sums of all rows stream past them.
 //
 // Bound: one 16-bit index and one vector are loaded per packed byte. AVX2, three loads a cycle:
 // 16 tokens * 4 in 2/3 cycle, against 1.5 dot products of 32 bytes with vpmaddubsw and vpaddw.
@@ -43,6 +43,7 @@ struct Lookup {
   };
 
   alignas(64) Entry tables[kGroups][kEntries];
+  static_assert(sizeof(tables) <= 1 << 16, "an index has 16 bits");
   alignas(64) int16_t x[kDepth][4][kTokens];
   // Byte offsets of entries in `tables`. A few rows more than kRows: slices a power of two apart
   // would compete for the same cache sets.
@@ -125,7 +126,8 @@ inline void lookup_add(const uint16_t (*index)[Lookup<V>::kGroups], int64_t rows
   const char* tables[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     tables[v] = reinterpret_cast<const char*>(&s.tables[0][0].vector[v]);
-    // Unrelated to the compiler: base plus index is an address, a constant more is an addition.
+    // So that no compiler derives one base from the other: base plus index is an address, a
+    // constant more costs AArch64 an addition per vector.
     __asm__("" : "+r"(tables[v]));
   }
   for (int64_t r = 0; r < rows; ++r) {

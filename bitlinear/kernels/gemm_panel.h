@@ -27,7 +27,8 @@ struct Panel {
   // A block of the output whose sums are kept from one slice of k to the next: the activations of
   // one slice stay in the L2 cache for all panels of the block.
   static constexpr int64_t kBlockTokens = 256;
-  static constexpr int64_t kBlockRows = 192;  // whole panels: kRows is 16, 32 or 48
+  static constexpr int64_t kBlockRows = 192;
+  static_assert(kBlockRows % kRows == 0, "a block must hold whole panels");
 
   alignas(64) uint8_t codes[kRows * V::kPanelDepth];
   alignas(64) int32_t sums[kBlockTokens][kBlockRows];
@@ -98,7 +99,7 @@ struct DotTile {
 };
 
 // How the sums of a panel are computed: tiles in registers of kPanelTokens tokens, then of half as
-// many. The AMX variant does it otherwise.
+// many. Tile multiplies one of them, as DotTile. The AMX variant does it otherwise.
 template <class V, class Tile>
 struct RegisterTiles {
   template <int kStrips, int kTokens = V::kPanelTokens>

@@ -38,6 +38,17 @@ struct NeonDotprod : NeonDot {
 // As DotTile, but sdot takes its quad from any place of a register: one load of activations serves
 // four steps, and there is nothing to broadcast.
 struct LaneTile {
+  // All lanes of `codes` times the four bytes in one lane of `quads`; as in neon_dotprod.h.
+  template <int kLane>
+  static int32x4_t dot(int32x4_t sum, uint8x16_t codes, int8x16_t quads) {
+#if defined(__clang__)
+    return vdotq_laneq_s32(sum, vreinterpretq_s8_u8(codes), quads, kLane);
+#else
+    __asm__("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(sum) : "w"(codes), "w"(quads), "i"(kLane));
+    return sum;
+#endif
+  }
+
   template <int kTokens, int kStrips>
   static void multiply(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t bytes,
                        int32_t* sums, bool accumulate) {
@@ -51,7 +62,7 @@ struct LaneTile {
         for (int s = 0; s < kStrips; ++s) {
           const uint8x16_t strip = vld1q_u8(codes);
           for (int m = 0; m < kTokens; ++m) {
-            tile[m][s] = NeonDot::dot_quad<decltype(i)::value>(tile[m][s], strip, quads[m]);
+            tile[m][s] = dot<decltype(i)::value>(tile[m][s], strip, quads[m]);
           }
           codes += NeonDot::kWidth;
         }

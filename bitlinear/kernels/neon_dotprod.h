@@ -12,7 +12,7 @@ namespace {
 struct NeonDot : NeonBytes {
   static constexpr int kGemvTokens = 2;
   static constexpr int kGemvRows = 4;
-  static constexpr int64_t kPanelDepth = 512;
+  static constexpr int64_t kPanelDepth = 512;  // 12 KB of codes, 2 KB of activations: an L1 cache
   static constexpr int kFetchingRows = 16;
 
   // As intrinsics they cost GCC register moves and spills (GCC 12: 142 instructions for a tile of
@@ -22,16 +22,6 @@ struct NeonDot : NeonBytes {
     return vdotq_s32(sum, vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(plane));
 #else
     __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(codes), "w"(plane));
-    return sum;
-#endif
-  }
-  // Of `quads` the four bytes of one lane, for all lanes of `codes`.
-  template <int kLane>
-  static int32x4_t dot_quad(int32x4_t sum, Bytes codes, int8x16_t quads) {
-#if defined(__clang__)
-    return vdotq_laneq_s32(sum, vreinterpretq_s8_u8(codes), quads, kLane);
-#else
-    __asm__("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(sum) : "w"(codes), "w"(quads), "i"(kLane));
     return sum;
 #endif
   }

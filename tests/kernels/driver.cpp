@@ -55,7 +55,7 @@ int main(int argc, char** argv) {
   }
   // Every M and N around the tiles of the large products.
   for (const int64_t M : {11, 12, 13, 15, 16, 17, 24, 31, 32, 33, 40}) {
-    for (const int64_t N : {1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 65}) {
+    for (const int64_t N : {1, 15, 16, 17, 24, 25, 31, 32, 33, 47, 48, 49, 65}) {
       if (quick && M * N % 3 != 0) continue;
       check({M, N, 70, 0, false, false, kinds[N % 4], 0});
     }
