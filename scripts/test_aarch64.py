@@ -249,14 +249,15 @@ def test(machine: Machine, arguments: list[str]) -> tuple[str, bool]:
     with machine.start(PYTHON, "-m", "bitlinear.doctor") as doctor:
         pass
     in_checkout = ("env", "-C", CHECKOUT)
-    summary = ""
+    output = ""
     with machine.start(
         *in_checkout, PYTHON, "-m", "pytest", *arguments, stdout=subprocess.PIPE
     ) as pytest:
         assert pytest.stdout is not None
-        for line in pytest.stdout:
-            print(line, end="", flush=True)
-            summary = line.strip("= \n") or summary
+        while text := os.read(pytest.stdout.fileno(), 4096).decode(errors="replace"):
+            print(text, end="", flush=True)
+            output += text
+    summary = output.rstrip().rpartition("\n")[2].strip("= ")
     versions = machine.output(PYTHON, "-c", DESCRIBE)
     cells = [*versions.split(), machine.description(), summary]
     return f"| {' | '.join(cells)} |", doctor.returncode == pytest.returncode == 0
