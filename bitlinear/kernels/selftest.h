@@ -183,12 +183,13 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   kernels.linear(&task);
   free(scratch);
 
+  std::vector<float> values(static_cast<size_t>(c.K));
   std::vector<int64_t> row(static_cast<size_t>(c.K));
   for (int64_t m = 0; m < c.M; ++m) {
     float absmax = eps;
     bool finite = true;
     for (int64_t k = 0; k < c.K; ++k) {
-      const float value = x.get(m * c.K + k);
+      const float value = values[k] = x.get(m * c.K + k);
       finite = finite && isfinite(value);
       absmax = fabsf(value) > absmax ? fabsf(value) : absmax;
     }
@@ -196,7 +197,7 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
     const float scale_x = absmax / 127.0f;
     for (int64_t k = 0; k < c.K; ++k) {
       // A named product: with excess precision or contraction the two roundings would merge.
-      const volatile float scaled = x.get(m * c.K + k) * inv;
+      const volatile float scaled = values[k] * inv;
       const float rounded = nearbyintf(scaled);
       row[k] = finite
                    ? static_cast<int64_t>(rounded > 127 ? 127 : (rounded < -127 ? -127 : rounded))

@@ -16,22 +16,20 @@ namespace {
 int64_t passed = 0;
 int64_t failed = 0;
 
-void check_dtype(Case c, int dtype) {
-  c.dtype = dtype;
-  const uint64_t seed = static_cast<uint64_t>(passed + failed);
-  c.bias = seed % 2 == 0;
-  c.per_channel = seed % 5 == 0;
-  c.n_begin = c.N > 1 ? static_cast<int64_t>(seed % 3) % c.N : 0;
-  const std::string difference = check_case(*bitlinear_kernels(), c, seed);
-  if (difference.empty()) {
-    ++passed;
-  } else if (++failed <= 10) {
-    printf("%s\n", difference.c_str());
+void check(Case c) {
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    c.dtype = dtype;
+    const uint64_t seed = static_cast<uint64_t>(passed + failed);
+    c.bias = seed % 2 == 0;
+    c.per_channel = seed % 5 == 0;
+    c.n_begin = c.N > 1 ? static_cast<int64_t>(seed % 3) % c.N : 0;
+    const std::string difference = check_case(*bitlinear_kernels(), c, seed);
+    if (difference.empty()) {
+      ++passed;
+    } else if (++failed <= 10) {
+      printf("%s\n", difference.c_str());
+    }
   }
-}
-
-void check(const Case& c) {
-  for (int dtype = 0; dtype < 3; ++dtype) check_dtype(c, dtype);
 }
 
 }  // namespace
@@ -64,30 +62,28 @@ int main(int argc, char** argv) {
   }
   // Their slices of K, of rows and of tokens.
   for (const int64_t K : {511, 512, 513, 2047, 2048, 2049, 4100}) {
-    for (const int64_t M : {17, 33}) check({M, 17, K, 0, false, false, kinds[K % 2], 0});
+    for (const int64_t M : {17, 33}) check({M, 50, K, 0, false, false, kinds[K % 2], 0});
   }
   if (!quick) {
     for (const int64_t M : {127, 128, 129, 255, 256, 257, 290}) {
-      check({M, 17, 70, 0, false, false, Data::kRandom, 0});
+      check({M, 50, 300, 0, false, false, Data::kRandom, 0});
     }
     for (const int64_t N : {2047, 2048, 2049, 2100}) {
-      check({17, N, 37, 0, false, false, Data::kRandom, 0});
+      check({20, N, 260, 0, false, false, Data::kRandom, 0});
     }
   }
   // Long rows: the limits of the 16-bit and 32-bit sums.
-  // What takes longest, under an emulator: of each shape one dtype.
   for (const int64_t K : {4095, 4096, 4097, 65535, 65536, 65540}) {
     if (quick && K > 5000) break;
-    for (const int64_t M : {1, 3, 17}) {
-      const int dtype = static_cast<int>((K + M / 2) % 3);
-      check_dtype({M, 3, K, 0, false, false, Data::kExtreme, 0}, dtype);
-      check_dtype({M, 3, K, 0, false, false, Data::kRandom, 0}, (dtype + 1) % 3);
+    for (const int64_t M : {1, 3, 20}) {
+      check({M, 3, K, 0, false, false, Data::kExtreme, 0});
+      check({M, 3, K, 0, false, false, Data::kRandom, 0});
     }
   }
   if (!quick) {
-    for (const int64_t M : {1, 2, 17}) {
-      check_dtype({M, 2, BITLINEAR_MAX_K, 0, false, false, Data::kExtreme, 0}, BITLINEAR_F32);
-    }
+    check({1, 2, BITLINEAR_MAX_K, 0, false, false, Data::kExtreme, 0});
+    check({2, 2, BITLINEAR_MAX_K, 0, false, false, Data::kExtreme, 0});
+    check({17, 2, BITLINEAR_MAX_K, 0, false, false, Data::kExtreme, 0});
   }
   printf("%s: %lld passed, %lld failed\n", bitlinear_kernels()->name,
          static_cast<long long>(passed), static_cast<long long>(failed));
