@@ -151,7 +151,7 @@ def report(verbose: bool = False) -> Report:
     """Examine this process; in a notebook the result is shown as a table."""
     return Report(
         runtime=jit.runtime(),
-        hardware=detect(jit.runtime().cache.path, toolchains=True),
+        hardware=detect(jit.runtime().cache.path, everything=True),
         operator=_run_operator(),
         threads=jit.parallel_threads(),
         openmp=_openmp_runtimes(),

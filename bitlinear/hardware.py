@@ -1,8 +1,9 @@
-"""What this machine is: CPU and its flags, compilers, torch, libc.
+"""What this machine is: CPU and its flags, GPUs, compilers, torch, libc.
 
 Every probe returns a value or a reason and none raises. The one entry point, :func:`detect`, runs
 during ``import bitlinear``, so what is slow (py-cpuinfo starts processes when it is imported, a
-compiler is started for its version) is remembered in the cache directory that the caller passes.
+compiler is started for its version, a child asks the driver for the GPUs) is remembered in the
+cache directory that the caller passes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -92,10 +94,50 @@ class Compiler:
     version: str
     family: str
 
+    @property
+    def release(self) -> str:
+        """The CUDA release that nvcc is part of, such as ``"13.0"``; empty for any other."""
+        found = re.search(r"release (\d+\.\d+)", self.version)
+        return found.group(1) if found else ""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU.
+
+    Attributes:
+        name: For people, such as ``"NVIDIA H100 80GB HBM3"``.
+        capability: Its compute capability: (9, 0).
+        memory: In bytes.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+
+    @property
+    def identity(self) -> str:
+        """Equal for GPUs of one model; for cache keys."""
+        return "{} {}.{}".format(self.name, *self.capability)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What the NVIDIA driver grants this process.
+
+    Attributes:
+        cuda: The newest CUDA that it runs, such as ``"13.0"``.
+        gpus: Those that it lets this process see (CUDA_VISIBLE_DEVICES has had its say), in the
+            order of torch's device numbers.
+    """
+
+    cuda: str
+    gpus: tuple[Gpu, ...]
+
 
 @dataclass(frozen=True)
 class Torch:
-    """The installed torch; ``cuda`` is None for a build without CUDA."""
+    """The installed torch; ``cuda`` is None for a build without CUDA (for ROCm, too)."""
 
     version: str
     git_version: str
@@ -110,7 +152,9 @@ class Hardware:
     Attributes:
         system: ``"linux"``, ``"darwin"`` or ``"windows"``.
         ninja: Path of the executable.
-        gpu: An NVIDIA driver is loaded. No CUDA context was created to find out.
+        nvcc: That of a toolkit that torch can use: its path ends in ``bin/nvcc``, and the toolkit
+            is what lies above.
+        driver: Of NVIDIA. It was not initialised in this process to find out.
     """
 
     system: str
@@ -121,28 +165,30 @@ class Hardware:
     ninja_reason: str
     nvcc: Compiler | None
     nvcc_reason: str
+    driver: Driver | None
+    driver_reason: str
     torch: Torch
     libc: str
     python: str
-    gpu: bool = False
 
 
-def detect(cache_dir: Path | None = None, *, toolchains: bool = False) -> Hardware:
+def detect(cache_dir: Path | None = None, *, everything: bool = False) -> Hardware:
     """Probe the machine.
 
     Args:
         cache_dir: An existing directory, safe to trust, where answers of slow probes are
             remembered. None, or one that cannot be read or written, only costs time.
-        toolchains: Look for nvcc even if torch cannot use CUDA (the doctor does).
+        everything: Look for GPUs and nvcc even if torch cannot use them (the doctor does).
     """
     memory = _Memory(cache_dir)
     system = "windows" if sys.platform == "win32" else sys.platform
     torch = _torch()
     compiler = _compiler(memory)
     ninja = _ninja(memory)
-    nvcc = Probe[Compiler](reason="not looked for: torch is a CPU build")
-    if torch.cuda or toolchains:
-        nvcc = _nvcc(memory)
+    nvcc = Probe[Compiler](reason=_NOT_LOOKED_FOR)
+    driver = Probe[Driver](reason=_NOT_LOOKED_FOR)
+    if torch.cuda or everything:
+        nvcc, driver = _nvcc(memory), _driver(memory)
     hardware = Hardware(
         system=system,
         cpu=_cpu(system, memory),
@@ -152,10 +198,11 @@ def detect(cache_dir: Path | None = None, *, toolchains: bool = False) -> Hardwa
         ninja_reason=ninja.reason,
         nvcc=nvcc.value,
         nvcc_reason=nvcc.reason,
+        driver=driver.value,
+        driver_reason=driver.reason,
         torch=torch,
         libc=_libc(),
         python=platform.python_version(),
-        gpu=any(os.path.exists(path) for path in _NVIDIA_DRIVER),
     )
     memory.save()
     return hardware
@@ -165,6 +212,7 @@ def detect(cache_dir: Path | None = None, *, toolchains: bool = False) -> Hardwa
 
 _MACHINES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _PROC_CPUINFO = "/proc/cpuinfo"
 
 # Lines of it that stay the same from one read to the next, and tell CPUs apart.
@@ -218,7 +266,7 @@ def _linux_cpu(machine: str, memory: _Memory) -> Cpu:
             block = list(takewhile(str.strip, file))
     except OSError as error:
         return _unknown(machine, f"{_PROC_CPUINFO} cannot be read: {error}")
-    boot = _read("/proc/sys/kernel/random/boot_id")
+    boot = _read(_BOOT_ID)
     online = _read("/sys/devices/system/cpu/online")
     stable = [line for line in block if line.partition(":")[0].strip() in _STABLE]
     key = hashlib.sha256("".join((machine, str(boot), str(online), *stable)).encode()).hexdigest()
@@ -358,9 +406,9 @@ def _from_json(values: dict[str, Any]) -> Cpu:
     return cpu
 
 
-# --- Toolchains ----------------------------------------------------------------------------------
+# --- GPUs ----------------------------------------------------------------------------------------
 
-_LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
+_NOT_LOOKED_FOR = "not looked for: torch is built without CUDA"
 
 _NVIDIA_DRIVER = (
     "/dev/nvidiactl",
@@ -368,6 +416,66 @@ _NVIDIA_DRIVER = (
     "/dev/dxg",  # WSL
     r"C:\Windows\System32\nvcuda.dll",
 )
+_ASK_DRIVER = Path(__file__).with_name("driver.py")
+
+# What decides, besides the machine, which GPUs a process sees and through which driver.
+_VISIBILITY = (
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES", "SLURM_JOB_GPUS",
+    "LD_LIBRARY_PATH",
+)  # fmt: skip
+
+
+def _driver(memory: _Memory) -> Probe[Driver]:
+    if not any(os.path.exists(path) for path in _NVIDIA_DRIVER):
+        return Probe(reason="no NVIDIA driver is loaded")
+    if not has_interpreter():
+        return Probe(reason="there is no Python interpreter to ask the driver with")
+    boot = _read(_BOOT_ID)
+    key = [str(boot), str(_read("/proc/driver/nvidia/version")), *_nvidia_devices()]
+    key += [f"{name}={os.environ.get(name)}" for name in _VISIBILITY]
+    digest = hashlib.sha256("\n".join(key).encode(errors="replace")).hexdigest()
+    memory = memory if boot.value else _Memory(None)
+    return memory.recall(f"driver {digest}", _ask_driver, _driver_from_json)
+
+
+def _nvidia_devices() -> list[str]:
+    """A container may have been given some of the GPUs only."""
+    with contextlib.suppress(OSError):
+        return sorted(name for name in os.listdir("/dev") if name.startswith("nvidia"))
+    return []
+
+
+def _ask_driver() -> Probe[dict[str, Any]]:
+    # Without the user's site-packages, which could import this package again.
+    output = _output([sys.executable, "-I", "-S", str(_ASK_DRIVER)])
+    if output.value is None:
+        return Probe(reason=output.reason)
+    try:
+        answer = json.loads(output.value)
+    except ValueError:
+        answer = {"reason": output.value.strip().splitlines()[0]}
+    if "reason" in answer:
+        return Probe(reason=f"the NVIDIA driver does not answer: {answer['reason']}")
+    return Probe(answer)
+
+
+def _driver_from_json(answer: dict[str, Any]) -> Driver:
+    gpus = []
+    for gpu in answer["gpus"]:
+        major, minor = map(int, gpu["capability"])
+        gpus.append(Gpu(_text(gpu["name"]), (major, minor), int(gpu["memory"])))
+    return Driver(_text(answer["cuda"]), tuple(gpus))
+
+
+def has_interpreter() -> bool:
+    """Whether this Python can be started again (not if it is part of a program)."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False)
+
+
+# --- Toolchains ----------------------------------------------------------------------------------
+
+_CUDA_HOME = "/usr/local/cuda"  # where NVIDIA's packages put it
+_LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 
 
 def _compiler(memory: _Memory) -> Probe[Compiler]:
@@ -388,17 +496,19 @@ def _compiler(memory: _Memory) -> Probe[Compiler]:
 
 
 def _nvcc(memory: _Memory) -> Probe[Compiler]:
-    # In the order of torch.utils.cpp_extension.
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
+    """That of the first toolkit, looked for in the order of torch.utils.cpp_extension."""
+    chosen = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    homes = [chosen or _CUDA_HOME]
+    if not chosen and (on_path := shutil.which("nvcc")):
+        # It may be a link into a toolkit, or a script that lies in none.
+        places = (on_path, os.path.realpath(on_path))
+        homes = [*(os.path.dirname(os.path.dirname(place)) for place in places), *homes]
+    for home in homes:
         found = shutil.which("nvcc", path=os.path.join(home, "bin"))
-        if found is None:
-            return Probe(reason=f"CUDA_HOME={home!r} has no bin/nvcc")
-    else:
-        found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if found is None:
-        return Probe(reason="nvcc is neither on PATH nor in /usr/local/cuda/bin")
-    return _ask_version(found, [found, "--version"], found, memory)
+        if found and os.path.isfile(os.path.join(home, "include", "cuda_runtime_api.h")):
+            return _ask_version(found, [found, "--version"], found, memory)
+    where = f"CUDA_HOME={chosen!r}" if chosen else " or ".join(dict.fromkeys(homes))
+    return Probe(reason=f"no bin/nvcc and include/cuda_runtime_api.h in {where}")
 
 
 def _ask_version(path: str, command: list[str], found: str, memory: _Memory) -> Probe[Compiler]:

@@ -7,11 +7,13 @@ on. Whether something can be built is not judged here: what the builder learns c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from .architectures import Target, targets, toolkit, version
 from .kernels import VARIANTS, Variant
 
 if TYPE_CHECKING:
@@ -26,10 +28,11 @@ class Verdict:
         variant: Its name in ``VARIANTS``, or ``"cuda"``.
         ok: This machine can run it.
         reason: One line: why it was chosen, passed over or rejected.
-        fix: One line on how to mend a rejection, empty where nothing can be done.
+        fix: One line on how to mend a rejection, empty where nothing can be done. A choice has one
+            where it is not as it should be.
         code: What kind of rejection, for programs: ``cpu-flag``, ``no-compiler``,
             ``compile-failed``, ``self-test-failed``, ``illegal-instruction``, ``cuda-mismatch``,
-            ``no-gpu``, ``forced-off``, ``not-implemented``. Empty unless rejected.
+            ``no-gpu``, ``forced-off``. Empty unless rejected.
         status: ``"chosen"``, ``"available"`` or ``"rejected"``.
     """
 
@@ -47,8 +50,9 @@ def select(
     *,
     forced: str | None = None,
     rejected: Mapping[str, Verdict] = MappingProxyType({}),
+    arch_list: str = "",
 ) -> list[Verdict]:
-    """Judge every variant; at most one is chosen.
+    """Judge every variant; at most one is chosen, and CUDA's kernels beside it where they can run.
 
     Args:
         hardware: The machine.
@@ -58,6 +62,7 @@ def select(
         rejected: Verdicts on variants that turned out not to work here, by name: did not compile,
             failed the self-test. They are passed on. If the forced variant is among them then
             nothing is chosen.
+        arch_list: ``TORCH_CUDA_ARCH_LIST``.
 
     Returns:
         One verdict per variant, highest priority first and of equals by name, then one on
@@ -75,7 +80,7 @@ def select(
     chosen = (forced if forced in usable else None) if forced else next(iter(usable), None)
     return [
         *(_with_status(verdict, chosen, forced) for verdict in verdicts),
-        rejected.get("cuda", _judge_cuda(hardware)),
+        rejected.get("cuda", _judge_cuda(hardware, arch_list)),
     ]
 
 
@@ -95,14 +100,40 @@ def _some(names: list[str]) -> str:
     return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _judge_cuda(hardware: Hardware) -> Verdict:
-    if hardware.torch.cuda is None:
-        reason, fix, code = "torch is a CPU build", "install a CUDA build of torch", "cuda-mismatch"
-    elif not hardware.gpu:
-        reason, fix, code = "no NVIDIA GPU", "", "no-gpu"
-    else:
-        reason, fix, code = "not part of this version yet", "", "not-implemented"
+def _judge_cuda(hardware: Hardware, arch_list: str) -> Verdict:
+    torch, driver = hardware.torch.cuda, hardware.driver
+    if torch is None:
+        fix = "install a CUDA build of torch"
+        return _no_cuda("cuda-mismatch", "torch is built without CUDA", fix)
+    if driver is None:
+        return _no_cuda("no-gpu", hardware.driver_reason)
+    if not driver.gpus:
+        return _no_cuda("no-gpu", "the NVIDIA driver shows this process no GPU")
+    if version(driver.cuda)[0] < version(torch)[0]:
+        reason = f"the NVIDIA driver runs CUDA {driver.cuda} at most, torch is built for {torch}"
+        fix = f"update the driver, or install a torch for CUDA {version(driver.cuda)[0]}"
+        return _no_cuda("cuda-mismatch", reason, fix)
+    judged = targets(hardware, arch_list)
+    reason = ", ".join(_counted(judged))
+    if not any(target.architecture for target in judged):
+        return _no_cuda("no-gpu", reason, judged[0].fix)
+    fix = ""
+    if toolkit(hardware) != torch:
+        fix = f"nvcc is of CUDA {toolkit(hardware)}: install {torch}, which torch is built for"
+    return Verdict("cuda", ok=True, reason=reason, fix=fix, status="chosen")
+
+
+def _no_cuda(code: str, reason: str, fix: str = "") -> Verdict:
     return Verdict("cuda", ok=False, reason=reason, fix=fix, code=code)
+
+
+def _counted(judged: list[Target]) -> list[str]:
+    """Each model of GPU once, with what is compiled for it."""
+    models = Counter((t.gpu.name, t.architecture or t.reason) for t in judged)
+    return [
+        f"{f'{count} x ' if count > 1 else ''}{name} ({what})"
+        for (name, what), count in models.items()
+    ]
 
 
 def _check_forced(forced: str, judged: list[Verdict]) -> None:

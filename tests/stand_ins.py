@@ -105,6 +105,52 @@ def given(runtime: jit.Runtime) -> int:
     return int(ctypes.CDLL(str(runtime.artifacts["operator"].path)).stand_in_given())
 
 
+# --- A driver ------------------------------------------------------------------------------------
+
+_LIBCUDA = r"""
+#include <cstddef>
+#include <cstdio>
+#include <cstdlib>
+static int init = 0, count = 0, major[9], minor[9];
+static char name[9][99];
+__attribute__((constructor)) static void read_environment() {
+  const char* gpus = getenv("STAND_IN_GPUS");
+  init = gpus ? atoi(getenv("STAND_IN_INIT")) : 100;
+  for (int used; gpus && *gpus; gpus += used, ++count)
+    sscanf(gpus, "%98[^:]:%d.%d;%n", name[count], &major[count], &minor[count], &used);
+}
+extern "C" {
+int cuDriverGetVersion(int* version) { *version = 13020; return 0; }
+int cuInit(unsigned) { if (init < 0) abort(); return init; }
+int cuDeviceGetCount(int* n) { *n = count; return 0; }
+int cuDeviceGet(int* device, int i) { *device = i + 70; return 0; }
+int cuDeviceGetName(char* text, int size, int i) {
+  snprintf(text, size, "%s", name[i - 70]);
+  return 0;
+}
+int cuDeviceTotalMem_v2(size_t* memory, int) { *memory = 1ull << 36; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int i) {
+  *value = (attribute == 75 ? major : minor)[i - 70];
+  return 0;
+}
+int cuGetErrorString(int, const char** text) { *text = "unknown error"; return 0; }
+}
+"""
+
+
+def libcuda(directory: Path) -> Path:
+    """A driver in a directory for LD_LIBRARY_PATH; it knows CUDA 13.2.
+
+    Its GPUs are those of $STAND_IN_GPUS, such as "NVIDIA H100:9.0;", and cuInit returns
+    $STAND_IN_INIT, or aborts if that is negative.
+    """
+    (directory / "libcuda.cpp").write_text(_LIBCUDA, encoding="utf-8")
+    library = directory / "libcuda.so.1"
+    command = ["c++", "-shared", "-fPIC", "-o", str(library), str(directory / "libcuda.cpp")]
+    subprocess.run(command, check=True)
+    return library
+
+
 # --- Compilers that misbehave --------------------------------------------------------------------
 
 

@@ -20,9 +20,19 @@ import torch
 from fixtures import CPUS, cpu_text, read_cpu
 from hypothesis import given
 from hypothesis import strategies as st
+from stand_ins import libcuda
 
 from bitlinear import hardware
-from bitlinear.hardware import Cpu, Hardware, Probe, detect, parse_proc_cpuinfo, parse_sysctl
+from bitlinear.hardware import (
+    Cpu,
+    Driver,
+    Gpu,
+    Hardware,
+    Probe,
+    detect,
+    parse_proc_cpuinfo,
+    parse_sysctl,
+)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -262,6 +272,7 @@ def test_detect_describes_this_machine() -> None:
     assert (found.compiler is None) == bool(found.compiler_reason)
     assert (found.ninja is None) == bool(found.ninja_reason)
     assert (found.nvcc is None) == bool(found.nvcc_reason)
+    assert (found.driver is None) == bool(found.driver_reason)
     assert not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.python = "4"  # type: ignore[misc]
@@ -416,20 +427,50 @@ def test_failures_are_asked_again(bin_dir: Path, tmp_path: Path) -> None:
     assert detect(tmp_path).compiler is not None
 
 
+NVCC = "echo 'nvcc: NVIDIA (R) Cuda compiler driver'; echo 'tools, release 13.0, V13.0.88'"
+
+
+def toolkit(home: Path) -> Path:
+    """What makes a directory a CUDA toolkit; its nvcc."""
+    (home / "include").mkdir(parents=True)
+    (home / "include" / "cuda_runtime_api.h").touch()
+    return program(home / "bin" / "nvcc", NVCC)
+
+
 def test_nvcc(bin_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert detect().nvcc_reason == "not looked for: torch is a CPU build"
+    assert detect().nvcc_reason == "not looked for: torch is built without CUDA"
     home = tmp_path / "cuda"
     monkeypatch.setenv("CUDA_HOME", str(home))
-    assert detect(toolchains=True).nvcc_reason == f"CUDA_HOME={str(home)!r} has no bin/nvcc"
-    text = "echo 'nvcc: NVIDIA (R) Cuda compiler driver'; echo 'tools, release 13.0, V13.0.88'"
-    path = program(home / "bin" / "nvcc", text)
+    reason = f"no bin/nvcc and include/cuda_runtime_api.h in CUDA_HOME={str(home)!r}"
+    assert detect(everything=True).nvcc_reason == reason
+    path = str(toolkit(home))
     assert detect().nvcc is None
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for found in (detect(), detect(toolchains=True)):
-        assert found.nvcc == hardware.Compiler(
-            str(path), str(path), "tools, release 13.0, V13.0.88", "nvcc"
-        )
+    for found in (detect(), detect(everything=True)):
+        expected = hardware.Compiler(path, path, "tools, release 13.0, V13.0.88", "nvcc")
+        assert found.nvcc == expected
+        assert expected.release == "13.0"
+
+
+def test_nvcc_on_path_and_at_the_usual_place(
+    bin_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found() -> str:
+        nvcc = detect(everything=True).nvcc
+        return nvcc.path if nvcc else ""
+
+    usual = tmp_path / "usual"
+    monkeypatch.setattr(hardware, "_CUDA_HOME", str(usual))
+    assert detect(everything=True).nvcc_reason.endswith(f"cuda_runtime_api.h in {usual}")
+    script = program(bin_dir / "nvcc", f"exec {tmp_path}/somewhere/nvcc")
+    assert found() == ""  # a compiler without its headers and libraries is of no use
+    assert str(toolkit(usual)) == found()
+    script.unlink()
+    script.symlink_to(linked := toolkit(tmp_path / "linked"))
+    assert found() == str(linked)
+    monkeypatch.setenv("PATH", str(toolkit(tmp_path / "on path").parent))
+    assert found() == str(tmp_path / "on path" / "bin" / "nvcc")
 
 
 def test_ninja_of_the_package_is_found_off_path(bin_dir: Path) -> None:
@@ -452,6 +493,116 @@ def test_ninja_on_path_and_beside_python(
     assert detect().ninja == str(beside)
     on_path = program(bin_dir / "ninja", "echo 1.11")
     assert detect().ninja == str(on_path)
+
+
+# --- GPUs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def stand_in_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return libcuda(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture
+def driver(stand_in_driver: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hardware]:
+    """Detects what a CUDA build of torch would meet beside a driver with these GPUs."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(hardware, "_NVIDIA_DRIVER", (str(stand_in_driver),))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(stand_in_driver.parent))
+
+    def detect_with(gpus: str, init: int = 0, cache_dir: Path | None = None) -> Hardware:
+        monkeypatch.setenv("STAND_IN_GPUS", gpus)
+        monkeypatch.setenv("STAND_IN_INIT", str(init))
+        return detect(cache_dir)
+
+    return detect_with
+
+
+H100, OLD = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 1 << 36), Gpu("Quadro M4000", (5, 2), 1 << 36)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("text", "gpus"),
+    [
+        ("NVIDIA H100 80GB HBM3:9.0;", (H100,)),
+        ("NVIDIA H100 80GB HBM3:9.0;Quadro M4000:5.2;", (H100, OLD)),
+        ("Quadro M4000:5.2;NVIDIA H100 80GB HBM3:9.0;", (OLD, H100)),
+        ("", ()),
+    ],
+)
+def test_gpus(text: str, gpus: tuple[Gpu, ...], driver: Callable[..., Hardware]) -> None:
+    found = driver(text)
+    assert found.driver == Driver("13.2", gpus)
+    assert found.driver_reason == ""
+
+
+@linux
+def test_a_driver_that_shows_no_gpu_is_an_answer(driver: Callable[..., Hardware]) -> None:
+    """As with CUDA_VISIBLE_DEVICES="" on a machine with GPUs."""
+    assert driver("NVIDIA H100:9.0;", init=100).driver == Driver("13.2", ())
+
+
+@linux
+@pytest.mark.parametrize(
+    ("init", "reason"),
+    [
+        (999, "the NVIDIA driver does not answer: cuInit: unknown error (999)"),
+        (-1, "driver.py failed with -6: no message"),
+    ],
+)
+def test_a_driver_that_fails_has_a_reason_and_is_asked_again(
+    init: int, reason: str, driver: Callable[..., Hardware], tmp_path: Path
+) -> None:
+    for _ in range(2):
+        found = driver("NVIDIA H100:9.0;", init, tmp_path)
+        assert found.driver is None
+        assert found.driver_reason.endswith(reason)
+    assert driver("NVIDIA H100:9.0;", 0, tmp_path).driver is not None
+
+
+@linux
+def test_no_driver(
+    driver: Callable[..., Hardware], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "")
+    assert "no Python interpreter" in driver("").driver_reason
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(hardware, "_NVIDIA_DRIVER", (str(tmp_path),))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    (tmp_path / "libcuda.so.1").touch()
+    assert "does not answer: " in detect().driver_reason
+    monkeypatch.setattr(hardware, "_NVIDIA_DRIVER", (str(tmp_path / "missing"),))
+    assert detect().driver_reason == "no NVIDIA driver is loaded"
+    monkeypatch.setattr(torch.version, "cuda", None)  # of ROCm's builds, too
+    assert detect().driver_reason == "not looked for: torch is built without CUDA"
+
+
+@linux
+def test_the_drivers_answer_is_remembered(
+    driver: Callable[..., Hardware], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    ask = hardware._ask_driver
+    monkeypatch.setattr(hardware, "_ask_driver", lambda: asked.append(1) or ask())
+
+    def count(gpus: str = "NVIDIA H100 80GB HBM3:9.0;") -> int:
+        assert driver(gpus, 0, tmp_path).driver is not None
+        return len(asked)
+
+    assert [count(), count()] == [1, 1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert [count(""), count("")] == [2, 2]  # that there is none is remembered as well
+    real = hardware._read
+    change = {"/boot_id": 3, "nvidia/version": 4}  # and with them the number of questions
+    for part, expected in change.items():
+        monkeypatch.setattr(
+            hardware,
+            "_read",
+            lambda path, part=part: Probe("new") if path.endswith(part) else real(path),
+        )
+        assert [count(), count()] == [expected, expected]
 
 
 # --- What is remembered --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from fixtures import CPUS, read_cpu
@@ -15,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernels.native import COMPILERS, compiler_command, this_machine
 
+import bitlinear.architectures
 import bitlinear.select
 from bitlinear import kernels
-from bitlinear.hardware import Cpu, Hardware, Torch
+from bitlinear.hardware import Compiler, Cpu, Driver, Gpu, Hardware, Torch
 from bitlinear.kernels import VARIANTS, Variant
 from bitlinear.select import Verdict, select
 
@@ -59,7 +61,9 @@ RANKED = [
 ]  # fmt: skip
 
 
-def machine(cpu: Cpu, cuda: str | None = None, gpu: bool = False) -> Hardware:
+def machine(
+    cpu: Cpu, cuda: str | None = None, driver: Driver | None = None, nvcc: str = ""
+) -> Hardware:
     return Hardware(
         system="linux",
         cpu=cpu,
@@ -67,12 +71,13 @@ def machine(cpu: Cpu, cuda: str | None = None, gpu: bool = False) -> Hardware:
         compiler_reason="not part of the fixture",
         ninja=None,
         ninja_reason="not part of the fixture",
-        nvcc=None,
+        nvcc=Compiler("nvcc", "nvcc", f"release {nvcc}, V{nvcc}.1", "nvcc") if nvcc else None,
         nvcc_reason="not part of the fixture",
+        driver=driver,
+        driver_reason="no NVIDIA driver is loaded",
         torch=Torch("2.13.0", "0" * 40, cuda, True),
         libc="glibc 2.36",
         python="3.11.0",
-        gpu=gpu,
     )
 
 
@@ -268,21 +273,82 @@ def test_what_the_cpu_lacks_is_said_first() -> None:
 # --- CUDA ----------------------------------------------------------------------------------------
 
 
+H100, A100 = Gpu("H100", (9, 0), 1), Gpu("A100", (8, 0), 1)
+MAXWELL, VOLTA = Gpu("M4000", (5, 2), 1), Gpu("V100", (7, 0), 1)
+
+
+def on_cuda(*gpus: Gpu, cuda: str = "13.0", driver: str = "13.0", nvcc: str = "") -> Hardware:
+    return machine(read_cpu("zen4"), cuda, Driver(driver, gpus), nvcc)
+
+
 @pytest.mark.parametrize(
-    ("cuda", "gpu", "reason", "code"),
+    ("hardware", "code", "reason", "fix"),
     [
-        (None, False, "torch is a CPU build", "cuda-mismatch"),
-        (None, True, "torch is a CPU build", "cuda-mismatch"),
-        ("13.0", False, "no NVIDIA GPU", "no-gpu"),
-        ("13.0", True, "not part of this version yet", "not-implemented"),
+        (
+            machine(read_cpu("zen4"), None, Driver("13.0", (H100,))),
+            "cuda-mismatch",
+            "torch is built without CUDA",
+            "install a CUDA build of torch",
+        ),
+        (machine(read_cpu("zen4"), "13.0"), "no-gpu", "no NVIDIA driver is loaded", ""),
+        (on_cuda(), "no-gpu", "the NVIDIA driver shows this process no GPU", ""),
+        (
+            on_cuda(H100, driver="12.4"),
+            "cuda-mismatch",
+            "the NVIDIA driver runs CUDA 12.4 at most, torch is built for 13.0",
+            "update the driver, or install a torch for CUDA 12",
+        ),
+        (
+            on_cuda(MAXWELL),
+            "no-gpu",
+            "M4000 (requires compute capability 6.1 or newer)",
+            "",
+        ),
+        (
+            on_cuda(VOLTA, VOLTA),
+            "no-gpu",
+            "2 x V100 (CUDA 13.0 no longer compiles for compute capability 7.0)",
+            "install an older CUDA toolkit, and a torch that is built for it",
+        ),
     ],
 )
-def test_cuda_row(cuda: str | None, gpu: bool, reason: str, code: str) -> None:
-    verdict = select(machine(read_cpu("zen4"), cuda, gpu))[-1]
-    assert (verdict.variant, verdict.reason, verdict.code) == ("cuda", reason, code)
-    assert not verdict.ok
-    assert verdict.status == "rejected"
-    assert verdict.fix == ("install a CUDA build of torch" if cuda is None else "")
+def test_cuda_is_rejected(hardware: Hardware, code: str, reason: str, fix: str) -> None:
+    verdicts = select(hardware)
+    assert verdicts[-1] == Verdict("cuda", False, reason, fix, code)
+    assert chosen(verdicts) == "avx512_vnni"
+
+
+@pytest.mark.parametrize(
+    ("hardware", "reason", "fix"),
+    [
+        (on_cuda(H100), "H100 (sm_90a)", ""),
+        (on_cuda(H100, nvcc="13.0"), "H100 (sm_90a)", ""),
+        (on_cuda(H100, driver="13.9", cuda="13.1", nvcc="13.1"), "H100 (sm_90a)", ""),
+        (on_cuda(H100, A100, H100), "2 x H100 (sm_90a), A100 (sm_80)", ""),
+        (
+            on_cuda(H100, MAXWELL),
+            "H100 (sm_90a), M4000 (requires compute capability 6.1 or newer)",
+            "",
+        ),
+        (
+            on_cuda(H100, cuda="12.8", nvcc="12.4"),
+            "H100 (sm_90a)",
+            "nvcc is of CUDA 12.4: install 12.8, which torch is built for",
+        ),
+    ],
+)
+def test_cuda_is_chosen_beside_a_cpu_kernel(hardware: Hardware, reason: str, fix: str) -> None:
+    *verdicts, cuda = select(hardware)
+    assert cuda == Verdict("cuda", True, reason, fix, status="chosen")
+    assert chosen(verdicts) == "avx512_vnni"
+
+
+def test_cuda_goes_by_the_list_of_architectures() -> None:
+    assert select(on_cuda(H100), arch_list="8.0;9.0+PTX")[-1].reason == "H100 (sm_90a)"
+    verdict = select(on_cuda(H100), arch_list="8.0")[-1]
+    assert (verdict.status, verdict.code) == ("rejected", "no-gpu")
+    assert "TORCH_CUDA_ARCH_LIST='8.0' has nothing for" in verdict.reason
+    assert verdict.fix == "add 9.0 to TORCH_CUDA_ARCH_LIST, or unset it"
 
 
 def test_cuda_row_can_be_forced_off() -> None:
@@ -293,8 +359,9 @@ def test_cuda_row_can_be_forced_off() -> None:
 # --- Purity --------------------------------------------------------------------------------------
 
 
-def test_select_imports_nothing_that_could_look_at_the_machine() -> None:
-    tree = ast.parse(Path(bitlinear.select.__file__).read_text(encoding="utf-8"))
+@pytest.mark.parametrize("module", [bitlinear.select, bitlinear.architectures])
+def test_nothing_is_imported_that_could_look_at_the_machine(module: ModuleType) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
     modules = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -302,7 +369,8 @@ def test_select_imports_nothing_that_could_look_at_the_machine() -> None:
         elif isinstance(node, ast.ImportFrom):
             modules.add("." * node.level + (node.module or ""))
     assert modules <= {
-        "__future__", "collections.abc", "dataclasses", "types", "typing", ".kernels", ".hardware",
+        "__future__", "collections", "collections.abc", "dataclasses", "re", "types", "typing",
+        ".architectures", ".kernels", ".hardware",
     }  # fmt: skip
     calls = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and hasattr(n.func, "id")}
     assert not calls & {"open", "print", "input", "exec", "eval", "__import__"}
