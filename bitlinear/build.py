@@ -26,7 +26,7 @@ from typing import Any
 from . import cache
 from .cache import Artifact
 from .hardware import Hardware
-from .kernels import Library, Variant
+from .kernels import CudaLibrary, Library
 
 BUILD_SECONDS = 1800.0  # a small Arm board needs minutes
 LOCK_SECONDS = BUILD_SECONDS
@@ -38,10 +38,10 @@ _GIB = 1 << 30
 # The machine failed, not the source: worth another try next time.
 _TRANSIENT = re.compile(
     r"Killed|[Nn]o space left|out of memory|[Cc]annot allocate|memory exhausted"
-    r"|Input/output error|Stale file handle"
+    r"|Input/output error|Stale file handle|died due to signal"
 )
 _WRAPPER = "bitlinear-c++"
-_ERROR_LINE = re.compile(r"\berror\b|\bundefined\b|unrecognized|not found", re.IGNORECASE)
+_ERROR_LINE = re.compile(r"\berror\b|\bfatal\b|\bundefined\b|unrecognized|not found", re.IGNORECASE)
 
 
 def say(text: str) -> None:
@@ -90,15 +90,20 @@ class Build:
         if os.name == "posix":  # Windows allows links to administrators only
             build_directory = self._links / "build"
             build_directory.symlink_to(self._staging)
-        for file in cache.source_files(library, directory):
-            shutil.copyfile(file, self._staging / file.name)
+        for name in cache.source_files(library, directory):
+            copy = self._staging / name
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(directory / name, copy)
+        cuda = library if isinstance(library, CudaLibrary) else None
         spec: dict[str, Any] = {
             "name": library.name,
             "sources": [str(build_directory / name) for name in library.sources],
             "cflags": library.cflags,
+            "cuda_cflags": cuda.nvcc_flags if cuda else (),
             "ldflags": library.ldflags,
             "build_directory": str(build_directory),
-            "self_test": "kernels" if isinstance(library, Variant) else "operator",
+            "self_test": library.self_test,
+            "devices": cuda.devices if cuda else (),
             "parent": os.getpid(),
         }
         spec_file = build_directory / "spec.json"
@@ -187,6 +192,9 @@ class Build:
             error = f"crashed with {_name_of_signal(-code)}"
         if stage == "self-test":
             return self._failed("self-test-failed", f"self-test failed: {error}"), True
+        if stage == "device":
+            reason = f"the self-test could not be run: {error}"
+            return self._failed("compile-failed", reason, "try again when the GPU is free"), False
         if stage == "load":
             return self._failed("compile-failed", f"cannot be loaded: {error}"), True
         if stage == "compile":
@@ -252,13 +260,14 @@ def _is_plain(path: str) -> bool:
 
 def _environment(hardware: Hardware, links: Path) -> dict[str, str]:
     """The child's environment: the same Python, compiler and ninja, under plain names."""
-    # The self-test must not depend on OMP_*, nor the build on what torch's imports warn about.
-    dropped = ("OMP_", "KMP_", "GOMP_", "PYTHONWARNINGS")
+    # The self-test must not depend on OMP_*, nor the build on another nvcc than that in the key.
+    dropped = ("OMP_", "KMP_", "GOMP_", "PYTORCH_NVCC")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     environment.update(
         PYTHONPATH=os.pathsep.join(_python_path(links)),
         BITLINEAR_BUILD="off",  # should a .pth file or sitecustomize import this package
         LC_ALL="C",  # the compiler's line goes into bug reports
+        PYTHONWARNINGS="ignore",  # what torch's imports warn about is not that line
         TORCH_DONT_CHECK_COMPILER_ABI="1",  # torch 2.4 cannot do it with arguments in CXX,
         TORCH_NO_COMPILER_WRAPPER="1",  # and torch 2.13 takes them for a part of the name
     )
@@ -272,8 +281,11 @@ def _environment(hardware: Hardware, links: Path) -> dict[str, str]:
         compiler.chmod(0o700)
         if hardware.ninja is not None:
             (tools / "ninja").symlink_to(os.path.abspath(hardware.ninja))
-        environment["CXX"] = str(compiler)
+        environment["CXX"] = environment["CC"] = str(compiler)  # CC: nvcc's host compiler
         environment["PATH"] = os.pathsep.join([str(tools), os.environ.get("PATH", os.defpath)])
+    if hardware.nvcc is not None:
+        home = os.path.abspath(Path(hardware.nvcc.path).parents[1])
+        environment["CUDA_HOME"] = _plain_path(home, links / "cuda")
     return environment
 
 
@@ -287,12 +299,15 @@ def _compiler_command(hardware: Hardware) -> list[str]:
 
 def _python_path(links: Path) -> Iterator[str]:
     for number, entry in enumerate(map(os.path.abspath, sys.path)):
-        if os.name == "posix" and not _is_plain(entry.replace(os.pathsep, " ")):
-            link = links / f"path{number}"
-            link.symlink_to(entry)
-            yield str(link)
-        else:
-            yield entry
+        yield _plain_path(entry, links / f"path{number}")
+
+
+def _plain_path(path: str, link: Path) -> str:
+    """The path, or if it has something to quote that of a link to it."""
+    if os.name != "posix" or _is_plain(path.replace(os.pathsep, " ")):
+        return path
+    link.symlink_to(path)
+    return str(link)
 
 
 def available_cpus() -> int:

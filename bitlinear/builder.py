@@ -17,6 +17,7 @@ from typing import Any
 
 RESULT = "result.json"
 _PR_SET_PDEATHSIG = 1
+_DEVICE_FAILED = 2  # what bitlinear_cuda_selftest returns if the CUDA runtime fails
 
 
 def main(spec_path: str) -> None:
@@ -39,10 +40,12 @@ def main(spec_path: str) -> None:
         _compile(cpp_extension, spec)
         stage = "self-test"
         report(stage)
-        verdict = _SELF_TESTS[spec["self_test"]](str(library))
+        verdict = _SELF_TESTS[spec["self_test"]](str(library), spec["devices"])
     except Exception as caught:
         error: BaseException = caught
-        if stage == "compile" and library.exists():
+        if isinstance(error, _DeviceError):
+            stage = "device"
+        elif stage == "compile" and library.exists():
             stage = "load"  # cpp_extension.load links and loads in one call
             error = error.__cause__ or error  # torch only names the file; the linker says why
         kind = "" if isinstance(error, _SelfTestError) else f"{type(error).__name__}: "
@@ -55,30 +58,46 @@ class _SelfTestError(Exception):
     """The library works, but not as it should."""
 
 
+class _DeviceError(_SelfTestError):
+    """A GPU could not be used, which says nothing about the library."""
+
+
 def _compile(cpp_extension: Any, spec: dict[str, Any]) -> None:
     cpp_extension.load(
         name=spec["name"],
         sources=spec["sources"],
         extra_cflags=spec["cflags"],
+        extra_cuda_cflags=spec["cuda_cflags"],
         extra_ldflags=spec["ldflags"],
         build_directory=spec["build_directory"],
         is_python_module=False,
-        with_cuda=False,
         verbose=True,  # into the parent's log
     )
 
 
-def _test_kernels(path: str) -> str:
-    message = ctypes.create_string_buffer(1024)
-    function = ctypes.CDLL(path).bitlinear_selftest
-    function.argtypes = [ctypes.c_char_p, ctypes.c_int64]
-    function.restype = ctypes.c_int
-    if function(message, len(message)) != 0:
-        raise _SelfTestError(message.value.decode("utf-8", "replace") or "no message")
+def _test_kernels(path: str, devices: list[int]) -> str:
+    _run_self_test(ctypes.CDLL(path).bitlinear_selftest)
     return "bit-exact with scalar"
 
 
-def _test_operator(path: str) -> str:
+def _test_cuda(path: str, devices: list[int]) -> str:
+    for device in devices:
+        _run_self_test(ctypes.CDLL(path).bitlinear_cuda_selftest, device)
+    return f"bit-exact with the reference on {len(devices)} GPU{'s' if len(devices) > 1 else ''}"
+
+
+def _run_self_test(function: Any, *device: int) -> None:
+    message = ctypes.create_string_buffer(1024)
+    function.argtypes = [*[ctypes.c_int for _ in device], ctypes.c_char_p, ctypes.c_int64]
+    function.restype = ctypes.c_int
+    result = function(*device, message, len(message))
+    if result != 0:
+        kind = _DeviceError if device and result == _DEVICE_FAILED else _SelfTestError
+        where = f"GPU {device[0]}: " if device else ""
+        raise kind(where + (message.value.decode("utf-8", "replace") or "no message"))
+
+
+def _test_operator(path: str, devices: list[int]) -> str:
     import torch
 
     available = torch.get_num_threads()
@@ -88,7 +107,7 @@ def _test_operator(path: str) -> str:
     return f"ran on {used} of {available} threads"
 
 
-_SELF_TESTS = {"kernels": _test_kernels, "operator": _test_operator}
+_SELF_TESTS = {"kernels": _test_kernels, "operator": _test_operator, "cuda": _test_cuda}
 
 
 def _end_with_parent(parent: int) -> None:

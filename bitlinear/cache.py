@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from .hardware import Hardware
-from .kernels import Library, Variant
+from .kernels import CudaLibrary, Library, Variant
 
 META = "meta.json"
 LOG = "build.log"
@@ -38,7 +38,7 @@ BUILDER = Path(__file__).with_name("builder.py")
 LIBRARY_SUFFIX = ".pyd" if sys.platform == "win32" else ".so"  # what cpp_extension.load appends
 
 _FORMAT = "1"
-_COMPILER_INGREDIENTS = frozenset({"compiler", "compiler_arguments"})
+_COMPILER_INGREDIENTS = frozenset({"compiler", "compiler_arguments", "nvcc"})
 _KEY = re.compile(r"[0-9a-f]{32}")
 _KEEP = 8  # artifacts of one library
 _KEEP_SECONDS = 24 * 3600.0  # whatever was used more recently than this stays
@@ -183,7 +183,21 @@ def ingredients(library: Library, directory: Path, hardware: Hardware) -> dict[s
         parts["cpu"] = hardware.cpu.identity  # its self-test ran on this CPU, for this CPU
     else:
         parts["python"] = EXTENSION_SUFFIXES[0]
+    if isinstance(library, CudaLibrary):
+        parts.update(_cuda_ingredients(library, hardware))
     return parts
+
+
+def _cuda_ingredients(library: CudaLibrary, hardware: Hardware) -> dict[str, str]:
+    nvcc, driver = hardware.nvcc, hardware.driver
+    assert driver is not None  # or there would be no GPU to compile for
+    gpus = {driver.gpus[device].identity for device in library.devices}
+    arguments = [os.environ.get(f"NVCC_{which}_FLAGS", "") for which in ("PREPEND", "APPEND")]
+    return {
+        "nvcc": " | ".join([nvcc.realpath, nvcc.version, *arguments]) if nvcc else "",
+        "nvcc_flags": shlex.join(library.nvcc_flags),
+        "gpus": f"{', '.join(sorted(gpus))} | {driver.cuda}",  # its self-test ran on these
+    }
 
 
 def key(parts: Mapping[str, str]) -> str:
@@ -194,16 +208,20 @@ def key(parts: Mapping[str, str]) -> str:
 def _digest_of_sources(library: Library, directory: Path) -> str:
     """Of the sources, of every header beside them, and of the recipe in builder.py."""
     digest = hashlib.sha256()
-    for file in [*source_files(library, directory), BUILDER]:
+    files = {name: directory / name for name in source_files(library, directory)}
+    for name, file in {**files, BUILDER.name: BUILDER}.items():
         content = file.read_bytes()
-        digest.update(f"{file.name} {len(content)}\n".encode())
+        digest.update(f"{name} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
 
 
-def source_files(library: Library, directory: Path) -> list[Path]:
-    """The sources in `directory`, and every header that they may include."""
-    return [*(directory / name for name in library.sources), *sorted(directory.glob("*.h"))]
+def source_files(library: Library, directory: Path) -> list[str]:
+    """The sources in `directory`, and every header that they may include, relative to it."""
+    folders = {directory, *((directory / name).parent for name in library.sources)}
+    files = (file for folder in folders for file in folder.iterdir())
+    headers = (file for file in files if file.suffix in (".h", ".cuh"))
+    return [*library.sources, *sorted(file.relative_to(directory).as_posix() for file in headers)]
 
 
 # --------------------------------------------------------------------------------- artifacts

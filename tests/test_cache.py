@@ -17,8 +17,8 @@ import pytest
 
 from bitlinear import cache
 from bitlinear.cache import Artifact, CacheDirectory
-from bitlinear.hardware import Hardware, detect
-from bitlinear.kernels import Library, Variant
+from bitlinear.hardware import Compiler, Driver, Gpu, Hardware, detect
+from bitlinear.kernels import CudaLibrary, Library, Variant
 
 HOUR = 3600.0
 NOBODY = 65534
@@ -212,6 +212,78 @@ def test_every_ingredient_changes_the_key(
     (sources / "fast.cpp").write_text("int fast = 1;")
     keys["the source"] = cache.key(cache.ingredients(FAST, sources, hardware))
     assert len(set(keys.values())) == len(keys), keys
+
+
+@pytest.fixture
+def gpu_sources(sources: Path) -> Path:
+    (sources / "cuda").mkdir()
+    for name in ("ops.cpp", "fast.cu", "tile.cuh", "inner.h", "notes.txt"):
+        (sources / "cuda" / name).write_text(f"// {name}")
+    return sources
+
+
+GPU = CudaLibrary("cuda", ("cuda/ops.cpp", "cuda/fast.cu"), (), (), ("-O3",), ("sm_90a",), (0,))
+
+
+def with_gpus(hardware: Hardware) -> Hardware:
+    gpus = (Gpu("H100", (9, 0), 1), Gpu("A100", (8, 0), 1), Gpu("H100", (9, 0), 2))
+    nvcc = Compiler("/cuda/bin/nvcc", "/cuda/bin/nvcc", "release 13.0, V13.0.88", "nvcc")
+    return replace(hardware, driver=Driver("13.0", gpus), nvcc=nvcc)
+
+
+def test_headers_are_those_beside_the_sources_and_of_the_package(gpu_sources: Path) -> None:
+    assert cache.source_files(FAST, gpu_sources) == ["fast.cpp", "shared.h"]
+    assert cache.source_files(GPU, gpu_sources) == [
+        "cuda/ops.cpp", "cuda/fast.cu", "cuda/inner.h", "cuda/tile.cuh", "shared.h",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ops.cpp", "fast.cu", "tile.cuh", "inner.h"])
+def test_cudas_sources_are_cudas_alone(gpu_sources: Path, hardware: Hardware, name: str) -> None:
+    machine = with_gpus(hardware)
+    before = [cache.ingredients(library, gpu_sources, machine) for library in (FAST, GPU)]
+    (gpu_sources / "cuda" / name).write_text("// changed")
+    after = [cache.ingredients(library, gpu_sources, machine) for library in (FAST, GPU)]
+    assert before[0] == after[0]
+    assert before[1]["sources"] != after[1]["sources"]
+    (gpu_sources / "shared.h").write_text("// changed")
+    assert cache.ingredients(GPU, gpu_sources, machine) != after[1]
+
+
+def test_every_ingredient_of_cuda_changes_the_key(
+    gpu_sources: Path, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = with_gpus(hardware)
+    assert machine.nvcc is not None
+    assert machine.driver is not None
+
+    def key(library: CudaLibrary = GPU, machine: Hardware = machine) -> str:
+        return cache.key(cache.ingredients(library, gpu_sources, machine))
+
+    first = key()
+    assert key(replace(GPU, devices=(0, 2))) == first  # of one model
+    keys = [
+        first,
+        key(replace(GPU, devices=(0, 1))),
+        key(replace(GPU, architectures=("sm_90a", "sm_80"))),
+        key(replace(GPU, cuda_cflags=("-O2",))),
+        key(machine=replace(machine, nvcc=replace(machine.nvcc, version="release 13.1"))),
+        key(machine=replace(machine, nvcc=replace(machine.nvcc, realpath="/other/nvcc"))),
+        key(machine=replace(machine, driver=replace(machine.driver, cuda="13.1"))),
+    ]
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-allow-unsupported-compiler")
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_without_nvcc_what_another_built_serves(
+    root: Path, gpu_sources: Path, hardware: Hardware
+) -> None:
+    machine, library = with_gpus(hardware), replace(GPU, name="fast")
+    publish(root, cache.ingredients(library, gpu_sources, machine))
+    without = cache.ingredients(library, gpu_sources, replace(machine, nvcc=None))
+    assert cache.find(opened(root), without, any_compiler=False) is None
+    assert cache.find(opened(root), without, any_compiler=True) is not None
 
 
 def test_the_operator_serves_every_cpu_but_one_python(sources: Path, hardware: Hardware) -> None:

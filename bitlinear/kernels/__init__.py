@@ -1,4 +1,5 @@
-"""What can be compiled: one row per CPU kernel variant, and the operator library they plug into.
+"""What can be compiled: one row per CPU kernel variant, the operator library they plug into, and
+the library of CUDA's kernels.
 
 A variant is one ``.cpp`` file, compiled with exactly the instruction-set flags of its row into a
 torch-free library that exports ``bitlinear_kernels()`` (see ``abi.h``). Tests, doctor and bench
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 DIRECTORY = Path(__file__).parent
 
@@ -24,7 +26,7 @@ class Library:
 
     Attributes:
         name: Also the name of the library file and of its folder in the cache.
-        sources: File names inside ``bitlinear/kernels``.
+        sources: Files inside ``bitlinear/kernels``, with forward slashes.
         cflags: Every compiler flag beyond those that torch adds.
         ldflags: Every linker flag beyond those that torch adds.
     """
@@ -33,6 +35,11 @@ class Library:
     sources: tuple[str, ...]
     cflags: tuple[str, ...]
     ldflags: tuple[str, ...] = ()
+
+    self_test: ClassVar[str] = "operator"  # which one of builder.py
+
+    def __str__(self) -> str:
+        return "the operator"
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,38 @@ class Variant(Library):
     arch: str = "any"
     requires: frozenset[str] = frozenset()
     priority: int = 0
+
+    self_test: ClassVar[str] = "kernels"
+
+    def __str__(self) -> str:
+        return f"the {self.name} kernel"
+
+
+@dataclass(frozen=True)
+class CudaLibrary(Library):
+    """The operator's kernels for NVIDIA GPUs, and for which of them to compile.
+
+    Attributes:
+        cuda_cflags: Every flag of nvcc beyond those that torch adds.
+        architectures: As nvcc spells them, machine code (``"sm_90a"``) or PTX (``"compute_90"``).
+        devices: The numbers of the GPUs that it has to pass its self-test on.
+    """
+
+    cuda_cflags: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+    devices: tuple[int, ...] = ()
+
+    self_test: ClassVar[str] = "cuda"
+
+    @property
+    def nvcc_flags(self) -> tuple[str, ...]:
+        """``cuda_cflags`` and the architectures; with any of these, torch adds none of its own."""
+        codes = ((code.replace("sm_", "compute_"), code) for code in self.architectures)
+        gencode = (f"-gencode=arch={virtual},code={code}" for virtual, code in codes)
+        return (*self.cuda_cflags, *gencode)
+
+    def __str__(self) -> str:
+        return f"the CUDA kernels for {' and '.join(self.architectures)}"
 
 
 # The kernels use nothing of torch: do not tie the library to libtorch. The linkers of macOS and
@@ -140,4 +179,13 @@ OPS = Library(
     # Reading torch's headers is most of a cold import; -O1 costs nothing, the loops are elsewhere.
     # No -fopenmp: parallel.h says how the threads come from torch's own runtime.
     cflags=("-O1", *_COMMON),
+)
+
+# The operator on NVIDIA GPUs. Only its ops.cpp includes torch's headers.
+CUDA = CudaLibrary(
+    name="cuda",
+    sources=("cuda/ops.cpp", "cuda/quantize.cu"),
+    cflags=("-O1", *_COMMON),
+    # No fused multiply-add either.
+    cuda_cflags=("-O3", "-std=c++17", "--fmad=false", "-DNDEBUG", "-Xcompiler=-fvisibility=hidden"),
 )
