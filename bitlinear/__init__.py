@@ -13,10 +13,12 @@ from typing import Any
 from . import jit, ops
 from .select import Verdict
 
-HAS_BITLINEAR: bool = jit.load().kernel is not None
+_runtime = jit.load()
+
+HAS_BITLINEAR: bool = any(verdict.status == "chosen" for verdict in _runtime.verdicts)
 """True where a compiled kernel is in use; False on the reference implementation."""
 
-ops.register(compiled=HAS_BITLINEAR)
+ops.register(compiled=_runtime.kernel is not None)
 
 # These modules look the operator up, so it has to exist first.
 from .convert import convert, deploy  # noqa: E402

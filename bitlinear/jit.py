@@ -12,17 +12,18 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import torch
 
 from . import build, cache
+from .architectures import targets, toolkit
 from .cache import Artifact, CacheDirectory
-from .hardware import Hardware, detect
-from .kernels import DIRECTORY, OPS, VARIANTS, Library, Variant
+from .hardware import Hardware, detect, has_interpreter
+from .kernels import CUDA, DIRECTORY, OPS, VARIANTS, CudaLibrary, Library, Variant
 from .select import Verdict, select
 
 
@@ -31,7 +32,7 @@ class Runtime:
     """What this process computes with, and why.
 
     Attributes:
-        kernel: The variant in use; None: the reference implementation.
+        kernel: The CPU variant in use; None: the reference implementation.
         verdicts: One for each variant and for CUDA, by priority.
         cache: Where compiled libraries lie.
         artifacts: By library name, whatever was looked up in the cache or built.
@@ -46,16 +47,62 @@ class Runtime:
     problem: str
     hardware: Hardware
 
+    @property
+    def cuda(self) -> Verdict:
+        """The verdict on CUDA's kernels."""
+        return self.verdicts[-1]
+
+    @property
+    def cuda_problem(self) -> str:
+        """Why CUDA tensors, where there can be any, are left to the reference implementation.
+
+        In one line; empty if they are not, or if that is what was asked for.
+        """
+        wanted = self.hardware.torch.cuda and self.cuda.code not in ("", "no-gpu", "forced-off")
+        return _line(self.cuda) if wanted else ""
+
+    def with_cuda(self, verdict: Verdict) -> Runtime:
+        """The same with another verdict on CUDA's kernels."""
+        return replace(self, verdicts=(*self.verdicts[:-1], verdict))
+
 
 @dataclass(frozen=True)
 class _Request:
-    """What to choose from, for which machine."""
+    """What to choose from, for which machine.
+
+    Attributes:
+        forced: ``BITLINEAR_KERNEL``.
+        arch_list: ``TORCH_CUDA_ARCH_LIST``.
+        settled: The verdict on CUDA's kernels, once there is nothing left to do about them.
+    """
 
     hardware: Hardware
     variants: tuple[Variant, ...]
     operator: Library
+    cuda: CudaLibrary
     directory: Path
     forced: str | None
+    arch_list: str
+    settled: Verdict | None = None
+
+    def select(self, rejected: Mapping[str, Verdict] = MappingProxyType({})) -> list[Verdict]:
+        settled = {"cuda": self.settled} if self.settled else {}
+        return select(
+            self.hardware,
+            self.variants,
+            forced=self.forced,
+            rejected={**rejected, **settled},
+            arch_list=self.arch_list,
+        )
+
+    def cuda_libraries(self) -> list[CudaLibrary]:
+        """CUDA's kernels for the GPUs here, as a list of one; empty if there is nothing to do."""
+        if self.settled or not self.select()[-1].ok:
+            return []
+        found = targets(self.hardware, self.arch_list)
+        architectures = tuple(sorted({t.architecture for t in found if t.architecture}))
+        devices = tuple(number for number, t in enumerate(found) if t.architecture)
+        return [replace(self.cuda, architectures=architectures, devices=devices)]
 
 
 @dataclass(frozen=True)
@@ -85,7 +132,10 @@ _state = _State()
 
 
 def load(
-    variants: tuple[Variant, ...] = VARIANTS, operator: Library = OPS, directory: Path = DIRECTORY
+    variants: tuple[Variant, ...] = VARIANTS,
+    operator: Library = OPS,
+    directory: Path = DIRECTORY,
+    cuda: CudaLibrary = CUDA,
 ) -> Runtime:
     """Choose, find or build, and load the kernels; called once, by ``import bitlinear``.
 
@@ -93,34 +143,60 @@ def load(
         variants: The kernels to choose from.
         operator: The library that defines the operator.
         directory: Where their sources lie.
+        cuda: The library of the kernels for GPUs.
 
     Raises:
-        ValueError: ``BITLINEAR_KERNEL`` names no kernel that this machine supports. Nothing else
-            raises: without a compiled kernel there is one warning, and ``Runtime.problem``.
+        ValueError: An environment variable has a value that means nothing, or ``BITLINEAR_KERNEL``
+            names no kernel that this machine supports. Nothing else raises: without a compiled
+            kernel there is one warning, and ``Runtime.problem``.
     """
     found = cache.open_cache()
     if found.refused:
         build.say(f"BITLINEAR_CACHE_DIR is not used: {found.refused}")
-    hardware = detect(found.readable[0] if found.readable else None)
-    forced = os.environ.get("BITLINEAR_KERNEL") or None
-    request = _Request(hardware, variants, operator, directory, forced)
-    verdicts = select(hardware, variants, forced=forced)
-    if os.environ.get("BITLINEAR_BUILD", "").lower() == "off":
+    request = _Request(
+        hardware=detect(found.readable[0] if found.readable else None),
+        variants=variants,
+        operator=operator,
+        cuda=cuda,
+        directory=directory,
+        forced=os.environ.get("BITLINEAR_KERNEL") or None,
+        arch_list=os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+    )
+    try:
+        build_off, cuda_off = _is_off("BITLINEAR_BUILD"), _is_off("BITLINEAR_CUDA")
+        verdicts = request.select()
+    except ValueError as error:
+        if not _is_for_doctor():
+            raise
+        build.say(str(error))  # it could not say so itself: this is the import of its package
+        raise SystemExit(2) from None
+    if cuda_off:
+        off = _cannot(cuda, _Obstacle("forced-off", "BITLINEAR_CUDA=off"))
+        request = replace(request, settled=_verdict("cuda", off))
+    if build_off:
         off = _cannot(operator, _Obstacle("forced-off", "BITLINEAR_BUILD=off"))
         runtime = _without_kernel(request, found, _reject_usable(verdicts, off), {}, off)
-        wanted = True
     else:
         runtime = _load(request, found)
-        wanted = _asked_not_to_build()
-    _state.request, _state.imported, _state.runtime = request, runtime, runtime
-    if runtime.problem and not wanted:
+    _state.request = replace(request, settled=runtime.cuda)
+    _state.imported = _state.runtime = runtime
+    if not build_off and not _asked_not_to_build():
+        _warn(runtime)
+    return runtime
+
+
+def _warn(runtime: Runtime) -> None:
+    """Say it, once, if something is slower than it has to be."""
+    what, problem = "", runtime.problem
+    if not problem:
+        what, problem = "for CUDA tensors, ", runtime.cuda_problem
+    if problem:
         warnings.warn(
-            f"bitlinear runs its slow reference implementation: {runtime.problem}. "
+            f"bitlinear runs its slow reference implementation: {what}{problem}. "
             "More: python -m bitlinear.doctor",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return runtime
 
 
 def activate(name: str | None) -> Runtime:
@@ -188,19 +264,33 @@ def _load(request: _Request, directory: CacheDirectory) -> Runtime:
 
 
 def _resolve(request: _Request, workshop: _Workshop) -> Runtime | None:
-    """Load the best variant that can be had; None if that takes a build and this one may not."""
+    """Load the best that can be had; None if that takes a build and this one may not."""
+    cuda = request.cuda_libraries()
+    runtime = _resolve_cpu(request, workshop, cuda)
+    for library in cuda:
+        if runtime is None or not workshop.begin(library):
+            return None
+        failure = _load_cuda(workshop.get(library))
+        if failure is not None:
+            runtime = runtime.with_cuda(_verdict("cuda", failure))
+    return runtime
+
+
+def _resolve_cpu(
+    request: _Request, workshop: _Workshop, others: Sequence[Library]
+) -> Runtime | None:
+    """The same for the CPU alone; what must be built is, beside `others`."""
     by_name = {variant.name: variant for variant in request.variants}
     operator = [] if _state.operator else [request.operator]
     rejected: dict[str, Verdict] = {}
     while True:
-        verdicts = select(
-            request.hardware, request.variants, forced=request.forced, rejected=rejected
-        )
+        *verdicts, cuda = request.select(rejected)
         chosen = next((v.variant for v in verdicts if v.status == "chosen"), None)
         if chosen is None:
             first = next((workshop.done[name] for name in rejected), None)
+            verdicts = [*verdicts, cuda]
             return _without_kernel(request, workshop.cache, verdicts, workshop.done, first)
-        if not workshop.begin(by_name[chosen], *operator):
+        if not workshop.begin(by_name[chosen], *operator, *others):
             return None
         kernels = _open(workshop.get(by_name[chosen]))
         if kernels.state != "failed":
@@ -209,9 +299,10 @@ def _resolve(request: _Request, workshop: _Workshop) -> Runtime | None:
 
     failure = _plug_in(chosen, workshop.get(operator[0]) if operator else None)
     if failure is not None:
-        verdicts = _reject_usable(verdicts, failure)
+        verdicts = [*_reject_usable(verdicts, failure), cuda]
         return _without_kernel(request, workshop.cache, verdicts, workshop.done, failure)
-    return Runtime(chosen, tuple(verdicts), workshop.cache, workshop.done, "", request.hardware)
+    every = (*verdicts, cuda)
+    return Runtime(chosen, every, workshop.cache, workshop.done, "", request.hardware)
 
 
 def _without_kernel(
@@ -223,8 +314,12 @@ def _without_kernel(
 ) -> Runtime:
     problem = "no kernel supports this machine"
     if failure is not None:
-        problem = failure.reason + (f" ({failure.fix})" if failure.fix else "")
+        problem = _line(failure)
     return Runtime(None, tuple(verdicts), directory, artifacts, problem, request.hardware)
+
+
+def _line(failure: Artifact | Verdict) -> str:
+    return failure.reason + (f" ({failure.fix})" if failure.fix else "")
 
 
 def _verdict(variant: str, failure: Artifact) -> Verdict:
@@ -251,24 +346,51 @@ def _obstacle(hardware: Hardware) -> _Obstacle | None:
         return _Obstacle("no-compiler", f"no C++ compiler: {hardware.compiler_reason}", fix)
     if hardware.ninja is None:
         return _Obstacle("no-compiler", f"no ninja: {hardware.ninja_reason}", "pip install ninja")
-    if not sys.executable or getattr(sys, "frozen", False):
+    if not has_interpreter():
         return _Obstacle("no-compiler", "there is no Python interpreter to run the build with")
     return None
 
 
-def _asked_not_to_build() -> bool:
-    """Whether this import happens for a doctor that only looks, or deletes first.
+def _cuda_obstacle(library: Library, hardware: Hardware) -> _Obstacle | None:
+    """What keeps this process from building CUDA's kernels, if that is what `library` is."""
+    torch, nvcc = hardware.torch.cuda, hardware.nvcc
+    if not isinstance(library, CudaLibrary):
+        return None
+    fix = f"install the CUDA {torch} toolkit, or set CUDA_HOME to where it is"
+    if nvcc is None:
+        return _Obstacle("no-compiler", f"no nvcc: {hardware.nvcc_reason}", fix)
+    if nvcc.release and nvcc.release != toolkit(hardware):
+        reason = f"nvcc is of CUDA {nvcc.release}, torch is built for CUDA {torch}"
+        return _Obstacle("cuda-mismatch", reason, fix)
+    return None
 
-    ``python -m bitlinear.doctor`` imports this package before the doctor sees its options;
+
+def _asked_not_to_build() -> bool:
+    """Whether this import happens for a doctor that only looks, or deletes first."""
+    options = {"--no-build", "--clean", "--rebuild"}
+    return _is_for_doctor() and not options.isdisjoint(sys.argv)
+
+
+def _is_for_doctor() -> bool:
+    """Whether ``python -m bitlinear.doctor`` imports this package: before it sees its options.
+
     ``argv[0]`` is ``-m`` just then.
     """
     arguments = getattr(sys, "argv", [])
     command = getattr(sys, "orig_argv", ["bitlinear.doctor"])  # Python 3.9 has none
-    return (
-        arguments[:1] == ["-m"]
-        and "bitlinear.doctor" in command
-        and not {"--no-build", "--clean", "--rebuild"}.isdisjoint(arguments)
-    )
+    return arguments[:1] == ["-m"] and "bitlinear.doctor" in command
+
+
+def _is_off(variable: str) -> bool:
+    """Whether an environment variable that is "auto" or "off" says "off".
+
+    Raises:
+        ValueError: It says something else.
+    """
+    value = os.environ.get(variable) or "auto"
+    if value.lower() not in ("auto", "off"):
+        raise ValueError(f"{variable}={value!r} means nothing. Set it to auto or off, or unset it.")
+    return value.lower() == "off"
 
 
 # --------------------------------------------------------------------------------- libraries
@@ -306,27 +428,26 @@ class _Workshop:
             try:
                 parts = cache.ingredients(library, self._request.directory, self._request.hardware)
             except OSError as error:
-                obstacle = _Obstacle("compile-failed", f"a source cannot be read: {error}")
-                self.done[library.name] = _cannot(library, obstacle)
+                unreadable = _Obstacle("compile-failed", f"a source cannot be read: {error}")
+                self.done[library.name] = _cannot(library, unreadable)
                 continue
-            found = cache.find(self.cache, parts, any_compiler=self._obstacle is not None)
+            obstacle = self._obstacle or _cuda_obstacle(library, self._request.hardware)
+            found = cache.find(self.cache, parts, any_compiler=obstacle is not None)
             if found is not None:
                 self.done[library.name] = found
                 if found.state == "failed":
                     break  # what comes after it may never be needed
-            elif self._obstacle is not None:
-                self.done[library.name] = _cannot(library, self._obstacle)
+            elif obstacle is not None:
+                self.done[library.name] = _cannot(library, obstacle)
             else:
                 missing.append((library, parts))
         if missing and not self._may_build:
             return False
         if missing:
-            names = " and ".join(_describe(library) for library, _ in missing)
-            kernels_only = all(isinstance(library, Variant) for library, _ in missing)
-            duration = "a few seconds" if kernels_only else "10 to 20 s, for torch's C++ headers"
+            wanted = [library for library, _ in missing]
             build.say(
-                f"compiling {names} for this machine into {self.cache.path}: "
-                f"happens once, takes {duration}"
+                f"compiling {_enumerate(wanted)} for this machine into {self.cache.path}: "
+                f"happens once, takes {_duration(wanted)}"
             )
         for library, parts in missing:
             self._start(library, parts)
@@ -350,7 +471,7 @@ class _Workshop:
             artifact = self.done[library.name] = self._builds[library.name].wait(verbose)
             del self._builds[library.name]
             if artifact.state == "failed":
-                build.say(f"{_describe(library)} cannot be had: {artifact.reason}")
+                build.say(f"{library} cannot be had: {artifact.reason}")
             elif not self._builds:
                 build.say(f"compiled in {time.monotonic() - self._began:.1f} s")
         return self.done[library.name]
@@ -370,8 +491,17 @@ class _Workshop:
             cache.prune(self.cache.path)
 
 
-def _describe(library: Library) -> str:
-    return f"the {library.name} kernel" if isinstance(library, Variant) else "the operator"
+def _enumerate(libraries: Sequence[Library]) -> str:
+    *names, last = map(str, libraries)
+    return f"{', '.join(names)} and {last}" if names else last
+
+
+def _duration(libraries: Sequence[Library]) -> str:
+    if any(isinstance(library, CudaLibrary) for library in libraries):
+        return "about a minute"
+    if all(isinstance(library, Variant) for library in libraries):
+        return "a few seconds"
+    return "10 to 20 s, for torch's C++ headers"
 
 
 def _cannot(library: Library, obstacle: _Obstacle) -> Artifact:
@@ -419,6 +549,20 @@ def _plug_in(variant: str, operator: Artifact | None) -> Artifact | None:
     if use_kernels(_state.kernels[variant].bitlinear_kernels()) != 0:
         # Both were built from the same headers, or their keys would differ.
         raise AssertionError(f"the kernels of {variant} do not fit the operator")
+    return None
+
+
+def _load_cuda(artifact: Artifact) -> Artifact | None:
+    """Give the operator its CUDA kernels, before or after it is defined; what failed, if anything.
+
+    Nothing is initialised: the library only enters its functions into torch's dispatcher.
+    """
+    if artifact.state == "failed":
+        return artifact
+    try:
+        torch.ops.load_library(str(artifact.path))
+    except (OSError, RuntimeError) as error:
+        return _unloadable(artifact, error)
     return None
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bitlinear import jit
-from bitlinear.kernels import Library, Variant
+from bitlinear.kernels import CudaLibrary, Library, Variant
 
 # What a self-test does, by name.
 SELF_TESTS = {
@@ -52,6 +52,18 @@ extern "C" EXPORT int stand_in_given() {{ return given; }}
 """
 
 
+# Without a .cu file, which only a CUDA build of torch would compile.
+_CUDA = """
+#include <stdint.h>
+#include <stdio.h>
+#include "kernels.h"
+extern "C" EXPORT int bitlinear_cuda_selftest(int device, char* message, int64_t size) {{
+  snprintf(message, size, "stand-in");
+  {self_test}
+}}
+"""
+
+
 @dataclass(frozen=True)
 class StandIns:
     """The sources of an operator and of variants, best first, and what to call `jit.load` with."""
@@ -59,9 +71,10 @@ class StandIns:
     directory: Path
     variants: tuple[Variant, ...]
     operator: Library
+    cuda: CudaLibrary
 
     def load(self) -> jit.Runtime:
-        return jit.load(self.variants, self.operator, self.directory)
+        return jit.load(self.variants, self.operator, self.directory, self.cuda)
 
     def write(self, target: Path) -> Path:
         """For `run`, which reads it in another process."""
@@ -81,10 +94,12 @@ def stand_ins(
     cflags: tuple[str, ...] = (),
     threads: int = 2,
     operator: str = "",
+    cuda: str = "return 0;",
 ) -> StandIns:
     """Write the sources of kernel0, kernel1, ..., each with a self-test of that name.
 
-    `cflags` go to kernel0; `operator` is appended to the operator's source.
+    `cflags` go to kernel0; `operator` is appended to the operator's source; `cuda` is the body of
+    the self-test of the library for GPUs.
     """
     directory.mkdir(parents=True, exist_ok=True)
     export = '#define EXPORT __attribute__((visibility("default")))\n'
@@ -97,7 +112,15 @@ def stand_ins(
         (directory / f"{name}.cpp").write_text(source)
         flags = ("-O0", *(cflags if number == 0 else ()))
         variants.append(Variant(name, (f"{name}.cpp",), flags, priority=100 - number))
-    return StandIns(directory, tuple(variants), Library("operator", ("operator.cpp",), ("-O0",)))
+    (directory / "cuda").mkdir(exist_ok=True)
+    (directory / "cuda" / "kernels.h").write_text('#include "../shared.h"\n')
+    (directory / "cuda" / "ops.cpp").write_text(_CUDA.format(self_test=cuda))
+    return StandIns(
+        directory,
+        tuple(variants),
+        Library("operator", ("operator.cpp",), ("-O0",)),
+        CudaLibrary("cuda", ("cuda/ops.cpp",), ("-O0",)),
+    )
 
 
 def given(runtime: jit.Runtime) -> int:
@@ -206,7 +229,7 @@ def start(file: Path, **environment: str) -> subprocess.Popen[str]:
     """Load what `StandIns.write` wrote in a process of its own, that leads a session of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", _RUN, str(file)],
-        env={**os.environ, **environment},
+        env={**os.environ, "BITLINEAR_CUDA": "off", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

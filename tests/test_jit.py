@@ -25,7 +25,8 @@ from stand_ins import compilations, compiler, finish, given, stand_ins, start
 
 import bitlinear
 from bitlinear import build, cache, jit
-from bitlinear.hardware import detect
+from bitlinear.hardware import Compiler, Driver, Gpu, Hardware, detect
+from bitlinear.select import Verdict
 
 ROOT = Path(bitlinear.__file__).parents[1]
 
@@ -36,6 +37,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("BITLINEAR_KERNEL", "BITLINEAR_BUILD", "BITLINEAR_VERBOSE", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BITLINEAR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("BITLINEAR_CUDA", "off")  # whatever this machine has
     monkeypatch.setattr(jit, "_state", jit._State())
     yield tmp_path / "cache"
     staging = tmp_path / "cache" / cache.STAGING
@@ -48,6 +50,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BITLINEAR_CACHE_DIR", str(directory / "cache"))
+        patch.setenv("BITLINEAR_CUDA", "off")
         patch.setattr(jit, "_state", jit._State())
         assert stand_ins(directory / "sources").load().kernel == "kernel0"
     return directory / "cache"
@@ -147,6 +150,7 @@ loaded_by_torch = set(sys.modules)
 import bitlinear
 assert bitlinear.HAS_BITLINEAR
 assert not started, started
+assert not torch.cuda.is_initialized()
 new = set(sys.modules) - loaded_by_torch
 for module in ("torch.utils.cpp_extension", "setuptools", "distutils", "filelock", "ninja",
                "cpuinfo", "bitlinear.builder", "bitlinear.doctor"):
@@ -661,6 +665,230 @@ def test_build_off(tmp_path: Path, warm: dict[str, str]) -> None:
     assert not any((tmp_path / "cache").glob("*/*/*"))
 
 
+@pytest.mark.parametrize("variable", ["BITLINEAR_BUILD", "BITLINEAR_CUDA"])
+def test_a_switch_knows_two_words(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "nein")
+    with pytest.raises(ValueError, match=f"{variable}='nein' means nothing. Set it to auto or off"):
+        stand_ins(tmp_path / "sources").load()
+    assert not cache.artifacts(fresh)
+
+
+# --- CUDA ----------------------------------------------------------------------------------------
+
+
+def with_gpus(nvcc: str = "13.0") -> Hardware:
+    """This machine, with two GPUs that can be used beside one that cannot."""
+    real = detect()
+    path = "/cuda/bin/nvcc"
+    capabilities = ((9, 0), (5, 2), (8, 0))
+    gpus = tuple(Gpu(f"GPU of {major}.{minor}", (major, minor), 1) for major, minor in capabilities)
+    return replace(
+        real,
+        torch=replace(real.torch, cuda="13.0"),
+        driver=Driver("13.0", gpus),
+        driver_reason="",
+        nvcc=Compiler(path, path, f"release {nvcc}, V{nvcc}.1", "nvcc") if nvcc else None,
+        nvcc_reason="" if nvcc else "it is not installed",
+    )
+
+
+@pytest.fixture(scope="session")
+def compiled_beside_gpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `compiled`, with the CUDA build of torch that `with_gpus` pretends."""
+    directory = tmp_path_factory.mktemp("compiled_beside_gpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BITLINEAR_CACHE_DIR", str(directory / "cache"))
+        patch.setenv("BITLINEAR_CUDA", "off")
+        patch.setattr(jit, "_state", jit._State())
+        patch.setattr(jit, "detect", lambda _: with_gpus())
+        runtime = stand_ins(directory / "sources").load()
+    assert runtime.cuda == Verdict("cuda", False, "BITLINEAR_CUDA=off", code="forced-off")
+    assert runtime.cuda_problem == ""
+    assert states(runtime) == {"kernel0": "built", "operator": "built"}
+    return directory / "cache"
+
+
+@pytest.fixture
+def gpus(fresh: Path, compiled_beside_gpus: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh process on such a machine, whose cache holds everything but CUDA's kernels."""
+    shutil.copytree(compiled_beside_gpus, fresh)
+    monkeypatch.delenv("BITLINEAR_CUDA")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(jit, "detect", lambda _: with_gpus())
+    return fresh
+
+
+CPU_ONLY = {"kernel0": "cached", "operator": "cached"}
+
+
+def test_cuda_is_built_beside_the_rest_and_found_again(
+    fresh: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("BITLINEAR_CUDA")
+    monkeypatch.setattr(jit, "detect", lambda _: with_gpus())
+    tested = tmp_path / "tested"
+    note = f'FILE* f = fopen("{tested}", "a"); fprintf(f, "%d ", device); fclose(f); return 0;'
+    sources = stand_ins(tmp_path / "sources", cuda=note)
+    runtime = sources.load()
+    assert runtime.kernel == "kernel0"
+    assert runtime.cuda.status == "chosen"
+    assert runtime.cuda_problem == ""
+    assert states(runtime) == {"kernel0": "built", "operator": "built", "cuda": "built"}
+    assert runtime.artifacts["cuda"].self_test == "bit-exact with the reference on 2 GPUs"
+    assert tested.read_text() == "0 2 "
+    first, last = capfd.readouterr().err.splitlines()
+    assert first.startswith(
+        "bitlinear: compiling the kernel0 kernel, the operator and the CUDA kernels for sm_80 and "
+        "sm_90a for this machine into "
+    )
+    assert first.endswith("happens once, takes about a minute")
+    assert last.startswith("bitlinear: compiled in ")
+    directory = runtime.artifacts["cuda"].directory
+    assert directory is not None
+    assert {file.name for file in directory.iterdir()} == {"cuda.so", cache.META, cache.LOG}
+    assert not jit.torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+
+    forget_loaded(monkeypatch)
+    assert states(sources.load()) == {**CPU_ONLY, "cuda": "cached"}
+    assert capfd.readouterr().err == ""
+    assert tested.read_text() == "0 2 "
+
+
+@pytest.mark.parametrize(
+    ("self_test", "code", "reason", "remembered"),
+    [
+        ("return 1;", "self-test-failed", "self-test failed: GPU 0: stand-in", True),
+        ("return 2 * (device == 2);", "compile-failed", "not be run: GPU 2: stand-in", False),
+        ("nonsense", "compile-failed", "ops.cpp", True),
+    ],
+)
+def test_a_failure_of_cuda_leaves_the_cpu_alone(
+    gpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    self_test: str,
+    code: str,
+    reason: str,
+    remembered: bool,
+) -> None:
+    sources = stand_ins(tmp_path / "sources", cuda=self_test)
+    for again in (False, True):
+        with pytest.warns(RuntimeWarning) as caught:
+            runtime = sources.load()
+        assert len(caught) == 1
+        assert "slow reference implementation: for CUDA tensors, " in str(caught[0].message)
+        assert runtime.kernel == "kernel0"
+        assert (runtime.cuda.status, runtime.cuda.code) == ("rejected", code)
+        assert reason in runtime.cuda.reason
+        assert runtime.cuda_problem == f"{runtime.cuda.reason} ({runtime.cuda.fix})"
+        assert states(runtime) == {**CPU_ONLY, "cuda": "failed"}
+        assert ("compiling" in capfd.readouterr().err) == (not again or not remembered)
+        forget_loaded(monkeypatch)
+    assert bool(list(gpus.glob("cuda/*"))) == remembered
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "code", "reason"),
+    [
+        ("", "no-compiler", "no nvcc: it is not installed"),
+        ("12.8", "cuda-mismatch", "nvcc is of CUDA 12.8, torch is built for CUDA 13.0"),
+    ],
+)
+def test_a_toolkit_that_will_not_do(
+    gpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    nvcc: str,
+    code: str,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(jit, "detect", lambda _: with_gpus(nvcc))
+    sources = stand_ins(tmp_path / "sources")
+    with pytest.warns(RuntimeWarning, match="install the CUDA 13.0 toolkit, or set CUDA_HOME"):
+        runtime = sources.load()
+    assert (runtime.kernel, runtime.cuda.code, runtime.cuda.reason) == ("kernel0", code, reason)
+    assert capfd.readouterr().err == ""
+
+    # What somebody else has compiled needs none.
+    forget_loaded(monkeypatch)
+    monkeypatch.setattr(jit, "detect", lambda _: with_gpus())
+    assert states(sources.load())["cuda"] == "built"
+    forget_loaded(monkeypatch)
+    monkeypatch.setattr(jit, "detect", lambda _: with_gpus(nvcc))
+    assert states(sources.load())["cuda"] == "cached"
+
+
+def test_cuda_without_an_operator(gpus: Path, tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="too old") as caught:
+        runtime = stand_ins(tmp_path / "sources", operator="#error too old").load()
+    assert len(caught) == 1
+    assert runtime.kernel is None
+    assert runtime.cuda.status == "chosen"
+    assert states(runtime) == {"kernel0": "cached", "operator": "failed", "cuda": "built"}
+
+
+def test_cuda_without_a_kernel(gpus: Path, tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="row 3 differs"):
+        runtime = stand_ins(tmp_path / "sources", ("mismatch",)).load()
+    assert runtime.kernel is None
+    assert runtime.cuda.status == "chosen"
+
+
+def test_cuda_stays_when_the_operator_is_switched(gpus: Path, tmp_path: Path) -> None:
+    imported = stand_ins(tmp_path / "sources", ("good", "good")).load()
+    assert imported.cuda.status == "chosen"
+    after = jit.activate("kernel1")
+    assert after.cuda == imported.cuda
+    assert after.artifacts["cuda"] == imported.artifacts["cuda"]
+
+
+def test_only_what_the_list_allows_is_compiled(
+    gpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0+PTX")
+    runtime = stand_ins(tmp_path / "sources").load()
+    assert runtime.cuda.reason.startswith("GPU of 9.0 (compute_80), GPU of 5.2 (requires")
+    meta = json.loads(runtime.artifacts["cuda"].path.with_name(cache.META).read_text())
+    assert meta["ingredients"]["nvcc_flags"] == (
+        "-gencode=arch=compute_80,code=compute_80 -gencode=arch=compute_80,code=sm_80"
+    )
+
+
+def test_build_off_is_for_cuda_too(
+    gpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITLINEAR_BUILD", "OFF")
+    runtime = stand_ins(tmp_path / "sources").load()
+    assert runtime.kernel is None
+    assert runtime.cuda.code == "forced-off"
+    assert runtime.cuda_problem == ""
+
+
+def test_kernels_may_be_there_before_the_operator_is_defined() -> None:
+    """C++ enters CUDA's kernels first where Python has to define the operator."""
+    run = python(
+        """
+import torch
+early = torch.library.Library("bitlinear", "IMPL")
+early.impl("linear", lambda *arguments: "the kernel", "CUDA")
+import bitlinear
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+assert has("bitlinear::linear", "CUDA")
+assert not torch.cuda.is_initialized()
+assert bitlinear.BitLinear(5, 3).deploy()(torch.ones(2, 5)).shape == (2, 3)
+""",
+        BITLINEAR_BUILD="off",
+    )
+    assert run.returncode == 0, run.stderr
+
+
 # --- Paths and the child's environment -----------------------------------------------------------
 
 AWKWARD = "a b $HOME 'ä' \"q\" $"
@@ -693,6 +921,7 @@ def test_the_package_and_torch_in_awkward_paths(tmp_path: Path) -> None:
         "print(bitlinear.HAS_BITLINEAR)",
         PYTHONPATH=os.pathsep.join([str(awkward), str(awkward / "site packages")]),
         BITLINEAR_CACHE_DIR=str(awkward / "cache"),
+        BITLINEAR_CUDA="off",
         PYTHONDONTWRITEBYTECODE="1",
     )
     assert run.returncode == 0, run.stderr
@@ -725,6 +954,22 @@ def test_one_job_where_there_is_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None
         assert build._max_jobs() == 1
     finally:
         os.sched_setaffinity(0, mask)
+
+
+def test_nvcc_has_its_toolkit_and_the_host_compiler(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_NVCC", "another")
+    for home in (tmp_path / "plain", tmp_path / AWKWARD):
+        nvcc = str(home / "bin" / "nvcc")
+        links = tmp_path / f"links of {home.name}"
+        links.mkdir()
+        machine = replace(detect(), nvcc=Compiler(nvcc, nvcc, "release 13.0", "nvcc"))
+        environment = build._environment(machine, links)
+        assert os.path.realpath(environment["CUDA_HOME"]) == str(home)
+        assert (environment["CUDA_HOME"] == str(home)) == (home.name == "plain")
+        assert environment["CC"] == environment["CXX"]
+        assert "PYTORCH_NVCC" not in environment
 
 
 @pytest.mark.parametrize("form", ["env {}", "env A='b c' {}"])
