@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from . import cache, jit
+from .architectures import targets
 from .cache import Artifact
 from .hardware import Hardware, detect
 from .kernels import OPS, VARIANTS
@@ -35,8 +36,8 @@ _MARKS = {"chosen": "*", "available": "o", "rejected": "x"}
 _FALLBACK_CODES = {"no-compiler", "compile-failed", "illegal-instruction", "forced-off"}
 _ENVIRONMENT = (
     "BITLINEAR_KERNEL", "BITLINEAR_CACHE_DIR", "BITLINEAR_BUILD", "BITLINEAR_CUDA",
-    "BITLINEAR_VERBOSE", "XDG_CACHE_HOME", "CXX", "MAX_JOBS", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST",
-    "OMP_NUM_THREADS",
+    "BITLINEAR_VERBOSE", "XDG_CACHE_HOME", "CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH",
+    "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST", "OMP_NUM_THREADS",
 )  # fmt: skip
 
 
@@ -46,8 +47,9 @@ class Report:
 
     Attributes:
         runtime: What jit reports.
-        hardware: As ``runtime.hardware``, with nvcc looked for.
+        hardware: As ``runtime.hardware``, with GPUs and nvcc looked for.
         operator: What is wrong with the operator's result; empty if nothing is.
+        devices: Those that the operator ran on.
         threads: How many threads the operator ran on; None without a compiled one.
         openmp: The OpenMP runtimes in this process.
         verbose: Show build logs, paths and the environment too.
@@ -58,32 +60,37 @@ class Report:
     operator: str
     threads: int | None
     openmp: tuple[str, ...]
+    devices: tuple[str, ...] = ("cpu",)
     verbose: bool = False
 
     @property
     def exit_code(self) -> int:
         """What the command exits with: OK, FALLBACK or BROKEN."""
-        codes = {verdict.code for verdict in self.runtime.verdicts}
-        if self.operator or "self-test-failed" in codes or self.runtime.cache.unsafe:
+        runtime = self.runtime
+        codes = {verdict.code for verdict in runtime.verdicts if verdict != runtime.cuda}
+        if self.operator or "self-test-failed" in {*codes, runtime.cuda.code}:
             return BROKEN
-        if self.runtime.kernel is None or self.runtime.cache.temporary or codes & _FALLBACK_CODES:
+        if runtime.cache.unsafe:
+            return BROKEN
+        if runtime.kernel is None or runtime.cache.temporary or codes & _FALLBACK_CODES:
             return FALLBACK
-        return OK
+        return FALLBACK if runtime.cuda_problem else OK
 
     def sections(self) -> list[tuple[str, list[list[str]]]]:
         """Title and rows of cells of each section, ready to be shown."""
         sections = [
             ("CPU", [[_cpu(self.runtime)]]),
+            ("GPU", [[line] for line in _gpus(self.hardware)]),
             ("Kernels", [_row(verdict, self.runtime) for verdict in self.runtime.verdicts]),
             ("Toolchain", [[_toolchain(self.hardware)]]),
             ("Cache", [[line] for line in _cache(self.runtime)]),
             ("Threads", [[_threads(self.threads, self.openmp)]]),
             ("Tested", [[_tested(self.hardware)]]),
-            ("Operator", [[self.operator or "bit-identical to the reference implementation"]]),
+            ("Operator", [[self.operator or _identical(self.devices)]]),
             ("Verdict", [[_summary(self.runtime, self.exit_code)]]),
         ]
         if self.verbose:
-            chosen = [[name, os.environ[name]] for name in _ENVIRONMENT if name in os.environ]
+            chosen = [list(item) for item in _environment().items()]
             sections.append(("Environment", chosen or [["nothing that matters is set"]]))
             for name, artifact in self.runtime.artifacts.items():
                 sections.append((f"Build of {name}", [[line] for line in _log(artifact)]))
@@ -104,6 +111,8 @@ class Report:
             else:
                 lines += [title, *(f"  {text}".rstrip() for text in cells)]
         return "\n".join(lines)
+
+    __repr__ = __str__  # that of a dataclass would tell the paths in full
 
     def _repr_html_(self) -> str:
         body = []
@@ -135,6 +144,13 @@ class Report:
             "operator": {
                 "artifact": _artifact(runtime.artifacts.get(OPS.name)),
                 "error": self.operator,
+                "devices": list(self.devices),
+            },
+            "gpu": {
+                "driver": None if hardware.driver is None else _plain(hardware.driver),
+                "reason": hardware.driver_reason,
+                "torch": hardware.torch.cuda,
+                "problem": runtime.cuda_problem,
             },
             "toolchain": {
                 name: {"found": _plain(found), "reason": reason}
@@ -143,18 +159,24 @@ class Report:
             "cache": {**_plain(asdict(directory)), "readable": [*map(str, directory.readable)]},
             "threads": {"used": self.threads, "openmp": list(self.openmp)},
         }
+        if self.verbose:
+            data["environment"] = _environment()
+            data["builds"] = {name: _log(a) for name, a in runtime.artifacts.items()}
         redacted: dict[str, Any] = _redact_all(data)
         return redacted
 
 
 def report(verbose: bool = False) -> Report:
     """Examine this process; in a notebook the result is shown as a table."""
+    runtime = jit.runtime()
+    devices = ("cpu", *_cuda_devices(runtime))
     return Report(
-        runtime=jit.runtime(),
-        hardware=detect(jit.runtime().cache.path, everything=True),
-        operator=_run_operator(),
+        runtime=runtime,
+        hardware=detect(runtime.cache.path, everything=True),
+        operator="; ".join(filter(None, map(_run_operator, devices))),
         threads=jit.parallel_threads(),
         openmp=_openmp_runtimes(),
+        devices=devices,
         verbose=verbose,
     )
 
@@ -197,7 +219,15 @@ def main(arguments: list[str] | None = None) -> int:
 # --- What is looked at ---------------------------------------------------------------------------
 
 
-def _run_operator() -> str:
+def _cuda_devices(runtime: jit.Runtime) -> list[str]:
+    """Those that CUDA's kernels were compiled for, if they are in use."""
+    if runtime.cuda.status != "chosen":
+        return []
+    judged = targets(runtime.hardware, os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    return [f"cuda:{number}" for number, target in enumerate(judged) if target.architecture]
+
+
+def _run_operator(device: str = "cpu") -> str:
     """Compare the operator with the reference implementation; the difference, or nothing."""
     from . import ops
 
@@ -210,11 +240,14 @@ def _run_operator() -> str:
     w_scale, bias = torch.tensor([0.02]), torch.randn(N, generator=generator)
     try:
         expected = ops.reference_linear(x, w_packed, w_scale, bias, K)
-        found = torch.ops.bitlinear.linear(x, w_packed, w_scale, bias, K)
+        arguments = (tensor.to(device) for tensor in (x, w_packed, w_scale, bias))
+        found = torch.ops.bitlinear.linear(*arguments, K).cpu()
     except Exception as error:  # whatever it is, it belongs into the report
-        return f"fails: {type(error).__name__}: {error}"
+        return f"fails on {device}: {type(error).__name__}: {error}"
     different = int((found != expected).sum())
-    return f"{different} of {M * N} results differ from the reference" if different else ""
+    if different:
+        return f"{different} of {M * N} results differ from the reference on {device}"
+    return ""
 
 
 def _openmp_runtimes() -> tuple[str, ...]:
@@ -249,6 +282,24 @@ def _cpu(runtime: jit.Runtime) -> str:
         return f"{text}; flags unknown: {cpu.reason}"
     used = set().union(*(v.requires for v in VARIANTS if v.name == runtime.kernel))
     return f"{text}; flags used: {' '.join(sorted(used)) or 'none'}"
+
+
+def _gpus(hardware: Hardware) -> list[str]:
+    if hardware.driver is None:
+        return [hardware.driver_reason]
+    lines = [
+        f"{gpu.name}, compute capability {'.'.join(map(str, gpu.capability))}, "
+        f"{gpu.memory / (1 << 30):.0f} GiB"
+        for gpu in hardware.driver.gpus
+    ]
+    release = hardware.nvcc.release if hardware.nvcc else "none"
+    cuda = f"driver {hardware.driver.cuda}, torch {hardware.torch.cuda or 'none'}, nvcc {release}"
+    return [*(lines or ["the NVIDIA driver shows this process no GPU"]), f"CUDA: {cuda}"]
+
+
+def _identical(devices: tuple[str, ...]) -> str:
+    text = "bit-identical to the reference implementation"
+    return text if devices == ("cpu",) else f"{text} on {' and '.join(devices)}"
 
 
 def _row(verdict: Verdict, runtime: jit.Runtime) -> list[str]:
@@ -323,9 +374,15 @@ def _count(number: int, what: str) -> str:
 def _summary(runtime: jit.Runtime, exit_code: int) -> str:
     if runtime.kernel is None:
         return f"the slow reference implementation runs: {runtime.problem}"
+    chosen = [verdict.variant for verdict in runtime.verdicts if verdict.status == "chosen"]
+    running = f"{' and '.join(chosen)} {'run' if len(chosen) > 1 else 'runs'}"
     if exit_code == OK:
-        return f"{runtime.kernel} runs"
-    return f"{runtime.kernel} runs, but see above" if exit_code == FALLBACK else "broken: see above"
+        return running
+    return f"{running}, but see above" if exit_code == FALLBACK else "broken: see above"
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
 
 
 def _log(artifact: Artifact) -> list[str]:

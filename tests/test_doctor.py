@@ -18,12 +18,13 @@ import pytest
 import bitlinear
 from bitlinear import doctor, jit
 from bitlinear.cache import Artifact, CacheDirectory
+from bitlinear.hardware import Compiler, Driver, Gpu
 from bitlinear.select import Verdict, select
 
 ROOT = Path(bitlinear.__file__).parents[1]
 CODES = {
     "cpu-flag", "no-compiler", "compile-failed", "self-test-failed", "illegal-instruction",
-    "cuda-mismatch", "no-gpu", "forced-off", "not-implemented",
+    "cuda-mismatch", "no-gpu", "forced-off",
 }  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def warm(tmp_path: Path) -> Path:
 
 def healthy() -> doctor.Report:
     """As on a machine where everything went well, whatever this machine is."""
-    hardware = jit.runtime().hardware
+    hardware = replace(jit.runtime().hardware, driver=None, driver_reason="no NVIDIA driver")
     verdicts = [
         Verdict("avx2", True, "the fastest that this CPU can run", status="chosen"),
         Verdict("scalar", True, "lower priority", status="available"),
@@ -94,7 +95,8 @@ def test_the_text() -> None:
     lines = str(healthy()).splitlines()
     assert re.match(r"bitlinear \S+   torch \S+   python 3\S+   \w+ \w+$", lines[0])
     assert lines[1].startswith("CPU       ")
-    assert [re.sub(" {7,}", "     ", line) for line in lines[2:7]] == [
+    assert [re.sub(" {7,}", "     ", line) for line in lines[2:8]] == [
+        "GPU     no NVIDIA driver",
         "Kernels",
         "  * avx2      chosen     cached 3f9a2c01  self-test: bit-exact with scalar",
         "  o scalar    available  lower priority",
@@ -142,9 +144,84 @@ def test_json_and_text_redact_the_home_directory(monkeypatch: pytest.MonkeyPatch
     runtime = replace(report.runtime, cache=directory, problem="/home/änne")
     report = replace(report, runtime=runtime)
     data = json.dumps(report.to_json(), ensure_ascii=False)
-    for text in (str(report), report._repr_html_(), data):
+    for text in (str(report), repr(report), report._repr_html_(), data):
         assert "/home/änne/" not in text
         assert "~/.cache/bitlinear cannot be created; /home/ännelise" in text
+
+
+H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 85_520_809_984)
+OLD = Gpu("Quadro M4000", (5, 2), 8 << 30)
+
+
+def with_gpus(cuda: Verdict, *gpus: Gpu) -> doctor.Report:
+    """The same with these GPUs, a CUDA build of torch and that verdict."""
+    report = healthy()
+    hardware = replace(
+        report.hardware,
+        torch=replace(report.hardware.torch, cuda="13.0"),
+        driver=Driver("13.2", gpus),
+        nvcc=Compiler("/cuda/bin/nvcc", "/cuda/bin/nvcc", "release 13.1, V13.1.80", "nvcc"),
+    )
+    artifact = Artifact("cuda", "22222222" * 4, None, "cached", "bit-exact with ... on 1 GPU")
+    artifacts = {**report.runtime.artifacts, **({"cuda": artifact} if cuda.ok else {})}
+    runtime = replace(report.runtime, hardware=hardware, artifacts=artifacts).with_cuda(cuda)
+    return replace(report, runtime=runtime, hardware=hardware)
+
+
+CHOSEN = Verdict("cuda", True, "NVIDIA H100 80GB HBM3 (sm_90a)", "nvcc is of 13.1", status="chosen")
+
+
+def test_gpus_are_shown() -> None:
+    report = replace(with_gpus(CHOSEN, H100, OLD), devices=("cpu", "cuda:0"))
+    lines = [re.sub(" {7,}", "     ", line) for line in str(report).splitlines()]
+    assert lines[2:6] == [
+        "GPU",
+        "  NVIDIA H100 80GB HBM3, compute capability 9.0, 80 GiB",
+        "  Quadro M4000, compute capability 5.2, 8 GiB",
+        "  CUDA: driver 13.2, torch 13.0, nvcc 13.1",
+    ]
+    row = "  * cuda      chosen     cached 22222222  self-test: bit-exact with ... on 1 GPU"
+    assert f"{row}  fix: nvcc is of 13.1" in lines
+    assert "Operator  bit-identical to the reference implementation on cpu and cuda:0" in lines
+    assert lines[-1] == "Verdict   avx2 and cuda run"
+    data = report.to_json()
+    assert data["gpu"]["driver"]["cuda"] == "13.2"
+    assert data["gpu"]["driver"]["gpus"][1] == {
+        "name": "Quadro M4000", "capability": [5, 2], "memory": 8 << 30
+    }  # fmt: skip
+    assert data["kernels"][-1]["artifact"]["self_test"] == "bit-exact with ... on 1 GPU"
+    assert data["operator"]["devices"] == ["cpu", "cuda:0"]
+    json.dumps(data)
+
+
+def test_no_gpu_is_shown() -> None:
+    none = with_gpus(Verdict("cuda", False, "no GPU", code="no-gpu"))
+    assert "  the NVIDIA driver shows this process no GPU" in str(none).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [
+        ("no-gpu", doctor.OK),
+        ("forced-off", doctor.OK),
+        ("no-compiler", doctor.FALLBACK),
+        ("cuda-mismatch", doctor.FALLBACK),
+        ("compile-failed", doctor.FALLBACK),
+        ("self-test-failed", doctor.BROKEN),
+    ],
+)
+def test_exit_codes_beside_a_gpu(code: str, exit_code: int) -> None:
+    report = with_gpus(Verdict("cuda", False, "the reason", "the fix", code), H100)
+    assert report.exit_code == exit_code
+    assert report.to_json()["gpu"]["problem"] == ("the reason (the fix)" if exit_code else "")
+    if exit_code == doctor.FALLBACK:
+        assert str(report).endswith("avx2 runs, but see above")
+
+
+def test_cuda_is_run_where_its_kernels_are_in_use() -> None:
+    assert doctor._cuda_devices(with_gpus(CHOSEN, OLD, H100).runtime) == ["cuda:1"]
+    off = Verdict("cuda", False, "BITLINEAR_CUDA=off", code="forced-off")
+    assert doctor._cuda_devices(with_gpus(off, OLD, H100).runtime) == []
 
 
 def rejected(code: str) -> doctor.Report:
@@ -181,14 +258,14 @@ def test_the_operator_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     correct = ops.reference_linear
     monkeypatch.setattr(ops, "reference_linear", lambda *arguments: correct(*arguments) + 1)
-    assert doctor._run_operator() == "111 of 111 results differ from the reference"
+    assert doctor._run_operator() == "111 of 111 results differ from the reference on cpu"
     monkeypatch.setattr(ops, "reference_linear", None)
-    assert doctor._run_operator().startswith("fails: TypeError")
+    assert doctor._run_operator().startswith("fails on cpu: TypeError")
 
 
 def test_the_verdicts_are_those_of_select() -> None:
     runtime = jit.runtime()
-    if runtime.kernel is None or os.environ.get("BITLINEAR_KERNEL"):
+    if not runtime.kernel or runtime.cuda_problem or os.environ.get("BITLINEAR_KERNEL"):
         pytest.skip("something is in the way of the ordinary choice")
     assert list(runtime.verdicts) == bitlinear.available_kernels() == select(runtime.hardware)
 
@@ -218,6 +295,23 @@ def test_a_machine_where_all_is_well(warm: Path) -> None:
         assert len(data["threads"]["openmp"]) == 1
 
 
+def test_verbose_json_has_what_the_verbose_text_has(warm: Path) -> None:
+    done = run("--json", "--verbose", BITLINEAR_CACHE_DIR=str(warm), MAX_JOBS="7")
+    data = json.loads(done.stdout)
+    assert data["environment"]["MAX_JOBS"] == "7"
+    assert set(data["builds"]) >= {"ops", data["kernel"]}
+    assert any("-ffp-contract=off" in line for line in data["builds"]["ops"])
+    assert "builds" not in json.loads(run("--json", BITLINEAR_CACHE_DIR=str(warm)).stdout)
+
+
+@pytest.mark.parametrize("variable", ["BITLINEAR_KERNEL", "BITLINEAR_BUILD", "BITLINEAR_CUDA"])
+def test_a_setting_that_means_nothing_is_one_line(warm: Path, variable: str) -> None:
+    done = run(BITLINEAR_CACHE_DIR=str(warm), **{variable: "nonsense"})
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"bitlinear: {variable}='nonsense' ")
+
+
 def test_looking_does_not_compile(tmp_path: Path) -> None:
     root = tmp_path / "cache"
     done = run("--no-build", BITLINEAR_CACHE_DIR=str(root))
@@ -231,8 +325,9 @@ def test_looking_does_not_compile(tmp_path: Path) -> None:
 def test_cleaning_does_not_compile_first(warm: Path, tmp_path: Path) -> None:
     done = run("--clean", BITLINEAR_CACHE_DIR=str(tmp_path / "cold"))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"0 deleted: {tmp_path}/cold\n", "")
+    count = len(list(warm.glob("*/*/meta.json")))
     done = run("--clean", "--json", BITLINEAR_CACHE_DIR=str(warm), HOME=str(tmp_path))
-    assert (done.returncode, json.loads(done.stdout)["deleted"], done.stderr) == (0, 2, "")
+    assert (done.returncode, json.loads(done.stdout)["deleted"], done.stderr) == (0, count, "")
     assert not list(warm.glob("*/*/meta.json"))
 
 
@@ -290,7 +385,8 @@ def test_an_unsafe_cache_is_broken(warm: Path, tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert f"{unsafe} can be written to by others (mode 0777)" in done.stdout
     assert "chmod 700" in done.stdout
-    assert "~/.cache/bitlinear  0700  2 artifacts" in done.stdout
+    count = len(list(warm.glob("*/*/meta.json")))
+    assert f"~/.cache/bitlinear  0700  {count} artifacts" in done.stdout
     assert str(home) not in done.stdout
 
 
