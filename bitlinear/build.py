@@ -194,7 +194,8 @@ class Build:
             return self._failed("self-test-failed", f"self-test failed: {error}"), True
         if stage == "device":
             reason = f"the self-test could not be run: {error}"
-            return self._failed("compile-failed", reason, "try again when the GPU is free"), False
+            fix = "see whether other programs occupy the GPU; the next import tries again"
+            return self._failed("compile-failed", reason, fix), False
         if stage == "load":
             return self._failed("compile-failed", f"cannot be loaded: {error}"), True
         if stage == "compile":

@@ -187,12 +187,12 @@ def load(
 
 def _warn(runtime: Runtime) -> None:
     """Say it, once, if something is slower than it has to be."""
-    what, problem = "", runtime.problem
+    where, problem = "", runtime.problem
     if not problem:
-        what, problem = "for CUDA tensors, ", runtime.cuda_problem
+        where, problem = " for CUDA tensors", runtime.cuda_problem
     if problem:
         warnings.warn(
-            f"bitlinear runs its slow reference implementation: {what}{problem}. "
+            f"bitlinear runs its slow reference implementation{where}: {problem}. "
             "More: python -m bitlinear.doctor",
             RuntimeWarning,
             stacklevel=3,

@@ -116,7 +116,8 @@ def _judge_cuda(hardware: Hardware, arch_list: str) -> Verdict:
     judged = targets(hardware, arch_list)
     reason = ", ".join(_counted(judged))
     if not any(target.architecture for target in judged):
-        return _no_cuda("no-gpu", reason, judged[0].fix)
+        fix = next((target.fix for target in judged if target.fix), "")
+        return _no_cuda("cuda-mismatch" if fix else "no-gpu", reason, fix)
     fix = ""
     if toolkit(hardware) != torch:
         fix = f"nvcc is of CUDA {toolkit(hardware)}: install {torch}, which torch is built for"

@@ -743,7 +743,7 @@ def test_cuda_is_built_beside_the_rest_and_found_again(
     assert tested.read_text() == "0 2 "
     first, last = capfd.readouterr().err.splitlines()
     assert first.startswith(
-        "bitlinear: compiling the kernel0 kernel, the operator and the CUDA kernels for sm_80 and "
+        "bitlinear: compiling the kernel0 kernel, the operator and the CUDA kernels for sm_80, "
         "sm_90a for this machine into "
     )
     assert first.endswith("happens once, takes about a minute")
@@ -782,7 +782,7 @@ def test_a_failure_of_cuda_leaves_the_cpu_alone(
         with pytest.warns(RuntimeWarning) as caught:
             runtime = sources.load()
         assert len(caught) == 1
-        assert "slow reference implementation: for CUDA tensors, " in str(caught[0].message)
+        assert "slow reference implementation for CUDA tensors: " in str(caught[0].message)
         assert runtime.kernel == "kernel0"
         assert (runtime.cuda.status, runtime.cuda.code) == ("rejected", code)
         assert reason in runtime.cuda.reason

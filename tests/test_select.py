@@ -305,8 +305,9 @@ def on_cuda(*gpus: Gpu, cuda: str = "13.0", driver: str = "13.0", nvcc: str = ""
             "",
         ),
         (
-            on_cuda(VOLTA, VOLTA),
-            "no-gpu",
+            on_cuda(MAXWELL, VOLTA, VOLTA),
+            "cuda-mismatch",
+            "M4000 (requires compute capability 6.1 or newer), "
             "2 x V100 (CUDA 13.0 no longer compiles for compute capability 7.0)",
             "install an older CUDA toolkit, and a torch that is built for it",
         ),
@@ -346,7 +347,7 @@ def test_cuda_is_chosen_beside_a_cpu_kernel(hardware: Hardware, reason: str, fix
 def test_cuda_goes_by_the_list_of_architectures() -> None:
     assert select(on_cuda(H100), arch_list="8.0;9.0+PTX")[-1].reason == "H100 (sm_90a)"
     verdict = select(on_cuda(H100), arch_list="8.0")[-1]
-    assert (verdict.status, verdict.code) == ("rejected", "no-gpu")
+    assert (verdict.status, verdict.code) == ("rejected", "cuda-mismatch")
     assert "TORCH_CUDA_ARCH_LIST='8.0' has nothing for" in verdict.reason
     assert verdict.fix == "add 9.0 to TORCH_CUDA_ARCH_LIST, or unset it"
 

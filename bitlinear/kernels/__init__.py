@@ -87,7 +87,7 @@ class CudaLibrary(Library):
         return (*self.cuda_cflags, *gencode)
 
     def __str__(self) -> str:
-        return f"the CUDA kernels for {' and '.join(self.architectures)}"
+        return f"the CUDA kernels for {', '.join(self.architectures)}"
 
 
 # The kernels use nothing of torch: do not tie the library to libtorch. The linkers of macOS and
