@@ -285,9 +285,19 @@ def _environment(hardware: Hardware, links: Path) -> dict[str, str]:
         environment["CXX"] = environment["CC"] = str(compiler)  # CC: nvcc's host compiler
         environment["PATH"] = os.pathsep.join([str(tools), os.environ.get("PATH", os.defpath)])
     if hardware.nvcc is not None:
-        home = os.path.abspath(Path(hardware.nvcc.path).parents[1])
-        environment["CUDA_HOME"] = _plain_path(home, links / "cuda")
+        home = Path(os.path.abspath(hardware.nvcc.path)).parents[1]
+        environment["CUDA_HOME"] = _plain_path(str(home), links / "cuda")
+        environment["LIBRARY_PATH"] = _library_path(home, links / "lib")
     return environment
+
+
+def _library_path(cuda_home: Path, directory: Path) -> str:
+    """Where the linker looks last: NVIDIA's packages lack the name that it looks for."""
+    directory.mkdir()
+    runtime = min((cuda_home / "lib").glob("libcudart.so.*"), default=None)
+    if runtime is not None:
+        (directory / "libcudart.so").symlink_to(runtime)
+    return os.pathsep.join(filter(None, [str(directory), os.environ.get("LIBRARY_PATH")]))
 
 
 def _compiler_command(hardware: Hardware) -> list[str]:

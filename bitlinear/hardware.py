@@ -498,7 +498,7 @@ def _compiler(memory: _Memory) -> Probe[Compiler]:
 def _nvcc(memory: _Memory) -> Probe[Compiler]:
     """That of the first toolkit, looked for in the order of torch.utils.cpp_extension."""
     chosen = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    homes = [chosen or _CUDA_HOME]
+    homes = [chosen] if chosen else [_CUDA_HOME, *_packaged_toolkits()]
     if not chosen and (on_path := shutil.which("nvcc")):
         # It may be a link into a toolkit, or a script that lies in none.
         places = (on_path, os.path.realpath(on_path))
@@ -509,6 +509,15 @@ def _nvcc(memory: _Memory) -> Probe[Compiler]:
             return _ask_version(found, [found, "--version"], found, memory)
     where = f"CUDA_HOME={chosen!r}" if chosen else " or ".join(dict.fromkeys(homes))
     return Probe(reason=f"no bin/nvcc and include/cuda_runtime_api.h in {where}")
+
+
+def _packaged_toolkits() -> list[str]:
+    """Where the package nvidia-cuda-nvcc puts one, beside the libraries that torch brings."""
+    with contextlib.suppress(Exception):
+        spec = importlib.util.find_spec("nvidia")
+        places = (spec and spec.submodule_search_locations) or ()
+        return [str(home) for place in places for home in Path(place).glob("cu[0-9]*")]
+    return []
 
 
 def _ask_version(path: str, command: list[str], found: str, memory: _Memory) -> Probe[Compiler]:

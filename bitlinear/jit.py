@@ -20,7 +20,7 @@ from types import MappingProxyType, TracebackType
 import torch
 
 from . import build, cache
-from .architectures import targets, toolkit
+from .architectures import targets, toolkit, version
 from .cache import Artifact, CacheDirectory
 from .hardware import Hardware, detect, has_interpreter
 from .kernels import CUDA, DIRECTORY, OPS, VARIANTS, CudaLibrary, Library, Variant
@@ -358,6 +358,8 @@ def _cuda_obstacle(library: Library, hardware: Hardware) -> _Obstacle | None:
         return None
     fix = f"install the CUDA {torch} toolkit, or set CUDA_HOME to where it is"
     if nvcc is None:
+        if torch and version(torch) >= (13, 0):  # since then NVIDIA's packages make up a toolkit
+            fix = f'pip install "cuda-toolkit[nvcc,cccl]=={torch}.*", or {fix}'
         return _Obstacle("no-compiler", f"no nvcc: {hardware.nvcc_reason}", fix)
     if nvcc.release and nvcc.release != toolkit(hardware):
         reason = f"nvcc is of CUDA {nvcc.release}, torch is built for CUDA {torch}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import json
 import os
 import platform
@@ -453,18 +454,22 @@ def test_nvcc(bin_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert expected.release == "13.0"
 
 
-def test_nvcc_on_path_and_at_the_usual_place(
+def test_nvcc_on_path_and_elsewhere(
     bin_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def found() -> str:
         nvcc = detect(everything=True).nvcc
         return nvcc.path if nvcc else ""
 
-    usual = tmp_path / "usual"
+    usual, packages = tmp_path / "usual", tmp_path / "site-packages"
     monkeypatch.setattr(hardware, "_CUDA_HOME", str(usual))
+    monkeypatch.setattr(sys, "path", [str(packages)])
     assert detect(everything=True).nvcc_reason.endswith(f"cuda_runtime_api.h in {usual}")
+    packaged = str(toolkit(packages / "nvidia" / "cu13"))
+    importlib.invalidate_caches()
+    assert found() == packaged
     script = program(bin_dir / "nvcc", f"exec {tmp_path}/somewhere/nvcc")
-    assert found() == ""  # a compiler without its headers and libraries is of no use
+    assert found() == packaged  # the script lies in no toolkit
     assert str(toolkit(usual)) == found()
     script.unlink()
     script.symlink_to(linked := toolkit(tmp_path / "linked"))

@@ -794,10 +794,20 @@ def test_a_failure_of_cuda_leaves_the_cpu_alone(
 
 
 @pytest.mark.parametrize(
-    ("nvcc", "code", "reason"),
+    ("nvcc", "code", "reason", "fix"),
     [
-        ("", "no-compiler", "no nvcc: it is not installed"),
-        ("12.8", "cuda-mismatch", "nvcc is of CUDA 12.8, torch is built for CUDA 13.0"),
+        (
+            "",
+            "no-compiler",
+            "no nvcc: it is not installed",
+            'pip install "cuda-toolkit[nvcc,cccl]==13.0.*", or install the CUDA 13.0 toolkit, or ',
+        ),
+        (
+            "12.8",
+            "cuda-mismatch",
+            "nvcc is of CUDA 12.8, torch is built for CUDA 13.0",
+            "install the CUDA 13.0 toolkit, or ",
+        ),
     ],
 )
 def test_a_toolkit_that_will_not_do(
@@ -808,11 +818,13 @@ def test_a_toolkit_that_will_not_do(
     nvcc: str,
     code: str,
     reason: str,
+    fix: str,
 ) -> None:
     monkeypatch.setattr(jit, "detect", lambda _: with_gpus(nvcc))
     sources = stand_ins(tmp_path / "sources")
-    with pytest.warns(RuntimeWarning, match="install the CUDA 13.0 toolkit, or set CUDA_HOME"):
+    with pytest.warns(RuntimeWarning, match="or set CUDA_HOME to where it is"):
         runtime = sources.load()
+    assert runtime.cuda.fix == fix + "set CUDA_HOME to where it is"
     assert (runtime.kernel, runtime.cuda.code, runtime.cuda.reason) == ("kernel0", code, reason)
     assert capfd.readouterr().err == ""
 
@@ -970,6 +982,23 @@ def test_nvcc_has_its_toolkit_and_the_host_compiler(
         assert (environment["CUDA_HOME"] == str(home)) == (home.name == "plain")
         assert environment["CC"] == environment["CXX"]
         assert "PYTORCH_NVCC" not in environment
+
+
+def test_the_linker_finds_the_runtime_of_nvidias_packages(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBRARY_PATH", "/one:/two")
+    runtime = tmp_path / "cu13" / "lib" / "libcudart.so.13"
+    runtime.parent.mkdir(parents=True)
+    runtime.touch()
+    runtime.with_name("libcudart.so.13.0.96").touch()
+    nvcc = str(tmp_path / "cu13" / "bin" / "nvcc")
+    links = tmp_path / "links"
+    links.mkdir()
+    machine = replace(detect(), nvcc=Compiler(nvcc, nvcc, "release 13.0", "nvcc"))
+    directory, *others = build._environment(machine, links)["LIBRARY_PATH"].split(":")
+    assert Path(directory, "libcudart.so").resolve() == runtime
+    assert others == ["/one", "/two"]
 
 
 @pytest.mark.parametrize("form", ["env {}", "env A='b c' {}"])
