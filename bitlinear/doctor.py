@@ -68,9 +68,8 @@ class Report:
         """What the command exits with: OK, FALLBACK or BROKEN."""
         runtime = self.runtime
         codes = {verdict.code for verdict in runtime.verdicts if verdict != runtime.cuda}
-        if self.operator or "self-test-failed" in {*codes, runtime.cuda.code}:
-            return BROKEN
-        if runtime.cache.unsafe:
+        differs = self.operator or "self-test-failed" in {*codes, runtime.cuda.code}
+        if differs or runtime.cache.unsafe:
             return BROKEN
         if runtime.kernel is None or runtime.cache.temporary or codes & _FALLBACK_CODES:
             return FALLBACK
