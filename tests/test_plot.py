@@ -38,6 +38,7 @@ def results_of(shapes, tokens, threads):
                 kernels=["avx2", "scalar"],
                 peers=["fp32", "int_mm"],
                 bounds={"avx2": 1e-6},
+                baseline="fp32",
             )
         )
     roles = dict.fromkeys(MEDIANS, "peer")
@@ -48,6 +49,8 @@ def results_of(shapes, tokens, threads):
         "machine": {"cpu": "Imaginary(R) CPU"},
         "versions": {"bitlinear": "0.1.0", "torch": "2.13.0"},
         "chosen_kernel": "avx2",
+        "baseline": "fp32",
+        "modes": [""],
         "contestants": {
             name: {"role": role, "label": f"label of {name}", "note": ""}
             for name, role in roles.items()
