@@ -195,7 +195,7 @@ def _parse(argv: Sequence[str] | None) -> Setup:
     kernels = (options.kernels or available) if "bitlinear" in wanted else []
     if not set(kernels) <= set(available):
         parser.error(f"--kernels: on this machine there are {', '.join(available)}")
-    chosen = available[0] if device.name == "cuda" else jit.runtime().kernel
+    chosen = contestants.chosen_kernel(device.name)
     if chosen is None:
         parser.error(f"there is no compiled kernel: {jit.runtime().problem}")
     shapes, tokens = GRIDS[device.name][options.grid]

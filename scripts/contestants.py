@@ -163,6 +163,11 @@ def available_kernels(device: str) -> list[str]:
     return [name for name in names if name != "cuda"]
 
 
+def chosen_kernel(device: str) -> str | None:
+    """What a deployed layer runs on, unless told otherwise; None if no CPU kernel is compiled."""
+    return available_kernels(device)[0] if device == "cuda" else jit.runtime().kernel
+
+
 def build_kernels(names: Iterable[str]) -> dict[str, str]:
     """Has CPU kernels compiled that have not been yet; which ones cannot be, and why."""
     failed = {}

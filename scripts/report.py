@@ -92,10 +92,7 @@ def record(
     contestants = {}
     for name, its in times.items():
         contestants[name] = {
-            "median_us": _short(its.median * 1e6),
-            "p25_us": _short(its.p25 * 1e6),
-            "p75_us": _short(its.p75 * 1e6),
-            "samples": its.samples,
+            **quartiles(its),
             "gops": _ratio(cell.operations * 1e-9, its.median),
             "gbps": _ratio(cell.packed_bytes * 1e-9 if name in kernels else None, its.median),
             "share_of_bound": _ratio(bounds.get(name), its.median),
@@ -107,6 +104,16 @@ def record(
         "measurements": measurements,
         "fastest_peer": fastest or None,
         "contestants": contestants,
+    }
+
+
+def quartiles(its: Summary) -> Record:
+    """The distribution of a time."""
+    return {
+        "median_us": _short(its.median * 1e6),
+        "p25_us": _short(its.p25 * 1e6),
+        "p75_us": _short(its.p75 * 1e6),
+        "samples": its.samples,
     }
 
 
@@ -204,13 +211,11 @@ GPU_EXPLANATION = """\
 cold: a CUDA graph calls copies of the layer in turn, each with weights of its own, so many that
   the packed ones fill the L2 twice (but at most 512: the weights of small layers stay there).
 warm: a CUDA graph calls one layer as often; its weights stay in the L2 if they fit.
-eager: Python issues the calls; where the GPU waits for it, that is part of the time.
+eager: Python issues the calls; where the GPU waits for it, that is part of the time, and the
+  check leaves it out.
 In all three, calls follow each other in the stream's order and none reads another's output: a
   kernel that begins while its predecessor ends gains by that. Bounds are those of cold weights;
   the rate of int8 operations is the data sheet's."""
-
-# The columns of words, by how they begin.
-_WORDS = ("N x K", "mode", "contestant", "target", "verdict")
 
 
 def render(results: Record) -> str:
@@ -308,7 +313,7 @@ def _table(results: Record) -> str:
         for cell in results["cells"]
         for name, its in cell["contestants"].items()
     ]
-    return _markdown(header, rows)
+    return markdown(header, rows, words=("N x K", "mode", "contestant"))
 
 
 def _targets(results: Record) -> list[str]:
@@ -318,13 +323,15 @@ def _targets(results: Record) -> list[str]:
         for its in targets.judge(results)
     ]
     header = ("target (for an H100, cold)", "wanted", "measured", "verdict")
-    return [_markdown(header, rows)] if rows else []
+    return [markdown(header, rows, words=header)] if rows else []
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with words to the left, numbers to the right."""
+def markdown(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, words: Collection[str]
+) -> str:
+    """A table, with the columns that hold words to the left, and numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
-    sides = ["<" if column.startswith(_WORDS) else ">" for column in header]
+    sides = ["<" if column in words else ">" for column in header]
     lines = [
         "| " + " | ".join(f"{text:{s}{w}}" for text, s, w in zip(row, sides, widths)) + " |"
         for row in (header, *rows)

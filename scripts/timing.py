@@ -28,8 +28,8 @@ MIN_SAMPLES = 3
 SAMPLE_SECONDS = 200e-6
 # So long that the gap between two replays of a graph, some 2 us, makes no difference.
 GRAPH_SECONDS = 1e-3
-# Some 0.1 ms, in which the host launches the first graph of a sample.
-LEAD_CYCLES = 200_000
+# Some 0.3 ms, in which the host launches the first graph of a sample.
+LEAD_CYCLES = 500_000
 # A visit begins with an untimed sample, which brings weights and code back into the caches and
 # wakes the threads. To calls as long as this that makes no difference.
 LONG_SECONDS = 50e-3
@@ -192,14 +192,15 @@ def capture(calls: Sequence[Call]) -> Call:
     """
     stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(
+        stream
+    ):  # also left if the capture fails, which torch.cuda.graph forgets
         for call in dict.fromkeys(calls):  # whatever a first call sets up is not for the graph
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recorded, stream=stream):
-        for call in calls:
-            call()
+        with torch.cuda.graph(recorded, stream=stream):
+            for call in calls:
+                call()
 
     def replay(_kept: Sequence[Call] = tuple(calls)) -> None:  # with the tensors that it reads
         recorded.replay()
