@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ import report
 import timing
 from bitlinear import jit
 from bitlinear.kernels import VARIANTS
+from bitlinear.packing import packed_shape
 from contestants import OTHERS, PEER
 from devices import DEVICES, Device, Mode
 from peaks import Peaks
@@ -265,7 +267,7 @@ def _measure(setup: Setup, results: Record) -> None:
     settings = list(itertools.product(setup.threads, setup.tokens, setup.modes))
     with tqdm(total=len(setup.shapes) * len(settings), desc="timing", unit="cell") as bar:
         for N, K in setup.shapes:
-            copies = device.copies(Cell(N, K, 1, 1, dtype).packed_bytes)
+            copies = device.copies(math.prod(packed_shape(N, K)))
             layers = contestants.Layers(N, K, setup.others, kernels, device, copies)
             for threads, M, mode in settings:
                 torch.set_num_threads(threads)

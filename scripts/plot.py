@@ -14,7 +14,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Callable, Union
+from typing import Callable, Optional
 
 import matplotlib as mpl
 import numpy as np
@@ -54,7 +54,7 @@ BLOCK = ((4, HIDDEN, HIDDEN), (2, INNER, HIDDEN), (1, HIDDEN, INNER))
 # From a contestant's figures to what is drawn: lower quartile, median, upper quartile.
 Quartiles = Callable[[Record], tuple[float, float, float]]
 # From a cell to what no contestant can pass, or None.
-Limit = Callable[[Record], Union[float, None]]
+Limit = Callable[[Record], Optional[float]]
 
 
 # --------------------------------------------------------------------------------- pictures

@@ -16,7 +16,6 @@ from typing import Callable
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 
 Call = Callable[[], object]
 # (call, count): seconds per call, averaged over `count` calls in a row.
@@ -102,10 +101,10 @@ def plan(call_seconds: float, share: float) -> Plan:
     return Plan(calls, samples, visits, warm_up)
 
 
-def summarize(samples: ArrayLike) -> Summary:
+def summarize(samples: Sequence[float]) -> Summary:
     """The quartiles, interpolated linearly."""
     p25, median, p75 = np.percentile(samples, (25, 50, 75))
-    return Summary(float(median), float(p25), float(p75), np.size(samples))
+    return Summary(float(median), float(p25), float(p75), len(samples))
 
 
 def compare(contestants: Sequence[Contestant], budget: float, timer: Timer) -> dict[str, Summary]:
@@ -127,8 +126,8 @@ def compare(contestants: Sequence[Contestant], budget: float, timer: Timer) -> d
                     timer(contestant.call, its.calls) for _ in range(its.samples)
                 ]
     return {
-        contestant.name: summarize(np.divide(samples[contestant.name], contestant.repeats))
-        for contestant in contestants
+        its.name: summarize([seconds / its.repeats for seconds in samples[its.name]])
+        for its in contestants
     }
 
 
@@ -193,9 +192,8 @@ def capture(calls: Sequence[Call]) -> Call:
     stream = _side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(
-        stream
-    ):  # also left if the capture fails, which torch.cuda.graph forgets
+    # torch.cuda.graph switches streams by itself, but not back if the capture fails.
+    with torch.cuda.stream(stream):
         for call in dict.fromkeys(calls):  # whatever a first call sets up is not for the graph
             call()
         with torch.cuda.graph(recorded, stream=stream):

@@ -446,6 +446,7 @@ def test_the_floor_is_the_whole_grid():
 @pytest.fixture
 def no_gpu(monkeypatch):
     """A "GPU" that runs on the CPU: in place of graphs, lists of calls."""
+    monkeypatch.setattr(contestants, "available_kernels", lambda device: ["reference"])
     monkeypatch.setattr(timing, "capture", lambda calls: lambda: [call() for call in calls])
     monkeypatch.setattr(timing, "graph_timer", timing.cpu_timer)
     monkeypatch.setattr(machine, "gpu", lambda: {"name": "Imaginary GPU", "l2_bytes": 2000})
