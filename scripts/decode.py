@@ -107,8 +107,8 @@ def measure(its: Architecture, device: Device, budget: float) -> dict[str, Recor
     """What a token takes, in time and memory, by contestant."""
     mode = next(iter(device.modes.values()))  # on a GPU, graphs
     field, memory = [], {}
-    layers = {"bitlinear": _deployed, device.baseline: _float, "glue": Constant}
-    for name, linear in layers.items():
+    linears = {"bitlinear": _deployed, device.baseline: _float, "glue": Constant}
+    for name, linear in linears.items():
         before = _allocated(device)
         blocks = nn.Sequential(
             *(Block(its, partial(linear, device=device)) for _ in range(its.layers))
@@ -122,8 +122,8 @@ def measure(its: Architecture, device: Device, budget: float) -> dict[str, Recor
         field.append(timing.Contestant(name, call, repeats=repeats))
     times = timing.compare(field, budget, mode.timer)
     return {
-        name: {**report.quartiles(its), "tokens_per_s": round(1 / its.median, 1), **memory[name]}
-        for name, its in times.items()
+        name: {**report.quartiles(time), "tokens_per_s": round(1 / time.median, 1), **memory[name]}
+        for name, time in times.items()
     }
 
 
