@@ -1,11 +1,13 @@
 """Times a deployed BitLinear, with each kernel that this machine can run, beside its alternatives.
 
     python scripts/bench.py [--grid floor] [--json scripts/results/NAME.json] [--check]
+    python scripts/bench.py --device cuda [...]
 
-Everything runs in one process. In each cell (a shape, a batch size, a number of threads) all
-contestants take turns, round after round, so that a machine whose speed drifts treats them alike;
-figures are medians and quartiles, set against what the machine can do at best, measured too. The
-table goes to standard output as Markdown; the JSON file has the same figures and the circumstances.
+Everything runs in one process. In each cell (a shape, a batch size, a number of threads; on a GPU,
+a way of timing) all contestants take turns, round after round, so that a machine whose speed drifts
+treats them alike; figures are medians and quartiles, set against what the machine can do at best,
+measured too. The table goes to standard output as Markdown; the JSON file has the same figures and
+the circumstances.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,22 +32,37 @@ import report
 import timing
 from bitlinear import jit
 from bitlinear.kernels import VARIANTS
-from contestants import OTHERS
+from bitlinear.packing import packed_shape
+from contestants import OTHERS, PEER
+from devices import DEVICES, Device, Mode
 from peaks import Peaks
 from report import Cell, Record
 
 Shape = tuple[int, int]
 
-GRIDS: dict[str, tuple[list[Shape], list[int]]] = {
-    "quick": ([(1024, 1024), (4096, 4096)], [1, 8, 32, 256]),
-    # Where a deployed layer must never be slower than an alternative.
-    "floor": (
-        [
-            (64, 64), (512, 256), (256, 512), (1024, 1024), (2560, 2560), (4096, 4096),
-            (2560, 6912), (6912, 2560), (14336, 4096),
-        ],
-        [1 << exponent for exponent in range(11)],
-    ),
+GRIDS: dict[str, dict[str, tuple[list[Shape], list[int]]]] = {
+    "cpu": {
+        "quick": ([(1024, 1024), (4096, 4096)], [1, 8, 32, 256]),
+        # Where a deployed layer must never be slower than an alternative.
+        "floor": (
+            [
+                (64, 64), (512, 256), (256, 512), (1024, 1024), (2560, 2560), (4096, 4096),
+                (2560, 6912), (6912, 2560), (14336, 4096),
+            ],
+            [1 << exponent for exponent in range(11)],
+        ),
+    },
+    "cuda": {
+        "quick": ([(2560, 6912), (8192, 8192)], [1, 16, 64, 1024]),
+        "floor": (
+            [
+                (64, 64), (512, 256), (256, 512), (1024, 1024), (2560, 2560), (4096, 4096),
+                (2560, 6912), (6912, 2560), (13824, 2560), (14336, 4096), (8192, 8192),
+                (28672, 8192),
+            ],
+            [*(1 << exponent for exponent in range(11)), 4096],
+        ),
+    },
 }  # fmt: skip
 
 # How often --check measures a lost cell, each time for twice as long, before it believes it.
@@ -59,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = _circumstances(setup)
     code = 0
     try:
-        with _process_restored(setup.device), torch.inference_mode():
+        with _process_restored(setup.device.name), torch.inference_mode():
             _measure(setup, results)
         results["complete"] = True
     except KeyboardInterrupt:
@@ -84,9 +102,10 @@ class Setup:
     Attributes:
         shapes: ``(N, K)`` of the layers; the cells are all combinations of these,
         tokens: these batch sizes
-        threads: and these numbers of threads.
+        threads: these numbers of threads
+        modes: and these modes of the device.
         budget: Seconds for each cell.
-        device: ``"cpu"`` or ``"cuda"``.
+        device: Where.
         kernels: What the deployed layer runs on, one after the other.
         chosen: What ``import bitlinear`` chose for it.
         others: The other contestants.
@@ -97,13 +116,19 @@ class Setup:
     shapes: list[Shape]
     tokens: list[int]
     threads: list[int]
+    modes: list[str]
     budget: float
-    device: str
+    device: Device
     kernels: list[str]
     chosen: str
     others: list[str]
     json: Path | None
     check: bool
+
+    @property
+    def peers(self) -> list[str]:
+        """Those of the others that ``chosen`` has to beat."""
+        return [name for name in self.others if OTHERS[name].roles[self.device.name] == PEER]
 
 
 def parse_shape(text: str) -> Shape:
@@ -132,17 +157,19 @@ def parse_seconds(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog=report.EXPLANATION,
+        epilog=f"{report.EXPLANATION}\n{report.GPU_EXPLANATION}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = ["bitlinear", *OTHERS]
+    budgets = ", ".join(f"{its.budget:g} on {name}" for name, its in DEVICES.items())
     add = parser.add_argument
-    add("--grid", choices=GRIDS, default="quick", help="which cells (default: quick)")
+    add("--grid", choices=GRIDS["cpu"], default="quick", help="which cells (default: quick)")
     add("--shapes", nargs="+", type=parse_shape, metavar="NxK", help="instead of the grid's")
     add("--tokens", nargs="+", type=parse_count, metavar="M", help="instead of the grid's")
     add("--threads", nargs="+", type=parse_count, metavar="T", help="default: those of torch")
-    add("--budget", type=parse_seconds, default=2.0, help="seconds for each cell (default: 2)")
-    add("--device", choices=contestants.DTYPES, default="cpu")
+    add("--modes", nargs="+", metavar="MODE", help="ways of timing on a GPU (default: all)")
+    add("--budget", type=parse_seconds, help=f"seconds for each cell (default: {budgets})")
+    add("--device", choices=DEVICES, default="cpu")
     add("--contestants", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     add("--kernels", nargs="+", metavar="NAME", help="default: all that this machine can run")
     add("--json", type=Path, metavar="PATH", help="write the results there")
@@ -153,40 +180,47 @@ def _parser() -> argparse.ArgumentParser:
 def _parse(argv: Sequence[str] | None) -> Setup:
     parser = _parser()
     options = parser.parse_args(argv)
-    device = options.device
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU")
+    device = DEVICES[options.device]
+    if not device.is_available():
+        parser.error(f"--device {device.name}: torch finds no GPU")
+    modes = options.modes or list(device.modes)
+    if not set(modes) <= set(device.modes):
+        parser.error(f"--modes: on {device.name} there are {', '.join(device.modes) or 'none'}")
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"--json: there is no directory {options.json.parent}")
 
-    here = ["bitlinear", *(name for name, kind in OTHERS.items() if device in kind.devices)]
+    here = ["bitlinear", *(name for name, kind in OTHERS.items() if device.name in kind.roles)]
     wanted = options.contestants or here
     if not set(wanted) <= set(here):
-        parser.error(f"--contestants: on {device} there are {', '.join(here)}")
-    available = contestants.available_kernels(device)
+        parser.error(f"--contestants: on {device.name} there are {', '.join(here)}")
+    available = contestants.available_kernels(device.name)
     kernels = (options.kernels or available) if "bitlinear" in wanted else []
     if not set(kernels) <= set(available):
         parser.error(f"--kernels: on this machine there are {', '.join(available)}")
-    chosen = available[0] if device == "cuda" else jit.runtime().kernel
+    chosen = contestants.chosen_kernel(device.name)
     if chosen is None:
         parser.error(f"there is no compiled kernel: {jit.runtime().problem}")
-    others = [name for name in here if name in wanted and name in OTHERS]
-    if options.check and not (chosen in kernels and any(OTHERS[name].is_peer for name in others)):
-        parser.error(f"--check compares {chosen} with its peers: leave them in")
-
-    shapes, tokens = GRIDS[options.grid]
-    return Setup(
+    shapes, tokens = GRIDS[device.name][options.grid]
+    setup = Setup(
         shapes=options.shapes or shapes,
         tokens=options.tokens or tokens,
         threads=options.threads or [torch.get_num_threads()],
-        budget=options.budget,
+        modes=modes,
+        budget=options.budget or device.budget,
         device=device,
         kernels=kernels,
         chosen=chosen,
-        others=others,
+        others=[name for name in here if name in wanted and name in OTHERS],
         json=options.json,
         check=options.check,
     )
+    if setup.check and not (chosen in kernels and setup.peers and _checked(setup)):
+        parser.error(f"--check compares {chosen} with its peers: leave them in")
+    return setup
+
+
+def _checked(setup: Setup) -> list[str]:
+    return [name for name in setup.modes if setup.device.modes[name].checked]
 
 
 # --------------------------------------------------------------------------------- measuring
@@ -199,14 +233,17 @@ def _circumstances(setup: Setup) -> Record:
     }
     for name in setup.others:
         kind = OTHERS[name]
-        role = "peer" if kind.is_peer else "other"
+        role = kind.roles[setup.device.name]
         labels[name] = {"role": role, "label": kind.label, "note": kind.note}
-    described = machine.describe(jit.runtime().hardware, setup.device)
+    described = machine.describe(jit.runtime().hardware, setup.device.name)
     return {
         "schema": report.SCHEMA,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "complete": False,
-        "device": setup.device,
+        "device": setup.device.name,
+        "baseline": setup.device.baseline,
+        "modes": setup.modes,
+        "checked": _checked(setup),
         "budget_s": setup.budget,
         "machine": {**described, "threads": setup.threads},
         "versions": machine.versions(),
@@ -222,21 +259,23 @@ def _circumstances(setup: Setup) -> Record:
 
 def _measure(setup: Setup, results: Record) -> None:
     """Fills the results in, cell by cell, and keeps the file up to date."""
-    failed = contestants.build_kernels(setup.kernels) if setup.device == "cpu" else {}
+    device = setup.device
+    failed = contestants.build_kernels(setup.kernels) if device.name == "cpu" else {}
     kernels = [name for name in setup.kernels if name not in failed]
     known = _measure_peaks(setup, kernels, results)
-    total = len(setup.shapes) * len(setup.threads) * len(setup.tokens)
-    with tqdm(total=total, desc="timing", unit="cell") as bar:
+    dtype = str(device.dtype).rpartition(".")[2]
+    settings = list(itertools.product(setup.threads, setup.tokens, setup.modes))
+    with tqdm(total=len(setup.shapes) * len(settings), desc="timing", unit="cell") as bar:
         for N, K in setup.shapes:
-            layers = contestants.Layers(N, K, setup.others, kernels, setup.device)
-            for threads, M in itertools.product(setup.threads, setup.tokens):
+            copies = device.copies(math.prod(packed_shape(N, K)))
+            layers = contestants.Layers(N, K, setup.others, kernels, device, copies)
+            for threads, M, mode in settings:
                 torch.set_num_threads(threads)
-                dtype = str(contestants.DTYPES[setup.device]).rpartition(".")[2]
-                cell = Cell(N, K, M, threads, dtype)
+                cell = Cell(N, K, M, threads, dtype, mode)
                 bar.set_postfix_str(report.title(vars(cell)))
-                field, missing = layers.contestants(M)
+                field, missing = layers.contestants(M, device.modes[mode])
                 report.note_skipped(results, cell, {**failed, **missing})
-                bounds = _bounds(cell, kernels, known.get(threads))
+                bounds = _bounds(cell, kernels, known.get(threads), device.modes[mode])
                 results["cells"].append(_measure_cell(setup, cell, field, bounds))
                 if setup.json is not None:
                     report.write(setup.json, results)
@@ -246,23 +285,33 @@ def _measure(setup: Setup, results: Record) -> None:
 def _measure_cell(
     setup: Setup, cell: Cell, field: Sequence[timing.Contestant], bounds: Mapping[str, float]
 ) -> Record:
-    timer = timing.cuda_timer if setup.device == "cuda" else timing.cpu_timer
-    peers = [name for name in setup.others if OTHERS[name].is_peer]
+    mode = setup.device.modes[cell.mode]
     for number in range(1, MEASUREMENTS + 1):
-        times = timing.compare(field, setup.budget * 2 ** (number - 1), timer)
+        times = timing.compare(field, setup.budget * 2 ** (number - 1), mode.timer)
         record = report.record(
-            cell, times, kernels=setup.kernels, peers=peers, bounds=bounds, measurements=number
+            cell,
+            times,
+            kernels=setup.kernels,
+            peers=setup.peers,
+            bounds=bounds,
+            baseline=setup.device.baseline,
+            measurements=number,
         )
         lead = report.lead(record, setup.chosen)
-        if not setup.check or lead is None or lead >= 1:
+        if not (setup.check and mode.checked) or lead is None or lead >= 1:
             break
     return record
 
 
 def _measure_peaks(setup: Setup, kernels: Sequence[str], results: Record) -> dict[int, Peaks]:
     """The peaks by the number of threads; empty where there is nothing to measure them with."""
-    if setup.device == "cuda":
-        return {}
+    if setup.device.name == "cuda":
+        name = machine.gpu()["name"]
+        its = peaks.measure_gpu(name, setup.chosen)
+        if setup.chosen not in its.multiply_add:
+            results["peaks_missing"][setup.chosen] = f"the int8 peak of {name} is not in peaks.py"
+        results["peaks"] = [report.peaks_record(its)]
+        return dict.fromkeys(setup.threads, its)
     loops = {}
     compiler = jit.runtime().hardware.compiler
     for variant in sorted(VARIANTS, key=lambda variant: -variant.priority):
@@ -276,8 +325,10 @@ def _measure_peaks(setup: Setup, kernels: Sequence[str], results: Record) -> dic
     return known
 
 
-def _bounds(cell: Cell, kernels: Iterable[str], known: Peaks | None) -> dict[str, float]:
-    if known is None:
+def _bounds(
+    cell: Cell, kernels: Iterable[str], known: Peaks | None, mode: Mode
+) -> dict[str, float]:
+    if known is None or not mode.bounded:
         return {}
     return {name: known.bound(name, cell.packed_bytes, cell.operations) for name in kernels}
 

@@ -1,7 +1,7 @@
 """What is timed: a deployed BitLinear with each kernel, and whatever else computes x @ w.T.
 
 A contestant is made in two steps, as the weights of a shape serve every batch size: from an
-``nn.Linear`` to the layer (``build``), and from an input to a call without arguments.
+``nn.Linear`` to the layer (``build``), and from an input to a call without arguments (``bind``).
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
 
 import bitlinear
 from bitlinear import jit
-from timing import Call, Contestant
+from devices import Device, Mode
+from timing import Call, Contestant, nothing
 
-# The dtype of what BitLinear gets and returns.
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+# What a contestant computes with: a layer, or the tensors that stand for one.
+Weights = Any
 
-Prepare = Callable[[Tensor], Call]
+PEER, OTHER = "peer", "other"
 
 # How torch says that this build or version has no such operation, or not for this shape.
 _UNAVAILABLE = (RuntimeError, AttributeError, ImportError)
@@ -36,69 +37,120 @@ class Kind:
 
     Attributes:
         label: Its name for people.
-        devices: Where it exists.
+        roles: By device, where it exists, ``PEER``, if one would use it for want of a BitLinear, or
+            ``OTHER``.
         build: The first step; gets an fp32 layer of the shape, on the device.
+        bind: The second one, for some copies of the weights at once, as they share the input. That
+            comes in the dtype of BitLinear's.
         note: What one must know in order to compare it fairly.
-        is_peer: Whether one would use it for want of a BitLinear.
     """
 
     label: str
-    devices: tuple[str, ...]
-    build: Callable[[nn.Linear], Prepare]
+    roles: Mapping[str, str]
+    build: Callable[[nn.Linear], Weights]
+    bind: Callable[[Sequence[Weights], Tensor], list[Call]]
     note: str = ""
-    is_peer: bool = True
 
 
-def _float(linear: nn.Linear, dtype: torch.dtype) -> Prepare:
-    layer = copy.deepcopy(linear).to(dtype)
-    return lambda x: partial(layer, x.to(dtype))
+def _bind(layers: Sequence[nn.Module], x: Tensor) -> list[Call]:
+    return [partial(layer, x) for layer in layers]
 
 
-def _int8_dynamic(linear: nn.Linear) -> Prepare:
+def _float(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(linear).to(dtype)
+
+
+def _bind_float(layers: Sequence[nn.Linear], x: Tensor) -> list[Call]:
+    return _bind(layers, x.to(layers[0].weight.dtype))
+
+
+def _int8_dynamic(linear: nn.Linear) -> nn.Module:
     with warnings.catch_warnings():
         # Deprecated in favour of another package; but it is what torch itself has.
         warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor, .* are deprecated")
         quantize = torch.ao.quantization.quantize_dynamic
-        layer = quantize(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)[0]
-    return lambda x: partial(layer, x)
+        return quantize(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)[0]
 
 
-def _int_mm(linear: nn.Linear) -> Prepare:
-    def random(rows: int) -> Tensor:
-        shape = (rows, linear.in_features)
-        return torch.randint(-127, 128, shape, dtype=torch.int8, device=linear.weight.device)
-
-    weight = random(linear.out_features).t()
-    return lambda x: partial(torch._int_mm, random(len(x)), weight)
+def _random_int8(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=device)
 
 
-def _bitlinear(linear: nn.Linear, deployed: bool) -> Prepare:
-    layer = bitlinear.BitLinear.from_linear(linear)
-    if deployed:
-        layer.deploy()
-    return lambda x: partial(layer, x.to(DTYPES[x.device.type]))
+def _int_mm(linear: nn.Linear) -> Tensor:
+    return _random_int8(*linear.weight.shape, linear.weight.device).t()
 
 
-_EVERYWHERE = ("cpu", "cuda")
+def _bind_int_mm(weights: Sequence[Tensor], x: Tensor) -> list[Call]:
+    q = _random_int8(*x.shape, x.device)
+    return [partial(torch._int_mm, q, weight) for weight in weights]
+
+
+def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(q, scale)``, one scale for the whole of ``x``."""
+    dtype = torch.float8_e4m3fn
+    scale = x.abs().amax().float() / torch.finfo(dtype).max
+    return (x / scale).to(dtype), scale
+
+
+def _scaled_mm(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    q, scale = _fp8(linear.weight.detach())
+    return q.t(), scale
+
+
+def _bind_scaled_mm(weights: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> list[Call]:
+    # Some versions take nothing but multiples of 16 rows. Tiles of the product are no smaller.
+    q, scale = _fp8(nn.functional.pad(x, (0, 0, 0, -len(x) % 16)))
+    options = {"scale_a": scale, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return [
+        partial(torch._scaled_mm, q, weight, scale_b=weight_scale, **options)
+        for weight, weight_scale in weights
+    ]
+
+
+def _bitlinear(linear: nn.Linear) -> nn.Module:
+    return bitlinear.BitLinear.from_linear(linear)
+
+
+def _deployed(linear: nn.Linear) -> nn.Module:
+    return bitlinear.BitLinear.from_linear(linear).deploy()
+
 
 OTHERS: dict[str, Kind] = {
-    "fp32": Kind("nn.Linear fp32", _EVERYWHERE, partial(_float, dtype=torch.float32)),
-    "fp16": Kind("nn.Linear fp16", ("cuda",), partial(_float, dtype=torch.float16)),
-    "bf16": Kind("nn.Linear bf16", _EVERYWHERE, partial(_float, dtype=torch.bfloat16)),
-    "int8_dynamic": Kind("dynamic int8 Linear", ("cpu",), _int8_dynamic),
+    "fp32": Kind(
+        "nn.Linear fp32", {"cpu": PEER}, partial(_float, dtype=torch.float32), _bind_float
+    ),
+    "fp16": Kind(
+        "nn.Linear fp16", {"cuda": PEER}, partial(_float, dtype=torch.float16), _bind_float
+    ),
+    "bf16": Kind(
+        "nn.Linear bf16",
+        {"cpu": PEER, "cuda": PEER},
+        partial(_float, dtype=torch.bfloat16),
+        _bind_float,
+    ),
+    "int8_dynamic": Kind("dynamic int8 Linear", {"cpu": PEER}, _int8_dynamic, _bind),
+    "fp8": Kind(
+        "torch._scaled_mm fp8",
+        {"cuda": OTHER},
+        _scaled_mm,
+        _bind_scaled_mm,
+        note="the fp8 product alone, with a scale for each tensor: it quantises nothing, adds no "
+        "bias, and gets M rounded up to a multiple of 16",
+    ),
     "int_mm": Kind(
         "torch._int_mm",
-        _EVERYWHERE,
+        {"cpu": PEER, "cuda": OTHER},
         _int_mm,
+        _bind_int_mm,
         note="the int8 product alone: it quantises nothing and leaves int32 sums",
     ),
     "undeployed": Kind(
         "BitLinear, undeployed",
-        _EVERYWHERE,
-        partial(_bitlinear, deployed=False),
+        {"cpu": OTHER},
+        _bitlinear,
+        _bind,
         note="in eval mode, in which it quantises its weights anew in every call",
-        is_peer=False,
     ),
 }
 
@@ -109,6 +161,11 @@ def available_kernels(device: str) -> list[str]:
     if device == "cuda":
         return ["cuda" if "cuda" in names else "reference"]
     return [name for name in names if name != "cuda"]
+
+
+def chosen_kernel(device: str) -> str | None:
+    """What a deployed layer runs on, unless told otherwise; None if no CPU kernel is compiled."""
+    return available_kernels(device)[0] if device == "cuda" else jit.runtime().kernel
 
 
 def build_kernels(names: Iterable[str]) -> dict[str, str]:
@@ -123,46 +180,61 @@ def build_kernels(names: Iterable[str]) -> dict[str, str]:
 
 
 class Layers:
-    """The layers of one shape: N outputs, K inputs."""
+    """The layers of one shape: N outputs, K inputs.
+
+    Of every contestant there are ``copies``, each with weights of its own.
+    """
 
     def __init__(
-        self, N: int, K: int, others: Iterable[str], kernels: Iterable[str], device: str
+        self,
+        N: int,
+        K: int,
+        others: Iterable[str],
+        kernels: Iterable[str],
+        device: Device,
+        copies: int = 1,
     ) -> None:
-        self._shape = (N, K)
+        self._K = K
         self._device = device
         self._kernels = list(kernels)
-        linear = nn.Linear(K, N, device=device).eval()
-        self._deployed = _bitlinear(linear, deployed=True)
-        self._others: dict[str, Prepare] = {}
+        self._copies = copies
+        linear = nn.Linear(K, N, device=device.place).eval()
+        self._deployed = self._copied(_deployed(linear))
+        self._others: dict[str, list[Weights]] = {}
         self._failed: dict[str, str] = {}
         for name in others:
             try:
-                self._others[name] = OTHERS[name].build(linear)
+                self._others[name] = self._copied(OTHERS[name].build(linear))
             except _UNAVAILABLE as error:
                 self._failed[name] = one_line(error)
 
-    def contestants(self, M: int) -> tuple[list[Contestant], dict[str, str]]:
+    def contestants(self, M: int, mode: Mode) -> tuple[list[Contestant], dict[str, str]]:
         """Those for batches of M tokens, each of which has run once; who is missing, and why."""
-        x = torch.randn(M, self._shape[1], device=self._device)
-        call = self._deployed(x)
-        field = [Contestant(name, call, self._switch(name)) for name in self._kernels]
-        for contestant in field:
-            contestant.enter()
-            contestant.call()
+        x = torch.randn(M, self._K, device=self._device.place).to(self._device.dtype)
+        field = []
         failed = dict(self._failed)
-        for name, prepare in self._others.items():
+        runners = [
+            *((name, self._switch(name), _bind, self._deployed) for name in self._kernels),
+            *((name, nothing, OTHERS[name].bind, its) for name, its in self._others.items()),
+        ]
+        for name, enter, bind, copies in runners:
             try:
-                call = prepare(x)
-                call()
+                enter()
+                calls = bind(copies, x)
+                calls[0]()
+                call, repeats = mode.arrange(calls)
             except _UNAVAILABLE as error:
                 failed[name] = one_line(error)
             else:
-                field.append(Contestant(name, call))
+                field.append(Contestant(name, call, enter, repeats))
         return field, failed
+
+    def _copied(self, weights: Weights) -> list[Weights]:
+        return [weights, *(copy.deepcopy(weights) for _ in range(self._copies - 1))]
 
     def _switch(self, kernel: str) -> Call:
         # A GPU has one implementation, and the operator finds it by the device of its input.
-        return (lambda: None) if self._device == "cuda" else partial(jit.activate, kernel)
+        return nothing if self._device.name == "cuda" else partial(jit.activate, kernel)
 
 
 def one_line(error: Exception) -> str:

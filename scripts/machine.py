@@ -35,9 +35,20 @@ def describe(hardware: Hardware, device: str) -> dict[str, Any]:
         "compiler": hardware.compiler.version if hardware.compiler else None,
     }
     if device == "cuda":
-        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-        machine["gpu"] = {"name": gpu.name, "memory_bytes": gpu.total_memory}
+        machine["gpu"] = gpu()
     return machine
+
+
+def gpu() -> dict[str, Any]:
+    """The current GPU."""
+    its = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": its.name,
+        "capability": f"{its.major}.{its.minor}",
+        "multiprocessors": its.multi_processor_count,
+        "memory_bytes": its.total_memory,
+        "l2_bytes": its.L2_cache_size,
+    }
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Two rates: reading memory, by the size of what is read again and again (so that the right cache
 counts), and int8 multiply-adds with the instructions of each kernel variant. ``peaks.cpp`` holds
-the loops; they run on as many threads as the layer has.
+the loops; they run on as many threads as the layer has. A GPU's memory is read by torch, and what
+it can multiply at best is taken from its specification.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Callable
 import numpy as np
 import torch
 
+import timing
 from bitlinear.hardware import Compiler
 from bitlinear.kernels import Variant
 
@@ -36,6 +38,24 @@ UNIT = 512  # read_bytes reads multiples of this
 RUN_SECONDS = 10e-3
 RUNS = 7
 
+# What a GPU reads and multiplies: far more than its caches hold.
+GPU_READ_BYTES = 1 << 30
+GPU_PRODUCT = 8192
+
+# Dense int8 operations per second, from NVIDIA's data sheets, by the beginning of torch's name; the
+# first that fits.
+INT8_PEAKS = {
+    "NVIDIA H100 PCIe": 1513e12,
+    "NVIDIA H100 80GB HBM3": 1979e12,
+    "NVIDIA H200 NVL": 1671e12,
+    "NVIDIA H200": 1979e12,
+    "NVIDIA A100": 624e12,
+    "NVIDIA L40S": 733e12,
+    "NVIDIA GeForce RTX 4090": 661e12,
+    "NVIDIA GeForce RTX 3090": 284e12,
+    "Tesla T4": 130e12,
+}
+
 # (thread, passes): how many units of work were done.
 Work = Callable[[int, int], int]
 
@@ -48,7 +68,8 @@ class Peaks:
         threads: How many threads ran at once.
         read: Bytes per second, by the size of the working set.
         multiply_add: Operations per second (a multiply-add is two), by kernel variant. A variant
-            whose instruction set has no dot product of bytes is absent.
+            whose instruction set has no dot product of bytes is absent. On a GPU also "bf16", for
+            comparison: what a large product reaches.
     """
 
     threads: int
@@ -122,6 +143,35 @@ def measure(
     read = dict(zip(reading, rates))
     multiply_add = {name: 2 * rate for name, rate in zip(adding, rates[len(read) :])}
     return Peaks(threads, read, multiply_add)
+
+
+def measure_gpu(name: str, kernel: str) -> Peaks:
+    """Measures a GPU's peaks, as far as they are not a matter of specification.
+
+    Args:
+        name: The GPU's.
+        kernel: The one that multiplies int8 numbers.
+    """
+    data = torch.ones(GPU_READ_BYTES // 4, device="cuda")
+    x = torch.randn(GPU_PRODUCT, GPU_PRODUCT, device="cuda", dtype=torch.bfloat16)
+    # Its floating-point sum is the one reduction of torch's that does little else but read.
+    read = GPU_READ_BYTES / _best_seconds(data.sum)
+    multiply_add = {"bf16": 2 * GPU_PRODUCT**3 / _best_seconds(lambda: x @ x)}
+    peak = int8_peak(name)
+    if peak is not None:
+        multiply_add[kernel] = peak
+    return Peaks(torch.get_num_threads(), {GPU_READ_BYTES: read}, multiply_add)
+
+
+def int8_peak(name: str) -> float | None:
+    """Dense int8 operations per second of a GPU; None if it is not in the table."""
+    found = (peak for begin, peak in INT8_PEAKS.items() if name.startswith(begin))
+    return next(found, None)
+
+
+def _best_seconds(call: timing.Call) -> float:
+    replay, repeats = timing.graph([call])
+    return min(timing.graph_timer(replay, 1) for _ in range(RUNS)) / repeats
 
 
 def _reading(loops: ctypes.CDLL, buffer: torch.Tensor, part: int) -> Work:

@@ -4,7 +4,8 @@
 
 Writes NAME-latency.png and NAME-throughput.png (one shape, by batch size), NAME-speedup.png (all
 shapes), NAME-memory.png and, if there are results on several numbers of threads, NAME-threads.png;
-beside the results, unless told otherwise.
+beside the results, unless told otherwise. Of a GPU's ways of timing they show one, cold weights if
+those were timed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Optional
 
 import matplotlib as mpl
 import numpy as np
@@ -36,6 +37,13 @@ PEERS = {
     "bf16": ("#0072B2", "^"),
     "int8_dynamic": ("#009E73", "D"),
     "int_mm": ("#CC79A7", "v"),
+    "fp8": ("#009E73", "D"),  # as int8_dynamic, which is never on the same machine
+}
+# How weights lie in a GPU, for people.
+MODES = {
+    "cold": "weights from memory",
+    "warm": "weights from the L2",
+    "eager": "called from Python, weights from the L2",
 }
 DASHES = [(0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 1.5))]
 
@@ -45,6 +53,8 @@ BLOCK = ((4, HIDDEN, HIDDEN), (2, INNER, HIDDEN), (1, HIDDEN, INNER))
 
 # From a contestant's figures to what is drawn: lower quartile, median, upper quartile.
 Quartiles = Callable[[Record], tuple[float, float, float]]
+# From a cell to what no contestant can pass, or None.
+Limit = Callable[[Record], Optional[float]]
 
 
 # --------------------------------------------------------------------------------- pictures
@@ -52,6 +62,11 @@ Quartiles = Callable[[Record], tuple[float, float, float]]
 
 def latency(results: Record, shape: Shape, threads: int) -> Figure:
     """The time of a call by batch size, a line for each contestant."""
+
+    def bound(cell: Record) -> float | None:
+        its = cell["contestants"].get(results["chosen_kernel"])
+        return its and its["share_of_bound"] and its["share_of_bound"] * its["median_us"]
+
     return _by_batch(
         results,
         shape,
@@ -59,15 +74,19 @@ def latency(results: Record, shape: Shape, threads: int) -> Figure:
         title=f"Time of one {_name(shape)} layer",
         unit="microseconds",
         quartiles=lambda its: (its["p25_us"], its["median_us"], its["p75_us"]),
+        limit=("bound", bound),
     )
 
 
 def throughput(results: Record, shape: Shape, threads: int) -> Figure:
     """Operations per second by batch size, a line for each contestant."""
 
+    name, scale = report.rate_unit(results)
+
     def quartiles(its: Record) -> tuple[float, float, float]:
-        work = its["gops"] * its["median_us"]
-        return work / its["p75_us"], its["gops"], work / its["p25_us"]
+        rate = its["gops"] * scale
+        work = rate * its["median_us"]
+        return work / its["p75_us"], rate, work / its["p25_us"]
 
     peaks = {its["threads"]: its["multiply_add_gops"] for its in results["peaks"]}
     peak = peaks.get(threads, {}).get(results["chosen_kernel"])
@@ -76,9 +95,9 @@ def throughput(results: Record, shape: Shape, threads: int) -> Figure:
         shape,
         threads,
         title=f"Throughput of one {_name(shape)} layer",
-        unit="Gop/s, 2 M N K per call",
+        unit=f"{name}, 2 M N K per call",
         quartiles=quartiles,
-        limit=peak and ("peak of multiply-adds", peak),
+        limit=("peak of multiply-adds", lambda _: peak and peak * scale),
     )
 
 
@@ -97,8 +116,10 @@ def speedup(results: Record, threads: int) -> Figure:
         right=0.2,
         between=0.65,
     )
-    keys = ("speedup_over_fp32", "speedup_over_fastest_peer")
-    for axes, key, title in zip(panels, keys, ("over nn.Linear fp32", "over the fastest peer")):
+    baseline = results["baseline"]
+    keys = (f"speedup_over_{baseline}", "speedup_over_fastest_peer")
+    titles = (f"over nn.Linear {baseline}", "over the fastest peer")
+    for axes, key, title in zip(panels, keys, titles):
         ratios = np.full((len(shapes), len(tokens)), np.nan)
         for cell in cells:
             place = shapes.index(_shape(cell)), tokens.index(cell["M"])
@@ -159,7 +180,7 @@ def scaling(results: Record, shape: Shape) -> Figure:
     cells = [cell for cell in results["cells"] if _shape(cell) == shape]
     tokens = sorted({cell["M"] for cell in cells})
     counts = sorted({cell["threads"] for cell in cells})
-    looks = _looks(results)
+    looks, baseline = _looks(results), results["baseline"]
     figure, (times, speedups) = charts.canvas(
         f"{_label(results, chosen)} on more threads, {_name(shape)}",
         _subtitle(results),
@@ -170,7 +191,7 @@ def scaling(results: Record, shape: Shape) -> Figure:
     )
     time_ends, speedup_ends = [], []
     for M, marker in zip(sorted({tokens[0], tokens[len(tokens) // 2], tokens[-1]}), "os^"):
-        for name, label in ((chosen, f"M = {M}"), ("fp32", f"fp32, M = {M}")):
+        for name, label in ((chosen, f"M = {M}"), (baseline, f"{baseline}, M = {M}")):
             medians = {
                 cell["threads"]: cell["contestants"][name]["median_us"]
                 for cell in cells
@@ -229,7 +250,7 @@ def _by_batch(
     title: str,
     unit: str,
     quartiles: Quartiles,
-    limit: tuple[str, float] | None = None,
+    limit: tuple[str, Limit],
 ) -> Figure:
     cells = [cell for cell in _cells(results, threads) if _shape(cell) == shape]
     cells.sort(key=lambda cell: cell["M"])
@@ -250,10 +271,10 @@ def _by_batch(
                 list(figures), low, high, color=look["color"], alpha=0.15, linewidth=0
             )
             ends.append(charts.line(axes, dict(zip(figures, middle)), look, _label(results, name)))
-    if limit is not None:
-        name, level = limit
-        look = {"color": REST, "linewidth": 1.0}
-        ends.append(charts.line(axes, dict.fromkeys((tokens[0], tokens[-1]), level), look, name))
+    name, level = limit
+    levels = {cell["M"]: its for cell in cells if (its := level(cell)) is not None}
+    if levels:
+        ends.append(charts.line(axes, levels, {"color": REST, "linewidth": 1.0}, name))
     charts.log_ticks(axes, tokens)
     charts.label_ends(axes, ends)
     return figure
@@ -285,7 +306,8 @@ def _subtitle(results: Record, threads: int | None = None) -> str:
     name = machine["gpu"]["name"] if "gpu" in machine else machine["cpu"]
     parts = [re.sub(r"\((R|TM)\)", "", name)]
     if threads is not None:
-        parts.append(report.plural(threads, "thread"))
+        (mode,) = results["modes"]
+        parts.append(MODES[mode] if mode else report.plural(threads, "thread"))
     return _separated(*parts, *_versions(results))
 
 
@@ -333,11 +355,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output-dir", type=Path, metavar="DIRECTORY", help="default: that of the results")
     add("--shape", type=parse_shape, metavar="NxK", help="default: 4096x4096, or else the largest")
     add("--threads", type=parse_count, metavar="T", help="default: the most that were measured")
+    add("--mode", choices=MODES, help="of timing on a GPU; default: the first that was measured")
     options = parser.parse_args(argv)
     try:
         results = report.read(options.results)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    mode = options.mode or results["modes"][0]
+    if mode not in results["modes"]:
+        parser.error(f"--mode: {options.results} has nothing {mode}")
+    results = report.only(results, mode)
     chosen = results["chosen_kernel"]
     cells = [cell for cell in results["cells"] if chosen in cell["contestants"]]
     if not cells:

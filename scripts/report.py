@@ -5,6 +5,8 @@ counts up whenever a field disappears or changes its meaning. Its fields:
 
 - ``schema``, ``time`` (UTC), ``complete`` (not interrupted), ``device``, ``budget_s``
 - ``machine``, ``versions``, ``torch_cpu_capability``, ``chosen_kernel``
+- ``baseline``: the contestant that speed-ups refer to
+- ``modes``: the ways of timing; ``checked``: those in which the chosen kernel must lose to no peer
 - ``contestants``: by name, a ``label`` for people, a ``role`` (``kernel``: a deployed layer on that
   kernel; ``peer``: what it has to beat; ``other``) and a ``note``
 - ``peaks``: for each number of threads, see :func:`peaks_record`; ``peaks_missing``: by kernel, why
@@ -16,11 +18,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import targets
 from peaks import Peaks
 from timing import Summary
 
@@ -28,6 +31,9 @@ SCHEMA = 1
 
 # What becomes an object of the JSON file.
 Record = dict[str, Any]
+
+# What files lack that were written before there were several ways of timing.
+_ONE_MODE = {"baseline": "fp32", "modes": [""], "checked": [""]}
 
 
 # --------------------------------------------------------------------------------- records
@@ -39,6 +45,7 @@ class Cell:
 
     Attributes:
         dtype: Of BitLinear's input and output.
+        mode: How it is timed; "" on a CPU, where there is one way.
     """
 
     N: int
@@ -46,6 +53,7 @@ class Cell:
     M: int
     threads: int
     dtype: str
+    mode: str = ""
 
     @property
     def operations(self) -> int:
@@ -65,6 +73,7 @@ def record(
     kernels: Collection[str],
     peers: Collection[str],
     bounds: Mapping[str, float],
+    baseline: str,
     measurements: int = 1,
 ) -> Record:
     """A cell's figures; None where one has no meaning, or nothing to be computed from.
@@ -75,6 +84,7 @@ def record(
         kernels: The contestants that are deployed layers: they read the packed weights.
         peers: The contestants that a deployed layer is to beat.
         bounds: The least seconds that the machine can take, by kernel.
+        baseline: The contestant that speed-ups refer to.
         measurements: How often the cell was measured; ``times`` are of the last time.
     """
     medians = {name: its.median for name, its in times.items()}
@@ -82,14 +92,11 @@ def record(
     contestants = {}
     for name, its in times.items():
         contestants[name] = {
-            "median_us": _short(its.median * 1e6),
-            "p25_us": _short(its.p25 * 1e6),
-            "p75_us": _short(its.p75 * 1e6),
-            "samples": its.samples,
+            **quartiles(its),
             "gops": _ratio(cell.operations * 1e-9, its.median),
             "gbps": _ratio(cell.packed_bytes * 1e-9 if name in kernels else None, its.median),
             "share_of_bound": _ratio(bounds.get(name), its.median),
-            "speedup_over_fp32": _ratio(medians.get("fp32"), its.median),
+            f"speedup_over_{baseline}": _ratio(medians.get(baseline), its.median),
             "speedup_over_fastest_peer": _ratio(medians.get(fastest), its.median),
         }
     return {
@@ -97,6 +104,16 @@ def record(
         "measurements": measurements,
         "fastest_peer": fastest or None,
         "contestants": contestants,
+    }
+
+
+def quartiles(its: Summary) -> Record:
+    """The distribution of a time."""
+    return {
+        "median_us": _short(its.median * 1e6),
+        "p25_us": _short(its.p25 * 1e6),
+        "p75_us": _short(its.p75 * 1e6),
+        "samples": its.samples,
     }
 
 
@@ -113,7 +130,7 @@ def peaks_record(peaks: Peaks) -> Record:
 
 def note_skipped(results: Record, cell: Cell, missing: Mapping[str, str]) -> None:
     """Adds to the results who is missing from a cell, and why."""
-    where = {"N": cell.N, "K": cell.K, "M": cell.M, "threads": cell.threads}
+    where = {key: its for key, its in asdict(cell).items() if key != "dtype"}
     for name, reason in missing.items():
         for skipped in results["skipped"]:
             if (skipped["contestant"], skipped["reason"]) == (name, reason):
@@ -127,6 +144,12 @@ def lead(record: Record, kernel: str) -> float | None:
     """How many times as fast as the fastest peer a kernel is; None if either is missing."""
     its = record["contestants"].get(kernel)
     return None if its is None else its["speedup_over_fastest_peer"]
+
+
+def only(results: Record, mode: str) -> Record:
+    """The results of one way of timing."""
+    cells = [cell for cell in results["cells"] if cell["mode"] == mode]
+    return {**results, "modes": [mode], "cells": cells}
 
 
 def _ratio(numerator: float | None, denominator: float) -> float | None:
@@ -165,7 +188,9 @@ def read(path: Path) -> Record:
             f"{path} holds results of schema {schema!r}, but this version reads schema {SCHEMA}: "
             "measure again, with the bench.py of this version"
         )
-    return dict(results)
+    for cell in results["cells"]:
+        cell.setdefault("mode", "")
+    return {**_ONE_MODE, **results}
 
 
 # --------------------------------------------------------------------------------- text
@@ -179,29 +204,44 @@ of bound: the least time that this machine can take, over the median. It must re
   weights, from memory or from the cache that holds them, and do the multiply-adds with the
   instructions of the kernel; both rates are measured first, on as many threads. A kernel that
   replaces multiply-adds by table look-ups can exceed 100 %.
-over fp32, over peer: how many times as fast as nn.Linear fp32, and as the fastest peer."""
+over fp32, over bf16, over peer: how many times as fast as nn.Linear of that dtype, and as the
+  fastest peer."""
 
-_HEADER = (
-    "N x K", "M", "threads", "contestant", "median us", "p25", "p75", "Gop/s", "GB/s", "of bound",
-    "over fp32", "over peer",
-)  # fmt: skip
+GPU_EXPLANATION = """\
+cold: a CUDA graph calls copies of the layer in turn, each with weights of its own, so many that
+  the packed ones fill the L2 twice (but at most 512: the weights of small layers stay there).
+warm: a CUDA graph calls one layer as often; its weights stay in the L2 if they fit.
+eager: Python issues the calls; where the GPU waits for it, that is part of the time, and the
+  check leaves it out.
+In all three, calls follow each other in the stream's order and none reads another's output: a
+  kernel that begins while its predecessor ends gains by that. Bounds are those of cold weights;
+  the rate of int8 operations is the data sheet's."""
 
 
 def render(results: Record) -> str:
     """Everything that was measured, for people, in Markdown."""
-    parts = [_heading(results), _table(results), EXPLANATION, *_notes(results)]
-    return "\n\n".join(parts)
+    parts = [_heading(results), _table(results), EXPLANATION]
+    if "gpu" in results["machine"]:
+        parts += [GPU_EXPLANATION, *_targets(results)]
+    return "\n\n".join([*parts, *_notes(results)])
 
 
 def title(cell: Mapping[str, Any]) -> str:
     """A cell's name for people."""
-    return f"{cell['N']} x {cell['K']}, M = {cell['M']}, {plural(cell['threads'], 'thread')}"
+    setting = cell["mode"] or plural(cell["threads"], "thread")
+    return f"{cell['N']} x {cell['K']}, M = {cell['M']}, {setting}"
+
+
+def rate_unit(results: Record) -> tuple[str, float]:
+    """The unit of ``gops`` for people, and what to multiply it by."""
+    return ("Top/s", 1e-3) if "gpu" in results["machine"] else ("Gop/s", 1.0)
 
 
 def check(results: Record) -> tuple[str, bool]:
     """Whether the chosen kernel is nowhere slower than the fastest peer, and where it is."""
     chosen = results["chosen_kernel"]
-    leads = [(cell, lead(cell, chosen)) for cell in results["cells"]]
+    cells = [cell for cell in results["cells"] if cell["mode"] in results["checked"]]
+    leads = [(cell, lead(cell, chosen)) for cell in cells]
     checked = [(cell, ahead) for cell, ahead in leads if ahead is not None]
     lost = [
         f"  {title(cell)}: {_median(cell, chosen)} us, {1 / ahead:.2f}x the "
@@ -209,7 +249,9 @@ def check(results: Record) -> tuple[str, bool]:
         for cell, ahead in checked
         if ahead < 1
     ]
-    count = plural(len(checked), "cell")
+    # A kernel that could not be timed has not won.
+    lost += [f"  {title(cell)}: not timed" for cell in cells if chosen not in cell["contestants"]]
+    count = plural(len(cells), "cell")
     if not lost:
         return f"check passed: no peer is faster than {chosen} in {count}", True
     first = f"check failed: {chosen} is slower than a peer in {len(lost)} of {count}"
@@ -217,7 +259,11 @@ def check(results: Record) -> tuple[str, bool]:
 
 
 def _median(cell: Record, name: str) -> str:
-    return f"{cell['contestants'][name]['median_us']:.1f}"
+    return _microseconds(cell["contestants"][name]["median_us"])
+
+
+def _microseconds(value: float) -> str:
+    return f"{value:.{2 if value < 10 else 1}f}"
 
 
 def _heading(results: Record) -> str:
@@ -228,11 +274,13 @@ def _heading(results: Record) -> str:
         f"{versions}; chosen kernel: {results['chosen_kernel']}",
     ]
     for peaks in results["peaks"]:
+        unit, scale = rate_unit(results)
         reads = ", ".join(f"{_size(r['bytes'])} {r['gbps']:.0f}" for r in peaks["read"])
-        adds = ", ".join(f"{n} {rate:.0f}" for n, rate in peaks["multiply_add_gops"].items())
+        rates = peaks["multiply_add_gops"].items()
+        adds = ", ".join(f"{name} {rate * scale:.0f}" for name, rate in rates)
+        whose = "" if gpu else f" of {plural(peaks['threads'], 'thread')}"
         lines.append(
-            f"peaks of {plural(peaks['threads'], 'thread')}: reading {reads} GB/s; "
-            f"multiply-adds {adds or 'unknown'} Gop/s"
+            f"peaks{whose}: reading {reads} GB/s; multiply-adds {adds or 'unknown'} {unit}"
         )
     return "  \n".join(lines)
 
@@ -240,30 +288,53 @@ def _heading(results: Record) -> str:
 def _table(results: Record) -> str:
     """One row for each contestant in each cell, the chosen kernel in bold."""
     labels = {name: its["label"] for name, its in results["contestants"].items()}
-    chosen = results["chosen_kernel"]
+    chosen, baseline = results["chosen_kernel"], results["baseline"]
+    unit, scale = rate_unit(results)
     if chosen in labels:
         labels[chosen] = f"**{labels[chosen]}**"
+    several = results["modes"] != [""]
+    header = (
+        "N x K", "M", "mode" if several else "threads", "contestant", "median us", "p25", "p75",
+        unit, "GB/s", "of bound", f"over {baseline}", "over peer",
+    )  # fmt: skip
     rows = [
         (
             f"{cell['N']} x {cell['K']}",
             str(cell["M"]),
-            str(cell["threads"]),
+            cell["mode"] if several else str(cell["threads"]),
             labels[name],
-            *(f"{its[key]:.1f}" for key in ("median_us", "p25_us", "p75_us", "gops")),
+            *(_microseconds(its[key]) for key in ("median_us", "p25_us", "p75_us")),
+            f"{its['gops'] * scale:.1f}",
             _optional(its["gbps"], "{:.1f}"),
             _optional(its["share_of_bound"], "{:.0%}"),
-            _optional(its["speedup_over_fp32"], "{:.2f}x"),
+            _optional(its[f"speedup_over_{baseline}"], "{:.2f}x"),
             _optional(its["speedup_over_fastest_peer"], "{:.2f}x"),
         )
         for cell in results["cells"]
         for name, its in cell["contestants"].items()
     ]
-    widths = [max(map(len, column)) for column in zip(_HEADER, *rows)]
-    # Names to the left, numbers to the right.
-    sides = ["<" if column in ("N x K", "contestant") else ">" for column in _HEADER]
+    return markdown(header, rows, words=("N x K", "mode", "contestant"))
+
+
+def _targets(results: Record) -> list[str]:
+    """The targets of a GPU, and what became of them."""
+    rows = [
+        (its.what, its.wanted, f"{its.figure:.4g}", "met" if its.met else "missed")
+        for its in targets.judge(results)
+    ]
+    header = ("target (for an H100, cold)", "wanted", "measured", "verdict")
+    return [markdown(header, rows, words=header)] if rows else []
+
+
+def markdown(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, words: Collection[str]
+) -> str:
+    """A table, with the columns that hold words to the left, and numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    sides = ["<" if column in words else ">" for column in header]
     lines = [
         "| " + " | ".join(f"{text:{s}{w}}" for text, s, w in zip(row, sides, widths)) + " |"
-        for row in (_HEADER, *rows)
+        for row in (header, *rows)
     ]
     rules = [f"{'-' * (w + 1)}{':' if s == '>' else '-'}" for s, w in zip(sides, widths)]
     return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])

@@ -6,7 +6,9 @@ so that a machine that changes its speed, or is shared with others, treats all a
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +25,17 @@ ROUNDS = 20
 MIN_SAMPLES = 3
 # One reading of the clock costs about 0.1 us: shorter calls are timed by the batch.
 SAMPLE_SECONDS = 200e-6
+# So long that the gap between two replays of a graph, some 2 us, makes no difference.
+GRAPH_SECONDS = 1e-3
+# Some 0.3 ms, in which the host launches the first graph of a sample.
+LEAD_CYCLES = 500_000
 # A visit begins with an untimed sample, which brings weights and code back into the caches and
 # wakes the threads. To calls as long as this that makes no difference.
 LONG_SECONDS = 50e-3
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """What a contestant does that needs not be called before its turns."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,13 @@ class Contestant:
         name: Its name in the results.
         call: What is timed.
         enter: Called before each of its turns, and not timed.
+        repeats: How often ``call`` does what its time is to be given of.
     """
 
     name: str
     call: Call
-    enter: Call = _nothing
+    enter: Call = nothing
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,10 @@ def compare(contestants: Sequence[Contestant], budget: float, timer: Timer) -> d
                 samples[contestant.name] += [
                     timer(contestant.call, its.calls) for _ in range(its.samples)
                 ]
-    return {name: summarize(values) for name, values in samples.items()}
+    return {
+        its.name: summarize([seconds / its.repeats for seconds in samples[its.name]])
+        for its in contestants
+    }
 
 
 def _estimate(contestant: Contestant, timer: Timer) -> float:
@@ -150,3 +161,52 @@ def cuda_timer(call: Call, count: int) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) * 1e-3 / count
+
+
+def graph_timer(call: Call, count: int) -> float:
+    """The timer of CUDA graphs' replays; without the time in which the host launches the first."""
+    torch.cuda._sleep(LEAD_CYCLES)
+    return cuda_timer(call, count)
+
+
+def graph(calls: Sequence[Call]) -> tuple[Call, int]:
+    """The calls one after the other as one CUDA graph, as often as makes it last.
+
+    Returns:
+        What replays it, and how many calls that makes.
+    """
+    replay = capture(calls)
+    graph_timer(replay, 1)  # the first one also brings it to the GPU
+    passes = math.ceil(GRAPH_SECONDS / graph_timer(replay, 1))
+    if passes > 1:
+        replay = capture([*calls] * passes)
+    return replay, len(calls) * passes
+
+
+def capture(calls: Sequence[Call]) -> Call:
+    """One CUDA graph of the calls, in their order; what replays it on the current stream.
+
+    Raises:
+        RuntimeError: A call does what a graph cannot hold, such as waiting for the GPU.
+    """
+    stream = _side_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    recorded = torch.cuda.CUDAGraph()
+    # torch.cuda.graph switches streams by itself, but not back if the capture fails.
+    with torch.cuda.stream(stream):
+        for call in dict.fromkeys(calls):  # whatever a first call sets up is not for the graph
+            call()
+        with torch.cuda.graph(recorded, stream=stream):
+            for call in calls:
+                call()
+
+    def replay(_kept: Sequence[Call] = tuple(calls)) -> None:  # with the tensors that it reads
+        recorded.replay()
+
+    return replay
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -38,6 +39,7 @@ def results_of(shapes, tokens, threads):
                 kernels=["avx2", "scalar"],
                 peers=["fp32", "int_mm"],
                 bounds={"avx2": 1e-6},
+                baseline="fp32",
             )
         )
     roles = dict.fromkeys(MEDIANS, "peer")
@@ -48,6 +50,8 @@ def results_of(shapes, tokens, threads):
         "machine": {"cpu": "Imaginary(R) CPU"},
         "versions": {"bitlinear": "0.1.0", "torch": "2.13.0"},
         "chosen_kernel": "avx2",
+        "baseline": "fp32",
+        "modes": [""],
         "contestants": {
             name: {"role": role, "label": f"label of {name}", "note": ""}
             for name, role in roles.items()
@@ -177,6 +181,7 @@ def test_other_results_are_refused(change, message, saved, capsys):
     ("arguments", "message"),
     [
         (["--shape", "32x32"], "--shape: .* has no 32 x 32"),
+        (["--mode", "warm"], "--mode: .* has nothing warm"),
         (["--threads", "7"], "--threads: .* has nothing on 7 threads"),
     ],
 )
@@ -185,6 +190,62 @@ def test_what_was_not_measured_cannot_be_drawn(arguments, message, saved, capsys
     with pytest.raises(SystemExit):
         plot.main([str(path), *arguments])
     assert re.search(message, capsys.readouterr().err)
+
+
+def gpu_results():
+    """Results of a GPU, on which warm weights halve every time."""
+    results = results_of([(64, 64), (4096, 4096)], [1, 4], [2])
+    cells = []
+    for mode, share in (("cold", 1), ("warm", 2)):
+        for cell in copy.deepcopy(results["cells"]):
+            for its in cell["contestants"].values():
+                its["median_us"] /= share
+                its["gops"] *= share
+                its["speedup_over_bf16"] = its.pop("speedup_over_fp32")
+                its["share_of_bound"] = None if share > 1 else its["share_of_bound"]
+            cells.append({**cell, "mode": mode})
+    return {
+        **results,
+        "machine": {"cpu": "Imaginary(R) CPU", "gpu": {"name": "Imaginary GPU"}},
+        "baseline": "bf16",
+        "modes": ["cold", "warm"],
+        "cells": cells,
+    }
+
+
+def test_pictures_of_a_gpu_show_one_mode(saved, tmp_path):
+    path = saved(gpu_results())
+    plot.main([str(path)])
+    drawn = {file.name for file in tmp_path.glob("*.png")}
+    assert drawn == {f"name-{name}.png" for name in ("latency", "throughput", "speedup", "memory")}
+
+    cold, warm = (report.only(gpu_results(), mode) for mode in ("cold", "warm"))
+    figure = plot.latency(cold, (64, 64), 2)
+    assert "Imaginary GPU" in texts(figure)
+    assert "weights from memory" in texts(figure)
+    assert "thread" not in texts(figure)
+    *_, ours, bound = figure.axes[0].get_lines()
+    assert list(ours.get_ydata()) == [5, 20]
+    assert list(bound.get_ydata()) == pytest.approx([1, 1])
+    figure = plot.latency(warm, (64, 64), 2)
+    assert "weights from the L2" in texts(figure)
+    assert "bound" not in texts(figure)
+    assert list(figure.axes[0].get_lines()[-1].get_ydata()) == [2.5, 10]
+
+    assert "Top/s" in texts(plot.throughput(cold, (64, 64), 2))
+    over_bf16, _ = plot.speedup(cold, 2).axes
+    assert over_bf16.get_title(loc="left") == "over nn.Linear bf16"
+    assert [text.get_text() for text in over_bf16.texts] == ["4.0"] * 4
+
+
+def test_results_from_before_there_were_modes_are_read(saved):
+    results = results_of(SHAPES, [1, 4], [2])
+    for cell in results["cells"]:
+        del cell["mode"]
+    del results["baseline"], results["modes"]
+    its = report.read(saved(results))
+    assert (its["baseline"], its["modes"], its["checked"]) == ("fp32", [""], [""])
+    assert {cell["mode"] for cell in its["cells"]} == {""}
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):
