@@ -184,8 +184,16 @@ OPS = Library(
 # The operator on NVIDIA GPUs. Only its ops.cpp includes torch's headers.
 CUDA = CudaLibrary(
     name="cuda",
-    sources=("cuda/ops.cpp", "cuda/quantize.cu"),
+    sources=(
+        "cuda/ops.cpp",
+        *(f"cuda/{name}.cu" for name in ("wgmma", "gemv", "mma", "dp4a", "quantize", "launch")),
+        "cuda/selftest.cu",
+    ),
     cflags=("-O1", *_COMMON),
-    # No fused multiply-add either.
-    cuda_cflags=("-O3", "-std=c++17", "--fmad=false", "-DNDEBUG", "-Xcompiler=-fvisibility=hidden"),
+    cuda_cflags=(
+        *("-O3", "-std=c++17", "-DNDEBUG", "-Xcompiler=-fvisibility=hidden"),
+        "--fmad=false",  # as for the CPU
+        "--expt-relaxed-constexpr",  # heuristics.h serves both sides
+        "-diag-suppress=177",  # what only newer architectures call is unused on older ones
+    ),
 )

@@ -3,7 +3,8 @@
 // check_case runs one shape with one kind of data and returns the first difference. selftest.cpp
 // runs a few dozen of them after every build; the native driver in tests/ runs thousands, under
 // sanitizers and emulators. Every buffer is a heap block of exactly the size the interface
-// promises, so a sanitizer sees any byte read or written beyond it.
+// promises, so a sanitizer sees any byte read or written beyond it. The operands and what must come
+// of them serve the CUDA kernels too (cuda/selftest.cuh).
 #pragma once
 
 #include <math.h>
@@ -91,6 +92,8 @@ class Buffer {
     return dtype_ == BITLINEAR_F16 ? reference_float_from_fp16(h) : float_from_bf16(h);
   }
   uint8_t* data() { return bytes_.data(); }
+  const uint8_t* data() const { return bytes_.data(); }
+  size_t size() const { return bytes_.size(); }
 
  private:
   int dtype_;
@@ -105,14 +108,28 @@ inline std::string describe(const Case& c) {
          " n_begin=" + std::to_string(c.n_begin);
 }
 
-// Returns "" or what differs.
-inline std::string check_case(const bitlinear_kernel_table& kernels, const Case& c, uint64_t seed) {
-  Random random{seed * 2654435761u + 1};
-  const float eps = 1e-6f;
-  const int64_t row_bytes = (c.K + 3) / 4;
-  const int64_t scales = c.per_channel ? c.N : 1;
+// The operands of a case: the same for every kernel, as they follow from the seed.
+struct Operands {
+  Operands(const Case& c, uint64_t seed);
 
-  Buffer x(c.dtype, c.M * c.K);
+  Case shape;
+  float eps = 1e-6f;
+  int64_t row_bytes;
+  Buffer x, bias;
+  std::vector<int8_t> t;   // (N, K)
+  std::vector<uint8_t> w;  // t, packed
+  std::vector<float> s_w;
+};
+
+inline Operands::Operands(const Case& c, uint64_t seed)
+    : shape(c),
+      row_bytes((c.K + 3) / 4),
+      x(c.dtype, c.M * c.K),
+      bias(c.dtype, c.N),
+      t(static_cast<size_t>(c.N * c.K)),
+      w(static_cast<size_t>(c.N * row_bytes)),
+      s_w(static_cast<size_t>(c.per_channel ? c.N : 1)) {
+  Random random{seed * 2654435761u + 1};
   for (int64_t i = 0; i < c.M * c.K; ++i) {
     float value = random.uniform() * 3.0f;
     if (c.data == Data::kExtreme) value = 1.0f;  // every q is 127
@@ -123,8 +140,6 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
     // The first row gets a NaN or an infinity, whichever the seed says; the others stay clean.
     x.set(random.next() % c.K, seed % 3 == 0 ? NAN : (seed % 3 == 1 ? HUGE_VALF : -HUGE_VALF));
   }
-  std::vector<int8_t> t(static_cast<size_t>(c.N * c.K));
-  std::vector<uint8_t> w(static_cast<size_t>(c.N * row_bytes));
   for (int64_t n = 0; n < c.N; ++n) {
     for (int64_t b = 0; b < row_bytes; ++b) {
       uint8_t byte = 0;
@@ -140,10 +155,68 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
       w[n * row_bytes + b] = byte;
     }
   }
-  std::vector<float> s_w(static_cast<size_t>(scales));
   for (float& scale : s_w) scale = 0.01f + fabsf(random.uniform());
-  Buffer bias(c.dtype, c.N);
   for (int64_t n = 0; n < c.N; ++n) bias.set(n, random.uniform());
+}
+
+// What must become of token m.
+class Expected {
+ public:
+  Expected(const Operands& operands, int64_t m)
+      : operands_(operands), q_(static_cast<size_t>(operands.shape.K)) {
+    const int64_t K = operands.shape.K;
+    std::vector<float> values(static_cast<size_t>(K));
+    float absmax = operands.eps;
+    for (int64_t k = 0; k < K; ++k) {
+      const float value = values[k] = operands.x.get(m * K + k);
+      finite_ = finite_ && isfinite(value);
+      absmax = fabsf(value) > absmax ? fabsf(value) : absmax;
+    }
+    const float inv = 127.0f / absmax;
+    s_x_ = absmax / 127.0f;
+    for (int64_t k = 0; k < K; ++k) {
+      // A named product: with excess precision or contraction the two roundings would merge.
+      const volatile float scaled = values[k] * inv;
+      const float rounded = nearbyintf(scaled);
+      q_[k] = finite_
+                  ? static_cast<int32_t>(rounded > 127 ? 127 : (rounded < -127 ? -127 : rounded))
+                  : 0;
+    }
+  }
+
+  int32_t q(int64_t k) const { return q_[k]; }
+
+  // "" if `got`, row m of y, is right in column n.
+  std::string compare(int64_t m, int64_t n, float got) const { return compare(m, n, got, y(n)); }
+  std::string compare(int64_t m, int64_t n, float got, float want) const {
+    if (isnan(want) ? isnan(got) : float_bits(got) == float_bits(want)) return "";
+    return "y[" + std::to_string(m) + ", " + std::to_string(n) + "] = " + std::to_string(got) +
+           ", expected " + std::to_string(want) + " at " + describe(operands_.shape);
+  }
+
+ private:
+  float y(int64_t n) const {
+    const Case& c = operands_.shape;
+    const int8_t* t = operands_.t.data() + n * c.K;
+    int64_t acc = 0;
+    for (int64_t k = 0; k < c.K; ++k) acc += q_[k] * t[k];
+    const volatile float scale = s_x_ * operands_.s_w[c.per_channel ? n : 0];
+    volatile float value = static_cast<float>(acc) * scale;
+    if (c.bias) value = value + operands_.bias.get(n);
+    Buffer rounded(c.dtype, 1);
+    rounded.set(0, finite_ ? value : NAN);
+    return rounded.get(0);
+  }
+
+  const Operands& operands_;
+  std::vector<int32_t> q_;
+  bool finite_ = true;
+  float s_x_;
+};
+
+// Returns "" or what differs.
+inline std::string check_case(const bitlinear_kernel_table& kernels, const Case& c, uint64_t seed) {
+  Operands operands(c, seed);
 
   const int64_t q_stride = bitlinear_q_stride(&kernels, c.K);
   std::vector<int8_t> q(static_cast<size_t>(c.M * q_stride), 99);
@@ -151,8 +224,8 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   std::vector<int32_t> q_sum(static_cast<size_t>(c.M));
   const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
   for (int64_t m = 0; m < c.M; ++m) {
-    kernels.quantize_row(x.data() + m * c.K * element, c.dtype, c.K, eps, q.data() + m * q_stride,
-                         &s_x[m], &q_sum[m]);
+    kernels.quantize_row(operands.x.data() + m * c.K * element, c.dtype, c.K, operands.eps,
+                         q.data() + m * q_stride, &s_x[m], &q_sum[m]);
   }
   Buffer y(c.dtype, c.M * c.N);
   const float untouched = 12345.0f;
@@ -163,11 +236,11 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   task.s_x = s_x.data();
   task.q_sum = q_sum.data();
   task.M = c.M;
-  task.w = w.data();
-  task.row_bytes = row_bytes;
-  task.s_w = s_w.data();
+  task.w = operands.w.data();
+  task.row_bytes = operands.row_bytes;
+  task.s_w = operands.s_w.data();
   task.s_w_stride = c.per_channel ? 1 : 0;
-  task.bias = c.bias ? bias.data() : nullptr;
+  task.bias = c.bias ? operands.bias.data() : nullptr;
   task.bias_dtype = c.dtype;
   task.n_begin = c.n_begin;
   task.n_end = c.N;
@@ -175,7 +248,7 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   task.y_stride = c.N;
   task.y_dtype = c.dtype;
   // Exactly as long as promised, and aligned as promised.
-  const int64_t scratch_bytes = kernels.scratch_bytes(c.M, row_bytes);
+  const int64_t scratch_bytes = kernels.scratch_bytes(c.M, operands.row_bytes);
   void* scratch = nullptr;
   if (posix_memalign(&scratch, 64, static_cast<size_t>(scratch_bytes)) != 0) return "no memory";
   memset(scratch, 99, static_cast<size_t>(scratch_bytes));
@@ -183,49 +256,26 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   kernels.linear(&task);
   free(scratch);
 
-  std::vector<float> values(static_cast<size_t>(c.K));
-  std::vector<int64_t> row(static_cast<size_t>(c.K));
+  Buffer never_written(c.dtype, 1);
+  never_written.set(0, untouched);
   for (int64_t m = 0; m < c.M; ++m) {
-    float absmax = eps;
-    bool finite = true;
+    const Expected expected(operands, m);
     for (int64_t k = 0; k < c.K; ++k) {
-      const float value = values[k] = x.get(m * c.K + k);
-      finite = finite && isfinite(value);
-      absmax = fabsf(value) > absmax ? fabsf(value) : absmax;
-    }
-    const float inv = 127.0f / absmax;
-    const float scale_x = absmax / 127.0f;
-    for (int64_t k = 0; k < c.K; ++k) {
-      // A named product: with excess precision or contraction the two roundings would merge.
-      const volatile float scaled = values[k] * inv;
-      const float rounded = nearbyintf(scaled);
-      row[k] = finite
-                   ? static_cast<int64_t>(rounded > 127 ? 127 : (rounded < -127 ? -127 : rounded))
-                   : 0;
       const int64_t block = k / 4 / kernels.block;
       const int64_t place =
           block * 4 * kernels.block + k % 4 * kernels.block + k / 4 % kernels.block;
-      if (q[m * q_stride + place] != row[k]) {
+      if (q[m * q_stride + place] != expected.q(k)) {
         return "q[" + std::to_string(m) + ", " + std::to_string(k) +
                "] = " + std::to_string(q[m * q_stride + place]) + ", expected " +
-               std::to_string(row[k]) + " at " + describe(c);
+               std::to_string(expected.q(k)) + " at " + describe(c);
       }
     }
     for (int64_t n = 0; n < c.N; ++n) {
-      int64_t acc = 0;
-      for (int64_t k = 0; k < c.K; ++k) acc += row[k] * t[n * c.K + k];
-      const volatile float scale = scale_x * s_w[c.per_channel ? n : 0];
-      volatile float value = static_cast<float>(acc) * scale;
-      if (c.bias) value = value + bias.get(n);
-      Buffer expected(c.dtype, 1);
-      expected.set(0, finite ? value : NAN);
-      if (n < c.n_begin) expected.set(0, untouched);
       const float got = y.get(m * c.N + n);
-      const float want = expected.get(0);
-      if (isnan(want) ? !isnan(got) : float_bits(got) != float_bits(want)) {
-        return "y[" + std::to_string(m) + ", " + std::to_string(n) + "] = " + std::to_string(got) +
-               ", expected " + std::to_string(want) + " at " + describe(c);
-      }
+      const std::string difference = n < c.n_begin
+                                         ? expected.compare(m, n, got, never_written.get(0))
+                                         : expected.compare(m, n, got);
+      if (!difference.empty()) return difference;
     }
   }
   return "";

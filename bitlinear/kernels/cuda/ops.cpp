@@ -1,23 +1,134 @@
-// Placeholder for torch.ops.bitlinear.linear on CUDA: it refuses, so that nobody takes it for more.
+// torch.ops.bitlinear.linear on CUDA: arguments, memory and the stream. The arithmetic is behind
+// task.h. The schema is registered by ../ops.cpp.
+//
+// The headers are chosen for compile time: this file is most of a cold import.
 #include <ATen/core/Tensor.h>
+#include <ATen/cuda/EmptyTensor.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <atomic>
+#include <iterator>
+#include <mutex>
 #include <optional>
+#include <unordered_map>
 
-#include "kernels.h"
+#include "../arguments.h"
+#include "task.h"
 
 namespace {
 
+using at::ScalarType;
 using at::Tensor;
+using bitlinear::data_of;
+using bitlinear::kernel_dtype;
+
+std::atomic<int> forced_kernel{BITLINEAR_CUDA_AUTO};
+
+// The weights that calls have read, each as it was at that time. A call that finds its own here may
+// read them while the work ahead in the stream still runs: they were written before the earlier
+// call, which began after the work ahead of it had ended. What writes past torch's version counters
+// (a foreign kernel, `.data`) has to be followed by something else than a call.
+class SettledWeights {
+ public:
+  // Whether `w` was here, unchanged; it is from now on.
+  bool check_in(const Tensor& w) {
+    if (w.is_inference()) return false;  // its changes are not counted
+    const c10::StorageImpl* const storage = w.storage().unsafeGetStorageImpl();
+    const uint32_t version = w._version();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = seen_.find(storage);
+    if (found != seen_.end() && !found->second.storage.expired() &&
+        found->second.version == version) {
+      return true;
+    }
+    if (found == seen_.end() && seen_.size() >= next_sweep_) sweep();
+    seen_.insert_or_assign(storage, Seen{w.storage().getWeakStorageImpl(), version});
+    return false;
+  }
+
+ private:
+  struct Seen {
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage;  // keeps its address from being used again
+    uint32_t version;
+  };
+
+  void sweep() {
+    for (auto entry = seen_.begin(); entry != seen_.end();) {
+      entry = entry->second.storage.expired() ? seen_.erase(entry) : std::next(entry);
+    }
+    next_sweep_ = 2 * seen_.size() + 64;
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<const c10::StorageImpl*, Seen> seen_;
+  size_t next_sweep_ = 64;
+};
+
+SettledWeights& settled_weights() {
+  static auto* const weights = new SettledWeights;  // outlives every thread
+  return *weights;
+}
 
 Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
               const std::optional<Tensor>& bias, int64_t in_features, double eps,
-              int64_t group_size, int64_t act_bits, std::optional<at::ScalarType> out_dtype) {
-  const int error = bitlinear_cuda_copy(nullptr, nullptr, 0, c10::cuda::getCurrentCUDAStream());
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "bitlinear: there is no CUDA kernel yet (", error, ")");
+              int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
+  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
+  bitlinear::check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits,
+                             y_dtype);
+  const c10::cuda::CUDAGuard guard(x.device());
+
+  const int64_t N = w_packed.size(0);
+  const int64_t M = x.numel() / in_features;
+  c10::DimVector shape(x.sizes());
+  shape.back() = N;
+  // Not at::empty, whose way through the dispatcher costs as much as a launch.
+  Tensor y = Tensor(at::detail::empty_cuda(shape, y_dtype, x.device(), std::nullopt));
+  if (M == 0 || N == 0) return y;
+
+  const Tensor input = x.contiguous();
+  const Tensor weight = w_packed.contiguous();
+  const Tensor scale = w_scale.contiguous();
+  Tensor addend;
+  if (bias.has_value()) {
+    addend = bias->contiguous();
+    if (kernel_dtype(addend.scalar_type()) < 0) addend = addend.to(ScalarType::Float);
+  }
+  // Of the current stream: what is freed at the end of this call serves only what is queued after
+  // the kernels, also in a graph that is being captured.
+  const at::DataPtr workspace = c10::cuda::CUDACachingAllocator::get()->allocate(
+      static_cast<size_t>(bitlinear_cuda_workspace_bytes(M, in_features)));
+
+  bitlinear_cuda_task task = {};
+  task.x = data_of(input, "x");
+  task.x_dtype = kernel_dtype(x.scalar_type());
+  task.M = M;
+  task.N = N;
+  task.K = in_features;
+  task.eps = static_cast<float>(eps);
+  task.w = reinterpret_cast<const uint8_t*>(data_of(weight, "w_packed"));
+  task.s_w = reinterpret_cast<const float*>(data_of(scale, "w_scale"));
+  task.s_w_stride = scale.dim() == 2 ? 1 : 0;
+  task.bias = addend.defined() ? data_of(addend, "bias") : nullptr;
+  task.bias_dtype = addend.defined() ? kernel_dtype(addend.scalar_type()) : BITLINEAR_F32;
+  task.y = y.data_ptr();
+  task.y_dtype = kernel_dtype(y_dtype);
+  task.workspace = workspace.get();
+  task.w_settled = weight.is_same(w_packed) && settled_weights().check_in(w_packed);
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(x.device().index());
+  const char* error = bitlinear_cuda_linear(&task, forced_kernel.load(std::memory_order_relaxed),
+                                            static_cast<void*>(stream.stream()));
+  TORCH_CHECK(error == nullptr, "bitlinear: a product of (", M, ", ", in_features, ") by (", N,
+              ", ", in_features, ") failed on ", x.device(), ": ", error);
+  return y;
 }
 
 }  // namespace
+
+// For tests and benchmarks: the operator runs only this one of enum bitlinear_cuda_kernel, in every
+// thread; 0 lets heuristics.h choose again. Returns what was forced before.
+BITLINEAR_EXPORT int bitlinear_cuda_force(int kernel) { return forced_kernel.exchange(kernel); }
 
 TORCH_LIBRARY_IMPL(bitlinear, CUDA, m) { m.impl("linear", linear); }

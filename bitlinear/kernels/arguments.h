@@ -1,0 +1,127 @@
+// What the operator asks of its arguments, alike on the CPU and on CUDA: the checks, with the
+// messages of ops.py, and what is then read from a tensor. Included by the files that include
+// torch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "abi.h"
+
+namespace bitlinear {
+
+// The dtype's number in the kernels' interface, or -1.
+inline int kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::ScalarType::Float:
+      return BITLINEAR_F32;
+    case at::ScalarType::Half:
+      return BITLINEAR_F16;
+    case at::ScalarType::BFloat16:
+      return BITLINEAR_BF16;
+    default:
+      return -1;
+  }
+}
+
+// As Python spells it; torch's own messages have the C++ name.
+inline const char* dtype_name(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::ScalarType::Double:
+      return "float64";
+    case at::ScalarType::Float:
+      return "float32";
+    case at::ScalarType::Half:
+      return "float16";
+    case at::ScalarType::BFloat16:
+      return "bfloat16";
+    case at::ScalarType::Long:
+      return "int64";
+    case at::ScalarType::Int:
+      return "int32";
+    case at::ScalarType::Short:
+      return "int16";
+    case at::ScalarType::Char:
+      return "int8";
+    case at::ScalarType::Byte:
+      return "uint8";
+    case at::ScalarType::Bool:
+      return "bool";
+    default:
+      return c10::toString(dtype);
+  }
+}
+
+inline void check_device(const at::Tensor& x, const char* name, const at::Tensor& other) {
+  TORCH_CHECK_VALUE(
+      other.device() == x.device(), "bitlinear: all tensors must be on one device, but x is on ",
+      x.device(), " and ", name, " is on ", other.device(), ": move one of them with .to(device)");
+}
+
+// The same conditions and messages as check_arguments in ops.py.
+inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
+                            const at::Tensor& w_scale, const std::optional<at::Tensor>& bias,
+                            int64_t in_features, double eps, int64_t group_size, int64_t act_bits,
+                            at::ScalarType out_dtype) {
+  TORCH_CHECK_NOT_IMPLEMENTED(group_size == 0, "bitlinear: group_size = ", group_size,
+                              " is reserved for a later version: use 0");
+  TORCH_CHECK_NOT_IMPLEMENTED(act_bits == 8, "bitlinear: act_bits = ", act_bits,
+                              " is reserved for a later version: use 8");
+  TORCH_CHECK_VALUE(in_features >= 1 && in_features <= BITLINEAR_MAX_K,
+                    "bitlinear: in_features must be between 1 and ", BITLINEAR_MAX_K,
+                    " (where int32 sums are exact), but it is ", in_features,
+                    ": split the layer along in_features");
+  TORCH_CHECK_VALUE(eps >= 1e-36 && eps <= 1e18,
+                    "bitlinear: eps must be between 1e-36 and 1e+18 (127 / eps and eps * eps have "
+                    "to fit float32), but it is ",
+                    eps);
+  TORCH_CHECK_TYPE(kernel_dtype(x.scalar_type()) >= 0,
+                   "bitlinear: x must be float32, float16 or bfloat16, but it is ",
+                   dtype_name(x.scalar_type()), ": convert it, for example with x.float()");
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == in_features,
+                    "bitlinear: the last dimension of x must be in_features = ", in_features,
+                    ", but x has shape ", x.sizes());
+  TORCH_CHECK_TYPE(kernel_dtype(out_dtype) >= 0,
+                   "bitlinear: out_dtype must be float32, float16 or bfloat16, but it is ",
+                   dtype_name(out_dtype), ": leave it out to get the dtype of x");
+  TORCH_CHECK_TYPE(w_packed.scalar_type() == at::ScalarType::Byte,
+                   "bitlinear: w_packed must be uint8, but it is ",
+                   dtype_name(w_packed.scalar_type()),
+                   ": pack ternary weights with bitlinear.packing.pack_ternary");
+  TORCH_CHECK_TYPE(w_scale.scalar_type() == at::ScalarType::Float,
+                   "bitlinear: w_scale must be float32, but it is ",
+                   dtype_name(w_scale.scalar_type()), ": convert it with w_scale.float()");
+  const int64_t columns = (in_features + 3) / 4;
+  TORCH_CHECK_VALUE(w_packed.dim() == 2 && w_packed.size(1) == columns,
+                    "bitlinear: w_packed must have shape (N, ", columns,
+                    ") for in_features = ", in_features,
+                    ", four weights to a byte, but it has shape ", w_packed.sizes());
+  const int64_t out_features = w_packed.size(0);
+  TORCH_CHECK_VALUE(
+      (w_scale.dim() == 1 && w_scale.size(0) == 1) ||
+          (w_scale.dim() == 2 && w_scale.size(0) == out_features && w_scale.size(1) == 1),
+      "bitlinear: w_scale must have shape (1,) or (", out_features, ", 1), but it has shape ",
+      w_scale.sizes(), ": scales are per tensor or per output feature");
+  check_device(x, "w_packed", w_packed);
+  check_device(x, "w_scale", w_scale);
+  if (bias.has_value()) {
+    TORCH_CHECK_TYPE(at::isFloatingType(bias->scalar_type()),
+                     "bitlinear: bias must be floating point, but it is ",
+                     dtype_name(bias->scalar_type()), ": convert it with bias.float()");
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == out_features,
+                      "bitlinear: bias must have shape (", out_features, ",), as w_packed has ",
+                      out_features, " rows, but it has shape ", bias->sizes());
+    check_device(x, "bias", *bias);
+  }
+}
+
+// The memory of a tensor, which a framework that shards parameters may have taken away.
+inline const char* data_of(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.unsafeGetTensorImpl()->storage_initialized(), "bitlinear: ", name,
+                    " has ", tensor.numel(),
+                    " elements, but its storage was freed: restore it before the forward pass");
+  return static_cast<const char*>(tensor.const_data_ptr());
+}
+
+}  // namespace bitlinear

@@ -1,0 +1,48 @@
+// The instructions of sm_80 and later that CUDA C++ has no functions for.
+#pragma once
+
+#include "common.cuh"
+
+namespace bitlinear {
+namespace cuda {
+
+// c += a * b for 16 rows of 32 unsigned bytes and 8 columns of 32 signed bytes. Of each row and
+// column a lane holds eight of the 32, and which ones is free as long as a and b agree.
+__device__ inline void mma_u8s8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+      "%9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
+}
+
+// Copies 16 bytes from global to shared memory in the background; zeros if not valid, and then
+// nothing is read.
+__device__ inline void copy_async(uint8_t* to, const void* from, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
+               : "memory");
+#endif
+}
+
+// Closes a group of copies (it may be empty).
+__device__ inline void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most kPending of this thread's groups, the latest ones, are under way.
+template <int kPending>
+__device__ inline void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+}  // namespace cuda
+}  // namespace bitlinear

@@ -1,0 +1,171 @@
+// What every kernel needs: conversions, the float operations of the numerics, dependent launches.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "heuristics.h"
+
+namespace bitlinear {
+namespace cuda {
+
+template <class T>
+__host__ __device__ constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+template <class T>
+__host__ __device__ constexpr T least(T a, T b) {
+  return a < b ? a : b;
+}
+
+// How q lies in memory. A slice of a token, 256 values, is 4 planes of 64 bytes in either.
+//   kRows: (M, q_stride). Word w of plane p has the four values that meet word w of the packed
+//   slice. kTiles: (K / 128, M / 8, 8, 128): what 8 tokens have of half a slice is an atom of
+//   wgmma's
+//     128-byte swizzle, and the atoms of consecutive tokens follow each other, so that one bulk
+//     copy fetches a tile. The words of a plane, seen as a 4 x 4 matrix, are transposed.
+enum class Layout { kRows, kTiles };
+
+// What the quantiser leaves for the products.
+struct Activations {
+  int8_t* q;
+  int64_t q_stride;      // kRows: a multiple of 256
+  int64_t token_groups;  // kTiles: M / 8, rounded up to whole tiles
+  float* s_x;            // (M,)
+  int32_t* q_sum;        // (M,)
+};
+
+// Where word `word` (0..15) of plane `plane` of a token's slice begins.
+__device__ inline int64_t tiled_place(const Activations& activations, int64_t m, int64_t slice,
+                                      int plane, int word) {
+  const int64_t half = 2 * slice + plane / 2;
+  const int row = static_cast<int>(m % 8);
+  const int chunk = (4 * (plane % 2) + word % 4) ^ row;
+  return (half * activations.token_groups + m / 8) * 1024 + row * 128 + chunk * 16 + word / 4 * 4;
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// A value as it lies in memory, and what it is: apart, so that a load need not be waited for.
+__device__ inline uint32_t load_bits(const void* p, int dtype, int64_t i) {
+  return dtype == BITLINEAR_F32 ? static_cast<const uint32_t*>(p)[i]
+                                : static_cast<const uint16_t*>(p)[i];
+}
+__device__ inline float float_of(uint32_t bits, int dtype) {
+  if (dtype == BITLINEAR_F32) return __uint_as_float(bits);
+  if (dtype == BITLINEAR_BF16) return __uint_as_float(bits << 16);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
+__device__ inline float load_as_float(const void* p, int dtype, int64_t i) {
+  if (dtype == BITLINEAR_F32) return static_cast<const float*>(p)[i];
+  if (dtype == BITLINEAR_F16) return __half2float(static_cast<const __half*>(p)[i]);
+  return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
+}
+
+__device__ inline void store_from_float(void* p, int dtype, int64_t i, float value) {
+  if (dtype == BITLINEAR_F32) {
+    static_cast<float*>(p)[i] = value;
+  } else if (dtype == BITLINEAR_F16) {
+    static_cast<__half*>(p)[i] = __float2half_rn(value);
+  } else {
+    static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(value);
+  }
+}
+
+// Stores the first `count` of four neighbouring values; all four at once where i is a multiple
+// of 4.
+__device__ inline void store_four(void* p, int dtype, int64_t i, const float (&values)[4],
+                                  int count) {
+  if (count < 4 || i % 4 != 0) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j < count) store_from_float(p, dtype, i + j, values[j]);
+    }
+  } else if (dtype == BITLINEAR_F32) {
+    reinterpret_cast<float4*>(p)[i / 4] = make_float4(values[0], values[1], values[2], values[3]);
+  } else {
+    uint16_t halves[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) store_from_float(halves, dtype, j, values[j]);
+    reinterpret_cast<uint2*>(p)[i / 4] =
+        make_uint2(halves[0] | uint32_t{halves[1]} << 16, halves[2] | uint32_t{halves[3]} << 16);
+  }
+}
+
+// y = float(acc) * (s_x * s_w) + bias, each operation rounded on its own. `codes` is sum_k c * q.
+__device__ inline float dequantize(int32_t codes, int32_t q_sum, float s_x, float s_w) {
+  return __fmul_rn(__int2float_rn(codes - q_sum), __fmul_rn(s_x, s_w));
+}
+
+// Programmatic dependent launch (sm_90): a kernel may start while its predecessor in the stream
+// still runs; what that one wrote may be read, and what it reads overwritten, after the wait.
+__device__ inline void allow_successor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Brings weights into L2. Allowed before the wait: L2 is where writes of other kernels arrive too.
+__device__ inline void prefetch_l2(const void* p, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+
+__device__ inline uint32_t warp_reduce_max(uint32_t value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(~0u, value);
+#else
+  for (int step = 16; step > 0; step /= 2) {
+    value = max(value, __shfl_xor_sync(~0u, value, step));
+  }
+  return value;
+#endif
+}
+__device__ inline int32_t warp_reduce_add(int32_t value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(~0u, value);
+#else
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  return value;
+#endif
+}
+
+// Weights are read once per call: they would only displace the activations from L1.
+__device__ inline uint4 load_weights(const uint8_t* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(__cvta_generic_to_global(p)));
+  return v;
+}
+
+// 16 packed bytes at `offset` of a row, zeros beyond its end. Aligned: rows start at multiples
+// of 16.
+template <bool kAligned>
+__device__ inline uint4 load_chunk(const uint8_t* row, int64_t offset, int64_t row_bytes) {
+  if constexpr (kAligned) {
+    return offset < row_bytes ? load_weights(row + offset) : make_uint4(0, 0, 0, 0);
+  } else {
+    uint32_t words[4] = {};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (offset + i < row_bytes) words[i / 4] |= uint32_t{row[offset + i]} << 8 * (i % 4);
+    }
+    return make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+}  // namespace cuda
+}  // namespace bitlinear

@@ -1,0 +1,187 @@
+// y = epilogue(q @ w^T) with the dot product of four bytes, for any shape on any device that has it
+// (sm_61 and later). The fallback of all that is older than sm_80: plain before fast.
+#include "launch.cuh"
+
+namespace bitlinear {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// Bits 2p of four packed bytes are four codes, which go with one word of plane p.
+__device__ inline int32_t codes_of(uint32_t packed, int p) {
+  return static_cast<int32_t>(packed >> 2 * p & 0x03030303u);
+}
+
+// 16 packed bytes by the 64 values of a token that go with them.
+__device__ inline void add_products(const uint4& packed, const uint4 (&planes)[4], int32_t& sum) {
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+    const uint4& q = planes[p];
+    sum = __dp4a(codes_of(packed.x, p), static_cast<int32_t>(q.x), sum);
+    sum = __dp4a(codes_of(packed.y, p), static_cast<int32_t>(q.y), sum);
+    sum = __dp4a(codes_of(packed.z, p), static_cast<int32_t>(q.z), sum);
+    sum = __dp4a(codes_of(packed.w, p), static_cast<int32_t>(q.w), sum);
+  }
+}
+
+__device__ inline void store(const bitlinear_cuda_task& task, const Activations& in, int64_t m,
+                             int64_t n, int32_t codes) {
+  float value = dequantize(codes, in.q_sum[m], in.s_x[m], task.s_w[n * task.s_w_stride]);
+  if (task.bias != nullptr) {
+    value = __fadd_rn(value, load_as_float(task.bias, task.bias_dtype, n));
+  }
+  store_from_float(task.y, task.y_dtype, m * task.N + n, value);
+}
+
+// 16 packed bytes of a row; alike in all threads, so that the branch costs little.
+__device__ inline uint4 load_packed(const uint8_t* row, int64_t offset, int64_t row_bytes,
+                                    bool aligned) {
+  return aligned ? load_chunk<true>(row, offset, row_bytes)
+                 : load_chunk<false>(row, offset, row_bytes);
+}
+
+// --- Few tokens: a warp for every row of weights ---
+
+template <int kTokens>
+__global__ void __launch_bounds__(kThreads)
+    dp4a_gemv(const bitlinear_cuda_task task, const Activations in, bool aligned) {
+  const int lane = threadIdx.x % 32;
+  const int64_t n = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
+  allow_successor();
+  wait_for_predecessor();
+  if (n >= task.N) return;
+
+  const int64_t row_bytes = ceil_div<int64_t>(task.K, 4);
+  const uint8_t* const row = task.w + n * row_bytes;
+  int32_t sums[kTokens] = {};
+  for (int64_t offset = 16 * lane; offset < row_bytes; offset += 16 * 32) {
+    const uint4 packed = load_packed(row, offset, row_bytes, aligned);
+    const int8_t* block = in.q + offset / kSliceBytes * kSliceValues + offset % kSliceBytes;
+#pragma unroll
+    for (int m = 0; m < kTokens; ++m) {
+      if (m >= task.M) break;
+      uint4 planes[4];
+#pragma unroll
+      for (int p = 0; p < 4; ++p) {
+        planes[p] = *reinterpret_cast<const uint4*>(block + m * in.q_stride + 64 * p);
+      }
+      add_products(packed, planes, sums[m]);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < kTokens; ++m) {
+    const int32_t codes = warp_reduce_add(sums[m]);
+    if (lane == m && m < task.M) store(task, in, m, n, codes);
+  }
+}
+
+// --- Many tokens: tiles of 64 rows by 16 or 64 tokens, 64 packed bytes at a time ---
+
+constexpr int kTileRows = 64;
+constexpr int kSide = 16;  // threads are in a square, each with every 16th row and token
+constexpr int kRows = kTileRows / kSide;
+constexpr int kRowVectors = kSliceBytes / 16;
+constexpr int kTokenVectors = kSliceValues / 16;
+
+template <int kTileTokens>
+__global__ void __launch_bounds__(kThreads)
+    dp4a_tiles(const bitlinear_cuda_task task, const Activations in, bool aligned) {
+  constexpr int kTokens = kTileTokens / kSide;
+  constexpr int kFetches = kTileTokens * kTokenVectors / kThreads;
+  static_assert(kTileRows * kRowVectors == kThreads, "a thread fetches 16 packed bytes");
+  // An odd number of 16-byte vectors in a row: eight rows side by side are in different banks.
+  __shared__ uint4 w_tile[kTileRows][kRowVectors + 1];
+  __shared__ uint4 q_tile[kTileTokens][kTokenVectors + 1];
+
+  const int64_t row_tiles = ceil_div<int64_t>(task.N, kTileRows);
+  const int64_t n_begin = blockIdx.x % row_tiles * kTileRows;
+  const int64_t m_begin = blockIdx.x / row_tiles * kTileTokens;
+  const int64_t row_bytes = ceil_div<int64_t>(task.K, 4);
+  const int64_t slices = ceil_div<int64_t>(row_bytes, kSliceBytes);
+  allow_successor();
+  wait_for_predecessor();
+
+  // What this thread fetches of every slice. Rows and tokens that are not there count as zeros.
+  const int row = threadIdx.x / kRowVectors, row_vector = threadIdx.x % kRowVectors;
+  const auto fetch_w = [&](int64_t slice) {
+    if (n_begin + row >= task.N) return make_uint4(0, 0, 0, 0);
+    return load_packed(task.w + (n_begin + row) * row_bytes, slice * kSliceBytes + 16 * row_vector,
+                       row_bytes, aligned);
+  };
+  const int token = threadIdx.x / kTokenVectors, token_vector = threadIdx.x % kTokenVectors;
+  const auto fetch_q = [&](int64_t slice, int i) {
+    const int64_t m = m_begin + token + i * (kThreads / kTokenVectors);
+    if (m >= task.M) return make_uint4(0, 0, 0, 0);
+    const int8_t* block = in.q + m * in.q_stride + slice * kSliceValues;
+    return reinterpret_cast<const uint4*>(block)[token_vector];
+  };
+
+  const int n = threadIdx.x % kSide, m = threadIdx.x / kSide;
+  int32_t sums[kTokens][kRows] = {};
+  uint4 next_w = fetch_w(0);
+  uint4 next_q[kFetches];
+#pragma unroll
+  for (int i = 0; i < kFetches; ++i) next_q[i] = fetch_q(0, i);
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    w_tile[row][row_vector] = next_w;
+#pragma unroll
+    for (int i = 0; i < kFetches; ++i) {
+      q_tile[token + i * (kThreads / kTokenVectors)][token_vector] = next_q[i];
+    }
+    __syncthreads();
+    // On their way while this slice is multiplied.
+    if (slice + 1 < slices) {
+      next_w = fetch_w(slice + 1);
+#pragma unroll
+      for (int i = 0; i < kFetches; ++i) next_q[i] = fetch_q(slice + 1, i);
+    }
+#pragma unroll 1
+    for (int v = 0; v < kRowVectors; ++v) {
+      uint4 packed[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) packed[r] = w_tile[n + kSide * r][v];
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t) {
+        uint4 planes[4];
+#pragma unroll
+        for (int p = 0; p < 4; ++p) planes[p] = q_tile[m + kSide * t][kRowVectors * p + v];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) add_products(packed[r], planes, sums[t][r]);
+      }
+    }
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t out_m = m_begin + m + kSide * t, out_n = n_begin + n + kSide * r;
+      if (out_m < task.M && out_n < task.N) store(task, in, out_m, out_n, sums[t][r]);
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t dp4a(const bitlinear_cuda_task& task, const Activations& q, cudaStream_t stream) {
+  const int64_t row_bytes = ceil_div<int64_t>(task.K, 4);
+  const bool aligned = reinterpret_cast<uintptr_t>(task.w) % 16 == 0 && row_bytes % 16 == 0;
+  const auto launch = [&](auto kernel, int64_t blocks) {
+    const Launch how = {dim3(static_cast<unsigned>(blocks)), kThreads};
+    return launch_kernel(kernel, how, task, stream, task, q, aligned);
+  };
+  if (task.M <= 4) {
+    const int64_t blocks = ceil_div<int64_t>(task.N, kThreads / 32);
+    return task.M == 1 ? launch(dp4a_gemv<1>, blocks) : launch(dp4a_gemv<4>, blocks);
+  }
+  // One dimension, as the others end at 65,535 blocks; y would not fit a memory if this one ended.
+  const int tile_tokens = task.M <= 16 ? 16 : 64;
+  const int64_t blocks =
+      ceil_div<int64_t>(task.N, kTileRows) * ceil_div<int64_t>(task.M, tile_tokens);
+  return tile_tokens == 16 ? launch(dp4a_tiles<16>, blocks) : launch(dp4a_tiles<64>, blocks);
+}
+
+}  // namespace cuda
+}  // namespace bitlinear

@@ -1,0 +1,304 @@
+// y = epilogue(q @ w^T) for up to 8 tokens (sm_90 and later), quantising them itself where they are
+// few: the kernel of decoding, bound by reading the weights and, for small layers, by latency.
+//
+// A block takes a range of weight rows. One warp copies them into a ring of stages in shared
+// memory, before the predecessor in the stream has ended: what decoding waits for is the
+// activations. Eight warps multiply: lanes load packed bytes straight into the fragments of
+// mma.m16n8k32, as a packed byte masked by 0x03, 0x0C, 0x30 or 0xC0 is an unsigned weight code, 1,
+// 4, 16 or 64 times too large, in a k-order of its own that the activations are laid out in. So a
+// fragment costs one AND per register, and each mask has accumulators of its own, shifted at the
+// end.
+#include <type_traits>
+
+#include "ampere.cuh"
+#include "hopper.cuh"
+#include "launch.cuh"
+#include "quantize.cuh"
+
+namespace bitlinear {
+namespace cuda {
+namespace {
+
+constexpr int kWarps = 8;  // that multiply; one more copies
+constexpr int kConsumers = 32 * kWarps;
+constexpr int kThreads = kConsumers + 32;
+constexpr int kFragmentRows = 16;
+constexpr int kMaxStages = 8;
+constexpr int kMaxTokens = 8;
+constexpr int kTokenPad = 64;  // bytes between tokens in shared memory: no bank conflicts
+
+struct Shared {
+  Barrier full[kMaxStages], empty[kMaxStages];
+  // By warp of a split, token and row, double-buffered.
+  int32_t partial[2][kWarps * kMaxTokens * (kFragmentRows + 4)];
+  uint32_t warp_max[kWarps];
+  float s_x[kMaxTokens];
+  int32_t q_sum[kMaxTokens];
+};
+
+__device__ inline void sync_consumers() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
+}
+
+// Where a pass over the ring of stages stands.
+struct Position {
+  int stages;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ explicit Position(int stages) : stages(stages) {}
+  __device__ void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// What follows from the sizes of a call.
+struct Sizes {
+  int row_bytes, chunk_bytes, chunks, pitch, q_stride;
+
+  __host__ __device__ explicit Sizes(int64_t K)
+      : row_bytes(static_cast<int>((K + 3) / 4)),
+        chunk_bytes(least(row_bytes, kGemvChunkBytes)),
+        chunks(ceil_div(row_bytes, chunk_bytes)),
+        pitch(gemv_row_pitch(chunk_bytes)),
+        q_stride(ceil_div(row_bytes, kSliceBytes) * kSliceValues + kTokenPad) {}
+};
+
+// Quantises all tokens at once, each by its share of the warps, which keep the values in registers
+// between finding the largest and rounding.
+template <class X>
+__device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_stride, int8_t* q,
+                                       Shared& shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int tokens = static_cast<int>(task.M), K = static_cast<int>(task.K);
+  const int log_share = tokens > 4 ? 0 : tokens > 2 ? 1 : tokens > 1 ? 2 : 3;
+  const int m = warp >> log_share;
+  const int first = ((warp & ((1 << log_share) - 1)) * 32 + lane) * kGroup;
+  const int step = (32 << log_share) * kGroup;
+  const X* const x = static_cast<const X*>(task.x) + int64_t{m} * K;
+  const int end = m < tokens ? K : 0;
+
+  Group<X> groups[kGemvGroups];
+  uint32_t absmax = 0;
+#pragma unroll
+  for (int i = 0; i < kGemvGroups; ++i) {
+    if (first + i * step < end) groups[i].load(x + first + i * step);
+  }
+#pragma unroll
+  for (int i = 0; i < kGemvGroups; ++i) {
+    if (first + i * step < end) absmax = max(absmax, groups[i].magnitude_bits());
+  }
+  absmax = warp_reduce_max(absmax);
+  if (lane == 0) shared.warp_max[warp] = absmax;
+  sync_consumers();
+
+  if (m < tokens) {
+    absmax = warp_reduce_max(shared.warp_max[(m << log_share) + (lane & ((1 << log_share) - 1))]);
+    const TokenScale scale(absmax, task.eps);
+    int32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kGemvGroups; ++i) {
+      const int k = first + i * step;
+      if (k >= q_stride - kTokenPad) break;
+      float values[kGroup] = {};
+      if (k < end) groups[i].convert(values);
+      uint32_t planes[4];
+      sum += quantize_group(values, scale.inv, planes);
+      uint32_t* block =
+          reinterpret_cast<uint32_t*>(q + m * q_stride + k / kSliceValues * kSliceValues);
+#pragma unroll
+      for (int p = 0; p < 4; ++p) block[16 * p + k / kGroup % 16] = planes[p];
+    }
+    sum = warp_reduce_add(sum);
+    if (lane == 0) {
+      atomicAdd(&shared.q_sum[m], sum);
+      shared.s_x[m] = scale.s_x;
+    }
+  }
+  sync_consumers();
+}
+
+// Fetches tokens that the row kernel has quantised.
+__device__ inline void fetch_tokens(const Activations& activations, int tokens, int q_stride,
+                                    int8_t* q, Shared& shared) {
+  for (int m = 0; m < tokens; ++m) {
+    const uint4* from = reinterpret_cast<const uint4*>(activations.q + m * activations.q_stride);
+    uint4* to = reinterpret_cast<uint4*>(q + m * q_stride);
+    for (int i = threadIdx.x; i < (q_stride - kTokenPad) / 16; i += kConsumers) to[i] = from[i];
+  }
+  if (threadIdx.x < tokens) {
+    shared.s_x[threadIdx.x] = activations.s_x[threadIdx.x];
+    shared.q_sum[threadIdx.x] = activations.q_sum[threadIdx.x];
+  }
+  sync_consumers();
+}
+
+// X: the dtype of x where the kernel quantises it itself; int8_t where that has been done.
+// kLogSplit: the logarithm of how many warps share 16 rows, along K.
+template <class X, int kLogSplit>
+__global__ void __launch_bounds__(kThreads, 2)
+    gemv_kernel(const __grid_constant__ bitlinear_cuda_task task,
+                const __grid_constant__ Activations activations, int stages) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int kSplit = 1 << kLogSplit;
+  constexpr int kTileRows = kWarps * kFragmentRows / kSplit;
+  constexpr int kRowPitch = kTileRows + 4;  // of the partial sums
+  extern __shared__ __align__(128) uint8_t dynamic[];
+  __shared__ Shared shared;
+
+  const Sizes sizes(task.K);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int tokens = static_cast<int>(task.M);
+  const int64_t n_begin = task.N * blockIdx.x / gridDim.x;
+  const int rows = static_cast<int>(task.N * (blockIdx.x + 1) / gridDim.x - n_begin);
+  const int tiles = ceil_div(rows, kTileRows);
+  const int stage_bytes = kTileRows * sizes.pitch;
+
+  if (threadIdx.x == kConsumers) {
+    for (int s = 0; s < stages; ++s) {
+      shared.full[s].init(1);
+      shared.empty[s].init(kWarps);
+    }
+    publish_barriers();
+  }
+  if (threadIdx.x < kMaxTokens) shared.q_sum[threadIdx.x] = 0;
+  __syncthreads();
+  allow_successor();
+
+  if (warp == kWarps) {
+    Position at(stages);
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int present = least(kTileRows, rows - tile * kTileRows);
+      const uint8_t* w = task.w + (n_begin + tile * kTileRows) * sizes.row_bytes;
+      for (int c = 0; c < sizes.chunks; ++c, at.advance()) {
+        const int begin = c * sizes.chunk_bytes;
+        const int bytes = least(sizes.chunk_bytes, sizes.row_bytes - begin);
+        Barrier& full = shared.full[at.stage];
+        if (lane == 0) {
+          shared.empty[at.stage].wait(at.parity ^ 1);
+          full.arrive_expecting(present * bytes);
+        }
+        __syncwarp();
+        for (int row = lane; row < present; row += 32) {
+          copy_bulk(dynamic + at.stage * stage_bytes + row * sizes.pitch,
+                    w + row * sizes.row_bytes + begin, bytes, full);
+        }
+      }
+    }
+    return;
+  }
+
+  wait_for_predecessor();
+  // Row r of the block is finished by thread r mod 256, which has the scales ready.
+  float s_w = 0.0f;
+  uint32_t bias_bits = 0;
+  const auto load_scales = [&](int row) {
+    if (row < rows) {
+      s_w = task.s_w[(n_begin + row) * task.s_w_stride];
+      if (task.bias != nullptr) bias_bits = load_bits(task.bias, task.bias_dtype, n_begin + row);
+    }
+  };
+  load_scales(threadIdx.x);
+  int8_t* const q = reinterpret_cast<int8_t*>(dynamic + stages * stage_bytes);
+  if constexpr (std::is_same<X, int8_t>::value) {
+    fetch_tokens(activations, tokens, sizes.q_stride, q, shared);
+  } else {
+    quantize_tokens<X>(task, sizes.q_stride, q, shared);
+  }
+
+  const int g = lane / 4, tig = lane % 4;
+  const int group = warp >> kLogSplit, member = warp & (kSplit - 1);
+  // Columns beyond the tokens repeat the first one, at no cost, and are dropped.
+  const int8_t* const my_q = q + (g < tokens ? g : 0) * sizes.q_stride + 16 * tig;
+  const uint8_t* const my_w = dynamic + (group * kFragmentRows + g) * sizes.pitch + 16 * tig;
+  Position at(stages);
+  for (int tile = 0; tile < tiles; ++tile) {
+    int32_t sums[4][4] = {};
+    for (int c = 0; c < sizes.chunks; ++c, at.advance()) {
+      const int bytes = least(sizes.chunk_bytes, sizes.row_bytes - c * sizes.chunk_bytes);
+      shared.full[at.stage].wait(at.parity);
+#pragma unroll 2
+      for (int s = member; s < ceil_div(bytes, kSliceBytes); s += kSplit) {
+        const uint8_t* w = my_w + at.stage * stage_bytes + s * kSliceBytes;
+        const uint4 low = *reinterpret_cast<const uint4*>(w);
+        const uint4 high = *reinterpret_cast<const uint4*>(w + 8 * sizes.pitch);
+        const int8_t* slice = my_q + (c * (kGemvChunkBytes / kSliceBytes) + s) * kSliceValues;
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          const uint4 b = *reinterpret_cast<const uint4*>(slice + 64 * p);
+          const uint32_t mask = 0x03030303u << 2 * p;
+          mma_u8s8(sums[p], low.x & mask, high.x & mask, low.y & mask, high.y & mask, b.x, b.y);
+          mma_u8s8(sums[p], low.z & mask, high.z & mask, low.w & mask, high.w & mask, b.z, b.w);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) shared.empty[at.stage].arrive();
+    }
+
+    int32_t* const partial = shared.partial[tile % 2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = 2 * tig + i % 2, row = group * kFragmentRows + g + 8 * (i / 2);
+      if (token < tokens) {
+        partial[(member * tokens + token) * kRowPitch + row] =
+            sums[0][i] + (sums[1][i] >> 2) + (sums[2][i] >> 4) + (sums[3][i] >> 6);
+      }
+    }
+    sync_consumers();
+    const int row = (threadIdx.x - tile * kTileRows) & (kConsumers - 1);
+    if (row < kTileRows && tile * kTileRows + row < rows) {
+      const int64_t n = n_begin + tile * kTileRows + row;
+      const float bias = float_of(bias_bits, task.bias_dtype);
+#pragma unroll 1
+      for (int m = 0; m < tokens; ++m) {
+        int32_t codes = 0;
+#pragma unroll
+        for (int v = 0; v < kSplit; ++v) codes += partial[(v * tokens + m) * kRowPitch + row];
+        float value = dequantize(codes, shared.q_sum[m], shared.s_x[m], s_w);
+        if (task.bias != nullptr) value = __fadd_rn(value, bias);
+        store_from_float(task.y, task.y_dtype, m * task.N + n, value);
+      }
+      load_scales(tile * kTileRows + row + kConsumers);
+    }
+  }
+#endif
+}
+
+template <class X, int kLogSplit>
+cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, const GemvPlan& plan,
+                   cudaStream_t stream) {
+  const auto kernel = gemv_kernel<X, kLogSplit>;
+  const Sizes sizes(task.K);
+  const int stage_bytes = (kWarps * kFragmentRows >> kLogSplit) * sizes.pitch;
+  const int stages = least(plan.ring_bytes / stage_bytes, kMaxStages);
+  const int shared_bytes = stages * stage_bytes + static_cast<int>(task.M) * sizes.q_stride;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  const Launch how = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
+  return launch_kernel(kernel, how, task, stream, task, q, stages);
+}
+
+template <class X>
+cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, const GemvPlan& plan,
+                   cudaStream_t stream) {
+  if (plan.log_split == 3) return launch<X, 3>(task, q, plan, stream);
+  if (plan.log_split == 2) return launch<X, 2>(task, q, plan, stream);
+  return launch<X, 1>(task, q, plan, stream);
+}
+
+}  // namespace
+
+cudaError_t gemv(const bitlinear_cuda_task& task, const Activations& q, const GemvPlan& plan,
+                 cudaStream_t stream) {
+  if (!plan.fused) return launch<int8_t>(task, q, plan, stream);
+  if (task.x_dtype == BITLINEAR_F32) return launch<float>(task, q, plan, stream);
+  if (task.x_dtype == BITLINEAR_F16) return launch<__half>(task, q, plan, stream);
+  return launch<__nv_bfloat16>(task, q, plan, stream);
+}
+
+}  // namespace cuda
+}  // namespace bitlinear

@@ -1,0 +1,64 @@
+// Small wrappers around Hopper's PTX: barriers in shared memory and bulk copies.
+#pragma once
+
+#include "common.cuh"
+
+namespace bitlinear {
+namespace cuda {
+
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// A barrier in shared memory (mbarrier): a phase ends when all arrivals and all bytes are in.
+struct Barrier {
+  uint64_t state;
+
+  __device__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)),
+                 "r"(arrivals));
+  }
+  __device__ void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state))
+                 : "memory");
+  }
+  __device__ void arrive_expecting(uint32_t bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&state)),
+        "r"(bytes)
+        : "memory");
+  }
+  // Returns once the phase of this parity has ended.
+  __device__ void wait(uint32_t parity) {
+    uint32_t done;
+    do {
+      asm volatile(
+          "{\n"
+          ".reg .pred done;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, done;\n"
+          "}\n"
+          : "=r"(done)
+          : "r"(shared_address(&state)), "r"(parity)
+          : "memory");
+    } while (done == 0);
+  }
+};
+
+// Makes initialised barriers visible to the copy engine; a __syncthreads() does so to the threads.
+__device__ inline void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Copies bytes (a multiple of 16, as both addresses) into shared memory; they count for `barrier`.
+__device__ inline void copy_bulk(void* shared, const void* global, uint32_t bytes,
+                                 Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(&barrier.state))
+      : "memory");
+}
+
+}  // namespace cuda
+}  // namespace bitlinear

@@ -1,0 +1,129 @@
+// The C interface: which kernel, on which memory, and what to say where it cannot be.
+#include "launch.cuh"
+
+#include <mutex>
+
+namespace bitlinear {
+namespace cuda {
+namespace {
+
+constexpr int64_t kWorkspaceAlignment = 256;
+
+// Tells which of the architectures that this library was compiled for the driver has picked.
+__global__ void probe() {}
+
+cudaError_t inspect_device(int index, Device* device) {
+  const auto ask = [&](cudaDeviceAttr attribute, int* value) {
+    return cudaDeviceGetAttribute(value, attribute, index);
+  };
+  int major = 0, minor = 0;
+  cudaFuncAttributes code = {};
+  cudaError_t error = ask(cudaDevAttrComputeCapabilityMajor, &major);
+  if (error == cudaSuccess) error = ask(cudaDevAttrComputeCapabilityMinor, &minor);
+  if (error == cudaSuccess) error = ask(cudaDevAttrMultiProcessorCount, &device->multiprocessors);
+  if (error == cudaSuccess) {
+    error = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes);
+  }
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, probe);
+  const int capability = 10 * major + minor;
+  // Code for an older device, translated for this one, has no newer instruction in it.
+  device->capability = code.ptxVersion < capability ? code.ptxVersion : capability;
+  return error;
+}
+
+// The parts of the workspace. Every size is a multiple of the alignment but the last.
+struct Workspace {
+  int64_t tokens, q_stride, s_x_offset, q_sum_offset, bytes;
+
+  Workspace(int64_t M, int64_t K) {
+    tokens = padded_tokens(M);
+    q_stride = round_up(K, kSliceValues);
+    s_x_offset = tokens * q_stride;
+    q_sum_offset = s_x_offset + round_up(tokens * int64_t{sizeof(float)}, kWorkspaceAlignment);
+    bytes = q_sum_offset + round_up(tokens * int64_t{sizeof(int32_t)}, kWorkspaceAlignment);
+  }
+
+  Activations activations(void* memory) const {
+    char* const base = static_cast<char*>(memory);
+    return {reinterpret_cast<int8_t*>(base), q_stride, tokens / 8,
+            reinterpret_cast<float*>(base + s_x_offset),
+            reinterpret_cast<int32_t*>(base + q_sum_offset)};
+  }
+};
+
+bool rows_aligned(const void* rows, int64_t row_bytes) {
+  return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && row_bytes % 16 == 0;
+}
+
+Shape shape_of(const bitlinear_cuda_task& task) {
+  const int64_t element = task.x_dtype == BITLINEAR_F32 ? 4 : 2;
+  return {task.M, task.N, task.K, rows_aligned(task.x, task.K * element),
+          rows_aligned(task.w, ceil_div<int64_t>(task.K, 4))};
+}
+
+cudaError_t run(const bitlinear_cuda_task& task, int kernel, const Device& device,
+                const Shape& shape, const Activations& q, cudaStream_t stream) {
+  if (kernel == BITLINEAR_CUDA_GEMV) {
+    const GemvPlan plan = plan_gemv(device, shape);
+    const cudaError_t error = plan.fused ? cudaSuccess : quantize(task, q, Layout::kRows, stream);
+    return error == cudaSuccess ? gemv(task, q, plan, stream) : error;
+  }
+  const bool tiles = kernel == BITLINEAR_CUDA_WGMMA;
+  const cudaError_t error = quantize(task, q, tiles ? Layout::kTiles : Layout::kRows, stream);
+  if (error != cudaSuccess) return error;
+  if (tiles) return wgmma(task, q, plan_wgmma(device, shape), stream);
+  return kernel == BITLINEAR_CUDA_MMA ? mma(task, q, stream) : dp4a(task, q, stream);
+}
+
+// The message, with the error taken back: it is ours to report, not that of the next call.
+const char* report(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+}  // namespace
+
+cudaError_t current_device(Device* device) {
+  // Asked once per device.
+  constexpr int kDevices = 128;
+  static std::once_flag asked[kDevices];
+  static Device known[kDevices];
+  static cudaError_t errors[kDevices];
+  int index = 0;
+  const cudaError_t error = cudaGetDevice(&index);
+  if (error != cudaSuccess) return error;
+  if (index >= kDevices) return inspect_device(index, device);
+  std::call_once(asked[index], [&] { errors[index] = inspect_device(index, &known[index]); });
+  *device = known[index];
+  return errors[index];
+}
+
+}  // namespace cuda
+}  // namespace bitlinear
+
+BITLINEAR_EXPORT int64_t bitlinear_cuda_workspace_bytes(int64_t M, int64_t K) {
+  return bitlinear::cuda::Workspace(M, K).bytes;
+}
+
+BITLINEAR_EXPORT const char* bitlinear_cuda_linear(const bitlinear_cuda_task* task, int kernel,
+                                                   void* stream) {
+  using namespace bitlinear::cuda;
+  if (task->M == 0 || task->N == 0) return nullptr;
+  if (task->M > INT32_MAX || task->N > INT32_MAX) return "M and N must be less than 2^31";
+  if (task->K < 1 || task->K > BITLINEAR_MAX_K) return "K must be between 1 and 500000";
+  Device device;
+  cudaError_t error = current_device(&device);
+  if (error != cudaSuccess) return report(error);
+
+  const Shape shape = shape_of(*task);
+  if (kernel == BITLINEAR_CUDA_AUTO) {
+    kernel = choose_kernel(device, shape);
+    if (kernel == BITLINEAR_CUDA_AUTO) return "no kernel was compiled for this GPU";
+  } else if (!admits(kernel, device, shape)) {
+    return "the kernel asked for does not serve this shape, alignment or GPU";
+  }
+  const Activations q = Workspace(task->M, task->K).activations(task->workspace);
+  error = run(*task, kernel, device, shape, q, static_cast<cudaStream_t>(stream));
+  return report(error);
+}

@@ -1,0 +1,396 @@
+// y = epilogue(q @ w^T) for many tokens, with the tensor cores of sm_80 and later.
+//
+// A block computes a tile of y. It copies blocks of 256 values of k (64 packed bytes of each weight
+// row, 256 bytes of each token) through a ring of stages in shared memory; from there lanes load 16
+// bytes at a time, which are the fragments of mma.m16n8k32 as they lie: a packed byte shifted by 0,
+// 2, 4 or 6 and masked is an unsigned weight code, and the quantiser has laid the activations out
+// in four planes to match. The small tiles let warps share k, for more blocks on small problems.
+//
+// What bounds it: cycles that a multiprocessor spends on 256 values of k of a tile of 256 x 128.
+//   Products: 4096 at the rate of an A100, 2048 at the peak of an H100 (short of which mma.sync is
+//     known to fall; only wgmma reaches it).
+//   Shared memory: 1280. Each warp loads 8 + 32 chunks per lane, for 64 rows x 64 tokens.
+//   Shifts and masks: 908. Seven for four registers of weights, which then serve 64 tokens.
+//   Issue: 1224. Of the 612 instructions of a warp 256 are mma.
+//   Copies: 48 KB, or 12 (A100) to 24 bytes per cycle. A row costs a quarter of what a token does,
+//     hence more rows than tokens in a tile.
+// So large products are bound by the tensor cores: 8192 x 8192 with M = 4096, 550 G operations, by
+// 881 us on an A100 and 278 us on an H100, where its 117 MB (bf16) take 39 us. With few tokens the
+// floor is the reading of w; but each block also fetches all of K for its tokens, through L2.
+//
+// Registers per thread (nvcc 13.0, sm_80 / sm_90a; no spills), shared memory and blocks per
+// multiprocessor (of 164 / 228 KB):
+//   256 x 128: 251 / 245, 145 KB, 1 / 1      64 x 32: 102 / 110, 96 KB, 1 / 2
+//   128 x 128: 149 / 150,  81 KB, 1 / 1      32 x 16:  58 /  58, 72 KB, 2 / 3
+//   128 x 64:  149 / 150,  97 KB, 1 / 1
+// All but the first fit the 99 KB of sm_86, sm_89 and sm_120.
+#include <math.h>
+
+#include <iterator>
+
+#include "ampere.cuh"
+#include "launch.cuh"
+
+namespace bitlinear {
+namespace cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kChunk = 16;  // bytes that a thread copies or loads at a time
+
+// The tile of a block, divided among its warps along rows, tokens and, if warps are left, k. A warp
+// has kRowParts parts of 16 rows times kTokenParts parts of 8 tokens, with four accumulators each.
+template <int kRowWarps_, int kTokenWarps_, int kRowParts_, int kTokenParts_, int kStages_,
+          int kBlocksPerSm_>
+struct Tile {
+  static constexpr int kRowWarps = kRowWarps_, kTokenWarps = kTokenWarps_;
+  static constexpr int kRowParts = kRowParts_, kTokenParts = kTokenParts_;
+  static constexpr int kStages = kStages_, kBlocksPerSm = kBlocksPerSm_;
+  static constexpr int kRows = kRowWarps * kRowParts * 16;
+  static constexpr int kTokens = kTokenWarps * kTokenParts * 8;
+  static constexpr int kDepth = kWarps / (kRowWarps * kTokenWarps);  // blocks of k in a stage
+  static_assert(kTokens % 16 == 0 && (kRows % 64 == 0 || 64 % kRows == 0), "see copy_stage()");
+  static_assert(kTokenParts % 2 == 0, "see multiply()");
+
+  static constexpr int kQBytes = kDepth * kTokens * kSliceValues;  // of a stage
+  static constexpr int kWBytes = kDepth * kRows * kSliceBytes;
+  static constexpr int kStageBytes = kQBytes + kWBytes;
+  // The products take the place of the stages in the end: (kDepth, kTokens, kPitch). This pitch
+  // spreads both the scattered writes and the vector reads over all banks.
+  static constexpr int kPitch = kRows + 4;
+  static constexpr int kRingBytes = kStages * kStageBytes > kDepth * kTokens * kPitch * 4
+                                        ? kStages * kStageBytes
+                                        : kDepth * kTokens * kPitch * 4;
+  static constexpr int kSharedBytes = kRingBytes + kTokens * 8;  // s_x and q_sum of the tokens
+};
+
+using Tile256x128 = Tile<4, 2, 4, 8, 3, 1>;
+using Tile128x128 = Tile<2, 4, 4, 4, 2, 1>;
+using Tile128x64 = Tile<2, 2, 4, 4, 2, 1>;
+using Tile64x32 = Tile<2, 1, 2, 4, 2, 2>;
+using Tile32x16 = Tile<2, 1, 1, 2, 3, 2>;
+
+// What a thread copies next: a chunk of every 16th token and of every 64th row, from its first
+// ones.
+struct Source {
+  const int8_t* q;
+  int q_stride;
+  int tokens;  // that exist, from its first one on
+  const uint8_t* w;
+  int row_bytes;
+  int rows;
+  int w_left;  // bytes of the rows, from w on
+  int blocks;  // of k that are left
+};
+
+// Starts copying the next kDepth blocks of k to a stage. Shared memory: q as (kDepth, kTokens, 256)
+// with the planes of odd tokens swapped in pairs, then w as (kDepth, kRows, 64). So eight lanes
+// that load the chunks of one plane, for two tokens or rows, meet all banks once.
+template <class Tile, bool kAligned>
+__device__ inline void copy_stage(Source& from, uint8_t* stage) {
+  const int thread = threadIdx.x;
+  uint8_t* const q_stage = stage + (thread ^ thread / 16 % 2 * 4) * kChunk;
+#pragma unroll
+  for (int i = 0; i < Tile::kQBytes / kChunk / kThreads; ++i) {
+    const int token = 16 * i % Tile::kTokens, depth = 16 * i / Tile::kTokens;
+    copy_async(q_stage + i * kThreads * kChunk,
+               from.q + token * from.q_stride + depth * kSliceValues,
+               token < from.tokens && (Tile::kDepth == 1 || depth < from.blocks));
+  }
+  uint8_t* const w_stage = stage + Tile::kQBytes + thread * kChunk;
+  // The loads of single bytes would take up too many registers at once.
+#pragma unroll(kAligned ? 8 : 1)
+  for (int i = 0; i < Tile::kWBytes / kChunk / kThreads; ++i) {
+    const int row = 64 * i % Tile::kRows, offset = 64 * i / Tile::kRows * kSliceBytes;
+    const uint8_t* const w = from.w + row * from.row_bytes;
+    uint8_t* const to = w_stage + i * kThreads * kChunk;
+    if constexpr (kAligned) {
+      copy_async(to, w + offset, row < from.rows && offset < from.w_left);
+    } else {
+      *reinterpret_cast<uint4*>(to) =
+          load_chunk<false>(w, offset, row < from.rows ? from.w_left : 0);
+    }
+  }
+  from.q += Tile::kDepth * kSliceValues;
+  from.w += Tile::kDepth * kSliceBytes;
+  from.w_left -= Tile::kDepth * kSliceBytes;
+  from.blocks -= Tile::kDepth;
+}
+
+__device__ inline uint4 load_shared(const uint8_t* p) { return *reinterpret_cast<const uint4*>(p); }
+
+template <class Tile>
+using Sums = int32_t[Tile::kRowParts][Tile::kTokenParts][4];
+
+// Adds the product over one block of k. `w`, `q_even` and `q_odd` are where this lane's chunks of
+// the weights, and of the first even and the first odd plane, lie.
+template <class Tile>
+__device__ inline void multiply(const uint8_t* w, const uint8_t* q_even, const uint8_t* q_odd,
+                                Sums<Tile>& sums) {
+  // Rows g and g + 8 of each part: four words of each, in the order that fragments want them.
+  uint32_t packed[Tile::kRowParts][8];
+#pragma unroll
+  for (int r = 0; r < Tile::kRowParts; ++r) {
+    const uint4 low = load_shared(w + 16 * r * kSliceBytes);
+    const uint4 high = load_shared(w + (16 * r + 8) * kSliceBytes);
+    const uint32_t words[8] = {low.x, high.x, low.y, high.y, low.z, high.z, low.w, high.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) packed[r][i] = words[i];
+  }
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+    uint32_t a[Tile::kRowParts][8];
+#pragma unroll
+    for (int r = 0; r < Tile::kRowParts; ++r) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) a[r][i] = packed[r][i] >> 2 * p & 0x03030303u;
+    }
+    const uint8_t* const q = (p % 2 ? q_odd : q_even) + p / 2 * 2 * kSliceBytes;
+    // Two parts at a time: an accumulator's next product should not have to wait for its last.
+#pragma unroll
+    for (int t = 0; t < Tile::kTokenParts; t += 2) {
+      const uint4 b[2] = {load_shared(q + 8 * t * kSliceValues),
+                          load_shared(q + 8 * (t + 1) * kSliceValues)};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t b0 = half ? b[i].z : b[i].x, b1 = half ? b[i].w : b[i].y;
+#pragma unroll
+          for (int r = 0; r < Tile::kRowParts; ++r) {
+            const uint32_t (&f)[8] = a[r];
+            mma_u8s8(sums[r][t + i], f[4 * half], f[4 * half + 1], f[4 * half + 2], f[4 * half + 3],
+                     b0, b1);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Writes the tile from the products that the warps left in shared memory. A thread keeps to four
+// rows, so that it reads their scales and biases once.
+template <class Tile>
+__device__ inline void write_tile(const bitlinear_cuda_task& task, int64_t n, int64_t m, int tokens,
+                                  const int32_t* codes, const float* s_x, const int32_t* q_sum) {
+  constexpr int kGroups = Tile::kRows / 4;
+  const int first = threadIdx.x % kGroups * 4;
+  const int count = static_cast<int>(least<int64_t>(4, task.N - n - first));
+  if (count <= 0) return;
+  n += first;
+  float s_w[4] = {}, bias[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i >= count) break;
+    s_w[i] = task.s_w[(n + i) * task.s_w_stride];
+    if (task.bias != nullptr) bias[i] = load_as_float(task.bias, task.bias_dtype, n + i);
+  }
+#pragma unroll 2
+  for (int token = threadIdx.x / kGroups; token < tokens; token += kThreads / kGroups) {
+    int4 sum = make_int4(0, 0, 0, 0);
+#pragma unroll
+    for (int depth = 0; depth < Tile::kDepth; ++depth) {
+      const int4 part = *reinterpret_cast<const int4*>(
+          codes + (depth * Tile::kTokens + token) * Tile::kPitch + first);
+      sum = make_int4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+    }
+    const int32_t sums[4] = {sum.x, sum.y, sum.z, sum.w};
+    float values[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i] = dequantize(sums[i], q_sum[token], s_x[token], s_w[i]);
+      if (task.bias != nullptr) values[i] = __fadd_rn(values[i], bias[i]);
+    }
+    store_four(task.y, task.y_dtype, (m + token) * task.N + n, values, count);
+  }
+}
+
+// Where a block's tile lies in y, and a thread's first products in the tile.
+template <class Tile>
+struct Position {
+  int64_t n, m;
+  int rows, tokens;  // that exist
+  int g, tig;        // of the fragments: the row or token, and which quarter of its 64 bytes
+  int depth, row, token;
+
+  // Tiles of the same tokens come one after the other: a row is a quarter of the bytes of a token.
+  __device__ Position(const bitlinear_cuda_task& task, unsigned block, int thread) {
+    const unsigned row_tiles = static_cast<unsigned>(ceil_div<int64_t>(task.N, Tile::kRows));
+    n = int64_t{block % row_tiles} * Tile::kRows;
+    m = int64_t{block / row_tiles} * Tile::kTokens;
+    rows = static_cast<int>(least<int64_t>(Tile::kRows, task.N - n));
+    tokens = static_cast<int>(least<int64_t>(Tile::kTokens, task.M - m));
+    const int warp = thread / 32;
+    g = thread % 32 / 4;
+    tig = thread % 4;
+    depth = warp / (Tile::kRowWarps * Tile::kTokenWarps);
+    row = warp % Tile::kRowWarps * (16 * Tile::kRowParts);
+    token = warp / Tile::kRowWarps % Tile::kTokenWarps * (8 * Tile::kTokenParts);
+  }
+};
+
+// As blockIdx.x and threadIdx.x, but read anew: what was worked out from those before need not take
+// up registers until then.
+__device__ inline unsigned block_anew() {
+  unsigned block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+__device__ inline int thread_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+template <class Tile>
+__device__ inline Source source_of(const bitlinear_cuda_task& task, const Activations& activations,
+                                   const Position<Tile>& at) {
+  const int token = threadIdx.x / 16, q_offset = threadIdx.x % 16 * kChunk;
+  const int row = threadIdx.x / 4 % Tile::kRows, depth = threadIdx.x / 4 / Tile::kRows;
+  const int w_offset = depth * kSliceBytes + threadIdx.x % 4 * kChunk;
+  const int row_bytes = static_cast<int>((task.K + 3) / 4);
+  Source from;
+  from.q = activations.q + (at.m + token) * activations.q_stride + q_offset;
+  from.q_stride = static_cast<int>(activations.q_stride);
+  from.tokens = at.tokens - token;
+  from.w = task.w + (at.n + row) * row_bytes + w_offset;
+  from.row_bytes = row_bytes;
+  from.rows = at.rows - row;
+  from.w_left = row_bytes - w_offset;
+  from.blocks = ceil_div(row_bytes, kSliceBytes);
+  return from;
+}
+
+// kAligned: the rows of w start at multiples of 16 bytes.
+template <class Tile, bool kAligned>
+__global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
+    mma_kernel(const __grid_constant__ bitlinear_cuda_task task,
+               const __grid_constant__ Activations activations) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  float* const s_x = reinterpret_cast<float*>(shared + Tile::kRingBytes);
+  int32_t* const q_sum = reinterpret_cast<int32_t*>(s_x + Tile::kTokens);
+  const Position<Tile> at(task, blockIdx.x, threadIdx.x);
+  Source from = source_of(task, activations, at);
+
+  // The weights can be on their way while the quantiser still runs.
+  if (kAligned && threadIdx.x == 0 && at.m == 0) {
+    prefetch_l2(from.w, static_cast<uint32_t>(least(at.rows * from.row_bytes, 256 * 1024)));
+  }
+  allow_successor();
+  wait_for_predecessor();
+
+#pragma unroll
+  for (int s = 0; s < Tile::kStages - 1; ++s) {
+    if (from.blocks > 0) copy_stage<Tile, kAligned>(from, shared + s * Tile::kStageBytes);
+    commit_copies();
+  }
+  if (threadIdx.x < at.tokens) {
+    s_x[threadIdx.x] = activations.s_x[at.m + threadIdx.x];
+    q_sum[threadIdx.x] = activations.q_sum[at.m + threadIdx.x];
+  }
+
+  const int w_offset =
+      Tile::kQBytes + (at.depth * Tile::kRows + at.row + at.g) * kSliceBytes + at.tig * kChunk;
+  const int q_even = (at.depth * Tile::kTokens + at.token + at.g) * kSliceValues +
+                     at.g % 2 * kSliceBytes + at.tig * kChunk;
+  Sums<Tile> sums = {};
+  int read = 0;
+  int left = ceil_div(from.row_bytes, kSliceBytes) - at.depth;
+#pragma unroll 1
+  for (; left > -at.depth; left -= Tile::kDepth) {
+    wait_for_copies<Tile::kStages - 2>();
+    __syncthreads();  // a stage has arrived, and nobody reads the one before it any more
+    const int before = (read == 0 ? Tile::kStages * Tile::kStageBytes : read) - Tile::kStageBytes;
+    if (from.blocks > 0) copy_stage<Tile, kAligned>(from, shared + before);
+    commit_copies();
+    if (Tile::kDepth == 1 || left > 0) {
+      const uint8_t* const stage = shared + read;
+      multiply<Tile>(stage + w_offset, stage + q_even, stage + (q_even ^ kSliceBytes), sums);
+    }
+    read = read == (Tile::kStages - 1) * Tile::kStageBytes ? 0 : read + Tile::kStageBytes;
+  }
+
+  __syncthreads();
+  const Position<Tile> end(task, block_anew(), thread_anew());
+  int32_t* const codes = reinterpret_cast<int32_t*>(shared);
+  int32_t* const mine = codes +
+                        (end.depth * Tile::kTokens + end.token + 2 * end.tig) * Tile::kPitch +
+                        end.row + end.g;
+#pragma unroll
+  for (int r = 0; r < Tile::kRowParts; ++r) {
+#pragma unroll
+    for (int t = 0; t < Tile::kTokenParts; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        mine[(8 * t + i % 2) * Tile::kPitch + 16 * r + 8 * (i / 2)] = sums[r][t][i];
+      }
+    }
+  }
+  __syncthreads();
+  write_tile<Tile>(task, end.n, end.m, end.tokens, codes, s_x, q_sum);
+}
+
+template <class Tile, bool kAligned>
+cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, cudaStream_t stream) {
+  const auto kernel = mma_kernel<Tile, kAligned>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  const int64_t blocks =
+      ceil_div<int64_t>(task.N, Tile::kRows) * ceil_div<int64_t>(task.M, Tile::kTokens);
+  const Launch how = {dim3(static_cast<unsigned>(blocks)), kThreads, Tile::kSharedBytes};
+  return launch_kernel(kernel, how, task, stream, task, q);
+}
+
+template <class Tile>
+cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, cudaStream_t stream) {
+  const bool aligned = reinterpret_cast<uintptr_t>(task.w) % 16 == 0 && (task.K + 3) / 4 % 16 == 0;
+  return aligned ? launch<Tile, true>(task, q, stream) : launch<Tile, false>(task, q, stream);
+}
+
+struct Candidate {
+  int rows, tokens, shared_bytes;
+  cudaError_t (*launch)(const bitlinear_cuda_task&, const Activations&, cudaStream_t);
+};
+template <class Tile>
+constexpr Candidate candidate() {
+  return {Tile::kRows, Tile::kTokens, Tile::kSharedBytes, launch<Tile>};
+}
+constexpr Candidate kCandidates[] = {candidate<Tile256x128>(), candidate<Tile128x128>(),
+                                     candidate<Tile128x64>(), candidate<Tile64x32>(),
+                                     candidate<Tile32x16>()};
+
+// The tile that promises the fewest cycles for a value of k. Tiles take turns on a multiprocessor,
+// or share it, so it needs as many rounds as it gets tiles; in each, the fetching of the operands
+// is hidden behind the products only in part.
+const Candidate& choose_tile(int64_t M, int64_t N, const Device& device) {
+  constexpr float kProductsPerCycle = 2500, kBytesPerCycle = 80;
+  const Candidate* best = std::end(kCandidates) - 1;
+  float best_cost = INFINITY;
+  for (const Candidate& tile : kCandidates) {
+    if (tile.shared_bytes > device.shared_bytes) continue;
+    const int64_t tiles = ceil_div<int64_t>(M, tile.tokens) * ceil_div<int64_t>(N, tile.rows);
+    const int64_t rounds = ceil_div<int64_t>(tiles, device.multiprocessors);
+    const float cost = static_cast<float>(rounds) *
+                       (static_cast<float>(tile.tokens * tile.rows) / kProductsPerCycle +
+                        static_cast<float>(tile.tokens + tile.rows / 4) / kBytesPerCycle);
+    if (cost < best_cost) {
+      best = &tile;
+      best_cost = cost;
+    }
+  }
+  return *best;
+}
+
+}  // namespace
+
+cudaError_t mma(const bitlinear_cuda_task& task, const Activations& q, cudaStream_t stream) {
+  Device device;
+  const cudaError_t error = current_device(&device);
+  if (error != cudaSuccess) return error;
+  return choose_tile(task.M, task.N, device).launch(task, q, stream);
+}
+
+}  // namespace cuda
+}  // namespace bitlinear

@@ -1,0 +1,101 @@
+// The activation quantiser's parts that the row kernel and the GEMV share.
+#pragma once
+
+#include <string.h>
+
+#include "common.cuh"
+
+namespace bitlinear {
+namespace cuda {
+
+// Values of x that one thread takes at a time: they become one 32-bit word in each of four planes.
+constexpr int kGroup = 16;
+
+// Some of these, as they lie in memory.
+template <class X>
+struct Group {
+  uint4 vectors[kGroup * sizeof(X) / sizeof(uint4)];
+
+  // x: at a multiple of 16 bytes.
+  __device__ void load(const X* x) {
+#pragma unroll
+    for (int v = 0; v < static_cast<int>(sizeof(X)); ++v) {
+      vectors[v] = reinterpret_cast<const uint4*>(x)[v];
+    }
+  }
+  // From anywhere, the first `count` values, then zeros.
+  __device__ void load(const X* x, int64_t count) {
+    X* const values = reinterpret_cast<X*>(vectors);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) values[i] = i < count ? x[i] : X(0.0f);
+  }
+  __device__ void convert(float (&values)[kGroup]) const {
+    const X* const x = reinterpret_cast<const X*>(vectors);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) values[i] = to_float(x[i]);
+  }
+  // The largest magnitude, as the bits of a float: as unsigned integers these order finite <
+  // infinity < NaN, and so do those of the 16-bit formats.
+  __device__ uint32_t magnitude_bits() const {
+    uint32_t most = 0;
+#pragma unroll
+    for (const uint4& v : vectors) {
+      for (const uint32_t word : {v.x, v.y, v.z, v.w}) {
+        if constexpr (sizeof(X) == 4) {
+          most = max(most, word & 0x7FFFFFFFu);
+        } else {
+          most = __vmaxu2(most, word & 0x7FFF7FFFu);
+        }
+      }
+    }
+    if constexpr (sizeof(X) == 4) {
+      return most;
+    } else {
+      const uint16_t bits = static_cast<uint16_t>(max(most & 0xFFFFu, most >> 16));
+      X value;
+      memcpy(&value, &bits, sizeof(value));
+      return __float_as_uint(to_float(value));
+    }
+  }
+};
+
+// The scale of a token from its largest magnitude.
+struct TokenScale {
+  float inv, s_x;
+
+  __device__ TokenScale(uint32_t absmax_bits, float eps) {
+    // A NaN or an infinity makes the whole row NaN.
+    const float absmax = absmax_bits >= 0x7F800000u ? __uint_as_float(0x7FC00000u)
+                                                    : fmaxf(__uint_as_float(absmax_bits), eps);
+    inv = __fdiv_rn(127.0f, absmax);
+    s_x = __fdiv_rn(absmax, 127.0f);
+  }
+};
+
+// Adding 1.5 * 2^23 to a small float rounds it to the nearest integer, ties to even, and leaves
+// that integer in the low bits: a third of the cost of the conversion instruction.
+constexpr float kRoundMagic = 12582912.0f;
+
+// planes[p] receives the values with k = 3 - p (mod 4), which belong to the weights at bits 2p of a
+// packed byte. Returns the sum of all. |x * inv| rounds to 127 at most; where s_x is NaN, q is
+// arbitrary.
+__device__ inline int32_t quantize_group(const float (&values)[kGroup], float inv,
+                                         uint32_t (&planes)[4]) {
+  uint32_t q[kGroup];  // in the lowest byte
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    q[i] = __float_as_uint(__fadd_rn(__fmul_rn(values[i], inv), kRoundMagic));
+  }
+  int32_t sum = 0;
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+    const uint32_t low = __byte_perm(q[3 - p], q[7 - p], 0x0040);
+    const uint32_t high = __byte_perm(q[11 - p], q[15 - p], 0x0040);
+    planes[p] = __byte_perm(low, high, 0x5410);
+    sum = __dp4a(static_cast<int32_t>(planes[p]), 0x01010101, sum);
+  }
+  return sum;
+}
+
+}  // namespace cuda
+}  // namespace bitlinear

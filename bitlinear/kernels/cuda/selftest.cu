@@ -1,0 +1,89 @@
+// The self-test that the kernels pass on every device before they may be used there: some hundred
+// small cases.
+#include "selftest.cuh"
+
+#include <stdio.h>
+
+#include <exception>
+
+#include "launch.cuh"
+
+namespace bitlinear {
+namespace cuda {
+namespace {
+
+using selftest::Case;
+using selftest::Data;
+
+// Makes a device current, and then the one that was.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int device) {
+    BITLINEAR_CUDA_CALL(cudaGetDevice(&previous_));
+    BITLINEAR_CUDA_CALL(cudaSetDevice(device));
+  }
+  ~DeviceScope() { cudaSetDevice(previous_); }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int previous_ = 0;
+};
+
+// The first difference that a kernel shows, or "".
+std::string check_kernel(int kernel, const Device& device, const Stream& stream) {
+  constexpr Data kKinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite};
+  uint64_t seed = 0;
+  // 192 and 256: rows that are aligned, and so those that the GEMV takes.
+  for (const int64_t K : {5, 192, 255, 256, 1100}) {
+    for (const int64_t M : {1, 2, 7, 20, 131}) {
+      ++seed;
+      const Case c = {M,
+                      7 + static_cast<int64_t>(seed * 31 % 150),
+                      K,
+                      static_cast<int>(seed % 3),
+                      seed % 2 == 0,
+                      seed % 4 == 0,
+                      kKinds[seed / 2 % 4],
+                      0};
+      const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
+      if (!takes(kernel, device, c, placement)) continue;
+      const std::string difference = check_case(kernel, c, seed, placement, stream);
+      if (!difference.empty()) return difference;
+    }
+  }
+  return "";
+}
+
+std::string check_device(int index) {
+  const DeviceScope scope(index);
+  const Stream stream;
+  Device device;
+  BITLINEAR_CUDA_CALL(current_device(&device));
+  for (const int kernel : {BITLINEAR_CUDA_DP4A, BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_MMA,
+                           BITLINEAR_CUDA_WGMMA, BITLINEAR_CUDA_AUTO}) {
+    const std::string difference = check_kernel(kernel, device, stream);
+    if (!difference.empty()) return difference;
+  }
+  return "";
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace bitlinear
+
+BITLINEAR_EXPORT int bitlinear_cuda_selftest(int device, char* message, int64_t message_size) {
+  const size_t size = static_cast<size_t>(message_size);
+  try {
+    const std::string difference = bitlinear::cuda::check_device(device);
+    if (difference.empty()) return 0;
+    snprintf(message, size, "%s", difference.c_str());
+    return 1;
+  } catch (const bitlinear::cuda::CudaFailure& failure) {
+    cudaGetLastError();  // reported here, and not again by the next call
+    snprintf(message, size, "%s (%s)", cudaGetErrorString(failure.error), failure.call);
+  } catch (const std::exception& error) {
+    snprintf(message, size, "%s", error.what());
+  }
+  return 2;
+}

@@ -1,0 +1,159 @@
+// Compares a CUDA kernel with the numerics as they are written down (../selftest.h). selftest.cu
+// runs a few dozen cases after every build, the native driver in tests/ thousands. Every array is a
+// device allocation of exactly the size the interface promises, so compute-sanitizer sees any byte
+// read or written beyond it; what surrounds y and follows the workspace is looked at in any case.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../selftest.h"
+#include "heuristics.h"
+#include "task.h"
+
+namespace bitlinear {
+namespace cuda {
+
+// The runtime itself failed: not a wrong result, but no result.
+struct CudaFailure {
+  cudaError_t error;
+  const char* call;
+};
+#define BITLINEAR_CUDA_CALL(call)                                                   \
+  do {                                                                              \
+    const cudaError_t error_ = (call);                                              \
+    if (error_ != cudaSuccess) throw ::bitlinear::cuda::CudaFailure{error_, #call}; \
+  } while (false)
+
+class Stream {
+ public:
+  // Not in step with the default stream: what is queued there, as by another thread, may go on.
+  Stream() { BITLINEAR_CUDA_CALL(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  ~Stream() { cudaStreamDestroy(stream_); }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  cudaStream_t get() const { return stream_; }
+  void upload(void* to, const void* from, size_t bytes) const {
+    BITLINEAR_CUDA_CALL(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_));
+  }
+  void download(void* to, const void* from, size_t bytes) const {
+    BITLINEAR_CUDA_CALL(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_));
+    BITLINEAR_CUDA_CALL(cudaStreamSynchronize(stream_));
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+// A device array, `offset` bytes into its allocation, which ends where it ends.
+class DeviceArray {
+ public:
+  DeviceArray(const Stream& stream, const void* data, size_t bytes, size_t offset = 0)
+      : offset_(offset) {
+    BITLINEAR_CUDA_CALL(cudaMalloc(&memory_, offset + bytes));
+    try {
+      if (bytes > 0) stream.upload(this->data(), data, bytes);
+    } catch (...) {
+      cudaFree(memory_);
+      throw;
+    }
+  }
+  ~DeviceArray() { cudaFree(memory_); }
+  DeviceArray(const DeviceArray&) = delete;
+  DeviceArray& operator=(const DeviceArray&) = delete;
+
+  template <class T = uint8_t>
+  T* data() const {
+    return reinterpret_cast<T*>(static_cast<uint8_t*>(memory_) + offset_);
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t offset_;
+};
+
+// Where the operands lie: as torch allocates them, or with nothing aligned but to its own type.
+enum class Placement { kAligned, kUnaligned };
+
+constexpr size_t kGuardBytes = 256;  // a multiple of the alignment of y and of the workspace
+constexpr uint8_t kGuard = 0xA5;
+
+inline bool untouched(const uint8_t* guard) {
+  for (size_t i = 0; i < kGuardBytes; ++i) {
+    if (guard[i] != kGuard) return false;
+  }
+  return true;
+}
+
+inline bool row_aligned(Placement placement, int64_t row_bytes) {
+  return placement == Placement::kAligned && row_bytes % 16 == 0;
+}
+
+// Whether the kernel is to be tried on a case: any kernel that the heuristics may choose for it.
+inline bool takes(int kernel, const Device& device, const selftest::Case& c, Placement placement) {
+  const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
+  const Shape shape = {c.M, c.N, c.K, row_aligned(placement, c.K * element),
+                       row_aligned(placement, (c.K + 3) / 4)};
+  return kernel == BITLINEAR_CUDA_AUTO || admits(kernel, device, shape);
+}
+
+// Returns "" or what differs; throws CudaFailure.
+inline std::string check_case(int kernel, const selftest::Case& c, uint64_t seed,
+                              Placement placement, const Stream& stream) {
+  const selftest::Operands operands(c, seed);
+  const size_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
+  const bool unaligned = placement == Placement::kUnaligned;
+  const DeviceArray x(stream, operands.x.data(), operands.x.size(), unaligned ? element : 0);
+  const DeviceArray w(stream, operands.w.data(), operands.w.size(), unaligned ? 1 : 0);
+  const DeviceArray s_w(stream, operands.s_w.data(), operands.s_w.size() * sizeof(float),
+                        unaligned ? sizeof(float) : 0);
+  const DeviceArray bias(stream, operands.bias.data(), operands.bias.size(),
+                         unaligned ? element : 0);
+
+  const size_t y_bytes = static_cast<size_t>(c.M * c.N) * element;
+  std::vector<uint8_t> y_memory(y_bytes + 2 * kGuardBytes, kGuard);
+  const DeviceArray y(stream, y_memory.data(), y_memory.size());
+  const size_t workspace_bytes = static_cast<size_t>(bitlinear_cuda_workspace_bytes(c.M, c.K));
+  // Nothing that is left in the workspace may matter.
+  std::vector<uint8_t> guard(workspace_bytes + kGuardBytes, kGuard);
+  const DeviceArray workspace(stream, guard.data(), guard.size());
+
+  bitlinear_cuda_task task = {};
+  task.x = x.data();
+  task.x_dtype = task.bias_dtype = task.y_dtype = c.dtype;
+  task.M = c.M;
+  task.N = c.N;
+  task.K = c.K;
+  task.eps = operands.eps;
+  task.w = w.data();
+  task.s_w = s_w.data<float>();
+  task.s_w_stride = c.per_channel ? 1 : 0;
+  task.bias = c.bias ? bias.data() : nullptr;
+  task.y = y.data() + kGuardBytes;
+  task.workspace = workspace.data();
+  task.w_settled = seed % 3 != 0;  // other copies follow the one of w
+  const std::string where =
+      " by kernel " + std::to_string(kernel) + (unaligned ? ", unaligned" : "");
+  const char* refusal = bitlinear_cuda_linear(&task, kernel, stream.get());
+  if (refusal != nullptr) return std::string(refusal) + " at " + describe(c) + where;
+  stream.download(y_memory.data(), y.data(), y_memory.size());
+  stream.download(guard.data(), workspace.data() + workspace_bytes, kGuardBytes);
+
+  if (!untouched(y_memory.data()) || !untouched(y_memory.data() + kGuardBytes + y_bytes)) {
+    return "written beyond y at " + describe(c) + where;
+  }
+  if (!untouched(guard.data())) return "written beyond the workspace at " + describe(c) + where;
+  selftest::Buffer got(c.dtype, c.M * c.N);
+  memcpy(got.data(), y_memory.data() + kGuardBytes, y_bytes);
+  for (int64_t m = 0; m < c.M; ++m) {
+    const selftest::Expected expected(operands, m);
+    for (int64_t n = 0; n < c.N; ++n) {
+      const std::string difference = expected.compare(m, n, got.get(m * c.N + n));
+      if (!difference.empty()) return difference + where;
+    }
+  }
+  return "";
+}
+
+}  // namespace cuda
+}  // namespace bitlinear

@@ -1,0 +1,45 @@
+// The C interface of the CUDA kernels: what the torch file, the self-test and the test driver call.
+#pragma once
+
+#include <stdint.h>
+
+#include "../abi.h"
+
+// y = epilogue(quantize(x) @ w^T) on the current device. Every array is contiguous.
+struct bitlinear_cuda_task {
+  const void* x;  // (M, K)
+  int x_dtype;    // enum bitlinear_dtype, as all dtypes here
+  int64_t M, N, K;
+  float eps;
+  const uint8_t* w;    // (N, ceil(K/4)): packed weights, format version 1
+  const float* s_w;    // (1,) or (N,)
+  int64_t s_w_stride;  // 0: one scale per tensor; 1: one per output channel
+  const void* bias;    // (N,) or null
+  int bias_dtype;
+  void* y;  // (M, N)
+  int y_dtype;
+  void* workspace;  // as bitlinear_cuda_workspace_bytes() says, at a multiple of 256
+  // Whether whatever wrote w had ended before the work just ahead in the stream began. If so, the
+  // kernels may start to read w while that work is still running.
+  int w_settled;
+};
+
+// What computes a product. Each handles every M, N and K that its row in heuristics.h admits.
+enum bitlinear_cuda_kernel {
+  BITLINEAR_CUDA_AUTO = 0,   // whichever heuristics.h prefers
+  BITLINEAR_CUDA_DP4A = 1,   // any shape, sm_61 and later
+  BITLINEAR_CUDA_GEMV = 2,   // few tokens, sm_80 and later
+  BITLINEAR_CUDA_MMA = 3,    // any shape, sm_80 and later
+  BITLINEAR_CUDA_WGMMA = 4,  // any shape, sm_90a only
+};
+
+extern "C" {
+// Bytes of workspace, never 0; the same for every kernel.
+int64_t bitlinear_cuda_workspace_bytes(int64_t M, int64_t K);
+// Queues the product on the stream (a cudaStream_t) of the current device; nothing is waited for or
+// allocated. Null, or what is wrong; a kernel that is named but cannot serve the task is an error.
+const char* bitlinear_cuda_linear(const bitlinear_cuda_task* task, int kernel, void* stream);
+// Compares every kernel that the device can run with the numerics as they are written down.
+// 0: equal to the bit. 1: not, with the first difference. 2: the device cannot be used, with why.
+int bitlinear_cuda_selftest(int device, char* message, int64_t message_size);
+}

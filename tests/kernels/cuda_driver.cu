@@ -1,0 +1,138 @@
+// Native test of the CUDA kernels, linked with their sources: every tail of every tile, all dtypes,
+// adversarial data, unaligned operands. Torch-free, so that compute-sanitizer can watch it;
+// tests/kernels/test_cuda.py builds and runs it.
+//
+// Usage: cuda_driver [quick]
+#include <stdio.h>
+#include <string.h>
+
+#include "cuda/launch.cuh"
+#include "cuda/selftest.cuh"
+
+using bitlinear::cuda::CudaFailure;
+using bitlinear::cuda::Device;
+using bitlinear::cuda::Placement;
+using bitlinear::cuda::Stream;
+using bitlinear::selftest::Case;
+using bitlinear::selftest::Data;
+
+namespace {
+
+constexpr Data kKinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite};
+constexpr int kKernels = 5;
+const char* const kNames[kKernels] = {"auto", "dp4a", "gemv", "mma", "wgmma"};
+
+struct Tally {
+  int64_t passed = 0, failed = 0;
+};
+
+class Driver {
+ public:
+  explicit Driver(const Device& device) : device_(device) {}
+
+  // One shape through every kernel that takes it; dtype, bias, scales and placement take turns, so
+  // that neighbouring shapes have others.
+  void check(int64_t M, int64_t N, int64_t K, Data data) {
+    const uint64_t seed = ++cases_;
+    const Case c = {M, N, K, static_cast<int>(seed % 3), seed % 2 == 0, seed % 5 == 0, data, 0};
+    const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
+    for (int kernel = 0; kernel < kKernels; ++kernel) {
+      if (!bitlinear::cuda::takes(kernel, device_, c, placement)) continue;
+      const std::string difference =
+          bitlinear::cuda::check_case(kernel, c, seed, placement, stream_);
+      Tally& tally = tallies_[kernel];
+      if (difference.empty()) {
+        ++tally.passed;
+      } else if (++tally.failed <= 5) {
+        printf("%s\n", difference.c_str());
+      }
+    }
+  }
+
+  // The sizes of tails at which some kernel's tiles end; of tokens, or of rows.
+  void check_tiles(bool quick) {
+    for (const int64_t M : kTails) {
+      for (const int64_t N : kTails) {
+        if (quick && (M * N % 5 != 0 || M * N > 5000)) continue;
+        // With rows that are aligned, and not.
+        check(M, N, 64, kKinds[N % 4]);
+        check(M, N, 70, Data::kRandom);
+      }
+    }
+  }
+
+  void check_depths(bool quick) {
+    for (int64_t K = 1; K <= 530; K += quick ? 13 : 1) {
+      for (const int64_t M : {1, 3, 10, 33, 70}) check(M, 1 + K % 80, K, kKinds[(K + M) % 4]);
+    }
+    // Whole slices and nearly: what is loaded in vectors, and in stages.
+    for (int64_t K = 64; K <= (quick ? 700 : 5000); K += 64) {
+      for (const int64_t M : {1, 2, 5, 8, 17, 65}) check(M, 35, K, kKinds[K / 64 % 2]);
+    }
+  }
+
+  void check_long_rows() {
+    for (const int64_t K : {4095, 4096, 4097, 16384, 16448, 65535, 65536, 65540, 131136}) {
+      for (const int64_t M : {1, 4, 8, 20, 65}) {
+        check(M, 3, K, Data::kExtreme);
+        check(M, 3, K, Data::kRandom);
+      }
+    }
+    for (const int64_t M : {1, 2, 17, 129}) check(M, 2, BITLINEAR_MAX_K, Data::kExtreme);
+    for (const int64_t M : {1, 6}) check(M, 66, 499968, Data::kExtreme);
+  }
+
+  // More tiles than the device holds at a time, so that persistent blocks go round.
+  void check_many_tiles() {
+    for (const int64_t M : {1, 8, 32}) check(M, 20000, 256, Data::kRandom);
+    for (const int64_t M : {200, 1100}) check(M, 3000, 320, Data::kNonFinite);
+    check(20000, 70, 64, Data::kRandom);
+  }
+
+  bool report() const {
+    int64_t failed = 0;
+    for (int kernel = 0; kernel < kKernels; ++kernel) {
+      const Tally& tally = tallies_[kernel];
+      failed += tally.failed;
+      printf("%s: %lld passed, %lld failed\n", kNames[kernel], static_cast<long long>(tally.passed),
+             static_cast<long long>(tally.failed));
+    }
+    return failed == 0;
+  }
+
+ private:
+  static constexpr int64_t kTails[] = {1,  2,  3,  4,  5,  6,   7,   8,   9,   15,  16,  17, 31,
+                                       32, 33, 63, 64, 65, 127, 128, 129, 130, 255, 256, 257};
+  const Device device_;
+  const Stream stream_;
+  uint64_t cases_ = 0;
+  Tally tallies_[kKernels];
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool quick = argc > 1 && strcmp(argv[1], "quick") == 0;
+  char message[512];
+  const int verdict = bitlinear_cuda_selftest(0, message, sizeof(message));
+  if (verdict != 0) {
+    printf("self-test (%d): %s\n", verdict, message);
+    return 1;
+  }
+  try {
+    Device device;
+    BITLINEAR_CUDA_CALL(bitlinear::cuda::current_device(&device));
+    printf("sm_%d, %d multiprocessors\n", device.capability, device.multiprocessors);
+    Driver driver(device);
+    driver.check_tiles(quick);
+    driver.check_depths(quick);
+    if (!quick) {
+      driver.check_long_rows();
+      driver.check_many_tiles();
+    }
+    return driver.report() ? 0 : 1;
+  } catch (const CudaFailure& failure) {
+    printf("%s: %s\n", failure.call, cudaGetErrorString(failure.error));
+    return 2;
+  }
+}

@@ -1,0 +1,49 @@
+// The CUDA heuristics as a library that ctypes can load. No CUDA header is needed.
+#include "cuda/heuristics.h"
+
+using bitlinear::cuda::Device;
+using bitlinear::cuda::Shape;
+
+namespace {
+
+Shape shape_of(const int64_t* shape) {
+  return {shape[0], shape[1], shape[2], shape[3] != 0, shape[4] != 0};
+}
+
+Device device_of(int capability, int multiprocessors) {
+  return {capability, multiprocessors, 227 * 1024};
+}
+
+}  // namespace
+
+extern "C" {
+
+bool admits(int kernel, int capability, const int64_t* shape) {
+  return bitlinear::cuda::admits(kernel, device_of(capability, 132), shape_of(shape));
+}
+
+int choose_kernel(int capability, const int64_t* shape) {
+  return bitlinear::cuda::choose_kernel(device_of(capability, 132), shape_of(shape));
+}
+
+void plan_gemv(int multiprocessors, const int64_t* shape, int* out) {
+  const bitlinear::cuda::GemvPlan plan =
+      bitlinear::cuda::plan_gemv(device_of(90, multiprocessors), shape_of(shape));
+  out[0] = plan.fused;
+  out[1] = plan.blocks;
+  out[2] = plan.log_split;
+  out[3] = plan.ring_bytes;
+}
+
+void plan_wgmma(int multiprocessors, const int64_t* shape, int* out) {
+  const bitlinear::cuda::WgmmaPlan plan =
+      bitlinear::cuda::plan_wgmma(device_of(90, multiprocessors), shape_of(shape));
+  out[0] = plan.row_blocks;
+  out[1] = plan.tokens;
+  out[2] = plan.splits;
+}
+
+int gemv_row_pitch(int chunk_bytes) { return bitlinear::cuda::gemv_row_pitch(chunk_bytes); }
+
+int64_t padded_tokens(int64_t M) { return bitlinear::cuda::padded_tokens(M); }
+}

@@ -1,0 +1,143 @@
+"""The CUDA sources: what can be said about them without a GPU, and the native driver with one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from native import require
+from torch.utils import cpp_extension
+
+from bitlinear.kernels import CUDA, DIRECTORY
+
+SOURCES = [DIRECTORY / name for name in CUDA.sources if name.endswith(".cu")]
+DRIVER = Path(__file__).with_name("cuda_driver.cu")
+# The oldest that nvcc 13 knows, the oldest with all that mma.cu needs, and the one with wgmma.
+ARCHITECTURES = ("75", "80", "90a")
+FLAGS = (*CUDA.cuda_cflags, f"-I{DIRECTORY}")
+WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra")
+
+# Bytes that a kernel may spill, by a part of its name; all others must keep to their registers.
+ALLOWED_SPILLS: dict[str, int] = {}
+
+sources = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+
+
+def run(*command, timeout=600):
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, timeout=timeout
+    )
+
+
+def compile_all(paths, directory, *arguments):
+    """Compiles each source to an object file, in parallel; ``{source: (result, object)}``."""
+    nvcc = require("nvcc")
+
+    def compile_one(source):
+        output = directory / f"{source.stem}.o"
+        return run(nvcc, *FLAGS, *WARNINGS, *arguments, "-c", source, "-o", output), output
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(paths, pool.map(compile_one, paths)))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Every source, for all architectures at once; leaves their PTX beside the objects."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    directory = tmp_path_factory.mktemp("objects")
+    keep = ("--keep", f"--keep-dir={directory}")
+    return compile_all(SOURCES, directory, *targets, *keep, "-Xptxas", "-v")
+
+
+@pytest.mark.slow
+@sources
+def test_compiles_without_a_warning(compiled, source):
+    """There is no torch on the include path: only ops.cpp may know it."""
+    result, _ = compiled[source]
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@sources
+def test_kernels_do_not_spill(compiled, source):
+    result, _ = compiled[source]
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads",
+        result.stdout + result.stderr,
+        re.DOTALL,
+    )
+    for name, arch, stores, loads in found:
+        allowed = max((b for part, b in ALLOWED_SPILLS.items() if part in name), default=0)
+        assert int(stores) + int(loads) <= allowed, (name, arch)
+    # Only the self-test has no kernel; else the pattern above has missed what ptxas says.
+    assert bool(found) == ("__global__" in source.read_text())
+    assert {arch for _, arch, _, _ in found} in (set(), set(ARCHITECTURES))
+
+
+@pytest.mark.slow
+@sources
+def test_float_operations_round_on_their_own(compiled, source):
+    """No fused multiply-add, nothing approximate, no flushed subnormals: what fast-math gives."""
+    result, output = compiled[source]
+    assert result.returncode == 0
+    listings = [path.read_text() for path in output.parent.glob(f"{source.stem}*.ptx")]
+    assert len(listings) == len(ARCHITECTURES)
+    for listing in listings:
+        assert not re.findall(r"\b(?:fma\.\S+|\w+\.approx\S*|\S+\.ftz\S*)", listing)
+
+
+@pytest.mark.slow
+def test_the_operator_compiles(tmp_path):
+    """Against the headers of this torch, be it built for CUDA or not."""
+    # The only header of torch's that a build for the CPU lacks says how torch itself was built.
+    macros = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    macros.parent.mkdir(parents=True)
+    macros.touch()
+    # nvcc adds the headers of CUDA, and leaves C++ to the host's compiler.
+    includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
+    host = f"-Wall,-Wextra,-Werror,-fsyntax-only,-idirafter,{tmp_path}"
+    command = [require("nvcc"), "-std=c++20", *includes, "-Xcompiler", host, "-c"]
+    result = run(*command, DIRECTORY / "cuda" / "ops.cpp", "-o", tmp_path / "ops.o")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    major, minor = torch.cuda.get_device_capability(0)
+    # From sm_90 on, the instructions of one generation alone need the suffix.
+    arch = f"-arch=sm_{major}{minor}{'a' if major >= 9 else ''}"
+    directory = tmp_path_factory.mktemp("driver")
+    objects = compile_all([*SOURCES, DRIVER], directory, arch, "-lineinfo")
+    for result, _ in objects.values():
+        assert result.returncode == 0, result.stderr
+    output = directory / "cuda_driver"
+    linked = run(require("nvcc"), arch, *(o for _, o in objects.values()), "-o", output)
+    assert linked.returncode == 0, linked.stderr
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+def test_driver(driver):
+    result = run(driver)
+    assert result.returncode == 0, result.stdout + result.stderr
+    counts = dict(re.findall(r"(\w+): (\d+) passed, 0 failed", result.stdout))
+    assert set(counts) == {"auto", "dp4a", "gemv", "mma", "wgmma"}
+    assert int(counts["auto"]) == int(counts["dp4a"]) > 4000
+
+
+@pytest.mark.slow
+@pytest.mark.cuda
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_driver_under_the_sanitizer(driver, tool):
+    sanitizer = require("compute-sanitizer")
+    leaks = ["--leak-check=full"] if tool == "memcheck" else []
+    result = run(sanitizer, f"--tool={tool}", *leaks, "--error-exitcode=9", driver, "quick")
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr

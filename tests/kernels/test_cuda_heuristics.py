@@ -1,0 +1,168 @@
+"""Which CUDA kernel runs, and how: cuda/heuristics.h, which is pure and needs no CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from native import require
+
+from bitlinear.kernels import DIRECTORY
+
+SOURCE = Path(__file__).with_name("cuda_heuristics.cpp")
+AUTO, DP4A, GEMV, MMA, WGMMA = range(5)  # as in task.h
+CAPABILITIES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
+
+sizes = st.integers(1, 500_000)
+shapes = st.tuples(st.one_of(st.integers(1, 20), sizes), sizes, sizes, st.booleans(), st.booleans())
+
+
+class Heuristics:
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.admits.restype = ctypes.c_bool
+        library.padded_tokens.restype = ctypes.c_int64
+
+    def admits(self, kernel: int, capability: int, shape: tuple[int, ...]) -> bool:
+        return self._library.admits(kernel, capability, self._shape(shape))
+
+    def choose(self, capability: int, shape: tuple[int, ...]) -> int:
+        return self._library.choose_kernel(capability, self._shape(shape))
+
+    def plan_gemv(self, multiprocessors: int, shape: tuple[int, ...]) -> list[int]:
+        return self._plan("plan_gemv", 4, multiprocessors, shape)
+
+    def plan_wgmma(self, multiprocessors: int, shape: tuple[int, ...]) -> list[int]:
+        return self._plan("plan_wgmma", 3, multiprocessors, shape)
+
+    def _plan(self, name: str, fields: int, multiprocessors: int, shape: tuple[int, ...]):
+        out = (ctypes.c_int * fields)()
+        getattr(self._library, name)(multiprocessors, self._shape(shape), out)
+        return list(out)
+
+    def row_pitch(self, chunk_bytes: int) -> int:
+        return self._library.gemv_row_pitch(chunk_bytes)
+
+    def padded_tokens(self, m: int) -> int:
+        return self._library.padded_tokens(ctypes.c_int64(m))
+
+    @staticmethod
+    def _shape(shape: tuple[int, ...]) -> ctypes.Array:
+        return (ctypes.c_int64 * 5)(*shape)
+
+
+@pytest.fixture(scope="module")
+def heuristics(tmp_path_factory):
+    output = tmp_path_factory.mktemp("heuristics") / "cuda_heuristics.so"
+    command = [require("g++"), "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra"]
+    command += ["-Werror", f"-I{DIRECTORY}", str(SOURCE), "-o", str(output)]
+    subprocess.run(command, check=True)
+    return Heuristics(ctypes.CDLL(str(output)))
+
+
+@given(shape=shapes, capability=st.sampled_from(CAPABILITIES))
+def test_every_shape_gets_a_kernel_that_admits_it(heuristics, shape, capability):
+    kernel = heuristics.choose(capability, shape)
+    assert heuristics.admits(kernel, capability, shape)
+    # Whatever else there is, any of these may be asked for.
+    assert heuristics.admits(DP4A, capability, shape)
+    assert heuristics.admits(MMA, capability, shape) == (capability >= 80)
+
+
+@given(shape=shapes)
+def test_what_a_device_lacks_is_not_chosen(heuristics, shape):
+    assert heuristics.choose(52, shape) == AUTO
+    assert heuristics.choose(61, shape) == DP4A
+    assert heuristics.choose(75, shape) == DP4A
+    assert heuristics.choose(80, shape) == MMA
+    # wgmma is an instruction of this one generation.
+    for capability in (89, 100, 120):
+        assert not heuristics.admits(WGMMA, capability, shape)
+    for kernel in (AUTO, 5, -1):
+        assert not heuristics.admits(kernel, 90, shape)
+
+
+def test_choices_for_typical_layers(heuristics):
+    for m in (1, 2, 4):
+        assert heuristics.choose(90, (m, 4096, 4096, True, True)) == GEMV
+    assert heuristics.choose(90, (1, 4096, 14336, True, True)) == GEMV
+    assert heuristics.choose(120, (1, 4096, 4096, True, True)) == GEMV
+    assert heuristics.choose(90, (1, 4096, 4096, True, False)) == WGMMA  # rows not aligned
+    assert heuristics.choose(90, (4, 4096, 28672, True, True)) == WGMMA  # 112 KB of activations
+    assert heuristics.choose(90, (64, 4096, 4096, True, True)) == WGMMA
+    assert heuristics.choose(120, (64, 4096, 4096, True, True)) == MMA
+    assert heuristics.choose(80, (64, 4096, 4096, True, True)) == MMA
+
+
+@given(shape=shapes, multiprocessors=st.integers(1, 200))
+def test_the_plan_of_a_gemv(heuristics, shape, multiprocessors):
+    m, n, k, x_aligned, _ = shape
+    fused, blocks, log_split, ring_bytes = heuristics.plan_gemv(multiprocessors, shape)
+    assert 1 <= blocks <= min(2 * multiprocessors, n)
+    chunk = min(-(-k // 4), 1024)
+    assert 2 * (128 >> log_split) * heuristics.row_pitch(chunk) <= ring_bytes
+    assert heuristics.row_pitch(chunk) >= chunk
+    assert heuristics.row_pitch(chunk) % 128 == 64
+    if fused:
+        assert x_aligned
+        assert m * k <= 16_384
+        assert k % 16 == 0
+
+
+# Measured on an H100 to be the best, or within a few per cent of it.
+@pytest.mark.parametrize(
+    ("n", "k", "blocks", "split"),
+    [
+        (1024, 1024, 128, 8),
+        (2560, 2560, 132, 4),
+        (2560, 6912, 132, 4),
+        (4096, 4096, 132, 4),
+        (6912, 2560, 132, 2),
+        (13824, 2560, 132, 2),
+        (8192, 8192, 264, 4),
+        (4096, 14336, 264, 8),
+        (28672, 8192, 264, 8),
+    ],
+)
+def test_the_plan_of_a_gemv_on_an_h100(heuristics, n, k, blocks, split):
+    plan = heuristics.plan_gemv(132, (1, n, k, True, True))
+    assert plan[:3] == [True, blocks, split.bit_length() - 1]
+
+
+@given(shape=shapes, multiprocessors=st.integers(1, 200))
+def test_the_plan_of_wgmma(heuristics, shape, multiprocessors):
+    row_blocks, tokens, splits = heuristics.plan_wgmma(multiprocessors, shape)
+    assert row_blocks in (1, 2)
+    assert tokens in (16, 32, 64, 128)
+    assert splits in (1, 2, 4, 8)
+    assert splits == 1 or 2 * splits * 256 < shape[2] + 256  # each has something to do
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "plan"),
+    [
+        (16, 4096, 4096, [2, 16, 4]),
+        (64, 8192, 8192, [1, 64, 2]),
+        (64, 13824, 2560, [1, 64, 1]),
+        (1024, 4096, 4096, [2, 128, 1]),
+        (4096, 8192, 8192, [2, 128, 1]),
+    ],
+)
+def test_the_plan_of_wgmma_on_an_h100(heuristics, m, n, k, plan):
+    assert heuristics.plan_wgmma(132, (m, n, k, True, True)) == plan
+
+
+@given(m=st.integers(1, 1_000_000))
+def test_room_for_whole_tiles_of_tokens(heuristics, m):
+    padded = heuristics.padded_tokens(m)
+    if m > 128:
+        assert padded % 128 == 0
+        assert m <= padded < m + 128
+    else:
+        assert padded in (16, 32, 64, 128)
+        assert m <= padded
+        assert padded == 16 or padded < 2 * m
