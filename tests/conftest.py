@@ -11,6 +11,11 @@ settings.register_profile("bitlinear", derandomize=True, deadline=None, max_exam
 settings.load_profile("bitlinear")
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)

@@ -406,21 +406,6 @@ def test_a_whole_model_through_torch_save():
     assert torch.equal(torch.load(file, weights_only=False)(x), model(x))
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
-def test_training_and_deployment_on_cuda(dtype):
-    layer, x = BitLinear(70, 33).cuda(), torch.randn(5, 70, device="cuda").to(dtype)
-    before = layer(x)
-    before.float().square().sum().backward()
-    assert layer.weight.grad.isfinite().all()
-    with torch.autocast("cuda", torch.float16):
-        assert layer(x).dtype == torch.float16
-    layer.deploy()
-    assert torch.equal(layer(x), before)
-    assert torch.equal(layer.cpu()(x.cpu()), before.cpu())
-
-
 # --- state_dict ---
 
 

@@ -302,34 +302,3 @@ def test_registering_again_changes_nothing():
     library = ops._library
     ops.register(compiled=bitlinear.HAS_BITLINEAR)
     assert ops._library is library
-
-
-# --- Other devices: the reference ---
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
-@pytest.mark.parametrize("k", [6, 63, 260, 132_105])
-def test_cuda_equals_the_oracle_to_the_bit(k, dtype):
-    t, w_packed, w_scale = operands(9, k, per_row=True)
-    x, bias = torch.from_numpy(oracle.adversarial_rows(k)).to(dtype), torch.randn(9)
-    on_gpu = [v.cuda() for v in (x, w_packed, w_scale, bias)]
-    for linear in IMPLEMENTATIONS:
-        y = linear(*on_gpu, k)
-        assert y.is_cuda
-        oracle.assert_same_bits(y.cpu(), oracle.expected(x, t, w_scale, bias))
-    with torch.autocast("cuda", torch.bfloat16):
-        y = OP(*on_gpu, k)
-    wanted = oracle.expected(x, t, w_scale, bias, dtype=torch.bfloat16)
-    oracle.assert_same_bits(y.cpu(), wanted)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_cuda_and_cpu_do_not_mix():
-    for linear in IMPLEMENTATIONS:
-        with pytest.raises(ValueError, match="x is on cuda:0 and w_packed is on cpu"):
-            linear(*arguments(x=X.cuda()))
-        with pytest.raises(ValueError, match="x is on cpu and w_packed is on cuda:0"):
-            linear(*arguments(w_packed=torch.ones(5, 3).byte().cuda()))

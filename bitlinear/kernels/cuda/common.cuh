@@ -114,7 +114,7 @@ __device__ inline void wait_for_predecessor() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// Brings weights into L2. Allowed before the wait: L2 is where writes of other kernels arrive too.
+// Has weights brought into L2 (sm_90).
 __device__ inline void prefetch_l2(const void* p, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)),
@@ -144,11 +144,15 @@ __device__ inline int32_t warp_reduce_add(int32_t value) {
 
 // Weights are read once per call: they would only displace the activations from L1.
 __device__ inline uint4 load_weights(const uint8_t* p) {
+#if __CUDA_ARCH__ >= 700
   uint4 v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(__cvta_generic_to_global(p)));
   return v;
+#else
+  return *reinterpret_cast<const uint4*>(p);
+#endif
 }
 
 // 16 packed bytes at `offset` of a row, zeros beyond its end. Aligned: rows start at multiples

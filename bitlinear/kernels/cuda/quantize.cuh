@@ -27,7 +27,7 @@ struct Group {
   __device__ void load(const X* x, int64_t count) {
     X* const values = reinterpret_cast<X*>(vectors);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) values[i] = i < count ? x[i] : X(0.0f);
+    for (int i = 0; i < kGroup; ++i) values[i] = i < count ? x[i] : X{};
   }
   __device__ void convert(float (&values)[kGroup]) const {
     const X* const x = reinterpret_cast<const X*>(vectors);

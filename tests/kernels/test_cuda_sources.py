@@ -19,7 +19,8 @@ SOURCES = [DIRECTORY / name for name in CUDA.sources if name.endswith(".cu")]
 DRIVER = Path(__file__).with_name("cuda_driver.cu")
 # The oldest that nvcc 13 knows, the oldest with all that mma.cu needs, and the one with wgmma.
 ARCHITECTURES = ("75", "80", "90a")
-FLAGS = (*CUDA.cuda_cflags, f"-I{DIRECTORY}")
+# As builder.py has it: what the table says, and what torch adds of its own.
+FLAGS = (*CUDA.cuda_cflags, *cpp_extension.COMMON_NVCC_FLAGS, f"-I{DIRECTORY}")
 WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra")
 
 # Bytes that a kernel may spill, by a part of its name; all others must keep to their registers.

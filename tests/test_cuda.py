@@ -1,0 +1,306 @@
+"""The operator and the layer on an NVIDIA GPU: the CPU's bits, streams, graphs, moves."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ops import IMPLEMENTATIONS, OP, X, arguments, operands
+from torch import nn
+
+import bitlinear
+from bitlinear import BitLinear, jit, packing
+
+pytestmark = pytest.mark.cuda
+
+AUTO, DP4A, GEMV, MMA, WGMMA = range(5)  # as in kernels/cuda/task.h
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    """What is tested here is the kernels, not the implementation that runs without them."""
+    verdict = next(v for v in bitlinear.available_kernels() if v.variant == "cuda")
+    assert verdict.ok, verdict
+
+
+@pytest.fixture
+def force():
+    """``force(kernel)`` has the operator run that one alone."""
+    library = ctypes.CDLL(str(jit.runtime().artifacts["cuda"].path))
+    yield library.bitlinear_cuda_force
+    library.bitlinear_cuda_force(AUTO)
+
+
+def on_gpu(*tensors):
+    return [None if tensor is None else tensor.cuda() for tensor in tensors]
+
+
+def check(x, t, w_packed, w_scale, bias, k):
+    y = OP(*on_gpu(x, w_packed, w_scale, bias), k)
+    assert y.is_cuda
+    oracle.assert_same_bits(y.cpu(), oracle.expected(x, t, w_scale, bias))
+    if x.dtype == torch.float32:
+        assert torch.equal(y.cpu(), OP(x, w_packed, w_scale, bias, k))
+
+
+# --- Results ---
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 65, 129, 300])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 70), (130, 256), (257, 1000), (64, 4100)])
+def test_results_equal_those_of_the_cpu_to_the_bit(m, n, k, dtype):
+    t, w_packed, w_scale = operands(n, k, per_row=m % 2 == 0)
+    x = (torch.randn(m, k) * torch.logspace(-3, 3, m)[:, None]).to(dtype)
+    check(x, t, w_packed, w_scale, torch.randn(n) if m % 3 else None, k)
+
+
+@pytest.mark.parametrize("k", range(1, 71))
+def test_every_short_row(k):
+    t, w_packed, w_scale = operands(9, k)
+    for m in (1, 6, 20):
+        check(torch.randn(m, k), t, w_packed, w_scale, None, k)
+
+
+@settings(max_examples=200)
+@given(
+    m=st.integers(1, 140),
+    n=st.integers(1, 300),
+    k=st.integers(1, 1500),
+    kernel=st.sampled_from([AUTO, DP4A, MMA]),
+    dtype=st.sampled_from(oracle.DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape_by_any_kernel(m, n, k, kernel, dtype, seed):
+    library = ctypes.CDLL(str(jit.runtime().artifacts["cuda"].path))
+    if kernel == MMA and torch.cuda.get_device_capability() < (8, 0):
+        kernel = AUTO
+    t, w_packed, w_scale = operands(n, k, seed=seed)
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    library.bitlinear_cuda_force(kernel)
+    try:
+        check(x, t, w_packed, w_scale, None, k)
+    finally:
+        library.bitlinear_cuda_force(AUTO)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("k", [6, 63, 256, 260, 132_105])
+def test_adversarial_rows(k, dtype):
+    t, w_packed, w_scale = operands(9, k, per_row=True)
+    x, bias = torch.from_numpy(oracle.adversarial_rows(k)).to(dtype), torch.randn(9)
+    tensors = on_gpu(x, w_packed, w_scale, bias)
+    for linear in IMPLEMENTATIONS:
+        oracle.assert_same_bits(linear(*tensors, k).cpu(), oracle.expected(x, t, w_scale, bias))
+    with torch.autocast("cuda", torch.bfloat16):
+        y = OP(*tensors, k)
+    wanted = oracle.expected(x, t, w_scale, bias, dtype=torch.bfloat16)
+    oracle.assert_same_bits(y.cpu(), wanted)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("m", [2, 40])
+def test_a_row_that_is_not_finite_touches_no_other(value, m):
+    t, w_packed, w_scale = operands(33, 512)
+    x = torch.randn(m, 512)
+    x[1, 300] = value
+    check(x, t, w_packed, w_scale, None, 512)
+
+
+@pytest.mark.parametrize("m", [1, 30])
+def test_the_longest_sums_stay_exact(m):
+    k = 500_000
+    t = torch.ones(2, k, dtype=torch.int8)
+    t[1, : k // 3] = -1
+    w_packed = packing.pack_ternary(t)
+    check(torch.full((m, k), 3.0), t.numpy(), w_packed, torch.tensor([0.5]), None, k)
+
+
+@pytest.mark.parametrize("shape", [(64,), (2, 64), (2, 3, 64), (0, 64), (2, 0, 64)])
+def test_leading_dimensions(shape):
+    t, w_packed, w_scale = operands(5, 64)
+    check(torch.randn(shape), t, w_packed, w_scale, None, 64)
+
+
+@pytest.mark.parametrize("m", [1, 3, 40])
+def test_tensors_that_are_not_contiguous_or_not_aligned(m):
+    k = 256
+    t, w_packed, w_scale = operands(70, k)
+    x = torch.randn(m, k)
+    wanted = oracle.expected(x, t, w_scale)
+    wide = torch.randn(m, 2 * k).cuda()
+    wide[:, ::2] = x.cuda()
+    shifted_x = torch.empty(m * k + 1).cuda()[1:].view(m, k).copy_(x)
+    shifted_w = torch.empty(w_packed.numel() + 1, dtype=torch.uint8).cuda()[1:]
+    shifted_w = shifted_w.view_as(w_packed).copy_(w_packed)
+    weights = w_packed.cuda()
+    for x_gpu in (wide[:, ::2], shifted_x, x.t().contiguous().cuda().t()):
+        for w_gpu in (weights, shifted_w, weights.t().contiguous().t()):
+            oracle.assert_same_bits(OP(x_gpu, w_gpu, w_scale.cuda(), None, k).cpu(), wanted)
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float64, *oracle.DTYPES])
+def test_dtypes_of_the_bias_and_of_the_output(bias_dtype):
+    t, w_packed, w_scale = operands(20, 128)
+    x, bias = torch.randn(3, 128), torch.randn(20).to(bias_dtype)
+    for dtype in oracle.DTYPES:
+        y = OP(*on_gpu(x, w_packed, w_scale, bias), 128, out_dtype=dtype)
+        wanted = oracle.expected(x, t, w_scale, bias.float(), dtype=dtype)
+        oracle.assert_same_bits(y.cpu(), wanted)
+
+
+def test_a_kernel_that_cannot_serve_a_shape_says_so(force):
+    force(GEMV)
+    _, w_packed, w_scale = operands(5, 6)
+    with pytest.raises(RuntimeError, match="does not serve this shape"):
+        OP(*on_gpu(torch.randn(1, 6), w_packed, w_scale, None), 6)
+
+
+def test_cuda_and_cpu_do_not_mix():
+    for linear in IMPLEMENTATIONS:
+        with pytest.raises(ValueError, match="x is on cuda:0 and w_packed is on cpu"):
+            linear(*arguments(x=X.cuda()))
+        with pytest.raises(ValueError, match="x is on cpu and w_packed is on cuda:0"):
+            linear(*arguments(w_packed=torch.ones(5, 3).byte().cuda()))
+
+
+# --- Streams, graphs, compilers ---
+
+
+@pytest.mark.parametrize("m", [1, 16])
+def test_weights_that_change_between_calls(m):
+    """The kernels read weights ahead of the work before them, but not ahead of a change."""
+    k, n = 2560, 2560
+    x = torch.randn(m, k).cuda()
+    variants = [operands(n, k, seed=seed) for seed in range(4)]
+    wanted = [oracle.expected(x.cpu(), t, w_scale) for t, _, w_scale in variants]
+    sources = [w_packed.cuda() for _, w_packed, _ in variants]
+    scales = [w_scale.cuda() for _, _, w_scale in variants]
+    weights = sources[0].clone()
+    outputs = []
+    for number in range(40):
+        weights.copy_(sources[number % 4])
+        outputs += [OP(x, weights, scales[number % 4], None, k) for _ in range(number % 3 + 1)]
+    number = 0
+    for repeat in range(40):
+        for _ in range(repeat % 3 + 1):
+            oracle.assert_same_bits(outputs[number].cpu(), wanted[repeat % 4])
+            number += 1
+
+
+@pytest.mark.parametrize("m", [1, 8, 100])
+def test_a_chain_of_layers(m):
+    """Each reads what the one before it has written, and may start before that one has ended."""
+    layers = bitlinear.deploy(nn.Sequential(*(BitLinear(1024, 1024) for _ in range(8))))
+    x = torch.randn(m, 1024)
+    on_cpu = layers(x)
+    layers.cuda()
+    for _ in range(20):
+        assert torch.equal(layers(x.cuda()).cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("m", [1, 4, 64])
+def test_a_captured_graph(m):
+    layers = bitlinear.deploy(nn.Sequential(BitLinear(256, 512), BitLinear(512, 64)))
+    samples = [torch.randn(m, 256) for _ in range(3)]
+    wanted = [layers(sample) for sample in samples]
+    layers.cuda()
+    x = samples[0].cuda()
+    layers(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layers(x)
+    for sample, its in zip(samples, wanted):
+        x.copy_(sample)
+        graph.replay()
+        assert torch.equal(y.cpu(), its)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("m", [1, 64])
+def test_torch_compile_with_graphs(m):
+    layers = bitlinear.deploy(nn.Sequential(BitLinear(256, 512), nn.ReLU(), BitLinear(512, 64)))
+    layers.cuda()
+    compiled = torch.compile(layers, mode="reduce-overhead", fullgraph=True)
+    with torch.inference_mode():
+        for _ in range(4):
+            x = torch.randn(m, 256, device="cuda")
+            assert torch.equal(compiled(x).clone(), layers(x))
+
+
+def test_streams():
+    layer = BitLinear(1024, 1024).deploy()
+    x = torch.randn(4, 1024)
+    wanted = layer(x)
+    layer.cuda()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    inputs = x.cuda()
+    torch.cuda.synchronize()
+    outputs = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                outputs.append(layer(inputs))
+    torch.cuda.synchronize()
+    assert all(torch.equal(output.cpu(), wanted) for output in outputs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_the_current_one():
+    layer = BitLinear(1024, 1024).deploy()
+    for m in (1, 64):
+        x = torch.randn(m, 1024)
+        wanted = layer(x)
+        on_second = copy.deepcopy(layer).to("cuda:1")
+        assert torch.cuda.current_device() == 0
+        y = on_second(x.to("cuda:1"))
+        assert y.device == torch.device("cuda:1")
+        assert torch.cuda.current_device() == 0
+        assert torch.equal(y.cpu(), wanted)
+
+
+# --- The layer ---
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_training_and_deployment(dtype):
+    layer, x = BitLinear(70, 33).cuda(), torch.randn(5, 70, device="cuda").to(dtype)
+    before = layer(x)
+    before.float().square().sum().backward()
+    assert layer.weight.grad.isfinite().all()
+    with torch.autocast("cuda", torch.float16):
+        assert layer(x).dtype == torch.float16
+    layer.deploy()
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer.cpu()(x.cpu()), before.cpu())
+
+
+def test_deploying_packs_on_the_device():
+    layer = BitLinear(1000, 300)
+    on_cuda = copy.deepcopy(layer).cuda().deploy()
+    layer.deploy()
+    assert on_cuda.w_packed.is_cuda
+    assert torch.equal(on_cuda.w_packed.cpu(), layer.w_packed)
+    assert torch.equal(on_cuda.w_scale.cpu(), layer.w_scale)
+
+
+def test_moves_and_state_dicts_carry_the_same_bytes():
+    layer = BitLinear(100, 30).deploy()
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    for moved in (layer.to("cuda"), layer.to("cpu"), layer.cuda().half().float()):
+        for name, value in moved.state_dict().items():
+            assert torch.equal(value.cpu(), state[name])
+    for source in ("cpu", "cuda"):
+        for target in ("cpu", "cuda"):
+            fresh = BitLinear(100, 30, device=target)
+            fresh.load_state_dict({name: value.to(source) for name, value in state.items()})
+            assert fresh.w_packed.device.type == target
+            assert torch.equal(fresh.w_packed.cpu(), state["w_packed"])
+            y = fresh(torch.ones(2, 100, device=target))
+            assert torch.equal(y.cpu(), layer.cpu()(torch.ones(2, 100)))
