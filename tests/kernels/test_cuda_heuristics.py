@@ -91,7 +91,7 @@ def test_choices_for_typical_layers(heuristics):
         assert heuristics.choose(90, (m, 4096, 4096, True, True)) == GEMV
     assert heuristics.choose(90, (1, 4096, 14336, True, True)) == GEMV
     assert heuristics.choose(120, (1, 4096, 4096, True, True)) == GEMV
-    assert heuristics.choose(90, (1, 4096, 4096, True, False)) == WGMMA  # rows not aligned
+    assert heuristics.choose(90, (1, 4096, 4096, True, False)) == MMA  # rows not aligned
     assert heuristics.choose(90, (4, 4096, 28672, True, True)) == WGMMA  # 112 KB of activations
     assert heuristics.choose(90, (64, 4096, 4096, True, True)) == WGMMA
     assert heuristics.choose(120, (64, 4096, 4096, True, True)) == MMA

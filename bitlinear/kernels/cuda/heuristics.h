@@ -145,7 +145,7 @@ constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
     case BITLINEAR_CUDA_MMA:
       return device.capability >= 80;
     case BITLINEAR_CUDA_WGMMA:
-      return device.capability == 90;
+      return device.capability == 90 && shape.w_aligned;
     default:
       return false;
   }

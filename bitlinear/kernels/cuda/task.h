@@ -28,9 +28,9 @@ struct bitlinear_cuda_task {
 enum bitlinear_cuda_kernel {
   BITLINEAR_CUDA_AUTO = 0,   // whichever heuristics.h prefers
   BITLINEAR_CUDA_DP4A = 1,   // any shape, sm_61 and later
-  BITLINEAR_CUDA_GEMV = 2,   // few tokens, sm_80 and later
+  BITLINEAR_CUDA_GEMV = 2,   // few tokens, sm_90 and later
   BITLINEAR_CUDA_MMA = 3,    // any shape, sm_80 and later
-  BITLINEAR_CUDA_WGMMA = 4,  // any shape, sm_90a only
+  BITLINEAR_CUDA_WGMMA = 4,  // any number of tokens, sm_90a only
 };
 
 extern "C" {
