@@ -11,7 +11,7 @@ Shape shape_of(const int64_t* shape) {
 }
 
 Device device_of(int capability, int multiprocessors) {
-  return {capability, multiprocessors, 227 * 1024};
+  return {capability, capability == 90, multiprocessors, 227 * 1024};
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ namespace cuda {
 
 struct Device {
   int capability;  // of the code that runs on it: 10 * major + minor, for example 90
+  bool has_wgmma;  // the code was compiled for sm_90a
   int multiprocessors;
   int shared_bytes;  // that a block can have
 };
@@ -145,7 +146,7 @@ constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
     case BITLINEAR_CUDA_MMA:
       return device.capability >= 80;
     case BITLINEAR_CUDA_WGMMA:
-      return device.capability == 90 && shape.w_aligned;
+      return device.has_wgmma && shape.w_aligned;
     default:
       return false;
   }

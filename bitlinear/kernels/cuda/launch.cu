@@ -28,6 +28,8 @@ cudaError_t inspect_device(int index, Device* device) {
   const int capability = 10 * major + minor;
   // Code for an older device, translated for this one, has no newer instruction in it.
   device->capability = code.ptxVersion < capability ? code.ptxVersion : capability;
+  // architectures.py never compiles machine code for sm_90 without the instructions of sm_90a.
+  device->has_wgmma = code.binaryVersion == 90;
   return error;
 }
 

@@ -34,8 +34,8 @@ class DeviceScope {
 std::string check_kernel(int kernel, const Device& device, const Stream& stream) {
   constexpr Data kKinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite};
   uint64_t seed = 0;
-  // 192 and 256: rows that are aligned, and so those that the GEMV takes.
-  for (const int64_t K : {5, 192, 255, 256, 1100}) {
+  // 192, 256 and 4160: rows that are aligned, and so those that the GEMV takes.
+  for (const int64_t K : {5, 192, 255, 256, 1100, 4160}) {
     for (const int64_t M : {1, 2, 7, 20, 131}) {
       ++seed;
       const Case c = {M,
