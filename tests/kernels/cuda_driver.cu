@@ -6,21 +6,28 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <algorithm>
+
 #include "cuda/launch.cuh"
 #include "cuda/selftest.cuh"
 
+using bitlinear::cuda::Activations;
 using bitlinear::cuda::CudaFailure;
 using bitlinear::cuda::Device;
+using bitlinear::cuda::GemvPlan;
+using bitlinear::cuda::Layout;
 using bitlinear::cuda::Placement;
+using bitlinear::cuda::Shape;
 using bitlinear::cuda::Stream;
+using bitlinear::cuda::WgmmaPlan;
 using bitlinear::selftest::Case;
 using bitlinear::selftest::Data;
 
 namespace {
 
 constexpr Data kKinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite};
-constexpr int kKernels = 5;
-const char* const kNames[kKernels] = {"auto", "dp4a", "gemv", "mma", "wgmma"};
+constexpr int kKernels = 5, kPlans = kKernels, kTallies = 6;
+const char* const kNames[kTallies] = {"auto", "dp4a", "gemv", "mma", "wgmma", "plans"};
 
 struct Tally {
   int64_t passed = 0, failed = 0;
@@ -38,13 +45,38 @@ class Driver {
     const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
     for (int kernel = 0; kernel < kKernels; ++kernel) {
       if (!bitlinear::cuda::takes(kernel, device_, c, placement)) continue;
-      const std::string difference =
-          bitlinear::cuda::check_case(kernel, c, seed, placement, stream_);
-      Tally& tally = tallies_[kernel];
-      if (difference.empty()) {
-        ++tally.passed;
-      } else if (++tally.failed <= 5) {
-        printf("%s\n", difference.c_str());
+      note(kernel, bitlinear::cuda::check_case(kernel, c, seed, placement, stream_));
+    }
+  }
+
+  // One shape by every plan that the GEMV and wgmma can follow, not only by the one that suits it.
+  void check_plans(int64_t M, int64_t N, int64_t K, Data data) {
+    const uint64_t seed = ++cases_;
+    const Case c = {M, N, K, static_cast<int>(seed % 3), seed % 2 == 0, seed % 5 == 0, data, 0};
+    const Shape shape = bitlinear::cuda::shape_of(c, Placement::kAligned);
+    if (admits(BITLINEAR_CUDA_GEMV, device_, shape)) {
+      const GemvPlan best = plan_gemv(device_, shape);
+      for (const int log_split : {1, 2, 3}) {
+        for (const int blocks : {best.blocks, 1 + best.blocks / 50}) {
+          const int64_t stage = bitlinear::cuda::gemv_stage_bytes((K + 3) / 4, log_split);
+          const int64_t room = gemv_room(device_, shape);
+          if (2 * stage > room) continue;
+          const int ring = static_cast<int>(seed % 2 == 0 ? 2 * stage : std::min(5 * stage, room));
+          for (const bool fused : {best.fused, false}) {
+            check_plan(GemvPlan{fused, blocks, log_split, ring}, c, seed);
+          }
+        }
+      }
+    }
+    if (admits(BITLINEAR_CUDA_WGMMA, device_, shape)) {
+      for (const int row_blocks : {1, 2}) {
+        for (const int tokens : {16, 32, 64, 128}) {
+          for (const int splits : {1, 2, 4, 8}) {
+            const bool fits = bitlinear::cuda::padded_tokens(M) % tokens == 0 &&
+                              (splits == 1 || 2 * splits <= (K + 255) / 256);
+            if (fits) check_plan(WgmmaPlan{row_blocks, tokens, splits}, c, seed);
+          }
+        }
       }
     }
   }
@@ -83,6 +115,24 @@ class Driver {
     for (const int64_t M : {1, 6}) check(M, 66, 499968, Data::kExtreme);
   }
 
+  void check_all_plans(bool quick) {
+    for (const int64_t M : {1, 3, 8, 16, 40, 130}) {
+      for (const int64_t N : {1, 70, 300, 2100}) {
+        for (const int64_t K : {64, 512, 2048, 4160}) {
+          if (quick && M * N * K > 200000) continue;
+          check_plans(M, N, K, kKinds[(M + N + K) % 2]);
+        }
+      }
+    }
+    if (quick) return;
+    // More than 256 rows and several laps of the ring in a block; weights that exceed all rings.
+    for (const int64_t M : {1, 3}) {
+      check_plans(M, 70000, 64, Data::kRandom);
+      check_plans(M, 5000, 4160, Data::kRandom);
+      check_plans(M, 40000, 2048, Data::kRandom);
+    }
+  }
+
   // More tiles than the device holds at a time, so that persistent blocks go round.
   void check_many_tiles() {
     for (const int64_t M : {1, 8, 32}) check(M, 20000, 256, Data::kRandom);
@@ -92,7 +142,7 @@ class Driver {
 
   bool report() const {
     int64_t failed = 0;
-    for (int kernel = 0; kernel < kKernels; ++kernel) {
+    for (int kernel = 0; kernel < kTallies; ++kernel) {
       const Tally& tally = tallies_[kernel];
       failed += tally.failed;
       printf("%s: %lld passed, %lld failed\n", kNames[kernel], static_cast<long long>(tally.passed),
@@ -102,12 +152,48 @@ class Driver {
   }
 
  private:
+  void note(int tally, const std::string& difference) {
+    if (difference.empty()) {
+      ++tallies_[tally].passed;
+    } else if (++tallies_[tally].failed <= 5) {
+      printf("%s\n", difference.c_str());
+    }
+  }
+
+  void check_plan(const GemvPlan& plan, const Case& c, uint64_t seed) {
+    const auto run = [&](const bitlinear_cuda_task& task, cudaStream_t stream) {
+      const Activations q = bitlinear::cuda::activations_of(task);
+      cudaError_t error = cudaSuccess;
+      if (!plan.fused) error = quantize(task, q, Layout::kRows, stream);
+      if (error == cudaSuccess) error = gemv(task, q, plan, stream);
+      return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    };
+    const std::string name = "gemv, fused " + std::to_string(plan.fused) + ", blocks " +
+                             std::to_string(plan.blocks) + ", log_split " +
+                             std::to_string(plan.log_split) + ", ring " +
+                             std::to_string(plan.ring_bytes);
+    note(kPlans, check_case(name, run, c, seed, Placement::kAligned, stream_));
+  }
+
+  void check_plan(const WgmmaPlan& plan, const Case& c, uint64_t seed) {
+    const auto run = [&](const bitlinear_cuda_task& task, cudaStream_t stream) {
+      const Activations q = bitlinear::cuda::activations_of(task);
+      cudaError_t error = quantize(task, q, Layout::kTiles, stream);
+      if (error == cudaSuccess) error = wgmma(task, q, plan, stream);
+      return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    };
+    const std::string name = "wgmma, row_blocks " + std::to_string(plan.row_blocks) + ", tokens " +
+                             std::to_string(plan.tokens) + ", splits " +
+                             std::to_string(plan.splits);
+    note(kPlans, check_case(name, run, c, seed, Placement::kAligned, stream_));
+  }
+
   static constexpr int64_t kTails[] = {1,  2,  3,  4,  5,  6,   7,   8,   9,   15,  16,  17, 31,
                                        32, 33, 63, 64, 65, 127, 128, 129, 130, 255, 256, 257};
   const Device device_;
   const Stream stream_;
   uint64_t cases_ = 0;
-  Tally tallies_[kKernels];
+  Tally tallies_[kTallies];
 };
 
 }  // namespace
@@ -128,6 +214,7 @@ int main(int argc, char** argv) {
     driver.check_tiles(quick);
     driver.check_depths(quick);
     driver.check_long_rows(quick);
+    driver.check_all_plans(quick);
     if (!quick) driver.check_many_tiles();
     return driver.report() ? 0 : 1;
   } catch (const CudaFailure& failure) {

@@ -11,7 +11,10 @@ Shape shape_of(const int64_t* shape) {
 }
 
 Device device_of(int capability, int multiprocessors) {
-  return {capability, capability == 90, multiprocessors, 227 * 1024};
+  // What a block can have: most of a server's multiprocessor, less on other GPUs.
+  const bool server = capability == 90 || capability == 100;
+  const int shared_bytes = capability < 80 ? 48 : server ? 227 : capability == 80 ? 163 : 99;
+  return {capability, capability == 90, multiprocessors, shared_bytes * 1024};
 }
 
 }  // namespace
@@ -26,18 +29,20 @@ int choose_kernel(int capability, const int64_t* shape) {
   return bitlinear::cuda::choose_kernel(device_of(capability, 132), shape_of(shape));
 }
 
-void plan_gemv(int multiprocessors, const int64_t* shape, int* out) {
-  const bitlinear::cuda::GemvPlan plan =
-      bitlinear::cuda::plan_gemv(device_of(90, multiprocessors), shape_of(shape));
+void plan_gemv(int capability, int multiprocessors, const int64_t* shape, int* out) {
+  const Device device = device_of(capability, multiprocessors);
+  const bitlinear::cuda::GemvPlan plan = bitlinear::cuda::plan_gemv(device, shape_of(shape));
   out[0] = plan.fused;
   out[1] = plan.blocks;
   out[2] = plan.log_split;
   out[3] = plan.ring_bytes;
+  out[4] = static_cast<int>(bitlinear::cuda::gemv_room(device, shape_of(shape)));
+  out[5] = static_cast<int>(bitlinear::cuda::gemv_stage_bytes((shape[2] + 3) / 4, plan.log_split));
 }
 
 void plan_wgmma(int multiprocessors, const int64_t* shape, int* out) {
-  const bitlinear::cuda::WgmmaPlan plan =
-      bitlinear::cuda::plan_wgmma(device_of(90, multiprocessors), shape_of(shape));
+  const Device device = device_of(90, multiprocessors);
+  const bitlinear::cuda::WgmmaPlan plan = bitlinear::cuda::plan_wgmma(device, shape_of(shape));
   out[0] = plan.row_blocks;
   out[1] = plan.tokens;
   out[2] = plan.splits;

@@ -109,6 +109,14 @@ def test_the_operator_compiles(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
+def test_the_driver_compiles(tmp_path):
+    """Where it can run there may be no CI."""
+    output = compile_all([DRIVER], tmp_path, "-arch=sm_80")
+    result, _ = output[DRIVER]
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
     major, minor = torch.cuda.get_device_capability(0)
@@ -130,7 +138,7 @@ def test_driver(driver):
     result = run(driver)
     assert result.returncode == 0, result.stdout + result.stderr
     counts = dict(re.findall(r"(\w+): (\d+) passed, 0 failed", result.stdout))
-    assert set(counts) == {"auto", "dp4a", "gemv", "mma", "wgmma"}
+    assert set(counts) == {"auto", "dp4a", "gemv", "mma", "wgmma", "plans"}
     assert int(counts["auto"]) == int(counts["dp4a"]) > 4000
 
 

@@ -11,6 +11,7 @@
 namespace bitlinear {
 namespace cuda {
 
+// Those of heuristics.h, for 32-bit numbers too.
 template <class T>
 __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
@@ -21,11 +22,12 @@ __host__ __device__ constexpr T least(T a, T b) {
 }
 
 // How q lies in memory. A slice of a token, 256 values, is 4 planes of 64 bytes in either.
-//   kRows: (M, q_stride). Word w of plane p has the four values that meet word w of the packed
-//   slice. kTiles: (K / 128, M / 8, 8, 128): what 8 tokens have of half a slice is an atom of
-//   wgmma's
-//     128-byte swizzle, and the atoms of consecutive tokens follow each other, so that one bulk
-//     copy fetches a tile. The words of a plane, seen as a 4 x 4 matrix, are transposed.
+//
+// kRows: (M, q_stride). Word w of plane p has the four values that meet word w of the packed slice.
+//
+// kTiles: (q_stride / 128, token_groups, 8, 128). What 8 tokens have of half a slice is an atom of
+// wgmma's 128-byte swizzle; the atoms of consecutive tokens follow each other, so that one bulk
+// copy fetches a tile. The words of a plane, seen as a 4 x 4 matrix, are transposed.
 enum class Layout { kRows, kTiles };
 
 // What the quantiser leaves for the products.
@@ -62,9 +64,7 @@ __device__ inline float float_of(uint32_t bits, int dtype) {
 }
 
 __device__ inline float load_as_float(const void* p, int dtype, int64_t i) {
-  if (dtype == BITLINEAR_F32) return static_cast<const float*>(p)[i];
-  if (dtype == BITLINEAR_F16) return __half2float(static_cast<const __half*>(p)[i]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
+  return float_of(load_bits(p, dtype, i), dtype);
 }
 
 __device__ inline void store_from_float(void* p, int dtype, int64_t i, float value) {

@@ -19,41 +19,24 @@ namespace bitlinear {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = 8;  // that multiply; one more copies
+constexpr int kWarps = kGemvWarps;  // that multiply; one more copies
 constexpr int kConsumers = 32 * kWarps;
 constexpr int kThreads = kConsumers + 32;
 constexpr int kFragmentRows = 16;
 constexpr int kMaxStages = 8;
-constexpr int kMaxTokens = 8;
-constexpr int kTokenPad = 64;  // bytes between tokens in shared memory: no bank conflicts
 
 struct Shared {
   Barrier full[kMaxStages], empty[kMaxStages];
   // By warp of a split, token and row, double-buffered.
-  int32_t partial[2][kWarps * kMaxTokens * (kFragmentRows + 4)];
+  int32_t partial[2][kWarps * kGemvTokens * (kFragmentRows + 4)];
   uint32_t warp_max[kWarps];
-  float s_x[kMaxTokens];
-  int32_t q_sum[kMaxTokens];
+  float s_x[kGemvTokens];
+  int32_t q_sum[kGemvTokens];
 };
+static_assert(sizeof(Shared) <= kGemvStaticBytes, "see heuristics.h");
+static_assert(kGemvHeldValues == kGemvGroups * kGroup * kConsumers, "see heuristics.h");
 
-__device__ inline void sync_consumers() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
-}
-
-// Where a pass over the ring of stages stands.
-struct Position {
-  int stages;
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ explicit Position(int stages) : stages(stages) {}
-  __device__ void advance() {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
+__device__ inline void sync_consumers() { sync_first<kConsumers>(); }
 
 // What follows from the sizes of a call.
 struct Sizes {
@@ -64,7 +47,7 @@ struct Sizes {
         chunk_bytes(least(row_bytes, kGemvChunkBytes)),
         chunks(ceil_div(row_bytes, chunk_bytes)),
         pitch(gemv_row_pitch(chunk_bytes)),
-        q_stride(ceil_div(row_bytes, kSliceBytes) * kSliceValues + kTokenPad) {}
+        q_stride(ceil_div(row_bytes, kSliceBytes) * kSliceValues + kGemvTokenPad) {}
 };
 
 // Quantises all tokens at once, each by its share of the warps, which keep the values in registers
@@ -102,7 +85,7 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_st
 #pragma unroll
     for (int i = 0; i < kGemvGroups; ++i) {
       const int k = first + i * step;
-      if (k >= q_stride - kTokenPad) break;
+      if (k >= q_stride - kGemvTokenPad) break;
       float values[kGroup] = {};
       if (k < end) groups[i].convert(values);
       uint32_t planes[4];
@@ -113,10 +96,8 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_st
       for (int p = 0; p < 4; ++p) block[16 * p + k / kGroup % 16] = planes[p];
     }
     sum = warp_reduce_add(sum);
-    if (lane == 0) {
-      atomicAdd(&shared.q_sum[m], sum);
-      shared.s_x[m] = scale.s_x;
-    }
+    if (lane == 0) atomicAdd(&shared.q_sum[m], sum);
+    if (first == 0) shared.s_x[m] = scale.s_x;
   }
   sync_consumers();
 }
@@ -127,7 +108,7 @@ __device__ inline void fetch_tokens(const Activations& activations, int tokens, 
   for (int m = 0; m < tokens; ++m) {
     const uint4* from = reinterpret_cast<const uint4*>(activations.q + m * activations.q_stride);
     uint4* to = reinterpret_cast<uint4*>(q + m * q_stride);
-    for (int i = threadIdx.x; i < (q_stride - kTokenPad) / 16; i += kConsumers) to[i] = from[i];
+    for (int i = threadIdx.x; i < (q_stride - kGemvTokenPad) / 16; i += kConsumers) to[i] = from[i];
   }
   if (threadIdx.x < tokens) {
     shared.s_x[threadIdx.x] = activations.s_x[threadIdx.x];
@@ -144,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                 const __grid_constant__ Activations activations, int stages) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kSplit = 1 << kLogSplit;
-  constexpr int kTileRows = kWarps * kFragmentRows / kSplit;
+  constexpr int kTileRows = gemv_tile_rows(kLogSplit);
   constexpr int kRowPitch = kTileRows + 4;  // of the partial sums
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ Shared shared;
@@ -164,12 +145,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     publish_barriers();
   }
-  if (threadIdx.x < kMaxTokens) shared.q_sum[threadIdx.x] = 0;
+  if (threadIdx.x < kGemvTokens) shared.q_sum[threadIdx.x] = 0;
   __syncthreads();
   allow_successor();
 
   if (warp == kWarps) {
-    Position at(stages);
+    RingPosition at(stages);
     for (int tile = 0; tile < tiles; ++tile) {
       const int present = least(kTileRows, rows - tile * kTileRows);
       const uint8_t* w = task.w + (n_begin + tile * kTileRows) * sizes.row_bytes;
@@ -214,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Columns beyond the tokens repeat the first one, at no cost, and are dropped.
   const int8_t* const my_q = q + (g < tokens ? g : 0) * sizes.q_stride + 16 * tig;
   const uint8_t* const my_w = dynamic + (group * kFragmentRows + g) * sizes.pitch + 16 * tig;
-  Position at(stages);
+  RingPosition at(stages);
   for (int tile = 0; tile < tiles; ++tile) {
     int32_t sums[4][4] = {};
     for (int c = 0; c < sizes.chunks; ++c, at.advance()) {
@@ -272,11 +253,15 @@ cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, const 
                    cudaStream_t stream) {
   const auto kernel = gemv_kernel<X, kLogSplit>;
   const Sizes sizes(task.K);
-  const int stage_bytes = (kWarps * kFragmentRows >> kLogSplit) * sizes.pitch;
+  const int stage_bytes = static_cast<int>(gemv_stage_bytes(sizes.row_bytes, kLogSplit));
   const int stages = least(plan.ring_bytes / stage_bytes, kMaxStages);
   const int shared_bytes = stages * stage_bytes + static_cast<int>(task.M) * sizes.q_stride;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  Device device;
+  cudaError_t error = current_device(&device);
+  if (error != cudaSuccess) return error;
+  // The limit belongs to the kernel, not to this call: other threads are launching it too.
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               device.shared_bytes - static_cast<int>(sizeof(Shared)));
   if (error != cudaSuccess) return error;
   const Launch how = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
   return launch_kernel(kernel, how, task, stream, task, q, stages);

@@ -28,7 +28,9 @@ struct Shape {
 constexpr int kSliceBytes = 64;
 constexpr int kSliceValues = 4 * kSliceBytes;
 
-constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Tokens that the workspace has room for: whole tiles, so that a kernel may read all of its last.
 constexpr int64_t padded_tokens(int64_t M) {
@@ -40,17 +42,35 @@ constexpr int64_t padded_tokens(int64_t M) {
 
 // ------------------------------------------------------------------------------------- GEMV
 
-constexpr int64_t kGemvTokens = 8;
+constexpr int kGemvTokens = 8;
+constexpr int kGemvWarps = 8;  // that multiply, each 16 rows at a time
 // The GEMV keeps the tokens, quantised, in this much shared memory, ...
 constexpr int64_t kGemvActivationBytes = 64 * 1024;
 // ... and where it quantises them itself, first in registers: groups of 16 values per thread.
 constexpr int kGemvGroups = 4;
-constexpr int64_t kGemvHeldValues = int64_t{kGemvGroups} * 16 * 256;
+constexpr int64_t kGemvHeldValues = int64_t{kGemvGroups} * 16 * 32 * kGemvWarps;
 // Bytes of a row in a stage of its ring, at most; shorter copies cost more than they carry.
 constexpr int kGemvChunkBytes = 1024;
+constexpr int kGemvTokenPad = 64;  // between tokens in shared memory, against bank conflicts
+// What it declares as shared memory, at most.
+constexpr int kGemvStaticBytes = 10752;
 
 // Rows an odd multiple of 64 bytes apart have no bank conflicts among the rows of a fragment.
 constexpr int gemv_row_pitch(int chunk_bytes) { return (chunk_bytes + 63) / 64 * 64 | 64; }
+
+// A stage holds a chunk of each of so many rows.
+constexpr int gemv_tile_rows(int log_split) { return 16 * kGemvWarps >> log_split; }
+
+constexpr int64_t gemv_stage_bytes(int64_t row_bytes, int log_split) {
+  const int chunk = static_cast<int>(least(row_bytes, kGemvChunkBytes));
+  return int64_t{gemv_tile_rows(log_split)} * gemv_row_pitch(chunk);
+}
+
+// The shared memory that is left for a ring of stages.
+constexpr int64_t gemv_room(const Device& device, const Shape& shape) {
+  const int64_t activations = shape.M * (round_up(shape.K, kSliceValues) + kGemvTokenPad);
+  return device.shared_bytes - kGemvStaticBytes - activations;
+}
 
 struct GemvPlan {
   bool fused;  // the GEMV quantises x itself
@@ -67,28 +87,29 @@ constexpr GemvPlan plan_gemv(const Device& device, const Shape& shape) {
 
   // One block per multiprocessor leaves room for one of the successor's, which loads weights
   // meanwhile. Where a block's weights exceed its ring, two keep more of them under way.
-  const int64_t row_bytes = (shape.K + 3) / 4;
-  const bool streams = shape.N * row_bytes > int64_t{device.multiprocessors} * 106 * 1024;
-  const int64_t most_blocks = int64_t{device.multiprocessors} * (streams ? 2 : 1);
-  const int64_t least_rows = 8;
-  const int64_t row_groups = (shape.N + least_rows - 1) / least_rows;
-  const int64_t blocks = row_groups < most_blocks ? row_groups : most_blocks;
-  const int ring_bytes = (streams ? 70 : 96) * 1024;
+  constexpr int64_t kRing = 96 * 1024, kRingOfTwo = 70 * 1024, kBlockRows = 8;
+  const int64_t row_bytes = ceil_div(shape.K, 4);
+  const int64_t room = gemv_room(device, shape);
+  const bool two = shape.N * row_bytes > device.multiprocessors * (kRing + 10 * 1024) &&
+                   2 * (device.shared_bytes - room + kRingOfTwo) <= device.shared_bytes;
+  const int64_t blocks =
+      least(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
+  const int64_t ring_bytes = least(two ? kRingOfTwo : kRing, room);
 
-  // Tall tiles end in fewer barriers: as tall as the rows of a block, if four stages fit, or all.
-  const int64_t rows = (shape.N + blocks - 1) / blocks;
-  const int64_t chunk = row_bytes < kGemvChunkBytes ? row_bytes : kGemvChunkBytes;
-  const int64_t chunks = (row_bytes + chunk - 1) / chunk;
+  // Tall tiles end in fewer barriers: as tall as the rows of a block, if the ring holds four
+  // stages, or all that the block fills.
+  const int64_t rows = ceil_div(shape.N, blocks);
+  const int64_t chunks = ceil_div(row_bytes, kGemvChunkBytes);
   int log_split = 3;
   for (int candidate = 2; candidate >= 1; --candidate) {
-    const int64_t tile_rows = 128 >> candidate;
-    const int64_t stages = (rows + tile_rows - 1) / tile_rows * chunks;
-    const int64_t stage_bytes = tile_rows * gemv_row_pitch(static_cast<int>(chunk));
-    const bool fits =
-        (stages < 4 ? stages : 4) * stage_bytes <= ring_bytes && 2 * stage_bytes <= ring_bytes;
-    if (rows > tile_rows / 2 && fits) log_split = candidate;
+    const int64_t tile_rows = gemv_tile_rows(candidate);
+    const int64_t filled = ceil_div(rows, tile_rows) * chunks;
+    const int64_t held = filled < 2 ? 2 : least(filled, 4);
+    if (rows > tile_rows / 2 && held * gemv_stage_bytes(row_bytes, candidate) <= ring_bytes) {
+      log_split = candidate;
+    }
   }
-  return {fused, static_cast<int>(blocks), log_split, ring_bytes};
+  return {fused, static_cast<int>(blocks), log_split, static_cast<int>(ring_bytes)};
 }
 
 // ------------------------------------------------------------------------------------- wgmma
@@ -106,23 +127,21 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape) {
   constexpr int kTokens[] = {16, 32, 64, 128};
   constexpr int64_t kSliceCost[2][4] = {{650, 700, 750, 950}, {950, 1000, 1150, 1400}};
   constexpr int64_t kBlockCost = 4500, kClusterCost = 2000;
-  const int64_t slices = (shape.K + kSliceValues - 1) / kSliceValues;
+  const int64_t slices = ceil_div(shape.K, kSliceValues);
   WgmmaPlan best = {1, 16, 1};
   int64_t lowest = INT64_MAX;
   for (int row_blocks = 1; row_blocks <= 2; ++row_blocks) {
     for (int t = 0; t < 4; ++t) {
+      if (padded_tokens(shape.M) % kTokens[t] != 0) continue;
       for (int splits = 1; splits <= 8 && (splits == 1 || 2 * splits <= slices); splits *= 2) {
-        const int64_t tile_rows = 128 * row_blocks;
-        const int64_t tiles =
-            (shape.N + tile_rows - 1) / tile_rows * ((shape.M + kTokens[t] - 1) / kTokens[t]);
-        const int64_t at_once = splits <= 2   ? device.multiprocessors / splits
-                                : splits == 4 ? device.multiprocessors * 10 / 11 / splits
-                                              : device.multiprocessors * 4 / 5 / splits;
-        const int64_t waves =
-            (tiles + (at_once < 1 ? 1 : at_once) - 1) / (at_once < 1 ? 1 : at_once);
-        const int64_t cost =
-            waves * ((slices + splits - 1) / splits * kSliceCost[row_blocks - 1][t] + kBlockCost +
-                     (splits > 1 ? kClusterCost : 0));
+        const int64_t usable = splits <= 2   ? device.multiprocessors
+                               : splits == 4 ? device.multiprocessors * 10 / 11
+                                             : device.multiprocessors * 4 / 5;
+        if (usable < splits) continue;
+        const int64_t tiles = ceil_div(shape.N, 128 * row_blocks) * ceil_div(shape.M, kTokens[t]);
+        const int64_t block_cost = ceil_div(slices, splits) * kSliceCost[row_blocks - 1][t] +
+                                   kBlockCost + (splits > 1 ? kClusterCost : 0);
+        const int64_t cost = ceil_div(tiles, usable / splits) * block_cost;
         if (cost < lowest) {
           lowest = cost;
           best = {row_blocks, kTokens[t], splits};
@@ -142,7 +161,8 @@ constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
       return device.capability >= 61;
     case BITLINEAR_CUDA_GEMV:
       return device.capability >= 90 && shape.w_aligned && shape.M <= kGemvTokens &&
-             shape.M * round_up(shape.K, kSliceValues) <= kGemvActivationBytes;
+             shape.M * round_up(shape.K, kSliceValues) <= kGemvActivationBytes &&
+             gemv_room(device, shape) >= 2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
     case BITLINEAR_CUDA_MMA:
       return device.capability >= 80;
     case BITLINEAR_CUDA_WGMMA:
@@ -154,6 +174,7 @@ constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
 
 // The fastest kernel that admits the shape, or BITLINEAR_CUDA_AUTO where none does.
 constexpr int choose_kernel(const Device& device, const Shape& shape) {
+  // Beyond four tokens reading them from shared memory takes longer than reading the weights.
   if (shape.M <= 4 && admits(BITLINEAR_CUDA_GEMV, device, shape)) return BITLINEAR_CUDA_GEMV;
   for (const int kernel : {BITLINEAR_CUDA_WGMMA, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_DP4A}) {
     if (admits(kernel, device, shape)) return kernel;

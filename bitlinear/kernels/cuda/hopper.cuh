@@ -45,6 +45,27 @@ struct Barrier {
   }
 };
 
+// Where a pass over a ring of stages, each with such barriers, stands.
+struct RingPosition {
+  int stages;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ explicit RingPosition(int stages) : stages(stages) {}
+  __device__ void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// A barrier of the first kThreads threads of a block, while others go their own way.
+template <int kThreads>
+__device__ inline void sync_first() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
 // Makes initialised barriers visible to the copy engine; a __syncthreads() does so to the threads.
 __device__ inline void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

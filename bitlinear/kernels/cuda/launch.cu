@@ -9,8 +9,16 @@ namespace {
 
 constexpr int64_t kWorkspaceAlignment = 256;
 
-// Tells which of the architectures that this library was compiled for the driver has picked.
-__global__ void probe() {}
+// Tells which of the architectures that this library was compiled for the driver has picked; and by
+// its shared memory whether that is sm_90a.
+__global__ void probe(int* out) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  __shared__ int mark;
+  mark = *out;
+  __syncthreads();
+  *out = mark;
+#endif
+}
 
 cudaError_t inspect_device(int index, Device* device) {
   const auto ask = [&](cudaDeviceAttr attribute, int* value) {
@@ -28,8 +36,7 @@ cudaError_t inspect_device(int index, Device* device) {
   const int capability = 10 * major + minor;
   // Code for an older device, translated for this one, has no newer instruction in it.
   device->capability = code.ptxVersion < capability ? code.ptxVersion : capability;
-  // architectures.py never compiles machine code for sm_90 without the instructions of sm_90a.
-  device->has_wgmma = code.binaryVersion == 90;
+  device->has_wgmma = code.sharedSizeBytes > 0;
   return error;
 }
 
@@ -86,19 +93,28 @@ const char* report(cudaError_t error) {
 
 }  // namespace
 
+Activations activations_of(const bitlinear_cuda_task& task) {
+  return Workspace(task.M, task.K).activations(task.workspace);
+}
+
 cudaError_t current_device(Device* device) {
-  // Asked once per device.
+  // Asked once per device; a failure may pass.
   constexpr int kDevices = 128;
-  static std::once_flag asked[kDevices];
+  static std::mutex mutex;
   static Device known[kDevices];
-  static cudaError_t errors[kDevices];
   int index = 0;
-  const cudaError_t error = cudaGetDevice(&index);
+  cudaError_t error = cudaGetDevice(&index);
   if (error != cudaSuccess) return error;
   if (index >= kDevices) return inspect_device(index, device);
-  std::call_once(asked[index], [&] { errors[index] = inspect_device(index, &known[index]); });
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known[index].capability == 0) {
+    Device found;
+    error = inspect_device(index, &found);
+    if (error != cudaSuccess) return error;
+    known[index] = found;
+  }
   *device = known[index];
-  return errors[index];
+  return cudaSuccess;
 }
 
 }  // namespace cuda
@@ -125,7 +141,7 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_linear(const bitlinear_cuda_task* ta
   } else if (!admits(kernel, device, shape)) {
     return "the kernel asked for does not serve this shape, alignment or GPU";
   }
-  const Activations q = Workspace(task->M, task->K).activations(task->workspace);
+  const Activations q = activations_of(*task);
   error = run(*task, kernel, device, shape, q, static_cast<cudaStream_t>(stream));
   return report(error);
 }

@@ -49,6 +49,9 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& how,
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 
+// The parts of the workspace of a call.
+Activations activations_of(const bitlinear_cuda_task& task);
+
 cudaError_t quantize(const bitlinear_cuda_task& task, const Activations& out, Layout layout,
                      cudaStream_t stream);
 

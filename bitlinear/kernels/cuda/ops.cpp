@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -27,43 +28,62 @@ using bitlinear::kernel_dtype;
 
 std::atomic<int> forced_kernel{BITLINEAR_CUDA_AUTO};
 
-// The weights that calls have read, each as it was at that time. A call that finds its own here may
-// read them while the work ahead in the stream still runs: they were written before the earlier
-// call, which began after the work ahead of it had ended. What writes past torch's version counters
+bool is_capturing(const c10::cuda::CUDAStream& stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// The weights that calls have read, each as it was then. A call that finds its own here may read
+// them while the work ahead of it in the stream still runs: they were written before that earlier
+// call, which began after all work ahead of it had ended. What writes past torch's version counters
 // (a foreign kernel, `.data`) has to be followed by something else than a call.
 class SettledWeights {
  public:
-  // Whether `w` was here, unchanged; it is from now on.
-  bool check_in(const Tensor& w) {
+  // Whether `w` is here, unchanged. What a graph captures runs after all that is here.
+  bool contains(const Tensor& w, const c10::cuda::CUDAStream& stream) {
     if (w.is_inference()) return false;  // its changes are not counted
-    const c10::StorageImpl* const storage = w.storage().unsafeGetStorageImpl();
-    const uint32_t version = w._version();
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = seen_.find(storage);
-    if (found != seen_.end() && !found->second.storage.expired() &&
-        found->second.version == version) {
-      return true;
+    c10::cuda::CUDAStream reader = stream;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = seen_.find(w.unsafeGetTensorImpl());
+      if (found == seen_.end() || found->second.version != w._version() ||
+          found->second.data != w.const_data_ptr()) {
+        return false;
+      }
+      reader = found->second.stream;
     }
-    if (found == seen_.end() && seen_.size() >= next_sweep_) sweep();
-    seen_.insert_or_assign(storage, Seen{w.storage().getWeakStorageImpl(), version});
-    return false;
+    return reader == stream || is_capturing(stream);
+  }
+
+  // To be called when a call that reads `w` is in the stream. One that is merely captured may never
+  // run.
+  void add(const Tensor& w, const c10::cuda::CUDAStream& stream) {
+    if (w.is_inference() || is_capturing(stream)) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (seen_.size() >= next_sweep_) sweep();
+    const c10::weak_intrusive_ptr<c10::TensorImpl> tensor(w.getIntrusivePtr());
+    seen_.insert_or_assign(w.unsafeGetTensorImpl(),
+                           Seen{tensor, w.const_data_ptr(), w._version(), stream});
   }
 
  private:
   struct Seen {
-    c10::weak_intrusive_ptr<c10::StorageImpl> storage;  // keeps its address from being used again
-    uint32_t version;
+    c10::weak_intrusive_ptr<c10::TensorImpl> tensor;  // keeps its address from being used again
+    const void* data;
+    int64_t version;
+    c10::cuda::CUDAStream stream;
   };
 
   void sweep() {
     for (auto entry = seen_.begin(); entry != seen_.end();) {
-      entry = entry->second.storage.expired() ? seen_.erase(entry) : std::next(entry);
+      entry = entry->second.tensor.expired() ? seen_.erase(entry) : std::next(entry);
     }
     next_sweep_ = 2 * seen_.size() + 64;
   }
 
   std::mutex mutex_;
-  std::unordered_map<const c10::StorageImpl*, Seen> seen_;
+  std::unordered_map<const c10::TensorImpl*, Seen> seen_;
   size_t next_sweep_ = 64;
 };
 
@@ -116,12 +136,14 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.y = y.data_ptr();
   task.y_dtype = kernel_dtype(y_dtype);
   task.workspace = workspace.get();
-  task.w_settled = weight.is_same(w_packed) && settled_weights().check_in(w_packed);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(x.device().index());
+  const bool is_copy = !weight.is_same(w_packed);
+  task.w_settled = !is_copy && settled_weights().contains(w_packed, stream);
   const char* error = bitlinear_cuda_linear(&task, forced_kernel.load(std::memory_order_relaxed),
                                             static_cast<void*>(stream.stream()));
   TORCH_CHECK(error == nullptr, "bitlinear: a product of (", M, ", ", in_features, ") by (", N,
               ", ", in_features, ") failed on ", x.device(), ": ", error);
+  if (!is_copy && !task.w_settled) settled_weights().add(w_packed, stream);
   return y;
 }
 

@@ -1,7 +1,8 @@
 // Compares a CUDA kernel with the numerics as they are written down (../selftest.h). selftest.cu
-// runs a few dozen cases after every build, the native driver in tests/ thousands. Every array is a
-// device allocation of exactly the size the interface promises, so compute-sanitizer sees any byte
-// read or written beyond it; what surrounds y and follows the workspace is looked at in any case.
+// runs some hundred cases after every build, the native driver in tests/ thousands. Every array is
+// a device allocation of exactly the size the interface promises, so compute-sanitizer sees any
+// byte read or written beyond it; what surrounds y and follows the workspace is looked at in any
+// case.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -89,17 +90,22 @@ inline bool row_aligned(Placement placement, int64_t row_bytes) {
   return placement == Placement::kAligned && row_bytes % 16 == 0;
 }
 
-// Whether the kernel is to be tried on a case: any kernel that the heuristics may choose for it.
-inline bool takes(int kernel, const Device& device, const selftest::Case& c, Placement placement) {
+inline Shape shape_of(const selftest::Case& c, Placement placement) {
   const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
-  const Shape shape = {c.M, c.N, c.K, row_aligned(placement, c.K * element),
-                       row_aligned(placement, (c.K + 3) / 4)};
-  return kernel == BITLINEAR_CUDA_AUTO || admits(kernel, device, shape);
+  return {c.M, c.N, c.K, row_aligned(placement, c.K * element),
+          row_aligned(placement, (c.K + 3) / 4)};
 }
 
-// Returns "" or what differs; throws CudaFailure.
-inline std::string check_case(int kernel, const selftest::Case& c, uint64_t seed,
-                              Placement placement, const Stream& stream) {
+// Whether the kernel is to be tried on a case: any kernel that the heuristics may choose for it.
+inline bool takes(int kernel, const Device& device, const selftest::Case& c, Placement placement) {
+  return kernel == BITLINEAR_CUDA_AUTO || admits(kernel, device, shape_of(c, placement));
+}
+
+// Returns "" or what differs; throws CudaFailure. `run` queues the task on the stream: null, or why
+// it has not; `name` says in messages what it is.
+template <class Run>
+std::string check_case(const std::string& name, const Run& run, const selftest::Case& c,
+                       uint64_t seed, Placement placement, const Stream& stream) {
   const selftest::Operands operands(c, seed);
   const size_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
   const bool unaligned = placement == Placement::kUnaligned;
@@ -132,9 +138,8 @@ inline std::string check_case(int kernel, const selftest::Case& c, uint64_t seed
   task.y = y.data() + kGuardBytes;
   task.workspace = workspace.data();
   task.w_settled = seed % 3 != 0;  // other copies follow the one of w
-  const std::string where =
-      " by kernel " + std::to_string(kernel) + (unaligned ? ", unaligned" : "");
-  const char* refusal = bitlinear_cuda_linear(&task, kernel, stream.get());
+  const std::string where = " by " + name + (unaligned ? ", unaligned" : "");
+  const char* refusal = run(task, stream.get());
   if (refusal != nullptr) return std::string(refusal) + " at " + describe(c) + where;
   stream.download(y_memory.data(), y.data(), y_memory.size());
   stream.download(guard.data(), workspace.data() + workspace_bytes, kGuardBytes);
@@ -153,6 +158,14 @@ inline std::string check_case(int kernel, const selftest::Case& c, uint64_t seed
     }
   }
   return "";
+}
+
+inline std::string check_case(int kernel, const selftest::Case& c, uint64_t seed,
+                              Placement placement, const Stream& stream) {
+  const auto run = [kernel](const bitlinear_cuda_task& task, cudaStream_t on) {
+    return bitlinear_cuda_linear(&task, kernel, on);
+  };
+  return check_case("kernel " + std::to_string(kernel), run, c, seed, placement, stream);
 }
 
 }  // namespace cuda

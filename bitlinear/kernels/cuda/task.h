@@ -16,7 +16,7 @@ struct bitlinear_cuda_task {
   int64_t s_w_stride;  // 0: one scale per tensor; 1: one per output channel
   const void* bias;    // (N,) or null
   int bias_dtype;
-  void* y;  // (M, N)
+  void* y;  // (M, N), at a multiple of 16 bytes
   int y_dtype;
   void* workspace;  // as bitlinear_cuda_workspace_bytes() says, at a multiple of 256
   // Whether whatever wrote w had ended before the work just ahead in the stream began. If so, the

@@ -102,9 +102,7 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-__device__ inline void sync_consumers() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kConsumers) : "memory");
-}
+__device__ inline void sync_consumers() { sync_first<kConsumers>(); }
 __device__ inline void sync_cluster() {
   asm volatile(
       "barrier.cluster.arrive.aligned;\n"
@@ -162,8 +160,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int split = static_cast<int>(blockIdx.x) % splits;
   const int slice_begin = slices * split / splits;
   const int slice_end = slices * (split + 1) / splits;
-  const int64_t n_begin = int64_t{blockIdx.x / splits} * T::kRows;
-  const int64_t m_begin = int64_t{blockIdx.y} * kTokens;
+  const int64_t tile = blockIdx.x / splits;
+  const int64_t row_tiles = ceil_div<int64_t>(task.N, T::kRows);
+  const int64_t n_begin = tile % row_tiles * T::kRows;
+  const int64_t m_begin = tile / row_tiles * kTokens;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < T::kStages; ++s) {
@@ -179,21 +179,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     shrink_registers<40>();
     wait_for_predecessor();
     if (threadIdx.x == kConsumers) {
-      int stage = 0;
-      uint32_t parity = 1;
-      for (int slice = slice_begin; slice < slice_end; ++slice) {
-        empty[stage].wait(parity);
-        full[stage].arrive_expecting(T::kStageBytes);
+      RingPosition at(T::kStages);
+      for (int slice = slice_begin; slice < slice_end; ++slice, at.advance()) {
+        Barrier& barrier = full[at.stage];
+        empty[at.stage].wait(at.parity ^ 1);
+        barrier.arrive_expecting(T::kStageBytes);
         for (int half = 0; half < 2; ++half) {
           const int8_t* q =
               activations.q +
               ((2 * int64_t{slice} + half) * activations.token_groups + m_begin / 8) * 1024;
-          copy_bulk(stages + stage * T::kStageBytes + half * (T::kStageBytes / 2), q,
-                    T::kStageBytes / 2, full[stage]);
-        }
-        if (++stage == T::kStages) {
-          stage = 0;
-          parity ^= 1;
+          copy_bulk(stages + at.stage * T::kStageBytes + half * (T::kStageBytes / 2), q,
+                    T::kStageBytes / 2, barrier);
         }
       }
     }
@@ -232,8 +228,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[r][i] = 0;
     }
-    int stage = 0;
-    uint32_t parity = 0;
+    RingPosition at(T::kStages);
     int previous = -1;
     uint32_t a[2][kRowBlocks][4];
     for (int first = slice_begin; first < slice_end; first += T::kAhead) {
@@ -243,8 +238,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (slice >= slice_end) break;
         const Weights weights = ring[ahead];
         load(slice + T::kAhead, ring[ahead]);
-        full[stage].wait(parity);
-        const uint32_t base = shared_address(stages + stage * T::kStageBytes);
+        full[at.stage].wait(at.parity);
+        const uint32_t base = shared_address(stages + at.stage * T::kStageBytes);
 #pragma unroll
         for (int step = 0; step < 8; ++step) {
           const int p = step / 2, j = step % 2;
@@ -268,11 +263,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           // All but the last step is done, so the stage before this one is free.
           if (step == 0 && previous >= 0 && lane == 0) empty[previous].arrive();
         }
-        previous = stage;
-        if (++stage == T::kStages) {
-          stage = 0;
-          parity ^= 1;
-        }
+        previous = at.stage;
+        at.advance();
       }
     }
     wgmma_wait<0>();
@@ -348,8 +340,8 @@ cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, int sp
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(task.N, T::kRows) * splits),
-                  static_cast<unsigned>(ceil_div<int64_t>(task.M, kTokens)));
+  const int64_t tiles = ceil_div<int64_t>(task.N, T::kRows) * ceil_div<int64_t>(task.M, kTokens);
+  const dim3 grid(static_cast<unsigned>(tiles * splits));
   const Launch how = {grid, kThreads, T::kSharedBytes, splits};
   return launch_kernel(kernel, how, task, stream, task, q, splits);
 }
