@@ -261,7 +261,7 @@ cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, const 
   if (error != cudaSuccess) return error;
   // The limit belongs to the kernel, not to this call: other threads are launching it too.
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               device.shared_bytes - static_cast<int>(sizeof(Shared)));
+                               device.shared_bytes - kGemvStaticBytes);
   if (error != cudaSuccess) return error;
   const Launch how = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
   return launch_kernel(kernel, how, task, stream, task, q, stages);

@@ -52,7 +52,7 @@ constexpr int64_t kGemvHeldValues = int64_t{kGemvGroups} * 16 * 32 * kGemvWarps;
 // Bytes of a row in a stage of its ring, at most; shorter copies cost more than they carry.
 constexpr int kGemvChunkBytes = 1024;
 constexpr int kGemvTokenPad = 64;  // between tokens in shared memory, against bank conflicts
-// What it declares as shared memory, at most.
+// What it declares as shared memory, at most (the compiler adds a little of its own).
 constexpr int kGemvStaticBytes = 10752;
 
 // Rows an odd multiple of 64 bytes apart have no bank conflicts among the rows of a fragment.
