@@ -116,6 +116,13 @@ inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
   }
 }
 
+// The bias as the kernels read it, contiguous and of a dtype that they know; undefined without one.
+inline at::Tensor kernel_bias(const std::optional<at::Tensor>& bias) {
+  if (!bias.has_value()) return {};
+  const at::Tensor addend = bias->contiguous();
+  return kernel_dtype(addend.scalar_type()) < 0 ? addend.to(at::ScalarType::Float) : addend;
+}
+
 // The memory of a tensor, which a framework that shards parameters may have taken away.
 inline const char* data_of(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE(tensor.unsafeGetTensorImpl()->storage_initialized(), "bitlinear: ", name,

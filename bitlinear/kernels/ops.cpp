@@ -62,11 +62,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const Tensor input = x.contiguous();
   const Tensor weight = w_packed.contiguous();
   const Tensor scale = w_scale.contiguous();
-  Tensor addend;
-  if (bias.has_value()) {
-    addend = bias->contiguous();
-    if (kernel_dtype(addend.scalar_type()) < 0) addend = addend.to(ScalarType::Float);
-  }
+  const Tensor addend = bitlinear::kernel_bias(bias);
 
   const int64_t threads = at::get_num_threads();
   const int64_t row_bytes = weight.size(1);

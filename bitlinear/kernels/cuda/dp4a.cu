@@ -166,8 +166,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t dp4a(const bitlinear_cuda_task& task, const Activations& q, cudaStream_t stream) {
-  const int64_t row_bytes = ceil_div<int64_t>(task.K, 4);
-  const bool aligned = reinterpret_cast<uintptr_t>(task.w) % 16 == 0 && row_bytes % 16 == 0;
+  const bool aligned = rows_aligned(task.w, ceil_div<int64_t>(task.K, 4));
   const auto launch = [&](auto kernel, int64_t blocks) {
     const Launch how = {dim3(static_cast<unsigned>(blocks)), kThreads};
     return launch_kernel(kernel, how, task, stream, task, q, aligned);

@@ -60,10 +60,6 @@ struct Workspace {
   }
 };
 
-bool rows_aligned(const void* rows, int64_t row_bytes) {
-  return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && row_bytes % 16 == 0;
-}
-
 Shape shape_of(const bitlinear_cuda_task& task) {
   const int64_t element = task.x_dtype == BITLINEAR_F32 ? 4 : 2;
   return {task.M, task.N, task.K, rows_aligned(task.x, task.K * element),

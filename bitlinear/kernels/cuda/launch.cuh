@@ -49,6 +49,11 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& how,
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 
+// Whether every row starts at a multiple of 16 bytes.
+inline bool rows_aligned(const void* rows, int64_t row_bytes) {
+  return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && row_bytes % 16 == 0;
+}
+
 // The parts of the workspace of a call.
 Activations activations_of(const bitlinear_cuda_task& task);
 

@@ -345,7 +345,7 @@ cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, cudaSt
 
 template <class Tile>
 cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, cudaStream_t stream) {
-  const bool aligned = reinterpret_cast<uintptr_t>(task.w) % 16 == 0 && (task.K + 3) / 4 % 16 == 0;
+  const bool aligned = rows_aligned(task.w, (task.K + 3) / 4);
   return aligned ? launch<Tile, true>(task, q, stream) : launch<Tile, false>(task, q, stream);
 }
 

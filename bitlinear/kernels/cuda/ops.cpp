@@ -111,11 +111,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const Tensor input = x.contiguous();
   const Tensor weight = w_packed.contiguous();
   const Tensor scale = w_scale.contiguous();
-  Tensor addend;
-  if (bias.has_value()) {
-    addend = bias->contiguous();
-    if (kernel_dtype(addend.scalar_type()) < 0) addend = addend.to(ScalarType::Float);
-  }
+  const Tensor addend = bitlinear::kernel_bias(bias);
   // Of the current stream: what is freed at the end of this call serves only what is queued after
   // the kernels, also in a graph that is being captured.
   const at::DataPtr workspace = c10::cuda::CUDACachingAllocator::get()->allocate(

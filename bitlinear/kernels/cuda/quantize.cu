@@ -76,7 +76,7 @@ template <class X>
 cudaError_t launch(const bitlinear_cuda_task& task, const Activations& out, Layout layout,
                    cudaStream_t stream) {
   const X* x = static_cast<const X*>(task.x);
-  const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && task.K * sizeof(X) % 16 == 0;
+  const bool aligned = rows_aligned(x, task.K * static_cast<int64_t>(sizeof(X)));
   const auto kernel =
       layout == Layout::kRows ? quantize_rows<X, Layout::kRows> : quantize_rows<X, Layout::kTiles>;
   const Launch how = {dim3(static_cast<unsigned>(task.M)), kThreads};
