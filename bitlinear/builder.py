@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,28 @@ def _compile(cpp_extension: Any, spec: dict[str, Any]) -> None:
         sources=spec["sources"],
         extra_cflags=spec["cflags"],
         extra_cuda_cflags=spec["cuda_cflags"],
-        extra_ldflags=spec["ldflags"],
+        extra_ldflags=[*spec["ldflags"], *_shared_libstdcxx()],
         build_directory=spec["build_directory"],
         is_python_module=False,
         verbose=True,  # into the parent's log
     )
+
+
+def _shared_libstdcxx() -> list[str]:
+    """The flag that links to the libstdc++ that torch uses; none where the compiler has none."""
+    # Where libstdc++.so is missing or a dangling link, the linker takes libstdc++.a and says
+    # nothing. Two copies in one process crash: formatting a number for an exception is enough.
+    if not sys.platform.startswith("linux"):
+        return []
+    name = "libstdc++.so.6"
+    path = subprocess.run(
+        [os.environ["CXX"], f"-print-file-name={name}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # the log is for what stops a build
+        check=False,
+    ).stdout
+    # By name: the path may have something to quote. A compiler that finds no file repeats the name.
+    return [f"-l:{name}"] if os.path.isabs(path) else []
 
 
 def _test_kernels(path: str, devices: list[int]) -> str:

@@ -1011,6 +1011,38 @@ def test_cxx_with_arguments(
     assert len(compilations(tmp_path / "tools")) == 2
 
 
+def needs_libstdcxx(library: Path) -> bool:
+    command = ["readelf", "-d", str(library)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return "Shared library: [libstdc++.so.6]" in shown
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+def test_libstdcxx_is_shared_though_the_linker_finds_the_static_one_first(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a toolchain whose links lead to packages that are not installed."""
+    cxx = str(compiler(tmp_path / "tools"))
+    command = [cxx, "-print-file-name=libstdc++.a"]
+    archive = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(archive):
+        pytest.skip("there is no static libstdc++")
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "libstdc++.a").symlink_to(archive)
+    (first / "libstdc++.so").symlink_to("nowhere")
+    cxx += f" -L{first}"  # with -B clang++ would not look there for libraries
+    monkeypatch.setenv("CXX", cxx)
+    text = "std::string text(int number) { return std::to_string(number) + std::string(99, ' '); }"
+    sources = stand_ins(tmp_path / "sources", operator=f"#include <string>\n{text}")
+
+    unaided = tmp_path / "unaided.so"
+    source = sources.directory / "operator.cpp"
+    subprocess.run([*cxx.split(), "-shared", "-fPIC", "-o", unaided, source], check=True)
+    assert not needs_libstdcxx(unaided)
+    assert needs_libstdcxx(sources.load().artifacts["operator"].path)
+
+
 def test_verbose_shows_the_commands(
     half: Path,
     tmp_path: Path,
