@@ -186,7 +186,10 @@ CUDA = CudaLibrary(
     name="cuda",
     sources=(
         "cuda/ops.cpp",
-        *(f"cuda/{name}.cu" for name in ("wgmma", "gemv", "mma", "dp4a", "quantize", "launch")),
+        *(
+            f"cuda/{name}.cu"
+            for name in ("wgmma", "small_batch", "gemv", "mma", "dp4a", "quantize", "launch")
+        ),
         "cuda/selftest.cu",
     ),
     cflags=("-O1", *_COMMON),

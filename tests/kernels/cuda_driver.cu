@@ -12,12 +12,14 @@
 #include "cuda/selftest.cuh"
 
 using bitlinear::cuda::Activations;
+using bitlinear::cuda::Call;
 using bitlinear::cuda::CudaFailure;
 using bitlinear::cuda::Device;
 using bitlinear::cuda::GemvPlan;
 using bitlinear::cuda::Layout;
 using bitlinear::cuda::Placement;
 using bitlinear::cuda::Shape;
+using bitlinear::cuda::SmallBatchPlan;
 using bitlinear::cuda::Stream;
 using bitlinear::cuda::WgmmaPlan;
 using bitlinear::selftest::Case;
@@ -26,8 +28,9 @@ using bitlinear::selftest::Data;
 namespace {
 
 constexpr Data kKinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite};
-constexpr int kKernels = 5, kPlans = kKernels, kTallies = 6;
-const char* const kNames[kTallies] = {"auto", "dp4a", "gemv", "mma", "wgmma", "plans"};
+constexpr int kKernels = 6, kPlans = kKernels, kTallies = 7;
+const char* const kNames[kTallies] = {"auto", "dp4a",  "gemv", "small_batch",
+                                      "mma",  "wgmma", "plans"};
 
 struct Tally {
   int64_t passed = 0, failed = 0;
@@ -49,7 +52,7 @@ class Driver {
     }
   }
 
-  // One shape by every plan that the GEMV and wgmma can follow, not only by the one that suits it.
+  // One shape by every plan that a kernel can follow, not only by the one that suits it.
   void check_plans(int64_t M, int64_t N, int64_t K, Data data) {
     const uint64_t seed = ++cases_;
     const Case c = {M, N, K, static_cast<int>(seed % 3), seed % 2 == 0, seed % 5 == 0, data, 0};
@@ -62,15 +65,26 @@ class Driver {
           const int64_t room = gemv_room(device_, shape);
           if (2 * stage > room) continue;
           const int ring = static_cast<int>(seed % 2 == 0 ? 2 * stage : std::min(5 * stage, room));
-          for (const bool fused : {best.fused, false}) {
-            check_plan(GemvPlan{fused, blocks, log_split, ring}, c, seed);
+          check_plan(GemvPlan{blocks, log_split, ring}, c, seed);
+        }
+      }
+    }
+    if (admits(BITLINEAR_CUDA_SMALL_BATCH, device_, shape)) {
+      const SmallBatchPlan best = plan_small_batch(device_, shape);
+      for (const int row_parts : {1, 2, 4}) {
+        for (const int token_parts : {1, 2, 4}) {
+          if (8 * token_parts < M || row_parts * token_parts > 8) continue;
+          const int stages = seed % 2 == 0 ? row_parts : std::min(best.stages, row_parts + 3);
+          if (stages < row_parts) continue;
+          for (const int blocks : {best.blocks, 1 + best.blocks / 50}) {
+            check_plan(SmallBatchPlan{row_parts, token_parts, blocks, stages}, c, seed);
           }
         }
       }
     }
     if (admits(BITLINEAR_CUDA_WGMMA, device_, shape)) {
       for (const int row_blocks : {1, 2}) {
-        for (const int tokens : {16, 32, 64, 128}) {
+        for (const int tokens : {32, 64, 128}) {
           for (const int splits : {1, 2, 4, 8}) {
             const bool fits = bitlinear::cuda::padded_tokens(M) % tokens == 0 &&
                               (splits == 1 || 2 * splits <= (K + 255) / 256);
@@ -160,32 +174,48 @@ class Driver {
     }
   }
 
-  void check_plan(const GemvPlan& plan, const Case& c, uint64_t seed) {
+  // `product` queues the product on activations that have been quantised to this layout.
+  template <class Product>
+  void check_plan(const std::string& name, int kernel, Layout layout, const Product& product,
+                  const Case& c, uint64_t seed) {
     const auto run = [&](const bitlinear_cuda_task& task, cudaStream_t stream) {
-      const Activations q = bitlinear::cuda::activations_of(task);
+      const Call call = {task, device_, stream};
       cudaError_t error = cudaSuccess;
-      if (!plan.fused) error = quantize(task, q, Layout::kRows, stream);
-      if (error == cudaSuccess) error = gemv(task, q, plan, stream);
+      if (kernel != BITLINEAR_CUDA_GEMV)
+        error = quantize(call, bitlinear::cuda::activations_of(task), layout);
+      if (error == cudaSuccess) error = product(call);
       return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
     };
-    const std::string name = "gemv, fused " + std::to_string(plan.fused) + ", blocks " +
-                             std::to_string(plan.blocks) + ", log_split " +
+    note(kPlans, check_case(name, kernel, run, c, seed, Placement::kAligned, stream_));
+  }
+
+  void check_plan(const GemvPlan& plan, const Case& c, uint64_t seed) {
+    const std::string name = "gemv, blocks " + std::to_string(plan.blocks) + ", log_split " +
                              std::to_string(plan.log_split) + ", ring " +
                              std::to_string(plan.ring_bytes);
-    note(kPlans, check_case(name, run, c, seed, Placement::kAligned, stream_));
+    const auto product = [&](const Call& call) { return gemv(call, plan); };
+    check_plan(name, BITLINEAR_CUDA_GEMV, Layout::kRows, product, c, seed);
+  }
+
+  void check_plan(const SmallBatchPlan& plan, const Case& c, uint64_t seed) {
+    const std::string name = "small_batch, row_parts " + std::to_string(plan.row_parts) +
+                             ", token_parts " + std::to_string(plan.token_parts) + ", blocks " +
+                             std::to_string(plan.blocks) + ", stages " +
+                             std::to_string(plan.stages);
+    const auto product = [&](const Call& call) {
+      return small_batch(call, bitlinear::cuda::activations_of(call.task), plan);
+    };
+    check_plan(name, BITLINEAR_CUDA_SMALL_BATCH, Layout::kFragments, product, c, seed);
   }
 
   void check_plan(const WgmmaPlan& plan, const Case& c, uint64_t seed) {
-    const auto run = [&](const bitlinear_cuda_task& task, cudaStream_t stream) {
-      const Activations q = bitlinear::cuda::activations_of(task);
-      cudaError_t error = quantize(task, q, Layout::kTiles, stream);
-      if (error == cudaSuccess) error = wgmma(task, q, plan, stream);
-      return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-    };
     const std::string name = "wgmma, row_blocks " + std::to_string(plan.row_blocks) + ", tokens " +
                              std::to_string(plan.tokens) + ", splits " +
                              std::to_string(plan.splits);
-    note(kPlans, check_case(name, run, c, seed, Placement::kAligned, stream_));
+    const auto product = [&](const Call& call) {
+      return wgmma(call, bitlinear::cuda::activations_of(call.task), plan);
+    };
+    check_plan(name, BITLINEAR_CUDA_WGMMA, Layout::kTiles, product, c, seed);
   }
 
   static constexpr int64_t kTails[] = {1,  2,  3,  4,  5,  6,   7,   8,   9,   15,  16,  17, 31,

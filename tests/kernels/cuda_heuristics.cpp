@@ -14,7 +14,7 @@ Device device_of(int capability, int multiprocessors) {
   // What a block can have: most of a server's multiprocessor, less on other GPUs.
   const bool server = capability == 90 || capability == 100;
   const int shared_bytes = capability < 80 ? 48 : server ? 227 : capability == 80 ? 163 : 99;
-  return {capability, capability == 90, multiprocessors, shared_bytes * 1024};
+  return {capability, capability == 90, multiprocessors, shared_bytes * 1024, 0};
 }
 
 }  // namespace
@@ -32,12 +32,25 @@ int choose_kernel(int capability, const int64_t* shape) {
 void plan_gemv(int capability, int multiprocessors, const int64_t* shape, int* out) {
   const Device device = device_of(capability, multiprocessors);
   const bitlinear::cuda::GemvPlan plan = bitlinear::cuda::plan_gemv(device, shape_of(shape));
-  out[0] = plan.fused;
-  out[1] = plan.blocks;
-  out[2] = plan.log_split;
-  out[3] = plan.ring_bytes;
-  out[4] = static_cast<int>(bitlinear::cuda::gemv_room(device, shape_of(shape)));
-  out[5] = static_cast<int>(bitlinear::cuda::gemv_stage_bytes((shape[2] + 3) / 4, plan.log_split));
+  out[0] = plan.blocks;
+  out[1] = plan.log_split;
+  out[2] = plan.ring_bytes;
+  out[3] = static_cast<int>(bitlinear::cuda::gemv_room(device, shape_of(shape)));
+  out[4] = static_cast<int>(bitlinear::cuda::gemv_stage_bytes((shape[2] + 3) / 4, plan.log_split));
+}
+
+void plan_small_batch(int capability, int multiprocessors, const int64_t* shape, int* out) {
+  const Device device = device_of(capability, multiprocessors);
+  const auto plan = bitlinear::cuda::plan_small_batch(device, shape_of(shape));
+  out[0] = plan.row_parts;
+  out[1] = plan.token_parts;
+  out[2] = plan.blocks;
+  out[3] = plan.stages;
+  out[4] =
+      static_cast<int>(plan.stages * bitlinear::cuda::small_batch_stage_bytes((shape[2] + 3) / 4) +
+                       bitlinear::cuda::small_batch_sum_bytes(plan.row_parts, plan.token_parts) +
+                       bitlinear::cuda::kSmallBatchStaticBytes);
+  out[5] = device.shared_bytes;
 }
 
 void plan_wgmma(int multiprocessors, const int64_t* shape, int* out) {
@@ -48,7 +61,7 @@ void plan_wgmma(int multiprocessors, const int64_t* shape, int* out) {
   out[2] = plan.splits;
 }
 
-int gemv_row_pitch(int chunk_bytes) { return bitlinear::cuda::gemv_row_pitch(chunk_bytes); }
+int row_pitch(int row_bytes) { return bitlinear::cuda::row_pitch(row_bytes); }
 
 int64_t padded_tokens(int64_t M) { return bitlinear::cuda::padded_tokens(M); }
 }

@@ -14,7 +14,7 @@ from native import require
 from bitlinear.kernels import DIRECTORY
 
 SOURCE = Path(__file__).with_name("cuda_heuristics.cpp")
-AUTO, DP4A, GEMV, MMA, WGMMA = range(5)  # as in task.h
+AUTO, DP4A, GEMV, SMALL_BATCH, MMA, WGMMA = range(6)  # as in task.h
 CAPABILITIES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
 
 sizes = st.integers(1, 500_000)
@@ -34,7 +34,10 @@ class Heuristics:
         return self._library.choose_kernel(capability, self._shape(shape))
 
     def plan_gemv(self, shape: tuple[int, ...], multiprocessors: int = 132, capability: int = 90):
-        return self._plan("plan_gemv", 6, capability, multiprocessors, self._shape(shape))
+        return self._plan("plan_gemv", 5, capability, multiprocessors, self._shape(shape))
+
+    def plan_small_batch(self, shape, multiprocessors: int = 132, capability: int = 90):
+        return self._plan("plan_small_batch", 6, capability, multiprocessors, self._shape(shape))
 
     def plan_wgmma(self, shape: tuple[int, ...], multiprocessors: int = 132):
         return self._plan("plan_wgmma", 3, multiprocessors, self._shape(shape))
@@ -44,8 +47,8 @@ class Heuristics:
         getattr(self._library, name)(*arguments, out)
         return list(out)
 
-    def row_pitch(self, chunk_bytes: int) -> int:
-        return self._library.gemv_row_pitch(chunk_bytes)
+    def row_pitch(self, row_bytes: int) -> int:
+        return self._library.row_pitch(row_bytes)
 
     def padded_tokens(self, m: int) -> int:
         return self._library.padded_tokens(ctypes.c_int64(m))
@@ -82,7 +85,7 @@ def test_what_a_device_lacks_is_not_chosen(heuristics, shape):
     # wgmma is an instruction of this one generation.
     for capability in (89, 100, 120):
         assert not heuristics.admits(WGMMA, capability, shape)
-    for kernel in (AUTO, 5, -1):
+    for kernel in (AUTO, 6, -1):
         assert not heuristics.admits(kernel, 90, shape)
 
 
@@ -91,15 +94,21 @@ def test_choices_for_typical_layers(heuristics):
         assert heuristics.choose(90, (m, 4096, 4096, True, True)) == GEMV
     assert heuristics.choose(90, (1, 4096, 14336, True, True)) == GEMV
     assert heuristics.choose(120, (1, 4096, 4096, True, True)) == GEMV
+    assert heuristics.choose(90, (4, 8192, 8192, True, True)) == SMALL_BATCH  # too long to hold
+    assert heuristics.choose(90, (1, 4096, 4096, False, True)) == SMALL_BATCH  # x not aligned
     assert heuristics.choose(90, (1, 4096, 4096, True, False)) == MMA  # rows not aligned
-    assert heuristics.choose(90, (4, 4096, 28672, True, True)) == WGMMA  # 112 KB of activations
+    for m in (8, 16, 32):
+        assert heuristics.choose(90, (m, 4096, 4096, True, True)) == SMALL_BATCH
+    assert heuristics.choose(90, (16, 28672, 8192, True, True)) == SMALL_BATCH
+    assert heuristics.choose(90, (32, 28672, 8192, True, True)) == WGMMA  # several tiles a block
+    assert heuristics.choose(120, (32, 28672, 8192, True, True)) == SMALL_BATCH
     assert heuristics.choose(90, (64, 4096, 4096, True, True)) == WGMMA
     assert heuristics.choose(120, (64, 4096, 4096, True, True)) == MMA
-    assert heuristics.choose(80, (64, 4096, 4096, True, True)) == MMA
+    assert heuristics.choose(80, (16, 4096, 4096, True, True)) == MMA
 
 
 @given(
-    shape=st.tuples(st.integers(1, 8), sizes, st.integers(1, 4096), st.booleans(), st.just(True)),
+    shape=st.tuples(st.integers(1, 4), sizes, st.integers(1, 300), st.booleans(), st.just(True)),
     multiprocessors=st.integers(1, 200),
     capability=st.sampled_from([90, 100, 120]),
 )
@@ -107,24 +116,43 @@ def test_the_plan_of_a_gemv(heuristics, shape, multiprocessors, capability):
     m, n, slices, x_aligned, _ = shape
     k = 64 * slices
     shape = (m, n, k, x_aligned, True)
-    if not heuristics.admits(GEMV, capability, shape):
-        assert m * k > 60_000 or capability == 120
-        return
-    fused, blocks, log_split, ring, room, stage = heuristics.plan_gemv(
+    fits = x_aligned and {1: 1, 2: 2, 3: 4, 4: 4}[m] * k <= 16_384
+    assert heuristics.admits(GEMV, capability, shape) == fits
+    if fits:
+        blocks, log_split, ring, room, stage = heuristics.plan_gemv(
+            shape, multiprocessors, capability
+        )
+        assert 1 <= blocks <= min(2 * multiprocessors, n)
+        assert log_split in (1, 2, 3)
+        assert 2 * stage <= ring <= room
+
+
+@given(
+    shape=st.tuples(st.integers(1, 32), sizes, st.integers(1, 7800), st.booleans(), st.just(True)),
+    multiprocessors=st.integers(1, 200),
+    capability=st.sampled_from([90, 100, 120]),
+)
+def test_the_plan_of_a_small_batch(heuristics, shape, multiprocessors, capability):
+    m, n, slices, x_aligned, _ = shape
+    shape = (m, n, 64 * slices, x_aligned, True)
+    assert heuristics.admits(SMALL_BATCH, capability, shape)
+    row_parts, token_parts, blocks, stages, shared, limit = heuristics.plan_small_batch(
         shape, multiprocessors, capability
     )
     assert 1 <= blocks <= min(2 * multiprocessors, n)
-    assert log_split in (1, 2, 3)
-    assert 2 * stage <= ring <= room
-    if fused:
-        assert x_aligned
-        assert m * k <= 16_384
+    assert (row_parts, token_parts) in {(r, t) for r in (1, 2, 4) for t in (1, 2, 4)} - {(4, 4)}
+    assert m <= 8 * token_parts <= 2 * max(m, 4)
+    # A block waits for all parts of a tile at once, but for those beyond its last row.
+    assert min(row_parts, -(-n // blocks + 15) // 16) <= stages <= 16
+    assert shared <= limit
+    if blocks > multiprocessors:
+        assert 2 * (shared + 1024) <= limit + 1024
 
 
-@given(chunk=st.integers(1, 1024))
-def test_rows_in_shared_memory_meet_all_banks(heuristics, chunk):
-    pitch = heuristics.row_pitch(chunk)
-    assert pitch >= chunk
+@given(row=st.integers(1, 125_000))
+def test_rows_in_shared_memory_meet_all_banks(heuristics, row):
+    pitch = heuristics.row_pitch(row)
+    assert pitch >= min(row, 1024)
     assert pitch % 128 == 64
 
 
@@ -145,14 +173,34 @@ def test_rows_in_shared_memory_meet_all_banks(heuristics, chunk):
 )
 def test_the_plan_of_a_gemv_on_an_h100(heuristics, n, k, blocks, split):
     plan = heuristics.plan_gemv((1, n, k, True, True))
-    assert plan[:3] == [True, blocks, split.bit_length() - 1]
+    assert plan[:2] == [blocks, split.bit_length() - 1]
+
+
+# Likewise.
+@pytest.mark.parametrize(
+    ("m", "n", "k", "plan"),
+    [
+        (8, 4096, 4096, [1, 1, 264]),
+        (16, 4096, 4096, [1, 2, 264]),
+        (16, 2560, 6912, [1, 2, 264]),
+        (8, 4096, 14336, [1, 1, 264]),
+        (8, 13824, 2560, [2, 1, 264]),
+        (8, 14336, 4096, [4, 1, 112]),
+        (8, 8192, 8192, [2, 1, 128]),
+        (16, 28672, 8192, [4, 2, 112]),
+        (32, 2560, 2560, [2, 4, 128]),
+        (32, 8192, 8192, [2, 4, 128]),
+    ],
+)
+def test_the_plan_of_a_small_batch_on_an_h100(heuristics, m, n, k, plan):
+    assert heuristics.plan_small_batch((m, n, k, True, True))[:3] == plan
 
 
 @given(shape=shapes, multiprocessors=st.integers(1, 200))
 def test_the_plan_of_wgmma(heuristics, shape, multiprocessors):
     row_blocks, tokens, splits = heuristics.plan_wgmma(shape, multiprocessors)
     assert row_blocks in (1, 2)
-    assert tokens in (16, 32, 64, 128)
+    assert tokens in (32, 64, 128)
     assert splits in (1, 2, 4, 8)
     assert splits == 1 or 2 * splits * 256 < shape[2] + 256  # each has something to do
     # Whole tiles are copied.
@@ -162,9 +210,15 @@ def test_the_plan_of_wgmma(heuristics, shape, multiprocessors):
 @pytest.mark.parametrize(
     ("m", "n", "k", "plan"),
     [
-        (16, 4096, 4096, [2, 16, 4]),
+        (64, 2560, 2560, [1, 32, 4]),
+        (64, 4096, 4096, [1, 64, 4]),
         (64, 8192, 8192, [1, 64, 2]),
-        (64, 13824, 2560, [1, 64, 1]),
+        (64, 13824, 2560, [1, 64, 2]),
+        (64, 28672, 8192, [1, 64, 1]),
+        (32, 28672, 8192, [2, 32, 2]),
+        (128, 4096, 4096, [1, 64, 2]),
+        (256, 4096, 4096, [1, 128, 2]),
+        (512, 4096, 4096, [1, 128, 1]),
         (1024, 4096, 4096, [2, 128, 1]),
         (4096, 8192, 8192, [2, 128, 1]),
     ],
@@ -180,6 +234,6 @@ def test_room_for_whole_tiles_of_tokens(heuristics, m):
         assert padded % 128 == 0
         assert m <= padded < m + 128
     else:
-        assert padded in (16, 32, 64, 128)
+        assert padded in (32, 64, 128)
         assert m <= padded
-        assert padded == 16 or padded < 2 * m
+        assert padded == 32 or padded < 2 * m

@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "heuristics.h"
 
 namespace bitlinear {
@@ -25,27 +27,37 @@ __host__ __device__ constexpr T least(T a, T b) {
 //
 // kRows: (M, q_stride). Word w of plane p has the four values that meet word w of the packed slice.
 //
+// kFragments: (token_groups, q_stride / 256, 4, 8, 64). As kRows, but what 8 tokens have of a plane
+// lies together: the fragments that a warp loads for mma.m16n8k32.
+//
 // kTiles: (q_stride / 128, token_groups, 8, 128). What 8 tokens have of half a slice is an atom of
 // wgmma's 128-byte swizzle; the atoms of consecutive tokens follow each other, so that one bulk
 // copy fetches a tile. The words of a plane, seen as a 4 x 4 matrix, are transposed.
-enum class Layout { kRows, kTiles };
+enum class Layout { kRows, kFragments, kTiles };
 
 // What the quantiser leaves for the products.
 struct Activations {
   int8_t* q;
   int64_t q_stride;      // kRows: a multiple of 256
-  int64_t token_groups;  // kTiles: M / 8, rounded up to whole tiles
+  int64_t token_groups;  // M / 8, rounded up to whole tiles
   float* s_x;            // (M,)
   int32_t* q_sum;        // (M,)
 };
 
 // Where word `word` (0..15) of plane `plane` of a token's slice begins.
-__device__ inline int64_t tiled_place(const Activations& activations, int64_t m, int64_t slice,
-                                      int plane, int word) {
-  const int64_t half = 2 * slice + plane / 2;
+template <Layout kLayout>
+__device__ inline int64_t place_of(const Activations& activations, int64_t m, int64_t slice,
+                                   int plane, int word) {
   const int row = static_cast<int>(m % 8);
-  const int chunk = (4 * (plane % 2) + word % 4) ^ row;
-  return (half * activations.token_groups + m / 8) * 1024 + row * 128 + chunk * 16 + word / 4 * 4;
+  if constexpr (kLayout == Layout::kRows) {
+    return m * activations.q_stride + slice * kSliceValues + 64 * plane + 4 * word;
+  } else if constexpr (kLayout == Layout::kFragments) {
+    return (m - row) * activations.q_stride + (4 * slice + plane) * 512 + row * 64 + 4 * word;
+  } else {
+    const int64_t half = 2 * slice + plane / 2;
+    const int chunk = (4 * (plane % 2) + word % 4) ^ row;
+    return (half * activations.token_groups + m / 8) * 1024 + row * 128 + chunk * 16 + word / 4 * 4;
+  }
 }
 
 __device__ inline float to_float(float x) { return x; }
@@ -67,33 +79,51 @@ __device__ inline float load_as_float(const void* p, int dtype, int64_t i) {
   return float_of(load_bits(p, dtype, i), dtype);
 }
 
-__device__ inline void store_from_float(void* p, int dtype, int64_t i, float value) {
-  if (dtype == BITLINEAR_F32) {
-    static_cast<float*>(p)[i] = value;
-  } else if (dtype == BITLINEAR_F16) {
-    static_cast<__half*>(p)[i] = __float2half_rn(value);
+template <class Y>
+__device__ inline Y from_float(float value) {
+  if constexpr (sizeof(Y) == 4) {
+    return value;
+  } else if constexpr (std::is_same<Y, __half>::value) {
+    return __float2half_rn(value);
   } else {
-    static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(value);
+    return __float2bfloat16_rn(value);
   }
 }
 
-// Stores the first `count` of four neighbouring values; all four at once where i is a multiple
-// of 4.
-__device__ inline void store_four(void* p, int dtype, int64_t i, const float (&values)[4],
-                                  int count) {
-  if (count < 4 || i % 4 != 0) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j < count) store_from_float(p, dtype, i + j, values[j]);
-    }
-  } else if (dtype == BITLINEAR_F32) {
-    reinterpret_cast<float4*>(p)[i / 4] = make_float4(values[0], values[1], values[2], values[3]);
+// Calls `f` with a value of the C++ type that the dtype stands for.
+template <class F>
+__device__ inline void with_type(int dtype, F&& f) {
+  if (dtype == BITLINEAR_F32) {
+    f(float{});
+  } else if (dtype == BITLINEAR_F16) {
+    f(__half{});
   } else {
-    uint16_t halves[4];
+    f(__nv_bfloat16{});
+  }
+}
+
+__device__ inline float2 pack(float, float a, float b) { return make_float2(a, b); }
+__device__ inline __half2 pack(__half, float a, float b) { return __floats2half2_rn(a, b); }
+__device__ inline __nv_bfloat162 pack(__nv_bfloat16, float a, float b) {
+  return __floats2bfloat162_rn(a, b);
+}
+
+// Stores the first `count` of four neighbouring values of y; all four at once where i is a multiple
+// of 4.
+template <class Y>
+__device__ inline void store_four(Y* y, int64_t i, const float (&values)[4], int count) {
+  struct alignas(4 * sizeof(Y)) Four {
+    decltype(pack(Y{}, 0.0f, 0.0f)) low, high;
+  };
+  const Four four = {pack(Y{}, values[0], values[1]), pack(Y{}, values[2], values[3])};
+  if (count >= 4 && i % 4 == 0) {
+    *reinterpret_cast<Four*>(y + i) = four;
+    return;
+  }
+  const Y* const each = reinterpret_cast<const Y*>(&four);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) store_from_float(halves, dtype, j, values[j]);
-    reinterpret_cast<uint2*>(p)[i / 4] =
-        make_uint2(halves[0] | uint32_t{halves[1]} << 16, halves[2] | uint32_t{halves[3]} << 16);
+  for (int j = 0; j < 4; ++j) {
+    if (j < count) y[i + j] = each[j];
   }
 }
 

@@ -31,7 +31,10 @@ __device__ inline void store(const bitlinear_cuda_task& task, const Activations&
   if (task.bias != nullptr) {
     value = __fadd_rn(value, load_as_float(task.bias, task.bias_dtype, n));
   }
-  store_from_float(task.y, task.y_dtype, m * task.N + n, value);
+  with_type(task.y_dtype, [&](auto zero) {
+    using Y = decltype(zero);
+    static_cast<Y*>(task.y)[m * task.N + n] = from_float<Y>(value);
+  });
 }
 
 // 16 packed bytes of a row; alike in all threads, so that the branch costs little.
@@ -165,21 +168,23 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t dp4a(const bitlinear_cuda_task& task, const Activations& q, cudaStream_t stream) {
+cudaError_t dp4a(const Call& call, const Activations& q) {
+  const bitlinear_cuda_task& task = call.task;
   const bool aligned = rows_aligned(task.w, ceil_div<int64_t>(task.K, 4));
-  const auto launch = [&](auto kernel, int64_t blocks) {
-    const Launch how = {dim3(static_cast<unsigned>(blocks)), kThreads};
-    return launch_kernel(kernel, how, task, stream, task, q, aligned);
+  const auto how = [](int64_t blocks) {
+    return Launch{dim3(static_cast<unsigned>(blocks)), kThreads};
   };
   if (task.M <= 4) {
-    const int64_t blocks = ceil_div<int64_t>(task.N, kThreads / 32);
-    return task.M == 1 ? launch(dp4a_gemv<1>, blocks) : launch(dp4a_gemv<4>, blocks);
+    const Launch rows = how(ceil_div<int64_t>(task.N, kThreads / 32));
+    return task.M == 1 ? launch_kernel<dp4a_gemv<1>>(rows, call, task, q, aligned)
+                       : launch_kernel<dp4a_gemv<4>>(rows, call, task, q, aligned);
   }
   // One dimension, as the others end at 65,535 blocks; y would not fit a memory if this one ended.
   const int tile_tokens = task.M <= 16 ? 16 : 64;
-  const int64_t blocks =
-      ceil_div<int64_t>(task.N, kTileRows) * ceil_div<int64_t>(task.M, tile_tokens);
-  return tile_tokens == 16 ? launch(dp4a_tiles<16>, blocks) : launch(dp4a_tiles<64>, blocks);
+  const Launch tiles =
+      how(ceil_div<int64_t>(task.N, kTileRows) * ceil_div<int64_t>(task.M, tile_tokens));
+  return tile_tokens == 16 ? launch_kernel<dp4a_tiles<16>>(tiles, call, task, q, aligned)
+                           : launch_kernel<dp4a_tiles<64>>(tiles, call, task, q, aligned);
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// y = epilogue(q @ w^T) for up to 8 tokens (sm_90 and later), quantising them itself where they are
-// few: the kernel of decoding, bound by reading the weights and, for small layers, by latency.
+// y = epilogue(quantize(x) @ w^T) for up to 4 tokens (sm_90 and later): the kernel of decoding,
+// bound by reading the weights and, for small layers, by latency.
 //
 // A block takes a range of weight rows. One warp copies them into a ring of stages in shared
 // memory, before the predecessor in the stream has ended: what decoding waits for is the
@@ -8,8 +8,6 @@
 // 4, 16 or 64 times too large, in a k-order of its own that the activations are laid out in. So a
 // fragment costs one AND per register, and each mask has accumulators of its own, shifted at the
 // end.
-#include <type_traits>
-
 #include "ampere.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
@@ -44,9 +42,9 @@ struct Sizes {
 
   __host__ __device__ explicit Sizes(int64_t K)
       : row_bytes(static_cast<int>((K + 3) / 4)),
-        chunk_bytes(least(row_bytes, kGemvChunkBytes)),
+        chunk_bytes(least(row_bytes, kChunkBytes)),
         chunks(ceil_div(row_bytes, chunk_bytes)),
-        pitch(gemv_row_pitch(chunk_bytes)),
+        pitch(row_pitch(row_bytes)),
         q_stride(ceil_div(row_bytes, kSliceBytes) * kSliceValues + kGemvTokenPad) {}
 };
 
@@ -57,7 +55,7 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_st
                                        Shared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tokens = static_cast<int>(task.M), K = static_cast<int>(task.K);
-  const int log_share = tokens > 4 ? 0 : tokens > 2 ? 1 : tokens > 1 ? 2 : 3;
+  const int log_share = tokens > 2 ? 1 : tokens > 1 ? 2 : 3;
   const int m = warp >> log_share;
   const int first = ((warp & ((1 << log_share) - 1)) * 32 + lane) * kGroup;
   const int step = (32 << log_share) * kGroup;
@@ -102,27 +100,11 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_st
   sync_consumers();
 }
 
-// Fetches tokens that the row kernel has quantised.
-__device__ inline void fetch_tokens(const Activations& activations, int tokens, int q_stride,
-                                    int8_t* q, Shared& shared) {
-  for (int m = 0; m < tokens; ++m) {
-    const uint4* from = reinterpret_cast<const uint4*>(activations.q + m * activations.q_stride);
-    uint4* to = reinterpret_cast<uint4*>(q + m * q_stride);
-    for (int i = threadIdx.x; i < (q_stride - kGemvTokenPad) / 16; i += kConsumers) to[i] = from[i];
-  }
-  if (threadIdx.x < tokens) {
-    shared.s_x[threadIdx.x] = activations.s_x[threadIdx.x];
-    shared.q_sum[threadIdx.x] = activations.q_sum[threadIdx.x];
-  }
-  sync_consumers();
-}
-
-// X: the dtype of x where the kernel quantises it itself; int8_t where that has been done.
+// X: the dtype of x.
 // kLogSplit: the logarithm of how many warps share 16 rows, along K.
 template <class X, int kLogSplit>
 __global__ void __launch_bounds__(kThreads, 2)
-    gemv_kernel(const __grid_constant__ bitlinear_cuda_task task,
-                const __grid_constant__ Activations activations, int stages) {
+    gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kSplit = 1 << kLogSplit;
   constexpr int kTileRows = gemv_tile_rows(kLogSplit);
@@ -141,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (threadIdx.x == kConsumers) {
     for (int s = 0; s < stages; ++s) {
       shared.full[s].init(1);
-      shared.empty[s].init(kWarps);
+      shared.empty[s].init(kConsumers);
     }
     publish_barriers();
   }
@@ -184,11 +166,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   load_scales(threadIdx.x);
   int8_t* const q = reinterpret_cast<int8_t*>(dynamic + stages * stage_bytes);
-  if constexpr (std::is_same<X, int8_t>::value) {
-    fetch_tokens(activations, tokens, sizes.q_stride, q, shared);
-  } else {
-    quantize_tokens<X>(task, sizes.q_stride, q, shared);
-  }
+  quantize_tokens<X>(task, sizes.q_stride, q, shared);
 
   const int g = lane / 4, tig = lane % 4;
   const int group = warp >> kLogSplit, member = warp & (kSplit - 1);
@@ -206,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const uint8_t* w = my_w + at.stage * stage_bytes + s * kSliceBytes;
         const uint4 low = *reinterpret_cast<const uint4*>(w);
         const uint4 high = *reinterpret_cast<const uint4*>(w + 8 * sizes.pitch);
-        const int8_t* slice = my_q + (c * (kGemvChunkBytes / kSliceBytes) + s) * kSliceValues;
+        const int8_t* slice = my_q + (c * (kChunkBytes / kSliceBytes) + s) * kSliceValues;
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
           const uint4 b = *reinterpret_cast<const uint4*>(slice + 64 * p);
@@ -215,8 +193,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           mma_u8s8(sums[p], low.z & mask, high.z & mask, low.w & mask, high.w & mask, b.z, b.w);
         }
       }
-      __syncwarp();
-      if (lane == 0) shared.empty[at.stage].arrive();
+      shared.empty[at.stage].arrive();
     }
 
     int32_t* const partial = shared.partial[tile % 2];
@@ -233,15 +210,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (row < kTileRows && tile * kTileRows + row < rows) {
       const int64_t n = n_begin + tile * kTileRows + row;
       const float bias = float_of(bias_bits, task.bias_dtype);
+      const bool has_bias = task.bias != nullptr;
+      with_type(task.y_dtype, [&](auto zero) {
+        using Y = decltype(zero);
 #pragma unroll 1
-      for (int m = 0; m < tokens; ++m) {
-        int32_t codes = 0;
+        for (int m = 0; m < tokens; ++m) {
+          int32_t codes = 0;
 #pragma unroll
-        for (int v = 0; v < kSplit; ++v) codes += partial[(v * tokens + m) * kRowPitch + row];
-        float value = dequantize(codes, shared.q_sum[m], shared.s_x[m], s_w);
-        if (task.bias != nullptr) value = __fadd_rn(value, bias);
-        store_from_float(task.y, task.y_dtype, m * task.N + n, value);
-      }
+          for (int v = 0; v < kSplit; ++v) codes += partial[(v * tokens + m) * kRowPitch + row];
+          float value = dequantize(codes, shared.q_sum[m], shared.s_x[m], s_w);
+          if (has_bias) value = __fadd_rn(value, bias);
+          static_cast<Y*>(task.y)[m * task.N + n] = from_float<Y>(value);
+        }
+      });
       load_scales(tile * kTileRows + row + kConsumers);
     }
   }
@@ -249,40 +230,28 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class X, int kLogSplit>
-cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, const GemvPlan& plan,
-                   cudaStream_t stream) {
-  const auto kernel = gemv_kernel<X, kLogSplit>;
-  const Sizes sizes(task.K);
+cudaError_t launch(const Call& call, const GemvPlan& plan) {
+  const Sizes sizes(call.task.K);
   const int stage_bytes = static_cast<int>(gemv_stage_bytes(sizes.row_bytes, kLogSplit));
   const int stages = least(plan.ring_bytes / stage_bytes, kMaxStages);
-  const int shared_bytes = stages * stage_bytes + static_cast<int>(task.M) * sizes.q_stride;
-  Device device;
-  cudaError_t error = current_device(&device);
-  if (error != cudaSuccess) return error;
-  // The limit belongs to the kernel, not to this call: other threads are launching it too.
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               device.shared_bytes - kGemvStaticBytes);
-  if (error != cudaSuccess) return error;
+  const int shared_bytes = stages * stage_bytes + static_cast<int>(call.task.M) * sizes.q_stride;
   const Launch how = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
-  return launch_kernel(kernel, how, task, stream, task, q, stages);
+  return launch_kernel<gemv_kernel<X, kLogSplit>>(how, call, call.task, stages);
 }
 
 template <class X>
-cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, const GemvPlan& plan,
-                   cudaStream_t stream) {
-  if (plan.log_split == 3) return launch<X, 3>(task, q, plan, stream);
-  if (plan.log_split == 2) return launch<X, 2>(task, q, plan, stream);
-  return launch<X, 1>(task, q, plan, stream);
+cudaError_t launch(const Call& call, const GemvPlan& plan) {
+  if (plan.log_split == 3) return launch<X, 3>(call, plan);
+  if (plan.log_split == 2) return launch<X, 2>(call, plan);
+  return launch<X, 1>(call, plan);
 }
 
 }  // namespace
 
-cudaError_t gemv(const bitlinear_cuda_task& task, const Activations& q, const GemvPlan& plan,
-                 cudaStream_t stream) {
-  if (!plan.fused) return launch<int8_t>(task, q, plan, stream);
-  if (task.x_dtype == BITLINEAR_F32) return launch<float>(task, q, plan, stream);
-  if (task.x_dtype == BITLINEAR_F16) return launch<__half>(task, q, plan, stream);
-  return launch<__nv_bfloat16>(task, q, plan, stream);
+cudaError_t gemv(const Call& call, const GemvPlan& plan) {
+  if (call.task.x_dtype == BITLINEAR_F32) return launch<float>(call, plan);
+  if (call.task.x_dtype == BITLINEAR_F16) return launch<__half>(call, plan);
+  return launch<__nv_bfloat16>(call, plan);
 }
 
 }  // namespace cuda

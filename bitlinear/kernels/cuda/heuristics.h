@@ -16,6 +16,7 @@ struct Device {
   bool has_wgmma;  // the code was compiled for sm_90a
   int multiprocessors;
   int shared_bytes;  // that a block can have
+  int index;         // as CUDA counts
 };
 
 struct Shape {
@@ -35,35 +36,39 @@ constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // Tokens that the workspace has room for: whole tiles, so that a kernel may read all of its last.
 constexpr int64_t padded_tokens(int64_t M) {
   if (M > 128) return round_up(M, 128);
-  int64_t tokens = 16;
+  int64_t tokens = 32;
   while (tokens < M) tokens *= 2;
   return tokens;
 }
 
-// ------------------------------------------------------------------------------------- GEMV
+// ---------------------------------------------------------------------- the ring of weights
 
-constexpr int kGemvTokens = 8;
-constexpr int kGemvWarps = 8;  // that multiply, each 16 rows at a time
-// The GEMV keeps the tokens, quantised, in this much shared memory, ...
-constexpr int64_t kGemvActivationBytes = 64 * 1024;
-// ... and where it quantises them itself, first in registers: groups of 16 values per thread.
-constexpr int kGemvGroups = 4;
-constexpr int64_t kGemvHeldValues = int64_t{kGemvGroups} * 16 * 32 * kGemvWarps;
-// Bytes of a row in a stage of its ring, at most; shorter copies cost more than they carry.
-constexpr int kGemvChunkBytes = 1024;
-constexpr int kGemvTokenPad = 64;  // between tokens in shared memory, against bank conflicts
-// What it declares as shared memory, at most (the compiler adds a little of its own).
-constexpr int kGemvStaticBytes = 10752;
+// The GEMV and the small-batch kernel fetch weights into a ring in shared memory. Bytes of a row in
+// a stage, at most; shorter copies cost more than they carry.
+constexpr int kChunkBytes = 1024;
 
 // Rows an odd multiple of 64 bytes apart have no bank conflicts among the rows of a fragment.
-constexpr int gemv_row_pitch(int chunk_bytes) { return (chunk_bytes + 63) / 64 * 64 | 64; }
+constexpr int row_pitch(int64_t row_bytes) {
+  return static_cast<int>((least(row_bytes, kChunkBytes) + 63) / 64 * 64 | 64);
+}
+
+// ------------------------------------------------------------------------------------- GEMV
+
+constexpr int kGemvTokens = 4;
+constexpr int kGemvWarps = 8;  // that multiply, each 16 rows at a time
+// It quantises the tokens itself, and first holds them in registers: groups of 16 values per
+// thread.
+constexpr int kGemvGroups = 4;
+constexpr int64_t kGemvHeldValues = int64_t{kGemvGroups} * 16 * 32 * kGemvWarps;
+constexpr int kGemvTokenPad = 64;  // between tokens in shared memory, against bank conflicts
+// What it declares as shared memory, at most (the compiler adds a little of its own).
+constexpr int kGemvStaticBytes = 5632;
 
 // A stage holds a chunk of each of so many rows.
 constexpr int gemv_tile_rows(int log_split) { return 16 * kGemvWarps >> log_split; }
 
 constexpr int64_t gemv_stage_bytes(int64_t row_bytes, int log_split) {
-  const int chunk = static_cast<int>(least(row_bytes, kGemvChunkBytes));
-  return int64_t{gemv_tile_rows(log_split)} * gemv_row_pitch(chunk);
+  return int64_t{gemv_tile_rows(log_split)} * row_pitch(row_bytes);
 }
 
 // The shared memory that is left for a ring of stages.
@@ -73,18 +78,12 @@ constexpr int64_t gemv_room(const Device& device, const Shape& shape) {
 }
 
 struct GemvPlan {
-  bool fused;  // the GEMV quantises x itself
   int blocks;
   int log_split;  // 1, 2 or 3: the logarithm of how many of 8 warps share 16 rows, along K
   int ring_bytes;
 };
 
 constexpr GemvPlan plan_gemv(const Device& device, const Shape& shape) {
-  // Each token has the same power-of-two share of the threads.
-  int64_t shares = 1;
-  while (shares < shape.M) shares *= 2;
-  const bool fused = shape.x_aligned && shape.K % 16 == 0 && shares * shape.K <= kGemvHeldValues;
-
   // One block per multiprocessor leaves room for one of the successor's, which loads weights
   // meanwhile. Where a block's weights exceed its ring, two keep more of them under way.
   constexpr int64_t kRing = 96 * 1024, kRingOfTwo = 70 * 1024, kBlockRows = 8;
@@ -99,7 +98,7 @@ constexpr GemvPlan plan_gemv(const Device& device, const Shape& shape) {
   // Tall tiles end in fewer barriers: as tall as the rows of a block, if the ring holds four
   // stages, or all that the block fills.
   const int64_t rows = ceil_div(shape.N, blocks);
-  const int64_t chunks = ceil_div(row_bytes, kGemvChunkBytes);
+  const int64_t chunks = ceil_div(row_bytes, kChunkBytes);
   int log_split = 3;
   for (int candidate = 2; candidate >= 1; --candidate) {
     const int64_t tile_rows = gemv_tile_rows(candidate);
@@ -109,29 +108,95 @@ constexpr GemvPlan plan_gemv(const Device& device, const Shape& shape) {
       log_split = candidate;
     }
   }
-  return {fused, static_cast<int>(blocks), log_split, static_cast<int>(ring_bytes)};
+  return {static_cast<int>(blocks), log_split, static_cast<int>(ring_bytes)};
+}
+
+// ------------------------------------------------------------------------------- small batch
+
+constexpr int kSmallBatchTokens = 32;
+constexpr int kSmallBatchWarps = 8;  // that multiply, sharing K
+constexpr int kSmallBatchStageRows = 16;
+constexpr int kSmallBatchStages = 16;  // at most
+// What it declares as shared memory, at most (the compiler adds a little of its own).
+constexpr int kSmallBatchStaticBytes = 1024;
+
+constexpr int64_t small_batch_stage_bytes(int64_t row_bytes) {
+  return int64_t{kSmallBatchStageRows} * row_pitch(row_bytes);
+}
+
+// Each warp leaves its sums of a tile there; the padding spreads them over the banks.
+constexpr int small_batch_sum_pitch(int row_parts) { return 16 * row_parts + 4; }
+constexpr int64_t small_batch_sum_bytes(int row_parts, int token_parts) {
+  return int64_t{kSmallBatchWarps} * 8 * token_parts * small_batch_sum_pitch(row_parts) * 4;
+}
+
+struct SmallBatchPlan {
+  int row_parts;    // of a tile, 16 weight rows each: 1, 2 or 4
+  int token_parts;  // 8 tokens each: 1, 2 or 4
+  int blocks;
+  int stages;
+};
+
+constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& shape) {
+  const int token_parts = shape.M <= 8 ? 1 : shape.M <= 16 ? 2 : 4;
+  const int64_t row_bytes = ceil_div(shape.K, 4);
+  // Two blocks on a multiprocessor hide each other's waiting, as long as their rings hold most of
+  // the weights, and if possible in the lowest of tiles.
+  const bool low = shape.N <= int64_t{2 * kSmallBatchStageRows} * device.multiprocessors;
+  const int64_t bytes_for_two = (low ? 115 : 90) * 1024;
+  const bool two =
+      token_parts <= 2 && shape.N * row_bytes <= device.multiprocessors * bytes_for_two;
+  constexpr int64_t kBlockRows = 8;
+  const int64_t most_blocks =
+      least(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
+  const int64_t shared_rows = ceil_div(shape.N, most_blocks);
+  // High tiles where there are many rows: the activations are fetched again for each tile.
+  int row_parts = shared_rows <= 16 ? 1 : shared_rows <= 64 || token_parts == 4 ? 2 : 4;
+  // Whole tiles, for the same reason.
+  const int64_t tile_rows = kSmallBatchStageRows * row_parts;
+  const int64_t rows =
+      shared_rows <= tile_rows || two ? shared_rows : round_up(shared_rows, tile_rows);
+  const int64_t blocks = two ? most_blocks : ceil_div(shape.N, rows);
+
+  constexpr int64_t kReservedBytes = 1024;  // for every block, by the system
+  const int64_t shared =
+      two ? (device.shared_bytes + kReservedBytes) / 2 - kReservedBytes : device.shared_bytes;
+  const auto stages_beside = [&](int parts) {
+    const int64_t others = kSmallBatchStaticBytes + small_batch_sum_bytes(parts, token_parts);
+    return (shared - others) / small_batch_stage_bytes(row_bytes);
+  };
+  while (row_parts > 1 && stages_beside(row_parts) < row_parts) row_parts /= 2;
+  const int64_t needed = ceil_div(rows, kSmallBatchStageRows) * ceil_div(row_bytes, kChunkBytes);
+  const int64_t stages = least(least(stages_beside(row_parts), needed), kSmallBatchStages);
+  return {row_parts, token_parts, static_cast<int>(blocks), static_cast<int>(stages)};
 }
 
 // ------------------------------------------------------------------------------------- wgmma
 
+// Whether two blocks of these tiles fit on a multiprocessor.
+constexpr bool wgmma_pairs(int row_blocks, int tokens) { return row_blocks * tokens <= 64; }
+
 struct WgmmaPlan {
   int row_blocks;  // of 64 weight rows, for each of two warpgroups: 1 or 2
-  int tokens;      // of a tile: 16, 32, 64 or 128
+  int tokens;      // of a tile: 32, 64 or 128
   int splits;      // blocks of a cluster that share a tile along K: 1, 2, 4 or 8
 };
 
-// The cheapest plan by a model of what a block costs, in nanoseconds on an H100: so much to start
-// and to end, and so much per slice of K (256 values), which the tensor cores or the way of the
-// operands to them take. Multiprocessors that a whole number of clusters does not fill stay idle.
+// The cheapest plan by a model of what a block costs, in nanoseconds, fitted to the times of 150
+// plans on an H100: so much to start and to end, and so much per slice of K (256 values), which the
+// tensor cores or the way of the operands to them take. Multiprocessors that a whole number of
+// clusters does not fill stay idle.
 constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape) {
-  constexpr int kTokens[] = {16, 32, 64, 128};
-  constexpr int64_t kSliceCost[2][4] = {{650, 700, 750, 950}, {950, 1000, 1150, 1400}};
-  constexpr int64_t kBlockCost = 4500, kClusterCost = 2000;
+  constexpr int kTokens[] = {32, 64, 128};
+  constexpr int64_t kSliceCost[2][3] = {{700, 800, 800}, {1200, 1050, 1200}};
+  constexpr int64_t kPairCost[2][3] = {{850, 1000, 0}, {1450, 0, 0}};  // of each of two blocks
+  constexpr int64_t kBlockCost[2][3] = {{2250, 2500, 3400}, {2400, 3200, 6800}};
+  constexpr int64_t kClusterCost = 1900;
   const int64_t slices = ceil_div(shape.K, kSliceValues);
-  WgmmaPlan best = {1, 16, 1};
+  WgmmaPlan best = {1, 32, 1};
   int64_t lowest = INT64_MAX;
   for (int row_blocks = 1; row_blocks <= 2; ++row_blocks) {
-    for (int t = 0; t < 4; ++t) {
+    for (int t = 0; t < 3; ++t) {
       if (padded_tokens(shape.M) % kTokens[t] != 0) continue;
       for (int splits = 1; splits <= 8 && (splits == 1 || 2 * splits <= slices); splits *= 2) {
         const int64_t usable = splits <= 2   ? device.multiprocessors
@@ -139,9 +204,11 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape) {
                                              : device.multiprocessors * 4 / 5;
         if (usable < splits) continue;
         const int64_t tiles = ceil_div(shape.N, 128 * row_blocks) * ceil_div(shape.M, kTokens[t]);
-        const int64_t block_cost = ceil_div(slices, splits) * kSliceCost[row_blocks - 1][t] +
-                                   kBlockCost + (splits > 1 ? kClusterCost : 0);
-        const int64_t cost = ceil_div(tiles, usable / splits) * block_cost;
+        const bool pairs = wgmma_pairs(row_blocks, kTokens[t]) && tiles * splits > usable;
+        const int64_t slice_cost = (pairs ? kPairCost : kSliceCost)[row_blocks - 1][t];
+        const int64_t block_cost = ceil_div(slices, splits) * slice_cost +
+                                   kBlockCost[row_blocks - 1][t] + (splits > 1 ? kClusterCost : 0);
+        const int64_t cost = ceil_div(tiles, (pairs ? 2 : 1) * usable / splits) * block_cost;
         if (cost < lowest) {
           lowest = cost;
           best = {row_blocks, kTokens[t], splits};
@@ -159,10 +226,16 @@ constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
   switch (kernel) {
     case BITLINEAR_CUDA_DP4A:
       return device.capability >= 61;
-    case BITLINEAR_CUDA_GEMV:
-      return device.capability >= 90 && shape.w_aligned && shape.M <= kGemvTokens &&
-             shape.M * round_up(shape.K, kSliceValues) <= kGemvActivationBytes &&
+    case BITLINEAR_CUDA_GEMV: {
+      // Each token has the same power-of-two share of the threads.
+      int64_t shares = 1;
+      while (shares < shape.M) shares *= 2;
+      return device.capability >= 90 && shape.w_aligned && shape.x_aligned &&
+             shape.M <= kGemvTokens && shares * shape.K <= kGemvHeldValues &&
              gemv_room(device, shape) >= 2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
+    }
+    case BITLINEAR_CUDA_SMALL_BATCH:
+      return device.capability >= 90 && shape.w_aligned && shape.M <= kSmallBatchTokens;
     case BITLINEAR_CUDA_MMA:
       return device.capability >= 80;
     case BITLINEAR_CUDA_WGMMA:
@@ -174,9 +247,12 @@ constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
 
 // The fastest kernel that admits the shape, or BITLINEAR_CUDA_AUTO where none does.
 constexpr int choose_kernel(const Device& device, const Shape& shape) {
-  // Beyond four tokens reading them from shared memory takes longer than reading the weights.
-  if (shape.M <= 4 && admits(BITLINEAR_CUDA_GEMV, device, shape)) return BITLINEAR_CUDA_GEMV;
-  for (const int kernel : {BITLINEAR_CUDA_WGMMA, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_DP4A}) {
+  // Beyond 16 tokens, where the activations are fetched for more than one tile of rows, wgmma.cu
+  // gets by with less of that.
+  const bool is_small = shape.M <= 16 || shape.N <= int64_t{64} * device.multiprocessors;
+  for (const int kernel : {BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH, BITLINEAR_CUDA_WGMMA,
+                           BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_DP4A}) {
+    if (kernel == BITLINEAR_CUDA_SMALL_BATCH && !is_small && device.has_wgmma) continue;
     if (admits(kernel, device, shape)) return kernel;
   }
   return BITLINEAR_CUDA_AUTO;

@@ -26,6 +26,7 @@ cudaError_t inspect_device(int index, Device* device) {
   };
   int major = 0, minor = 0;
   cudaFuncAttributes code = {};
+  device->index = index;
   cudaError_t error = ask(cudaDevAttrComputeCapabilityMajor, &major);
   if (error == cudaSuccess) error = ask(cudaDevAttrComputeCapabilityMinor, &minor);
   if (error == cudaSuccess) error = ask(cudaDevAttrMultiProcessorCount, &device->multiprocessors);
@@ -66,18 +67,33 @@ Shape shape_of(const bitlinear_cuda_task& task) {
           rows_aligned(task.w, ceil_div<int64_t>(task.K, 4))};
 }
 
-cudaError_t run(const bitlinear_cuda_task& task, int kernel, const Device& device,
-                const Shape& shape, const Activations& q, cudaStream_t stream) {
-  if (kernel == BITLINEAR_CUDA_GEMV) {
-    const GemvPlan plan = plan_gemv(device, shape);
-    const cudaError_t error = plan.fused ? cudaSuccess : quantize(task, q, Layout::kRows, stream);
-    return error == cudaSuccess ? gemv(task, q, plan, stream) : error;
-  }
-  const bool tiles = kernel == BITLINEAR_CUDA_WGMMA;
-  const cudaError_t error = quantize(task, q, tiles ? Layout::kTiles : Layout::kRows, stream);
+// The kernel that is asked for, or the best; BITLINEAR_CUDA_AUTO if there is none.
+int kernel_for(const bitlinear_cuda_task& task, int kernel, const Device& device) {
+  const Shape shape = shape_of(task);
+  if (kernel == BITLINEAR_CUDA_AUTO) return choose_kernel(device, shape);
+  return admits(kernel, device, shape) ? kernel : BITLINEAR_CUDA_AUTO;
+}
+
+cudaError_t run(int kernel, Call call) {
+  const Shape shape = shape_of(call.task);
+  if (kernel == BITLINEAR_CUDA_GEMV) return gemv(call, plan_gemv(call.device, shape));
+  const Activations q = activations_of(call.task);
+  const Layout layout = kernel == BITLINEAR_CUDA_SMALL_BATCH ? Layout::kFragments
+                        : kernel == BITLINEAR_CUDA_WGMMA     ? Layout::kTiles
+                                                             : Layout::kRows;
+  const cudaError_t error = quantize(call, q, layout);
   if (error != cudaSuccess) return error;
-  if (tiles) return wgmma(task, q, plan_wgmma(device, shape), stream);
-  return kernel == BITLINEAR_CUDA_MMA ? mma(task, q, stream) : dp4a(task, q, stream);
+  call.task.w_settled = 1;  // before the quantiser
+  switch (kernel) {
+    case BITLINEAR_CUDA_SMALL_BATCH:
+      return small_batch(call, q, plan_small_batch(call.device, shape));
+    case BITLINEAR_CUDA_WGMMA:
+      return wgmma(call, q, plan_wgmma(call.device, shape));
+    case BITLINEAR_CUDA_MMA:
+      return mma(call, q);
+    default:
+      return dp4a(call, q);
+  }
 }
 
 // The message, with the error taken back: it is ours to report, not that of the next call.
@@ -95,13 +111,12 @@ Activations activations_of(const bitlinear_cuda_task& task) {
 
 cudaError_t current_device(Device* device) {
   // Asked once per device; a failure may pass.
-  constexpr int kDevices = 128;
   static std::mutex mutex;
-  static Device known[kDevices];
+  static Device known[kKnownDevices];
   int index = 0;
   cudaError_t error = cudaGetDevice(&index);
   if (error != cudaSuccess) return error;
-  if (index >= kDevices) return inspect_device(index, device);
+  if (index >= kKnownDevices) return inspect_device(index, device);
   const std::lock_guard<std::mutex> lock(mutex);
   if (known[index].capability == 0) {
     Device found;
@@ -116,8 +131,14 @@ cudaError_t current_device(Device* device) {
 }  // namespace cuda
 }  // namespace bitlinear
 
-BITLINEAR_EXPORT int64_t bitlinear_cuda_workspace_bytes(int64_t M, int64_t K) {
-  return bitlinear::cuda::Workspace(M, K).bytes;
+BITLINEAR_EXPORT int64_t bitlinear_cuda_workspace_bytes(const bitlinear_cuda_task* task,
+                                                        int kernel) {
+  using namespace bitlinear::cuda;
+  Device device;
+  // An error comes again, and then is reported.
+  if (current_device(&device) != cudaSuccess) return 0;
+  if (kernel_for(*task, kernel, device) == BITLINEAR_CUDA_GEMV) return 0;
+  return Workspace(task->M, task->K).bytes;
 }
 
 BITLINEAR_EXPORT const char* bitlinear_cuda_linear(const bitlinear_cuda_task* task, int kernel,
@@ -127,17 +148,13 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_linear(const bitlinear_cuda_task* ta
   if (task->M > INT32_MAX || task->N > INT32_MAX) return "M and N must be less than 2^31";
   if (task->K < 1 || task->K > BITLINEAR_MAX_K) return "K must be between 1 and 500000";
   Device device;
-  cudaError_t error = current_device(&device);
+  const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return report(error);
-
-  const Shape shape = shape_of(*task);
-  if (kernel == BITLINEAR_CUDA_AUTO) {
-    kernel = choose_kernel(device, shape);
-    if (kernel == BITLINEAR_CUDA_AUTO) return "no kernel was compiled for this GPU";
-  } else if (!admits(kernel, device, shape)) {
-    return "the kernel asked for does not serve this shape, alignment or GPU";
+  const int chosen = kernel_for(*task, kernel, device);
+  if (chosen == BITLINEAR_CUDA_AUTO) {
+    return kernel == BITLINEAR_CUDA_AUTO
+               ? "no kernel was compiled for this GPU"
+               : "the kernel asked for does not serve this shape, alignment or GPU";
   }
-  const Activations q = activations_of(*task);
-  error = run(*task, kernel, device, shape, q, static_cast<cudaStream_t>(stream));
-  return report(error);
+  return report(run(chosen, {*task, device, static_cast<cudaStream_t>(stream)}));
 }

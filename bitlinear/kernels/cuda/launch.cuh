@@ -1,6 +1,7 @@
 // Host side: how kernels are launched, and the launchers of each kernel file.
 #pragma once
 
+#include <atomic>
 #include <utility>
 
 #include "common.cuh"
@@ -9,8 +10,17 @@
 namespace bitlinear {
 namespace cuda {
 
-// The current device, and the code in this library that it runs.
+// The current device, and the code in this library that it runs. What is known of the first so many
+// is kept.
+constexpr int kKnownDevices = 128;
 cudaError_t current_device(Device* device);
+
+// What a call of the C interface is about. The device is the current one.
+struct Call {
+  bitlinear_cuda_task task;
+  const Device& device;
+  cudaStream_t stream;
+};
 
 struct Launch {
   dim3 grid;
@@ -21,17 +31,26 @@ struct Launch {
 
 // Launches a kernel which, where w_settled and the device allow it, starts before its predecessor
 // in the stream has ended: before wait_for_predecessor() it may touch nothing but w.
-template <class... Parameters, class... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& how,
-                          const bitlinear_cuda_task& task, cudaStream_t stream,
-                          Arguments&&... arguments) {
-  Device device;
-  const cudaError_t error = current_device(&device);
-  if (error != cudaSuccess) return error;
+template <auto kKernel, class... Arguments>
+cudaError_t launch_kernel(const Launch& how, const Call& call, Arguments&&... arguments) {
+  if (how.shared_bytes > 0) {
+    // The limit belongs to the kernel, not to this call: other threads are launching it too.
+    static std::atomic<int> allowed[kKnownDevices];
+    const int index = call.device.index;
+    if (index >= kKnownDevices || allowed[index].load() < how.shared_bytes) {
+      cudaFuncAttributes declared;
+      cudaError_t error = cudaFuncGetAttributes(&declared, kKernel);
+      if (error != cudaSuccess) return error;
+      const int most = call.device.shared_bytes - static_cast<int>(declared.sharedSizeBytes);
+      error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+      if (error != cudaSuccess) return error;
+      if (index < kKnownDevices) allowed[index].store(most);
+    }
+  }
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
   // Older devices know neither attribute.
-  if (task.w_settled && device.capability >= 90) {
+  if (call.task.w_settled && call.device.capability >= 90) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -43,10 +62,10 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const Launch& how,
   config.gridDim = how.grid;
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
-  config.stream = stream;
+  config.stream = call.stream;
   config.attrs = attributes;
   config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
 }
 
 // Whether every row starts at a multiple of 16 bytes.
@@ -57,16 +76,15 @@ inline bool rows_aligned(const void* rows, int64_t row_bytes) {
 // The parts of the workspace of a call.
 Activations activations_of(const bitlinear_cuda_task& task);
 
-cudaError_t quantize(const bitlinear_cuda_task& task, const Activations& out, Layout layout,
-                     cudaStream_t stream);
+cudaError_t quantize(const Call& call, const Activations& out, Layout layout);
 
-// The products. `q` is what quantize() has written: in kTiles for wgmma, else in kRows.
-cudaError_t dp4a(const bitlinear_cuda_task& task, const Activations& q, cudaStream_t stream);
-cudaError_t gemv(const bitlinear_cuda_task& task, const Activations& q, const GemvPlan& plan,
-                 cudaStream_t stream);
-cudaError_t mma(const bitlinear_cuda_task& task, const Activations& q, cudaStream_t stream);
-cudaError_t wgmma(const bitlinear_cuda_task& task, const Activations& q, const WgmmaPlan& plan,
-                  cudaStream_t stream);
+// The products, by the GEMV of x itself, and by the others of what quantize() has written: in
+// kFragments for small_batch(), in kTiles for wgmma(), else in kRows.
+cudaError_t dp4a(const Call& call, const Activations& q);
+cudaError_t gemv(const Call& call, const GemvPlan& plan);
+cudaError_t mma(const Call& call, const Activations& q);
+cudaError_t small_batch(const Call& call, const Activations& q, const SmallBatchPlan& plan);
+cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan);
 
 }  // namespace cuda
 }  // namespace bitlinear

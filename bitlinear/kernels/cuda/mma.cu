@@ -29,6 +29,7 @@
 #include <iterator>
 
 #include "ampere.cuh"
+#include "epilogue.cuh"
 #include "launch.cuh"
 
 namespace bitlinear {
@@ -169,43 +170,6 @@ __device__ inline void multiply(const uint8_t* w, const uint8_t* q_even, const u
   }
 }
 
-// Writes the tile from the products that the warps left in shared memory. A thread keeps to four
-// rows, so that it reads their scales and biases once.
-template <class Tile>
-__device__ inline void write_tile(const bitlinear_cuda_task& task, int64_t n, int64_t m, int tokens,
-                                  const int32_t* codes, const float* s_x, const int32_t* q_sum) {
-  constexpr int kGroups = Tile::kRows / 4;
-  const int first = threadIdx.x % kGroups * 4;
-  const int count = static_cast<int>(least<int64_t>(4, task.N - n - first));
-  if (count <= 0) return;
-  n += first;
-  float s_w[4] = {}, bias[4] = {};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (i >= count) break;
-    s_w[i] = task.s_w[(n + i) * task.s_w_stride];
-    if (task.bias != nullptr) bias[i] = load_as_float(task.bias, task.bias_dtype, n + i);
-  }
-#pragma unroll 2
-  for (int token = threadIdx.x / kGroups; token < tokens; token += kThreads / kGroups) {
-    int4 sum = make_int4(0, 0, 0, 0);
-#pragma unroll
-    for (int depth = 0; depth < Tile::kDepth; ++depth) {
-      const int4 part = *reinterpret_cast<const int4*>(
-          codes + (depth * Tile::kTokens + token) * Tile::kPitch + first);
-      sum = make_int4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
-    }
-    const int32_t sums[4] = {sum.x, sum.y, sum.z, sum.w};
-    float values[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      values[i] = dequantize(sums[i], q_sum[token], s_x[token], s_w[i]);
-      if (task.bias != nullptr) values[i] = __fadd_rn(values[i], bias[i]);
-    }
-    store_four(task.y, task.y_dtype, (m + token) * task.N + n, values, count);
-  }
-}
-
 // Where a block's tile lies in y, and a thread's first products in the tile.
 template <class Tile>
 struct Position {
@@ -328,30 +292,35 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
     }
   }
   __syncthreads();
-  write_tile<Tile>(task, end.n, end.m, end.tokens, codes, s_x, q_sum);
+  const auto codes_of = [&](int token, int row) {
+    int4 sum = make_int4(0, 0, 0, 0);
+#pragma unroll
+    for (int depth = 0; depth < Tile::kDepth; ++depth) {
+      sum = add(sum, *reinterpret_cast<const int4*>(
+                         codes + (depth * Tile::kTokens + token) * Tile::kPitch + row));
+    }
+    return sum;
+  };
+  write_tile<Tile::kRows, kThreads>(task, end.n, end.m, {0, 1, end.tokens}, s_x, q_sum, codes_of);
 }
 
 template <class Tile, bool kAligned>
-cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, cudaStream_t stream) {
-  const auto kernel = mma_kernel<Tile, kAligned>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
-  if (error != cudaSuccess) return error;
+cudaError_t launch(const Call& call, const Activations& q) {
   const int64_t blocks =
-      ceil_div<int64_t>(task.N, Tile::kRows) * ceil_div<int64_t>(task.M, Tile::kTokens);
+      ceil_div<int64_t>(call.task.N, Tile::kRows) * ceil_div<int64_t>(call.task.M, Tile::kTokens);
   const Launch how = {dim3(static_cast<unsigned>(blocks)), kThreads, Tile::kSharedBytes};
-  return launch_kernel(kernel, how, task, stream, task, q);
+  return launch_kernel<mma_kernel<Tile, kAligned>>(how, call, call.task, q);
 }
 
 template <class Tile>
-cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, cudaStream_t stream) {
-  const bool aligned = rows_aligned(task.w, (task.K + 3) / 4);
-  return aligned ? launch<Tile, true>(task, q, stream) : launch<Tile, false>(task, q, stream);
+cudaError_t launch(const Call& call, const Activations& q) {
+  const bool aligned = rows_aligned(call.task.w, (call.task.K + 3) / 4);
+  return aligned ? launch<Tile, true>(call, q) : launch<Tile, false>(call, q);
 }
 
 struct Candidate {
   int rows, tokens, shared_bytes;
-  cudaError_t (*launch)(const bitlinear_cuda_task&, const Activations&, cudaStream_t);
+  cudaError_t (*launch)(const Call&, const Activations&);
 };
 template <class Tile>
 constexpr Candidate candidate() {
@@ -385,11 +354,8 @@ const Candidate& choose_tile(int64_t M, int64_t N, const Device& device) {
 
 }  // namespace
 
-cudaError_t mma(const bitlinear_cuda_task& task, const Activations& q, cudaStream_t stream) {
-  Device device;
-  const cudaError_t error = current_device(&device);
-  if (error != cudaSuccess) return error;
-  return choose_tile(task.M, task.N, device).launch(task, q, stream);
+cudaError_t mma(const Call& call, const Activations& q) {
+  return choose_tile(call.task.M, call.task.N, call.device).launch(call, q);
 }
 
 }  // namespace cuda

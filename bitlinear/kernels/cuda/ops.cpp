@@ -112,11 +112,6 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const Tensor weight = w_packed.contiguous();
   const Tensor scale = w_scale.contiguous();
   const Tensor addend = bitlinear::kernel_bias(bias);
-  // Of the current stream: what is freed at the end of this call serves only what is queued after
-  // the kernels, also in a graph that is being captured.
-  const at::DataPtr workspace = c10::cuda::CUDACachingAllocator::get()->allocate(
-      static_cast<size_t>(bitlinear_cuda_workspace_bytes(M, in_features)));
-
   bitlinear_cuda_task task = {};
   task.x = data_of(input, "x");
   task.x_dtype = kernel_dtype(x.scalar_type());
@@ -131,12 +126,18 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.bias_dtype = addend.defined() ? kernel_dtype(addend.scalar_type()) : BITLINEAR_F32;
   task.y = y.data_ptr();
   task.y_dtype = kernel_dtype(y_dtype);
+  const int kernel = forced_kernel.load(std::memory_order_relaxed);
+  // Of the current stream: what is freed at the end of this call serves only what is queued after
+  // the kernels, also in a graph that is being captured.
+  at::DataPtr workspace;
+  if (const int64_t bytes = bitlinear_cuda_workspace_bytes(&task, kernel)) {
+    workspace = c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes));
+  }
   task.workspace = workspace.get();
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(x.device().index());
   const bool is_copy = !weight.is_same(w_packed);
   task.w_settled = !is_copy && settled_weights().contains(w_packed, stream);
-  const char* error = bitlinear_cuda_linear(&task, forced_kernel.load(std::memory_order_relaxed),
-                                            static_cast<void*>(stream.stream()));
+  const char* error = bitlinear_cuda_linear(&task, kernel, static_cast<void*>(stream.stream()));
   TORCH_CHECK(error == nullptr, "bitlinear: a product of (", M, ", ", in_features, ") by (", N,
               ", ", in_features, ") failed on ", x.device(), ": ", error);
   if (!is_copy && !task.w_settled) settled_weights().add(w_packed, stream);

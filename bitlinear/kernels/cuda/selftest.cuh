@@ -101,10 +101,10 @@ inline bool takes(int kernel, const Device& device, const selftest::Case& c, Pla
   return kernel == BITLINEAR_CUDA_AUTO || admits(kernel, device, shape_of(c, placement));
 }
 
-// Returns "" or what differs; throws CudaFailure. `run` queues the task on the stream: null, or why
-// it has not; `name` says in messages what it is.
+// Returns "" or what differs; throws CudaFailure. `run` queues the task on the stream, by this
+// kernel: null, or why it has not; `name` says in messages what it is.
 template <class Run>
-std::string check_case(const std::string& name, const Run& run, const selftest::Case& c,
+std::string check_case(const std::string& name, int kernel, const Run& run, const selftest::Case& c,
                        uint64_t seed, Placement placement, const Stream& stream) {
   const selftest::Operands operands(c, seed);
   const size_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
@@ -119,10 +119,6 @@ std::string check_case(const std::string& name, const Run& run, const selftest::
   const size_t y_bytes = static_cast<size_t>(c.M * c.N) * element;
   std::vector<uint8_t> y_memory(y_bytes + 2 * kGuardBytes, kGuard);
   const DeviceArray y(stream, y_memory.data(), y_memory.size());
-  const size_t workspace_bytes = static_cast<size_t>(bitlinear_cuda_workspace_bytes(c.M, c.K));
-  // Nothing that is left in the workspace may matter.
-  std::vector<uint8_t> guard(workspace_bytes + kGuardBytes, kGuard);
-  const DeviceArray workspace(stream, guard.data(), guard.size());
 
   bitlinear_cuda_task task = {};
   task.x = x.data();
@@ -136,8 +132,13 @@ std::string check_case(const std::string& name, const Run& run, const selftest::
   task.s_w_stride = c.per_channel ? 1 : 0;
   task.bias = c.bias ? bias.data() : nullptr;
   task.y = y.data() + kGuardBytes;
-  task.workspace = workspace.data();
   task.w_settled = seed % 3 != 0;  // other copies follow the one of w
+  const size_t workspace_bytes = static_cast<size_t>(bitlinear_cuda_workspace_bytes(&task, kernel));
+  // Nothing that is left in the workspace may matter.
+  std::vector<uint8_t> guard(workspace_bytes + kGuardBytes, kGuard);
+  const DeviceArray workspace(stream, guard.data(), guard.size());
+  task.workspace = workspace.data();
+
   const std::string where = " by " + name + (unaligned ? ", unaligned" : "");
   const char* refusal = run(task, stream.get());
   if (refusal != nullptr) return std::string(refusal) + " at " + describe(c) + where;
@@ -165,7 +166,7 @@ inline std::string check_case(int kernel, const selftest::Case& c, uint64_t seed
   const auto run = [kernel](const bitlinear_cuda_task& task, cudaStream_t on) {
     return bitlinear_cuda_linear(&task, kernel, on);
   };
-  return check_case("kernel " + std::to_string(kernel), run, c, seed, placement, stream);
+  return check_case("kernel " + std::to_string(kernel), kernel, run, c, seed, placement, stream);
 }
 
 }  // namespace cuda

@@ -26,16 +26,18 @@ struct bitlinear_cuda_task {
 
 // What computes a product. Each handles every M, N and K that its row in heuristics.h admits.
 enum bitlinear_cuda_kernel {
-  BITLINEAR_CUDA_AUTO = 0,   // whichever heuristics.h prefers
-  BITLINEAR_CUDA_DP4A = 1,   // any shape, sm_61 and later
-  BITLINEAR_CUDA_GEMV = 2,   // few tokens, sm_90 and later
-  BITLINEAR_CUDA_MMA = 3,    // any shape, sm_80 and later
-  BITLINEAR_CUDA_WGMMA = 4,  // any number of tokens, sm_90a only
+  BITLINEAR_CUDA_AUTO = 0,         // whichever heuristics.h prefers
+  BITLINEAR_CUDA_DP4A = 1,         // any shape, sm_61 and later
+  BITLINEAR_CUDA_GEMV = 2,         // up to 4 tokens, sm_90 and later
+  BITLINEAR_CUDA_SMALL_BATCH = 3,  // up to 32 tokens, sm_90 and later
+  BITLINEAR_CUDA_MMA = 4,          // any shape, sm_80 and later
+  BITLINEAR_CUDA_WGMMA = 5,        // any number of tokens, sm_90a only
 };
 
 extern "C" {
-// Bytes of workspace, never 0; the same for every kernel.
-int64_t bitlinear_cuda_workspace_bytes(int64_t M, int64_t K);
+// Bytes of workspace that this kernel needs on the current device, for the task as far as it is
+// known without; 0 for some.
+int64_t bitlinear_cuda_workspace_bytes(const bitlinear_cuda_task* task, int kernel);
 // Queues the product on the stream (a cudaStream_t) of the current device; nothing is waited for or
 // allocated. Null, or what is wrong; a kernel that is named but cannot serve the task is an error.
 const char* bitlinear_cuda_linear(const bitlinear_cuda_task* task, int kernel, void* stream);

@@ -16,6 +16,7 @@
 // tile, some 6 us, as one block fills a multiprocessor (168 registers, no spills, up to 200 KB).
 // With few tokens, weights arrive by too few loads at a time to fill the memory's bandwidth: 8192 x
 // 8192 takes 18 us at M = 16 and 23 us at M = 64, of which reading the weights is 5.5.
+#include "epilogue.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
 
@@ -31,18 +32,6 @@ template <int kTokens>
 struct Wgmma;
 
 // clang-format off
-template <>
-struct Wgmma<16> {
-  static __device__ void run(int32_t (&d)[8], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7}, "
-        "{%8, %9, %10, %11}, %12, add;\n}\n"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
 template <>
 struct Wgmma<32> {
   static __device__ void run(int32_t (&d)[16], const uint32_t (&a)[4], uint64_t b) {
@@ -136,22 +125,29 @@ struct Tile {
   static constexpr int kStageBytes = kTokens * kSliceValues;
   static constexpr int kPitch = kRows + 4;  // of the sums, token by token
   static constexpr int kSumBytes = kTokens * kPitch * 4;
-  static constexpr int kBudget = 200 * 1024;
+  static constexpr int kBlocks = wgmma_pairs(kRowBlocks, kTokens) ? 2 : 1;
+  static constexpr int kBudget = kBlocks == 2 ? 96 * 1024 : 200 * 1024;
   static constexpr int kStages = kBudget / kStageBytes < 8 ? kBudget / kStageBytes : 8;
   static constexpr int kSharedBytes =
       (kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes) + 1024;
-  // Slices of weights in registers, on their way: the fewer tokens, the sooner they are needed.
-  static constexpr int kAhead = kTokens >= 128 ? 1 : kTokens * kRowBlocks >= 64 ? 2 : 4;
+  // Slices of weights in registers, on their way.
+  static constexpr int kAhead = kTokens == 32 && kRowBlocks == 1   ? 3
+                                : kTokens == 64 && kRowBlocks == 2 ? 2
+                                                                   : 1;
+  // Registers of a thread that copies, and of one that multiplies.
+  static constexpr int kFew = kBlocks == 2 ? 24 : 40, kMany = kBlocks == 2 ? 104 : 232;
 };
 
 template <int kRowBlocks, int kTokens>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, (Tile<kRowBlocks, kTokens>::kBlocks))
     wgmma_kernel(const __grid_constant__ bitlinear_cuda_task task,
                  const __grid_constant__ Activations activations, int splits) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = Tile<kRowBlocks, kTokens>;
   extern __shared__ uint8_t dynamic[];
   __shared__ Barrier full[T::kStages], empty[T::kStages];
+  __shared__ float s_x[kTokens];
+  __shared__ int32_t q_sum[kTokens];
   uint8_t* const stages = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -176,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   allow_successor();
 
   if (warp >= kWarpgroups * 4) {
-    shrink_registers<40>();
+    shrink_registers<T::kFew>();
     wait_for_predecessor();
     if (threadIdx.x == kConsumers) {
       RingPosition at(T::kStages);
@@ -194,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   } else {
-    grow_registers<232>();
+    grow_registers<T::kMany>();
     const int g = lane / 4, tig = lane % 4;
     const int my_row = warp / 4 * (64 * kRowBlocks) + warp % 4 * 16 + g;
     struct Weights {
@@ -221,6 +217,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < T::kAhead; ++i) load(slice_begin + i, ring[i]);
     wait_for_predecessor();
+    const int tokens = static_cast<int>(least<int64_t>(task.M - m_begin, kTokens));
+    if (threadIdx.x < tokens) {
+      s_x[threadIdx.x] = activations.s_x[m_begin + threadIdx.x];
+      q_sum[threadIdx.x] = activations.q_sum[m_begin + threadIdx.x];
+    }
 
     int32_t sums[kRowBlocks][kTokens / 2];
 #pragma unroll
@@ -287,79 +288,40 @@ __global__ void __launch_bounds__(kThreads, 1)
       sync_consumers();
     }
 
-    // A thread finishes four neighbouring rows of every kStride-th token.
-    constexpr int kStride = kConsumers / (T::kRows / 4);
-    const int row = threadIdx.x % (T::kRows / 4) * 4;
-    const int64_t n = n_begin + row;
-    if (n < task.N) {
-      const int columns = static_cast<int>(least<int64_t>(4, task.N - n));
-      float s_w[4], bias[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t column = least(n + i, task.N - 1);
-        s_w[i] = task.s_w[column * task.s_w_stride];
-        bias[i] = task.bias == nullptr ? 0.0f : load_as_float(task.bias, task.bias_dtype, column);
-      }
-      const int last = static_cast<int>(least<int64_t>(task.M - m_begin, kTokens));
-#pragma unroll 4
-      for (int token = threadIdx.x / (T::kRows / 4) * splits + split; token < last;
-           token += kStride * splits) {
-        const int64_t m = m_begin + token;
-        int4 codes = make_int4(0, 0, 0, 0);
-        if (splits == 1) {
-          codes = *reinterpret_cast<const int4*>(out + token * T::kPitch + row);
-        } else {
-          for (int s = 0; s < splits; ++s) {
-            const int4 part = load_remote(out + token * T::kPitch + row, s);
-            codes =
-                make_int4(codes.x + part.x, codes.y + part.y, codes.z + part.z, codes.w + part.w);
-          }
-        }
-        const int32_t q_sum = activations.q_sum[m];
-        const float s_x = activations.s_x[m];
-        float values[4] = {
-            dequantize(codes.x, q_sum, s_x, s_w[0]), dequantize(codes.y, q_sum, s_x, s_w[1]),
-            dequantize(codes.z, q_sum, s_x, s_w[2]), dequantize(codes.w, q_sum, s_x, s_w[3])};
-        if (task.bias != nullptr) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) values[i] = __fadd_rn(values[i], bias[i]);
-        }
-        store_four(task.y, task.y_dtype, m * task.N + n, values, columns);
-      }
-    }
+    const auto codes_of = [&](int token, int row) {
+      const int32_t* const place = out + token * T::kPitch + row;
+      int4 codes = *reinterpret_cast<const int4*>(place);
+      for (int s = 1; s < splits; ++s) codes = add(codes, load_remote(place, (split + s) % splits));
+      return codes;
+    };
+    write_tile<T::kRows, kConsumers>(task, n_begin, m_begin, {split, splits, tokens}, s_x, q_sum,
+                                     codes_of);
     if (splits > 1) sync_cluster();  // no block may leave while others read its sums
   }
 #endif
 }
 
 template <int kRowBlocks, int kTokens>
-cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, int splits,
-                   cudaStream_t stream) {
+cudaError_t launch(const Call& call, const Activations& q, int splits) {
   using T = Tile<kRowBlocks, kTokens>;
-  const auto kernel = wgmma_kernel<kRowBlocks, kTokens>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
-  if (error != cudaSuccess) return error;
+  const bitlinear_cuda_task& task = call.task;
   const int64_t tiles = ceil_div<int64_t>(task.N, T::kRows) * ceil_div<int64_t>(task.M, kTokens);
   const dim3 grid(static_cast<unsigned>(tiles * splits));
   const Launch how = {grid, kThreads, T::kSharedBytes, splits};
-  return launch_kernel(kernel, how, task, stream, task, q, splits);
+  return launch_kernel<wgmma_kernel<kRowBlocks, kTokens>>(how, call, task, q, splits);
 }
 
 template <int kRowBlocks>
-cudaError_t launch(const bitlinear_cuda_task& task, const Activations& q, const WgmmaPlan& plan,
-                   cudaStream_t stream) {
-  if (plan.tokens == 16) return launch<kRowBlocks, 16>(task, q, plan.splits, stream);
-  if (plan.tokens == 32) return launch<kRowBlocks, 32>(task, q, plan.splits, stream);
-  if (plan.tokens == 64) return launch<kRowBlocks, 64>(task, q, plan.splits, stream);
-  return launch<kRowBlocks, 128>(task, q, plan.splits, stream);
+cudaError_t launch(const Call& call, const Activations& q, const WgmmaPlan& plan) {
+  if (plan.tokens == 32) return launch<kRowBlocks, 32>(call, q, plan.splits);
+  if (plan.tokens == 64) return launch<kRowBlocks, 64>(call, q, plan.splits);
+  return launch<kRowBlocks, 128>(call, q, plan.splits);
 }
 
 }  // namespace
 
-cudaError_t wgmma(const bitlinear_cuda_task& task, const Activations& q, const WgmmaPlan& plan,
-                  cudaStream_t stream) {
-  return plan.row_blocks == 1 ? launch<1>(task, q, plan, stream) : launch<2>(task, q, plan, stream);
+cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan) {
+  return plan.row_blocks == 1 ? launch<1>(call, q, plan) : launch<2>(call, q, plan);
 }
 
 }  // namespace cuda

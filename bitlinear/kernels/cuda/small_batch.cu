@@ -1,0 +1,256 @@
+// y = epilogue(q @ w^T) for up to 32 tokens (sm_90 and later), from what the row kernel has
+// quantised.
+//
+// As in the GEMV, a block takes a range of weight rows, and one warp copies them into a ring in
+// shared memory before the predecessor in the stream has ended. Eight warps share K, each with all
+// rows and tokens of a tile: so each value of the activations, which all come through L2, is loaded
+// once per tile, by one warp, and straight into registers, as the quantiser has laid it out in
+// fragments.
+#include "ampere.cuh"
+#include "hopper.cuh"
+#include "launch.cuh"
+
+namespace bitlinear {
+namespace cuda {
+namespace {
+
+constexpr int kWarps = kSmallBatchWarps;  // that multiply; one more copies
+constexpr int kConsumers = 32 * kWarps;
+constexpr int kThreads = kConsumers + 32;
+constexpr int kPartRows = kSmallBatchStageRows;
+constexpr int kChunkSlices = kChunkBytes / kSliceBytes;
+static_assert(kChunkSlices % kWarps == 0, "a warp's slices are as far apart at the end of a chunk");
+
+template <int kRowParts, int kTokenParts>
+struct Tile {
+  static constexpr int kRows = kPartRows * kRowParts;
+  static constexpr int kTokens = 8 * kTokenParts;
+  static constexpr int kPitch = small_batch_sum_pitch(kRowParts);
+  // The large tiles need the registers.
+  static constexpr int kBlocks = kTokenParts == 4 || kRowParts == 4 ? 1 : 2;
+};
+
+struct Shared {
+  Barrier full[kSmallBatchStages], empty[kSmallBatchStages];
+  float s_x[kSmallBatchTokens];
+  int32_t q_sum[kSmallBatchTokens];
+};
+static_assert(sizeof(Shared) <= kSmallBatchStaticBytes, "see heuristics.h");
+
+template <int kRowParts, int kTokenParts>
+__global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBlocks))
+    small_batch_kernel(const __grid_constant__ bitlinear_cuda_task task,
+                       const __grid_constant__ Activations activations, int stages) {
+#if __CUDA_ARCH__ >= 900
+  using T = Tile<kRowParts, kTokenParts>;
+  extern __shared__ __align__(128) uint8_t dynamic[];
+  __shared__ Shared shared;
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int tokens = static_cast<int>(task.M);
+  const int row_bytes = static_cast<int>((task.K + 3) / 4);
+  const int slices = ceil_div(row_bytes, kSliceBytes);
+  const int chunks = ceil_div(row_bytes, kChunkBytes);
+  const int pitch = row_pitch(row_bytes);
+  const int stage_bytes = kPartRows * pitch;
+  const int64_t n_begin = task.N * blockIdx.x / gridDim.x;
+  const int rows = static_cast<int>(task.N * (blockIdx.x + 1) / gridDim.x - n_begin);
+  const int tiles = ceil_div(rows, T::kRows);
+
+  if (threadIdx.x == kConsumers) {
+    for (int s = 0; s < stages; ++s) {
+      shared.full[s].init(1);
+      shared.empty[s].init(kConsumers);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  allow_successor();
+
+  RingPosition at(stages);
+  if (warp == kWarps) {
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int tile_end = least(rows, (tile + 1) * T::kRows);
+      for (int begin = 0; begin < row_bytes; begin += kChunkBytes) {
+        const int bytes = least(kChunkBytes, row_bytes - begin);
+        for (int first = tile * T::kRows; first < tile_end; first += kPartRows, at.advance()) {
+          const int present = least(kPartRows, tile_end - first);
+          Barrier& full = shared.full[at.stage];
+          if (lane == 0) {
+            shared.empty[at.stage].wait(at.parity ^ 1);
+            full.arrive_expecting(present * bytes);
+          }
+          __syncwarp();
+          if (lane < present) {
+            copy_bulk(dynamic + at.stage * stage_bytes + lane * pitch,
+                      task.w + (n_begin + first + lane) * row_bytes + begin, bytes, full);
+          }
+        }
+      }
+    }
+    return;
+  }
+
+  wait_for_predecessor();
+  const int g = lane / 4, tig = lane % 4;
+  const int8_t* q[kTokenParts];
+#pragma unroll
+  for (int t = 0; t < kTokenParts; ++t) {
+    // Columns beyond the tokens repeat the last one, and are dropped.
+    const int m = least(8 * t + g, tokens - 1);
+    q[t] = activations.q + place_of<Layout::kFragments>(activations, m, 0, 0, 4 * tig);
+  }
+  uint4 b[4][kTokenParts];  // of a slice, by plane
+  const auto load_plane = [&](int slice, int p) {
+#pragma unroll
+    for (int t = 0; t < kTokenParts; ++t) {
+      b[p][t] = *reinterpret_cast<const uint4*>(q[t] + (4 * slice + p) * 512);
+    }
+  };
+  if (warp < slices) {
+#pragma unroll
+    for (int p = 0; p < 4; ++p) load_plane(warp, p);
+  }
+  if (threadIdx.x < tokens) {
+    shared.s_x[threadIdx.x] = activations.s_x[threadIdx.x];
+    shared.q_sum[threadIdx.x] = activations.q_sum[threadIdx.x];
+  }
+
+  int32_t* const partial = reinterpret_cast<int32_t*>(dynamic + stages * stage_bytes);
+  const int row = threadIdx.x % T::kRows;  // that this thread finishes
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int left = rows - tile * T::kRows;
+    const int64_t n = n_begin + tile * T::kRows + row;
+    float s_w = 0.0f;
+    uint32_t bias_bits = 0;
+    if (row < left) {
+      s_w = task.s_w[n * task.s_w_stride];
+      if (task.bias != nullptr) bias_bits = load_bits(task.bias, task.bias_dtype, n);
+    }
+
+    const int parts = least(kRowParts, ceil_div(left, kPartRows));
+    int32_t sums[kRowParts][kTokenParts][4] = {};
+    int slice = warp;
+    for (int c = 0; c < chunks; ++c) {
+      const uint8_t* w[kRowParts];
+      RingPosition ready = at;
+#pragma unroll
+      for (int r = 0; r < kRowParts; ++r) {
+        if (r < parts) {
+          shared.full[ready.stage].wait(ready.parity);
+          w[r] = dynamic + ready.stage * stage_bytes + g * pitch + 16 * tig;
+          ready.advance();
+        } else {
+          w[r] = w[0];  // computed again, and dropped
+        }
+      }
+      const int end = least(slices, (c + 1) * kChunkSlices);
+#pragma unroll 1
+      for (; slice < end; slice += kWarps) {
+        const int offset = (slice - c * kChunkSlices) * kSliceBytes;
+        uint4 low[kRowParts], high[kRowParts];
+#pragma unroll
+        for (int r = 0; r < kRowParts; ++r) {
+          low[r] = *reinterpret_cast<const uint4*>(w[r] + offset);
+          high[r] = *reinterpret_cast<const uint4*>(w[r] + offset + 8 * pitch);
+        }
+        const bool last = slice + kWarps >= slices;  // of the tile, for this warp
+        const int next = last ? warp : slice + kWarps;
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          const auto code = [&](uint32_t word) { return word >> 2 * p & 0x03030303u; };
+#pragma unroll
+          for (int r = 0; r < kRowParts; ++r) {
+#pragma unroll
+            for (int t = 0; t < kTokenParts; ++t) {
+              mma_u8s8(sums[r][t], code(low[r].x), code(high[r].x), code(low[r].y), code(high[r].y),
+                       b[p][t].x, b[p][t].y);
+              mma_u8s8(sums[r][t], code(low[r].z), code(high[r].z), code(low[r].w), code(high[r].w),
+                       b[p][t].z, b[p][t].w);
+            }
+          }
+          if (!last || tile + 1 < tiles) load_plane(next, p);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRowParts; ++r) {
+        if (r < parts) {
+          shared.empty[at.stage].arrive();
+          at.advance();
+        }
+      }
+    }
+
+#pragma unroll
+    for (int r = 0; r < kRowParts; ++r) {
+#pragma unroll
+      for (int t = 0; t < kTokenParts; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = 8 * t + 2 * tig + i % 2;
+          partial[(warp * T::kTokens + token) * T::kPitch + kPartRows * r + g + 8 * (i / 2)] =
+              sums[r][t][i];
+        }
+      }
+    }
+    sync_first<kConsumers>();
+    if (row < left) {
+      const bool has_bias = task.bias != nullptr;
+      const float bias = float_of(bias_bits, task.bias_dtype);
+      with_type(task.y_dtype, [&](auto zero) {
+        using Y = decltype(zero);
+        for (int m = threadIdx.x / T::kRows; m < tokens; m += kConsumers / T::kRows) {
+          int32_t codes = 0;
+#pragma unroll
+          for (int v = 0; v < kWarps; ++v) {
+            codes += partial[(v * T::kTokens + m) * T::kPitch + row];
+          }
+          float value = dequantize(codes, shared.q_sum[m], shared.s_x[m], s_w);
+          if (has_bias) value = __fadd_rn(value, bias);
+          static_cast<Y*>(task.y)[m * task.N + n] = from_float<Y>(value);
+        }
+      });
+    }
+    if (tile + 1 < tiles) sync_first<kConsumers>();
+  }
+#endif
+}
+
+template <int kRowParts, int kTokenParts>
+cudaError_t launch(const Call& call, const Activations& q, const SmallBatchPlan& plan) {
+  const int64_t stage_bytes = small_batch_stage_bytes(ceil_div<int64_t>(call.task.K, 4));
+  const int64_t shared_bytes =
+      plan.stages * stage_bytes + small_batch_sum_bytes(kRowParts, kTokenParts);
+  const Launch how = {dim3(static_cast<unsigned>(plan.blocks)), kThreads,
+                      static_cast<int>(shared_bytes)};
+  return launch_kernel<small_batch_kernel<kRowParts, kTokenParts>>(how, call, call.task, q,
+                                                                   plan.stages);
+}
+
+}  // namespace
+
+cudaError_t small_batch(const Call& call, const Activations& q, const SmallBatchPlan& plan) {
+  switch (10 * plan.row_parts + plan.token_parts) {
+    case 11:
+      return launch<1, 1>(call, q, plan);
+    case 12:
+      return launch<1, 2>(call, q, plan);
+    case 14:
+      return launch<1, 4>(call, q, plan);
+    case 21:
+      return launch<2, 1>(call, q, plan);
+    case 22:
+      return launch<2, 2>(call, q, plan);
+    case 24:
+      return launch<2, 4>(call, q, plan);
+    case 41:
+      return launch<4, 1>(call, q, plan);
+    case 42:
+      return launch<4, 2>(call, q, plan);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace cuda
+}  // namespace bitlinear
