@@ -319,9 +319,12 @@ def test_deploying_packs_on_the_device():
 def test_moves_and_state_dicts_carry_the_same_bytes():
     layer = BitLinear(100, 30).deploy()
     state = {name: value.clone() for name, value in layer.state_dict().items()}
-    for moved in (layer.to("cuda"), layer.to("cpu"), layer.cuda().half().float()):
+    for moved in (layer.to("cuda"), layer.to("cpu"), layer.cuda()):
         for name, value in moved.state_dict().items():
             assert torch.equal(value.cpu(), state[name])
+    rounded = copy.deepcopy(layer).half().float()  # the bias; what is packed keeps its bytes
+    assert torch.equal(rounded.w_packed.cpu(), state["w_packed"])
+    assert torch.equal(rounded.w_scale.cpu(), state["w_scale"])
     for source in ("cpu", "cuda"):
         for target in ("cpu", "cuda"):
             fresh = BitLinear(100, 30, device=target)

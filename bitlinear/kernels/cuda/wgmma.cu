@@ -8,14 +8,14 @@
 // one along K and add up their sums through each other's shared memory.
 //
 // What bounds it, for many tokens: the tensor cores. 8192 x 8192 with M = 4096 is 550 G operations,
-// 278 us at the peak of an H100, and takes 399 us there (1380 Top/s) with 37 us before it for the
+// 278 us at the peak of an H100, and takes 374 us there (1470 Top/s) with 37 us before it for the
 // quantiser, which is bound by its 100 MB. Per 256 values of k, a tile of 256 x 128 keeps the
 // tensor cores busy for 2048 cycles, while it fetches 32 KB of activations and 16 KB of weights, 24
 // bytes per cycle: with more tokens and fewer rows it would be more, as a weight is a quarter of
 // the size. Shifts and masks: 112 of each warp, a fifth of those cycles. Not hidden: the end of a
-// tile, some 6 us, as one block fills a multiprocessor (168 registers, no spills, up to 200 KB).
-// With few tokens, weights arrive by too few loads at a time to fill the memory's bandwidth: 8192 x
-// 8192 takes 18 us at M = 16 and 23 us at M = 64, of which reading the weights is 5.5.
+// tile, as one block fills a multiprocessor (168 registers, no spills, up to 200 KB).
+// With few tokens a product takes some 50 cycles where 8 to 32 would do, and weights arrive by few
+// loads at a time: 8192 x 8192 takes 21 us at M = 64, of which reading the weights is 5.5.
 #include "epilogue.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
