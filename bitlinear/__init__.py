@@ -21,12 +21,19 @@ HAS_BITLINEAR: bool = any(verdict.status == "chosen" for verdict in _runtime.ver
 ops.register(compiled=_runtime.kernel is not None)
 
 # These modules look the operator up, so it has to exist first.
-from .convert import convert, deploy  # noqa: E402
+from .convert import convert, deploy, set_quantization_strength  # noqa: E402
 from .linear import BitLinear  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["HAS_BITLINEAR", "BitLinear", "available_kernels", "convert", "deploy"]
+__all__ = [
+    "HAS_BITLINEAR",
+    "BitLinear",
+    "available_kernels",
+    "convert",
+    "deploy",
+    "set_quantization_strength",
+]
 
 
 def available_kernels() -> list[Verdict]:

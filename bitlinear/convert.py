@@ -187,6 +187,41 @@ def _why_not_convertible(
     return ""
 
 
+def set_quantization_strength(model: nn.Module, strength: float) -> nn.Module:
+    """Sets :attr:`BitLinear.quantization_strength` of every BitLinear inside.
+
+    Quantising a pretrained model all at once loses what it knows; raised from 0 to 1 over the first
+    steps of fine-tuning, the strength lets the weights follow::
+
+        for step, batch in enumerate(loader):
+            bitlinear.set_quantization_strength(model, min(1.0, step / 1000))
+            ...
+
+    Args:
+        model: Modified in place; may itself be a BitLinear.
+        strength: From 0, plain linear layers, to 1, quantised ones.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: ``strength`` is not between 0 and 1, or is below 1 while a layer is deployed.
+            No layer was changed.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, BitLinear)}
+    deployed = [name for name, layer in layers.items() if layer.is_deployed]
+    if not 0 <= strength <= 1:
+        raise ValueError(f"the quantization strength must be between 0 and 1, not {strength}")
+    if strength < 1 and deployed:
+        raise ValueError(
+            f"the quantization strength of a deployed layer is 1 and cannot be {strength}: call "
+            f"undeploy() on {deployed[0] or 'the model'!r} first (of {len(deployed)} deployed)"
+        )
+    for layer in layers.values():
+        layer.quantization_strength = strength
+    return model
+
+
 def _matching_pattern(name: str, patterns: Iterable[str]) -> str | None:
     parts = name.split(".")
     endings = [".".join(parts[first:]) for first in range(len(parts))]

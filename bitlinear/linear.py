@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import packing
-from .ops import MAX_IN_FEATURES, inference_only_backward
+from .ops import inference_only_backward
 from .quantize import (
+    MAX_IN_FEATURES,
     absmean_scale,
+    blended_linear,
     check_eps,
     check_quant_type,
     straight_through_linear,
-    ternarize,
 )
 
 # Looked up once: a small layer at batch 1 notices every attribute on the way to its kernel.
 _linear = torch.ops.bitlinear.linear.default
+_quantize_weight = torch.ops.bitlinear.quantize_weight.default
 
 _DEFAULT_EPS = 1e-6
 
@@ -47,6 +49,39 @@ class _InferenceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return inference_only_backward(grad, ctx.in_features), None, None, None, None, None
+
+
+class _QuantizedWeight(NamedTuple):
+    """A weight as it was when it was quantised, and what came of it."""
+
+    weight: Tensor
+    version: int
+    sample: Tensor
+    packed: tuple[Tensor, Tensor]
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether it is that of ``weight``, unchanged."""
+        return (
+            self.weight is weight
+            and self.version == weight._version
+            and torch.equal(self.sample, _sample(weight))
+        )
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Some values, for what changes a weight past its version counter (``.data``, FSDP)."""
+    rows, columns = (max(1, size // 16) for size in weight.shape)
+    return weight.detach()[::rows, ::columns]
+
+
+def _may_keep(weight: Tensor) -> bool:
+    """Whether what comes of ``weight`` may be kept for the next call."""
+    return (
+        type(weight) is nn.Parameter
+        and not weight.is_meta
+        and not weight.is_inference()
+        and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 class BitLinear(nn.Linear):
@@ -96,6 +131,9 @@ class BitLinear(nn.Linear):
 
     w_packed: Tensor
     w_scale: Tensor
+
+    _quantized: _QuantizedWeight | None = None
+    _blend: Tensor | None = None
 
     def __init__(
         self,
@@ -161,6 +199,36 @@ class BitLinear(nn.Linear):
         return layer.train(linear.training)
 
     @property
+    def quantization_strength(self) -> float:
+        """From 0, a plain linear layer, to 1, the quantised one; 1 unless it was set.
+
+        Between, operands are ``x + strength * (quantised x - x)``, and the weight likewise, with
+        straight-through gradients: fine-tuning recipes of pretrained models raise it from 0 to 1
+        over their first steps. It is not part of ``state_dict``.
+
+        Raises:
+            ValueError: It is set to what is not between 0 and 1, or below 1 on a deployed layer.
+        """
+        return 1.0 if self._blend is None else float(self._blend)
+
+    @quantization_strength.setter
+    def quantization_strength(self, strength: float) -> None:
+        if not 0 <= strength <= 1:
+            raise ValueError(f"quantization_strength must be between 0 and 1, not {strength}")
+        if strength < 1 and self.is_deployed:
+            raise ValueError(
+                f"this BitLinear is deployed, so its quantization_strength is 1 and cannot be "
+                f"{strength}: call undeploy() first"
+            )
+        if strength == 1:
+            self._blend = None
+        elif self._blend is None:
+            # A tensor, which a compiled model reads anew, where it would be compiled for a number.
+            self._blend = torch.tensor(float(strength))
+        else:
+            self._blend.fill_(float(strength))
+
+    @property
     def is_deployed(self) -> bool:
         """Whether the layer holds packed weights, for inference only."""
         return "w_packed" in self._buffers
@@ -169,7 +237,7 @@ class BitLinear(nn.Linear):
         """Applies the layer to ``input`` of shape ``(..., K)``; see :class:`BitLinear`."""
         buffers = self._buffers
         if "w_packed" not in buffers:
-            return straight_through_linear(input, self.weight, self.bias, self.eps)
+            return self._forward_in_training(input)
         arguments = (
             input,
             buffers["w_packed"],
@@ -183,6 +251,30 @@ class BitLinear(nn.Linear):
         else:
             output = _linear(*arguments)
         return output
+
+    def _forward_in_training(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if self._blend is not None:
+            return blended_linear(input, weight, self.bias, self._blend, self.eps)
+        packed = None if torch.compiler.is_compiling() else self._quantize(weight)
+        return straight_through_linear(input, weight, self.bias, self.eps, packed)
+
+    def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``(w_packed, w_scale)``, kept as long as the weight is unchanged; or None."""
+        if not _may_keep(weight):
+            return None
+        known = self._quantized
+        if known is None or not known.is_of(weight):
+            with torch.no_grad():
+                packed = _quantize_weight(weight, self.eps)
+                known = _QuantizedWeight(weight, weight._version, _sample(weight).clone(), packed)
+            self._quantized = known
+        return known.packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_quantized", None)
+        return state
 
     def deploy(self) -> BitLinear:
         """Quantises and packs the weights, in place, and drops the floating-point ones.
@@ -260,6 +352,11 @@ class BitLinear(nn.Linear):
                 f"in_features is {self.in_features}, but the kernels' int32 sums are exact only "
                 f"up to {MAX_IN_FEATURES}; split the layer along in_features"
             )
+        if self._blend is not None:
+            return (
+                f"its quantization_strength is {self.quantization_strength:g}, and a deployed "
+                f"layer's is 1: set that first"
+            )
         reason = why_no_plain_weight(self)
         if reason:
             return reason
@@ -272,16 +369,13 @@ class BitLinear(nn.Linear):
     @torch.no_grad()
     def _pack(self) -> tuple[Tensor, Tensor]:
         """``(w_packed, w_scale)`` of the current weight."""
-        w_scale = absmean_scale(self.weight, self.eps)
-        shape = packing.packed_shape(self.out_features, self.in_features)
-        w_packed = torch.empty(shape, dtype=torch.uint8, device=self.weight.device)
-        for first, rows in packing.enumerate_chunks(self.weight):
-            w_packed[first : first + len(rows)] = packing.pack_ternary(ternarize(rows, w_scale))
-        return w_packed, w_scale
+        packed: tuple[Tensor, Tensor] = _quantize_weight(self.weight, self.eps)
+        return packed
 
     def _drop_weight(self, w_packed: Tensor, w_scale: Tensor) -> None:
         """Turns the parameters into the buffers of a deployed layer."""
         bias = self.bias
+        self._quantized = None
         self._weight_dtype = self.weight.dtype
         del self.weight, self.bias
         self.register_buffer("w_packed", w_packed)

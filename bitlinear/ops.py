@@ -6,6 +6,7 @@ operator is here, and the reference implementation runs wherever there is no ker
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from . import packing
 from .quantize import (
     ACTIVATION_DTYPES,
+    MAX_IN_FEATURES,
+    absmean_scale,
     check_activations,
     check_device,
     check_eps,
@@ -21,17 +24,18 @@ from .quantize import (
     epilogue,
     integer_product,
     quantize_activations,
+    ternarize,
 )
 
 # Parameters that no kernel serves yet (group_size, act_bits) are here so that graphs which are
 # exported today can be loaded when one does.
-SCHEMA = (
+SCHEMAS = (
     "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
-    "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor"
+    "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor",
+    "quantize_weight(Tensor weight, float eps=1e-6) -> (Tensor, Tensor)",
+    "expand_weight(Tensor w_packed, int in_features) -> Tensor",
+    "quantize_activations(Tensor x, float eps=1e-6) -> (Tensor, Tensor)",
 )
-
-MAX_IN_FEATURES = 500_000
-"""Up to here int32 holds the product, 127 * K, and what the kernels accumulate on the way."""
 
 _BACKWARD_SCHEMA = "inference_only_backward(Tensor grad, int in_features) -> Tensor"
 
@@ -57,9 +61,17 @@ def register(compiled: bool) -> None:
     library.impl("inference_only_backward", _raise_inference_only, "CompositeExplicitAutograd")
 
     if not compiled:
-        library.define(SCHEMA, tags=pt2)
-    torch.library.register_fake("bitlinear::linear", _fake_linear, lib=library)
-    library.impl("linear", reference_linear, "CompositeExplicitAutograd")
+        for schema in SCHEMAS:
+            library.define(schema, tags=pt2)
+    implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "linear": (_fake_linear, reference_linear),
+        "quantize_weight": (_fake_quantize_weight, reference_quantize_weight),
+        "expand_weight": (_fake_expand_weight, reference_expand_weight),
+        "quantize_activations": (_fake_quantize_activations, quantize_activations),
+    }
+    for name, (fake, reference) in implementations.items():
+        torch.library.register_fake(f"bitlinear::{name}", fake, lib=library)
+        library.impl(name, reference, "CompositeExplicitAutograd")
     for device_type in ("cpu", "cuda"):
         key = f"Autocast{device_type.upper()}"
         library.impl("linear", _autocast_linear(device_type, key), key)
@@ -206,6 +218,44 @@ def _fake_linear(
 ) -> Tensor:
     check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, out_dtype)
     return x.new_empty((*x.shape[:-1], w_packed.shape[0]), dtype=out_dtype or x.dtype)
+
+
+def reference_quantize_weight(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Absmean quantisation per tensor (BitNet b1.58), packed.
+
+    Args:
+        weight: Floating point, shape ``(N, K)``.
+        eps: Lower bound of the scale.
+
+    Returns:
+        ``w_packed``: uint8, shape ``(N, ceil(K/4))``, see :mod:`bitlinear.packing`; and
+        ``w_scale``: fp32, shape ``(1,)``, NaN or infinite if a weight is (its code is then 0).
+    """
+    w_scale = absmean_scale(weight, eps)
+    w_packed = weight.new_empty(packing.packed_shape(*weight.shape), dtype=torch.uint8)
+    for first, rows in packing.enumerate_chunks(weight):
+        w_packed[first : first + len(rows)] = packing.pack_ternary(ternarize(rows, w_scale))
+    return w_packed, w_scale
+
+
+def _fake_quantize_weight(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    shape = packing.packed_shape(*weight.shape)
+    scale = weight.new_empty((1,), dtype=torch.float32)
+    return weight.new_empty(shape, dtype=torch.uint8), scale
+
+
+def reference_expand_weight(w_packed: Tensor, in_features: int) -> Tensor:
+    """The ternary weights, fp32, shape ``(N, K)``, of uint8 of shape ``(N, ceil(K/4))``."""
+    return packing.expand(w_packed, in_features).to(torch.float32)
+
+
+def _fake_expand_weight(w_packed: Tensor, in_features: int) -> Tensor:
+    return w_packed.new_empty((w_packed.shape[0], in_features), dtype=torch.float32)
+
+
+def _fake_quantize_activations(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), scale
 
 
 def _autocast_linear(device_type: str, key: str) -> Any:

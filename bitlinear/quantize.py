@@ -17,11 +17,15 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 QUANT_TYPES = ("ai8pc_wpt",)
 """``ai8pc_wpt``: int8 activations, one scale per token; ternary weights, one scale per tensor."""
+
+MAX_IN_FEATURES = 500_000
+"""Up to here int32 holds the product, 127 * K, and what the kernels accumulate on the way."""
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -101,11 +105,11 @@ def quantize_activations(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
 
 def absmean_scale(weight: Tensor, eps: float = 1e-6) -> Tensor:
     """``max(mean(|weight|), eps)``, fp32, shape ``(1,)``; NaN or infinite if a weight is."""
-    # Rows first, then their sums in float64: accurate, and independent of the thread count, so
-    # that a layer quantises to the same bits whenever it is looked at. (MPS has no float64.)
-    sums = weight.abs().sum(dim=-1, dtype=torch.float32)
+    # Rows first, then their sums: in float64, so that it hardly matters in which order, and the
+    # same for any number of threads, so that a layer quantises to the same bits whenever it is
+    # looked at. (MPS has no float64.)
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
-    mean = sums.sum(dtype=wide) / weight.numel()
+    mean = weight.abs().sum(dim=-1, dtype=wide).sum() / weight.numel()
     return mean.to(torch.float32).clamp_min(eps).reshape(1)
 
 
@@ -164,46 +168,76 @@ class _StraightThroughLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+        w_packed: Tensor,
+        w_scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with _without_autocast(x.device.type):
-            q, s_x = quantize_activations(x.reshape(-1, x.shape[-1]), eps)
-            t, s_w = quantize_weights(weight, eps)
-            product = integer_product(q.to(torch.float32), t.to(torch.float32))
-            y = epilogue(product, s_x, s_w, bias).to(dtype)
-        return y.reshape(*x.shape[:-1], weight.shape[0]), q, s_x, t, s_w
+            q, s_x = torch.ops.bitlinear.quantize_activations.default(x, eps)
+            y = packed_linear(x, w_packed, w_scale, bias, eps, dtype)
+        return y, q, s_x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, bias, _, _ = inputs
-        _, *quantized = output
-        ctx.mark_non_differentiable(*quantized)
-        # int8, a quarter of what autograd would keep for nn.Linear in fp32.
-        ctx.save_for_backward(*quantized)
+        x, weight, bias, _, _, w_packed, w_scale = inputs
+        _, q, s_x = output
+        ctx.mark_non_differentiable(q, s_x)
+        # 1 byte per activation and 2 bits per weight, where nn.Linear keeps 4 bytes of each.
+        ctx.save_for_backward(q, s_x, w_packed, w_scale)
         ctx.device_type = x.device.type
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        q, s_x, t, s_w = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        q, s_x, w_packed, w_scale = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         grad_x = grad_weight = grad_bias = None
         with _without_autocast(ctx.device_type):
             g = grad.reshape(-1, grad.shape[-1]).to(torch.float32)
             if needs_x:
-                grad_x = ((g @ t.to(torch.float32)) * s_w).to(x_dtype)
-                grad_x = grad_x.reshape(*grad.shape[:-1], t.shape[1])
+                t = torch.ops.bitlinear.expand_weight.default(w_packed, q.shape[-1])
+                grad_x = ((g @ t) * w_scale).to(x_dtype).reshape(q.shape)
             if needs_weight:
-                grad_weight = ((g * s_x).T @ q.to(torch.float32)).to(weight_dtype)
+                tokens = q.reshape(-1, q.shape[-1]).to(torch.float32)
+                grad_weight = ((g * s_x.reshape(-1, 1)).T @ tokens).to(weight_dtype)
             if needs_bias:
                 grad_bias = g.sum(dim=0).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def packed_linear(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The deployed operator; for any ``K``, while its kernels end at 500,000."""
+    in_features = x.shape[-1]
+    if in_features <= MAX_IN_FEATURES:
+        output: Tensor = torch.ops.bitlinear.linear.default(
+            x, w_packed, w_scale, bias, in_features, eps, 0, 8, dtype
+        )
+        return output
+    q, s_x = quantize_activations(x.reshape(-1, in_features), eps)
+    t = torch.ops.bitlinear.expand_weight.default(w_packed, in_features)
+    y = epilogue(integer_product(q.to(torch.float32), t), s_x, w_scale, bias)
+    return y.to(dtype or x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def straight_through_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    quantized: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Linear map with quantised operands and straight-through gradients, for training.
 
@@ -216,6 +250,46 @@ def straight_through_linear(
         x: fp32, fp16 or bf16, shape ``(..., K)``.
         weight: Floating point, shape ``(N, K)``.
         bias: Floating point, shape ``(N,)``, or None.
+        eps: Lower bound of the absmax of a token and of the absmean of the weights.
+        quantized: ``weight``, packed, and its scale, where they are at hand:
+            ``torch.ops.bitlinear.quantize_weight(weight, eps)``.
+
+    Returns:
+        Shape ``(..., N)``, in the dtype of ``x``; under autocast, in the dtype of autocast.
+
+    Raises:
+        TypeError: ``x`` is neither fp32, fp16 nor bf16.
+        ValueError: Shapes or devices do not fit.
+    """
+    check_activations(x, weight.shape[-1])
+    check_device(x, "weight", weight)
+    check_device(x, "bias", bias)
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if _autocasts(device_type) else x.dtype
+    w_packed, w_scale = quantized or torch.ops.bitlinear.quantize_weight.default(
+        weight.detach(), eps
+    )
+    if not torch.is_grad_enabled():
+        with _without_autocast(device_type):
+            return packed_linear(x, w_packed, w_scale, bias, eps, dtype)
+    output, *_ = _StraightThroughLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, eps, dtype, w_packed, w_scale
+    )
+    return cast(Tensor, output)
+
+
+def blended_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, strength: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """``linear(x + strength * (Q(x) - x), weight + strength * (Q(weight) - weight), bias)``.
+
+    ``Q`` quantises and multiplies with the scale again; gradients pass as if it did nothing.
+
+    Args:
+        x: fp32, fp16 or bf16, shape ``(..., K)``.
+        weight: Floating point, shape ``(N, K)``.
+        bias: Floating point, shape ``(N,)``, or None.
+        strength: fp32, shape ``()``: 0 for a plain linear layer, 1 for quantised operands.
         eps: Lower bound of the absmax of a token and of the absmean of the weights.
 
     Returns:
@@ -230,10 +304,15 @@ def straight_through_linear(
     check_device(x, "bias", bias)
     device_type = x.device.type
     dtype = torch.get_autocast_dtype(device_type) if _autocasts(device_type) else x.dtype
-    output, *_ = _StraightThroughLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, eps, dtype
-    )
-    return cast(Tensor, output)
+    with _without_autocast(device_type):
+        with torch.no_grad():
+            q, s_x = quantize_activations(x, eps)
+            t, s_w = quantize_weights(weight, eps)
+            step_x = strength * (q * s_x - x)
+            step_w = strength * (t * s_w - weight)
+        operands = ((x + step_x).float(), (weight + step_w).float())
+        y = F.linear(*operands, None if bias is None else bias.float())
+    return y.to(dtype)
 
 
 def _autocasts(device_type: str) -> bool:

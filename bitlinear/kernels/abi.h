@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define BITLINEAR_ABI_VERSION 2
+#define BITLINEAR_ABI_VERSION 3
 
 // Activations and weights are multiplied in int32. The most significant plane of a packed byte
 // counts 64 times too large (see gemv.h), so |acc| <= 127 * 2 * 64 * K / 4, which stays below 2^31
@@ -59,6 +59,16 @@ struct bitlinear_kernel_table {
   // What a task of M tokens, or fewer, needs.
   int64_t (*scratch_bytes)(int64_t M, int64_t row_bytes);
   bitlinear_costs costs;
+
+  // For training. Rows are of K values of `dtype`, and lie as torch has them.
+  // The sum of |w[0:K]|, added up in an order that depends on K alone.
+  double (*sum_magnitudes)(const void* w, int dtype, int64_t K);
+  // Packs w[0:K], quantised to {-1, 0, 1} with this scale; zeros where the scale is not finite.
+  void (*pack_row)(const void* w, int dtype, int64_t K, float s_w, uint8_t* packed);
+  // The inverse: t[0:K] in {-1, 0, 1}.
+  void (*expand_row)(const uint8_t* packed, int64_t K, float* t);
+  // quantize_row, but q[0:K] in the order of x.
+  void (*quantize_in_order)(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x);
 };
 
 // An odd number of cache lines: rows a power of two apart would compete for the same sets.

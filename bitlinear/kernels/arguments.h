@@ -59,6 +59,19 @@ inline void check_device(const at::Tensor& x, const char* name, const at::Tensor
       x.device(), " and ", name, " is on ", other.device(), ": move one of them with .to(device)");
 }
 
+inline void check_eps(double eps) {
+  TORCH_CHECK_VALUE(eps >= 1e-36 && eps <= 1e18,
+                    "bitlinear: eps must be between 1e-36 and 1e+18 (127 / eps and eps * eps have "
+                    "to fit float32), but it is ",
+                    eps);
+}
+
+inline void check_dtype(const at::Tensor& x) {
+  TORCH_CHECK_TYPE(kernel_dtype(x.scalar_type()) >= 0,
+                   "bitlinear: x must be float32, float16 or bfloat16, but it is ",
+                   dtype_name(x.scalar_type()), ": convert it, for example with x.float()");
+}
+
 // The same conditions and messages as check_arguments in ops.py.
 inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
                             const at::Tensor& w_scale, const std::optional<at::Tensor>& bias,
@@ -72,13 +85,8 @@ inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
                     "bitlinear: in_features must be between 1 and ", BITLINEAR_MAX_K,
                     " (where int32 sums are exact), but it is ", in_features,
                     ": split the layer along in_features");
-  TORCH_CHECK_VALUE(eps >= 1e-36 && eps <= 1e18,
-                    "bitlinear: eps must be between 1e-36 and 1e+18 (127 / eps and eps * eps have "
-                    "to fit float32), but it is ",
-                    eps);
-  TORCH_CHECK_TYPE(kernel_dtype(x.scalar_type()) >= 0,
-                   "bitlinear: x must be float32, float16 or bfloat16, but it is ",
-                   dtype_name(x.scalar_type()), ": convert it, for example with x.float()");
+  check_eps(eps);
+  check_dtype(x);
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == in_features,
                     "bitlinear: the last dimension of x must be in_features = ", in_features,
                     ", but x has shape ", x.sizes());

@@ -6,11 +6,14 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <optional>
 #include <set>
 #include <thread>
+#include <tuple>
+#include <vector>
 
 #include "abi.h"
 #include "arguments.h"
@@ -26,6 +29,12 @@ using bitlinear::data_of;
 using bitlinear::kernel_dtype;
 
 std::atomic<const bitlinear_kernel_table*> active_kernels{nullptr};
+
+const bitlinear_kernel_table* active_table() {
+  const bitlinear_kernel_table* table = active_kernels.load(std::memory_order_acquire);
+  TORCH_CHECK(table != nullptr, "bitlinear: no CPU kernel is active; see bitlinear.doctor");
+  return table;
+}
 
 constexpr int64_t kAlignment = 64;  // of torch's memory, of cache lines and of vectors
 
@@ -47,8 +56,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
               int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
   const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
   check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, y_dtype);
-  const bitlinear_kernel_table* kernels = active_kernels.load(std::memory_order_acquire);
-  TORCH_CHECK(kernels != nullptr, "bitlinear: no CPU kernel is active; see bitlinear.doctor");
+  const bitlinear_kernel_table* const kernels = active_table();
 
   const int64_t K = in_features;
   const int64_t N = w_packed.size(0);
@@ -127,6 +135,96 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   return y;
 }
 
+// Calls `row` for each of so many rows, on all threads where that is worth it.
+template <class Row>
+void for_each_row(int64_t rows, int64_t columns, const Row& row) {
+  constexpr int64_t kWorthATeam = 32 * 1024;
+  const int64_t parts =
+      std::min(rows, rows * columns < kWorthATeam ? 1 : int64_t{4} * at::get_num_threads());
+  bitlinear::parallel(0, row, parts, [&](int64_t part) {
+    const bitlinear::Range range = bitlinear::part_of(rows, 1, part, parts);
+    for (int64_t i = range.begin; i < range.end; ++i) row(i);
+  });
+}
+
+std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
+  bitlinear::check_eps(eps);
+  TORCH_CHECK_VALUE(weight.dim() == 2 && at::isFloatingType(weight.scalar_type()),
+                    "bitlinear: weight must be floating point, of shape (N, K), but it is ",
+                    bitlinear::dtype_name(weight.scalar_type()), " of shape ", weight.sizes());
+  const bitlinear_kernel_table* const kernels = active_table();
+  const int64_t N = weight.size(0), K = weight.size(1);
+  const Tensor known =
+      kernel_dtype(weight.scalar_type()) < 0 ? weight.to(ScalarType::Float) : weight;
+  const Tensor input = known.contiguous();
+  const int dtype = kernel_dtype(input.scalar_type());
+  const char* const rows = data_of(input, "weight");
+  const int64_t bytes = K * input.element_size();
+  const int64_t row_bytes = bitlinear::ceil_div(K, 4);
+  Tensor packed = Tensor(at::detail::empty_cpu({N, row_bytes}, ScalarType::Byte));
+  Tensor scale = Tensor(at::detail::empty_cpu({1}, ScalarType::Float));
+
+  // Each row in an order of its own, then the rows one after the other: the same bits with any
+  // number of threads.
+  std::vector<double> sums(static_cast<size_t>(N));
+  for_each_row(N, K, [&](int64_t n) {
+    sums[static_cast<size_t>(n)] = kernels->sum_magnitudes(rows + n * bytes, dtype, K);
+  });
+  double sum = 0.0;
+  for (const double row : sums) sum += row;
+  const float mean = static_cast<float>(sum / static_cast<double>(N * K));
+  const float least = static_cast<float>(eps);
+  const float s_w = mean < least ? least : mean;  // a NaN stays
+  *scale.data_ptr<float>() = s_w;
+  uint8_t* const out = packed.data_ptr<uint8_t>();
+  for_each_row(N, K, [&](int64_t n) {
+    kernels->pack_row(rows + n * bytes, dtype, K, s_w, out + n * row_bytes);
+  });
+  return {packed, scale};
+}
+
+Tensor expand_weight(const Tensor& w_packed, int64_t in_features) {
+  TORCH_CHECK_VALUE(w_packed.scalar_type() == ScalarType::Byte && w_packed.dim() == 2 &&
+                        w_packed.size(1) == bitlinear::ceil_div(in_features, 4),
+                    "bitlinear: w_packed must be uint8, of shape (N, ",
+                    bitlinear::ceil_div(in_features, 4), ") for in_features = ", in_features,
+                    ", but it is ", bitlinear::dtype_name(w_packed.scalar_type()), " of shape ",
+                    w_packed.sizes());
+  const bitlinear_kernel_table* const kernels = active_table();
+  const int64_t N = w_packed.size(0), row_bytes = w_packed.size(1);
+  const Tensor input = w_packed.contiguous();
+  Tensor t = Tensor(at::detail::empty_cpu({N, in_features}, ScalarType::Float));
+  const uint8_t* const rows = input.const_data_ptr<uint8_t>();
+  float* const out = t.data_ptr<float>();
+  for_each_row(N, in_features, [&](int64_t n) {
+    kernels->expand_row(rows + n * row_bytes, in_features, out + n * in_features);
+  });
+  return t;
+}
+
+std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
+  bitlinear::check_eps(eps);
+  bitlinear::check_dtype(x);
+  TORCH_CHECK_VALUE(x.dim() > 0, "bitlinear: x must have shape (..., K), but it has no dimension");
+  const bitlinear_kernel_table* const kernels = active_table();
+  const int64_t K = x.size(-1), M = K == 0 ? 0 : x.numel() / K;
+  const Tensor input = x.contiguous();
+  const int dtype = kernel_dtype(input.scalar_type());
+  const char* const tokens = data_of(input, "x");
+  const int64_t bytes = K * input.element_size();
+  c10::DimVector shape(x.sizes());
+  Tensor q = Tensor(at::detail::empty_cpu(shape, ScalarType::Char));
+  shape.back() = 1;
+  Tensor scale = Tensor(at::detail::empty_cpu(shape, ScalarType::Float));
+  int8_t* const out = q.data_ptr<int8_t>();
+  float* const s_x = scale.data_ptr<float>();
+  for_each_row(M, K, [&](int64_t m) {
+    kernels->quantize_in_order(tokens + m * bytes, dtype, K, static_cast<float>(eps), out + m * K,
+                               s_x + m);
+  });
+  return {q, scale};
+}
+
 }  // namespace
 
 // Makes a variant's kernels the ones that the operator runs. 0, or 1 if its interface is another.
@@ -149,16 +247,28 @@ BITLINEAR_EXPORT int bitlinear_parallel_threads(void) {
 }
 
 TORCH_LIBRARY(bitlinear, m) {
-  // The same string as SCHEMA in ops.py, which says what the arguments mean.
+  // The same strings as SCHEMAS in ops.py, which says what the arguments mean.
   m.def(
       "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
       "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  m.def("quantize_weight(Tensor weight, float eps=1e-6) -> (Tensor, Tensor)",
+        {at::Tag::pt2_compliant_tag});
+  m.def("expand_weight(Tensor w_packed, int in_features) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("quantize_activations(Tensor x, float eps=1e-6) -> (Tensor, Tensor)",
+        {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(bitlinear, CPU, m) { m.impl("linear", linear); }
+TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
+  m.impl("linear", linear);
+  m.impl("quantize_weight", quantize_weight);
+  m.impl("expand_weight", expand_weight);
+  m.impl("quantize_activations", quantize_activations);
+}
 
-// The operator has no derivative: a backward pass raises instead of losing the gradient.
+// The operators have no derivative: a backward pass raises instead of losing the gradient.
 TORCH_LIBRARY_IMPL(bitlinear, Autograd, m) {
-  m.impl("linear", torch::autograd::autogradNotImplementedFallback());
+  for (const char* name : {"linear", "quantize_weight", "expand_weight", "quantize_activations"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
 }

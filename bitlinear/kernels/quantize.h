@@ -21,13 +21,13 @@ inline int32_t round_to_int(float x) {
   return static_cast<int32_t>(float_bits(x + kRoundMagic) - float_bits(kRoundMagic));
 }
 
-template <class V>
-void quantize_row(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x,
-                  int32_t* q_sum) {
-  constexpr int64_t kBlock = V::kWidth;    // packed bytes, so values per plane
-  constexpr int64_t kValues = 4 * kBlock;  // values per block
-  constexpr int64_t kChunk = 1024;         // values converted to fp32 at a time
-  static_assert(kChunk % kValues == 0, "a chunk must hold whole blocks");
+constexpr int64_t kQuantizeChunk = 1024;  // values converted to fp32 at a time
+
+// The scale of x[0:K]. `store(k, count, row)` receives its values, quantised, from k on; none where
+// the token has a NaN or an infinity.
+template <class V, class Store>
+float quantize(const void* x, int dtype, int64_t K, float eps, const Store& store) {
+  constexpr int64_t kChunk = kQuantizeChunk;
   float floats[kChunk];
 
   // As unsigned integers the bits of |x| order finite < infinity < NaN.
@@ -40,26 +40,29 @@ void quantize_row(const void* x, int dtype, int64_t K, float eps, int8_t* q, flo
       absmax_bits = bits > absmax_bits ? bits : absmax_bits;
     }
   }
-  const int64_t padded = (K + kValues - 1) / kValues * kValues;
-  if (absmax_bits >= 0x7F800000u) {
-    memset(q, 0, static_cast<size_t>(padded));
-    *s_x = bits_float(0x7FC00000u);
-    *q_sum = 0;
-    return;
-  }
+  if (absmax_bits >= 0x7F800000u) return bits_float(0x7FC00000u);
   const float absmax = bits_float(absmax_bits) > eps ? bits_float(absmax_bits) : eps;
   const float inv = 127.0f / absmax;
 
-  int32_t sum = 0;
   for (int64_t k = 0; k < K; k += kChunk) {
     const int64_t count = K - k < kChunk ? K - k : kChunk;
     const float* chunk = as_floats<V>(x, dtype, k, count, floats);
     alignas(64) int8_t row[kChunk];
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t value = round_to_int(chunk[i] * inv);
-      sum += value;
-      row[i] = static_cast<int8_t>(value);
-    }
+    for (int64_t i = 0; i < count; ++i) row[i] = static_cast<int8_t>(round_to_int(chunk[i] * inv));
+    store(k, count, row);
+  }
+  return absmax / 127.0f;
+}
+
+template <class V>
+void quantize_row(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x,
+                  int32_t* q_sum) {
+  constexpr int64_t kBlock = V::kWidth;    // packed bytes, so values per plane
+  constexpr int64_t kValues = 4 * kBlock;  // values per block
+  static_assert(kQuantizeChunk % kValues == 0, "a chunk must hold whole blocks");
+  int32_t sum = 0;
+  *s_x = quantize<V>(x, dtype, K, eps, [&](int64_t k, int64_t count, int8_t* row) {
+    for (int64_t i = 0; i < count; ++i) sum += row[i];
     const int64_t filled = (count + kValues - 1) / kValues * kValues;
     memset(row + count, 0, static_cast<size_t>(filled - count));
     // Four values make one 32-bit word; plane j takes byte j of every word.
@@ -78,8 +81,9 @@ void quantize_row(const void* x, int dtype, int64_t K, float eps, int8_t* q, flo
         block[3 * kBlock + b] = static_cast<int8_t>(words[b] >> 24);
       }
     }
-  }
-  *s_x = absmax / 127.0f;
+  });
+  // A NaN.
+  if (*s_x != *s_x) memset(q, 0, static_cast<size_t>((K + kValues - 1) / kValues * kValues));
   *q_sum = sum;
 }
 

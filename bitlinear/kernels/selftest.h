@@ -185,6 +185,7 @@ class Expected {
   }
 
   int32_t q(int64_t k) const { return q_[k]; }
+  bool is_scale(float s_x) const { return finite_ ? s_x == s_x_ : isnan(s_x); }
 
   // "" if `got`, row m of y, is right in column n.
   std::string compare(int64_t m, int64_t n, float got) const { return compare(m, n, got, y(n)); }
@@ -213,6 +214,49 @@ class Expected {
   bool finite_ = true;
   float s_x_;
 };
+
+// What training reads and writes, with row m of x in the place of weights, and then of activations.
+// Returns "" or what differs.
+inline std::string check_training(const bitlinear_kernel_table& kernels, const Operands& operands,
+                                  int64_t m, const Expected& expected) {
+  const Case& c = operands.shape;
+  const std::string where = " of row " + std::to_string(m) + " at " + describe(c);
+  Buffer row(c.dtype, c.K);
+  double sum = 0.0;
+  for (int64_t k = 0; k < c.K; ++k) {
+    row.set(k, operands.x.get(m * c.K + k));
+    sum += fabs(static_cast<double>(row.get(k)));
+  }
+  const double got_sum = kernels.sum_magnitudes(row.data(), c.dtype, c.K);
+  const bool same = isfinite(sum) ? fabs(got_sum - sum) <= 1e-12 * sum
+                    : isnan(sum)  ? isnan(got_sum)
+                                  : isinf(got_sum);
+  if (!same) return "sum_magnitudes is " + std::to_string(got_sum) + where;
+
+  const float s_w = static_cast<float>(sum / static_cast<double>(c.K)) + operands.eps;
+  std::vector<uint8_t> packed(static_cast<size_t>(operands.row_bytes), 99);
+  std::vector<float> t(static_cast<size_t>(c.K));
+  kernels.pack_row(row.data(), c.dtype, c.K, s_w, packed.data());
+  kernels.expand_row(packed.data(), c.K, t.data());
+  for (int64_t k = 0; k < 4 * operands.row_bytes; ++k) {
+    const int code = packed[k / 4] >> (6 - 2 * (k % 4)) & 3;
+    const volatile float quotient = k < c.K ? row.get(k) / s_w : 0.0f;
+    const float rounded = nearbyintf(quotient);
+    const float wanted = isnan(rounded) ? 0 : rounded > 1 ? 1 : rounded < -1 ? -1 : rounded;
+    if (code - 1 != wanted || (k < c.K && t[k] != wanted)) {
+      return "weight " + std::to_string(k) + " is packed as " + std::to_string(code) + where;
+    }
+  }
+
+  std::vector<int8_t> q(static_cast<size_t>(c.K), 99);
+  float s_x = 0.0f;
+  kernels.quantize_in_order(row.data(), c.dtype, c.K, operands.eps, q.data(), &s_x);
+  for (int64_t k = 0; k < c.K; ++k) {
+    if (q[k] != expected.q(k)) return "q in order, " + std::to_string(k) + where;
+  }
+  if (!expected.is_scale(s_x)) return "s_x in order is " + std::to_string(s_x) + where;
+  return "";
+}
 
 // Returns "" or what differs.
 inline std::string check_case(const bitlinear_kernel_table& kernels, const Case& c, uint64_t seed) {
@@ -277,6 +321,8 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
                                          : expected.compare(m, n, got);
       if (!difference.empty()) return difference;
     }
+    const std::string difference = check_training(kernels, operands, m, expected);
+    if (!difference.empty()) return difference;
   }
   return "";
 }

@@ -26,6 +26,7 @@
 #include "gemv.h"
 #include "heuristics.h"
 #include "quantize.h"
+#include "train.h"
 
 namespace bitlinear {
 
@@ -52,8 +53,9 @@ int64_t scratch_bytes(int64_t M, int64_t row_bytes) {
 
 template <class V, class Gemm>
 constexpr bitlinear_kernel_table make_table(const char* name) {
-  return {BITLINEAR_ABI_VERSION,  name,        V::kWidth, quantize_row<V>, linear<V, Gemm>,
-          scratch_bytes<V, Gemm>, Gemm::kCosts};
+  return {BITLINEAR_ABI_VERSION,  name,         V::kWidth,         quantize_row<V>, linear<V, Gemm>,
+          scratch_bytes<V, Gemm>, Gemm::kCosts, sum_magnitudes<V>, pack_row<V>,     expand_row<V>,
+          quantize_in_order<V>};
 }
 
 }  // namespace bitlinear

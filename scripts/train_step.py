@@ -1,0 +1,124 @@
+"""Times a training step of one layer, and says what it saves for the backward pass.
+
+    python scripts/train_step.py [--shapes NxK ...] [--tokens M] [--compile]
+
+A step is a forward pass and a backward pass to the weight, the bias and the input, in fp32. Beside
+BitLinear: ``nn.Linear``, and the expression by which most implementations train (both operands
+quantised and multiplied out again, in floating point, with ``detach()`` for the straight-through
+gradient). Then evaluation with one token, by layers that are not deployed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import report
+import timing
+from bench import Shape, parse_count, parse_seconds, parse_shape
+from bitlinear import BitLinear
+
+
+class Expression(nn.Linear):
+    """The usual way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.abs().mean().clamp_min(1e-6)
+        weight = (self.weight / scale).round().clamp(-1, 1) * scale
+        inverse = 127 / x.abs().amax(dim=-1, keepdim=True).clamp_min(1e-6)
+        tokens = (x * inverse).round().clamp(-128, 127) / inverse
+        weight = self.weight + (weight - self.weight).detach()
+        return F.linear(x + (tokens - x).detach(), weight, self.bias)
+
+
+def saved_bytes(layer: nn.Module, x: Tensor) -> int:
+    """Of all memory that the forward pass keeps for the backward pass."""
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return sum(storages.values())
+
+
+def step_of(layer: nn.Module, x: Tensor) -> timing.Call:
+    grad = torch.randn(len(x), layer.out_features)
+    operands = (layer.weight, layer.bias, x)
+
+    def step() -> None:
+        torch.autograd.graph.increment_version(layer.weight)  # as the optimizer does every time
+        torch.autograd.grad(layer(x), operands, grad)
+
+    return step
+
+
+def layers(shape: Shape, compiled: bool) -> dict[str, nn.Module]:
+    N, K = shape
+    made: dict[str, nn.Module] = {
+        "nn.Linear": nn.Linear(K, N),
+        "BitLinear": BitLinear(K, N),
+        "expression": Expression(K, N),
+    }
+    if compiled:
+        expression = Expression(K, N)
+        expression.compile()
+        made["expression, compiled"] = expression
+    return made
+
+
+def measure(shape: Shape, M: int, compiled: bool, budget: float) -> list[tuple[str, ...]]:
+    """A row for each layer: its step, the ratio to nn.Linear, what it saves, one token in eval."""
+    made = layers(shape, compiled)
+    x = torch.randn(M, shape[1], requires_grad=True)
+    steps = [timing.Contestant(name, step_of(layer, x)) for name, layer in made.items()]
+    times = timing.compare(steps, budget, timing.cpu_timer)
+    token = torch.randn(1, shape[1])
+    with torch.no_grad():
+        calls = [
+            timing.Contestant(name, lambda layer=layer: layer(token))
+            for name, layer in made.items()
+        ]
+        tokens = timing.compare(calls, budget / 4, timing.cpu_timer)
+    base, base_bytes = times["nn.Linear"].median, saved_bytes(made["nn.Linear"], x)
+    return [
+        (
+            f"{shape[0]} x {shape[1]}",
+            name,
+            f"{times[name].median * 1e3:.1f}",
+            f"{times[name].median / base:.2f}",
+            f"{saved_bytes(layer, x) / base_bytes:.2f}",
+            f"{tokens[name].median * 1e6:.0f}",
+        )
+        for name, layer in made.items()
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--shapes", nargs="+", type=parse_shape, metavar="NxK", default=[(1024,) * 2, (4096,) * 2])
+    add("--tokens", type=parse_count, metavar="M", default=512)
+    add("--compile", action="store_true", help="the usual expression compiled, too")
+    add("--budget", type=parse_seconds, default=20.0, help="seconds for each shape (default: 20)")
+    options = parser.parse_args(argv)
+    header = ("N x K", "layer", "step, ms", "of nn.Linear", "saved, of its", "eval, M = 1, us")
+    rows = [
+        row
+        for shape in options.shapes
+        for row in measure(shape, options.tokens, options.compile, options.budget)
+    ]
+    print(f"{torch.get_num_threads()} threads, M = {options.tokens}\n")
+    print(report.markdown(header, rows, words=("N x K", "layer")))
+
+
+if __name__ == "__main__":
+    main()

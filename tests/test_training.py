@@ -1,0 +1,311 @@
+"""Training: operators, what the backward pass saves, what is kept between calls, schedules."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bitlinear
+from bitlinear import BitLinear, ops, quantize
+from bitlinear.quantize import straight_through_linear
+
+OPS = torch.ops.bitlinear
+WEIGHT_DTYPES = [*oracle.DTYPES, torch.float64]
+
+
+# --- The operators ---
+
+
+@given(
+    n=st.integers(1, 40),
+    k=st.one_of(st.integers(1, 40), st.integers(1000, 2100)),
+    dtype=st.sampled_from(WEIGHT_DTYPES),
+    spread=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
+    seed=st.integers(0, 2**16),
+)
+def test_weights_are_quantised_as_by_the_oracle(n, k, dtype, spread, seed):
+    w = (torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * spread).to(dtype)
+    w_packed, w_scale = OPS.quantize_weight(w, 1e-6)
+    assert (w_packed.dtype, w_scale.dtype, w_scale.shape) == (torch.uint8, torch.float32, (1,))
+    scale = oracle.weight_scale(w.float(), 1e-6)
+    np.testing.assert_allclose(w_scale.item(), scale, rtol=1.2e-7)
+    t = oracle.ternarize(w.float(), w_scale)
+    np.testing.assert_array_equal(w_packed.numpy(), oracle.pack(t))
+    np.testing.assert_array_equal(OPS.expand_weight(w_packed, k).numpy(), t)
+    reference = ops.reference_quantize_weight(w, 1e-6)
+    if reference[1] == w_scale:  # they may differ in the last bit
+        assert torch.equal(reference[0], w_packed)
+
+
+def test_half_of_the_scale_rounds_to_zero():
+    # Their mean is 1; 0.5 is halfway, and rounds to even.
+    w = torch.tensor([[0.5, -0.5, 0.5000001, -0.5000001, 1.5, 0.0, 2.0, 2.5]])
+    w[0, -1] += 8 - w.abs().sum()
+    w_packed, w_scale = OPS.quantize_weight(w)
+    assert w_scale.item() == 1.0
+    assert OPS.expand_weight(w_packed, 8).tolist() == [[0, 0, 1, -1, 1, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_zeros_with_a_scale_that_says_so(value):
+    w = torch.randn(3, 50)
+    w[1, 20] = value
+    w_packed, w_scale = OPS.quantize_weight(w)
+    assert not w_scale.isfinite()
+    assert not OPS.expand_weight(w_packed, 50).any()
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("shape", [(5,), (3, 70), (2, 0, 9), (0, 4), (2, 3, 2051)])
+def test_activations_are_quantised_as_by_the_oracle(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    q, s_x = OPS.quantize_activations(x, 1e-6)
+    assert (q.dtype, q.shape, s_x.shape) == (torch.int8, x.shape, (*shape[:-1], 1))
+    if x.numel():
+        wanted, scale = oracle.quantize_activations(x.float())
+        np.testing.assert_array_equal(q.numpy(), wanted)
+        np.testing.assert_array_equal(s_x.numpy(), scale)
+
+
+def test_views_and_threads():
+    w, x = torch.randn(70, 300), torch.randn(300, 64)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for weight, tokens in ((w, x.T), (w.T.contiguous().T, x.T.contiguous())):
+                w_packed, w_scale = OPS.quantize_weight(weight)
+                results.append((w_packed, w_scale, *OPS.quantize_activations(tokens)))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match=r"weight must be floating point.*int64"):
+        OPS.quantize_weight(torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"shape \(N, K\)"):
+        OPS.quantize_weight(torch.ones(2))
+    with pytest.raises(ValueError, match="eps must be between"):
+        OPS.quantize_weight(torch.ones(2, 2), 0.0)
+    with pytest.raises(ValueError, match=r"\(N, 2\) for in_features = 5"):
+        OPS.expand_weight(torch.zeros(3, 3, dtype=torch.uint8), 5)
+    with pytest.raises(TypeError, match=r"x must be float32.*float64"):
+        OPS.quantize_activations(torch.ones(2, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="no dimension"):
+        OPS.quantize_activations(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", ["quantize_weight", "expand_weight", "quantize_activations"])
+def test_the_operators_are_what_torch_expects(name):
+    arguments = {
+        "quantize_weight": (torch.randn(6, 11),),
+        "expand_weight": (torch.full((6, 3), 0b01100100, dtype=torch.uint8), 11),
+        "quantize_activations": (torch.randn(2, 6, 11),),
+    }[name]
+    torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+# --- What is saved for the backward pass ---
+
+
+def saved_bytes(layer, x):
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return sum(storages.values())
+
+
+def test_little_is_saved_for_the_backward_pass():
+    x = torch.randn(512, 1024, requires_grad=True)
+    ours, linears = (saved_bytes(kind(1024, 1024), x) for kind in (BitLinear, nn.Linear))
+    assert ours <= 0.15 * linears
+
+
+# --- What is kept while the weight is unchanged ---
+
+
+class Quantisations(TorchDispatchMode):
+    """Counts them."""
+
+    def __enter__(self):
+        self.count = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is OPS.quantize_weight.default
+        return func(*args, **(kwargs or {}))
+
+
+def quantisations(layer, x):
+    with Quantisations() as mode:
+        y = layer(x)
+    return mode.count, y
+
+
+def test_a_weight_that_has_not_changed_is_quantised_once():
+    layer, x = BitLinear(40, 30), torch.randn(4, 40)
+    assert quantisations(layer, x)[0] == 1
+    for _ in range(3):  # as when gradients are accumulated
+        count, y = quantisations(layer, x)
+        assert count == 0
+        y.sum().backward()
+    with torch.no_grad():
+        assert quantisations(layer.eval(), x)[0] == 0
+    with torch.inference_mode():
+        assert quantisations(layer, x)[0] == 0
+
+
+def changes():
+    def step(layer, optimizer=torch.optim.SGD):
+        layer(torch.randn(2, 40)).square().sum().backward()
+        optimizer(layer.parameters(), lr=0.5).step()
+
+    def data(layer):
+        layer.weight.data.mul_(-1)  # no version counter sees this
+
+    def one_step_of_a_storage(layer):
+        layer.weight.data = -layer.weight.data
+
+    def load(layer):
+        layer.load_state_dict(BitLinear(40, 30).state_dict())
+
+    def replace(layer):
+        layer.weight = nn.Parameter(torch.randn(30, 40))
+
+    def numpy(layer):
+        layer.weight.detach().numpy()[:] *= -1
+
+    return [step, data, one_step_of_a_storage, load, replace, numpy]
+
+
+@pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
+def test_a_weight_that_has_changed_is_quantised_again(change):
+    layer, x = BitLinear(40, 30), torch.randn(4, 40)
+    before = layer(x)
+    change(layer)
+    count, after = quantisations(layer, x)
+    assert count == 1
+    assert not torch.equal(before, after)
+    assert torch.equal(after, straight_through_linear(x, layer.weight, layer.bias))
+
+
+def test_what_is_kept_goes_nowhere():
+    layer, x = BitLinear(40, 30), torch.randn(4, 40)
+    y = layer(x)
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    buffer = io.BytesIO()
+    pickle.dump(layer, buffer)
+    assert len(buffer.getvalue()) < 2 * 40 * 30 * 4
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.weight.neg_()
+    assert torch.equal(layer(x), y)
+    assert torch.equal(twin(x), straight_through_linear(x, twin.weight, twin.bias))
+    swapped = {"weight": -layer.weight.detach(), "bias": layer.bias}
+    assert not torch.equal(torch.func.functional_call(layer, swapped, x), y)
+    assert torch.equal(layer(x), y)
+    assert torch.equal(layer.deploy()(x), y)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_layer_sees_its_weight_change():
+    layer, x = BitLinear(40, 30), torch.randn(4, 40)
+    compiled = torch.compile(layer, fullgraph=True)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    for _ in range(3):
+        y = compiled(x)
+        torch.testing.assert_close(y, straight_through_linear(x, layer.weight, layer.bias))
+        y.square().sum().backward()
+        optimizer.step()
+
+
+# --- Schedules ---
+
+
+def test_strength_goes_from_a_plain_layer_to_a_quantised_one():
+    layer, x = BitLinear(40, 30), torch.randn(8, 40)
+    quantised, plain = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    assert layer.quantization_strength == 1
+    distances = []
+    for strength in (0.0, 0.25, 0.75, 1.0):
+        assert bitlinear.set_quantization_strength(layer, strength) is layer
+        assert layer.quantization_strength == strength
+        distances.append((layer(x) - plain).norm().item())
+    assert distances[0] < 1e-5
+    assert distances == sorted(distances)
+    assert torch.equal(layer(x), quantised)
+
+
+def test_the_formula_of_a_blend():
+    layer, x = BitLinear(40, 30), torch.randn(8, 40, requires_grad=True)
+    bitlinear.set_quantization_strength(layer, 0.3)
+    q, s_x = quantize.quantize_activations(x.detach())
+    t, s_w = quantize.quantize_weights(layer.weight.detach())
+    operand_x = x.detach().lerp(q * s_x, 0.3)
+    operand_w = layer.weight.detach().lerp(t * s_w, 0.3)
+    y = layer(x)
+    torch.testing.assert_close(y, operand_x @ operand_w.T + layer.bias)
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close(x.grad, torch.ones(8, 30) @ operand_w)
+    torch.testing.assert_close(layer.weight.grad, torch.ones(30, 8) @ operand_x)
+    torch.testing.assert_close(layer.bias.grad, torch.full((30,), 8.0))
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_dtypes_of_a_blend(dtype):
+    layer = BitLinear(40, 30, dtype=dtype)
+    layer.quantization_strength = 0.5
+    assert layer(torch.randn(2, 40, dtype=dtype)).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, 40)).dtype == torch.bfloat16
+
+
+def test_strength_and_deployment():
+    model = nn.Sequential(BitLinear(8, 8), nn.Sequential(BitLinear(8, 8)))
+    bitlinear.set_quantization_strength(model, 0.5)
+    assert "quantization_strength" not in str(model.state_dict().keys())
+    with pytest.raises(ValueError, match=r"quantization_strength is 0\.5"):
+        bitlinear.deploy(model)
+    bitlinear.set_quantization_strength(model, 1.0)
+    bitlinear.deploy(model[1])
+    with pytest.raises(ValueError, match=r"'1\.0' first"):
+        bitlinear.set_quantization_strength(model, 0.5)
+    assert model[0].quantization_strength == 1
+    with pytest.raises(ValueError, match="between 0 and 1, not 2"):
+        bitlinear.set_quantization_strength(model, 2)
+    with pytest.raises(ValueError, match="between 0 and 1, not nan"):
+        model[0].quantization_strength = float("nan")
+    with pytest.raises(ValueError, match="deployed"):
+        model[1][0].quantization_strength = 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_schedule_is_compiled_once():
+    layer, x = BitLinear(40, 30), torch.randn(4, 40)
+    layer.quantization_strength = 0.0
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for strength in (0.0, 0.1, 0.5, 0.9):
+        layer.quantization_strength = strength
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert counter.frame_count == 1
