@@ -23,10 +23,18 @@ ops.register(compiled=_runtime.kernel is not None)
 # These modules look the operator up, so it has to exist first.
 from .convert import convert, deploy  # noqa: E402
 from .linear import BitLinear  # noqa: E402
+from .load import load_deployed  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["HAS_BITLINEAR", "BitLinear", "available_kernels", "convert", "deploy"]
+__all__ = [
+    "HAS_BITLINEAR",
+    "BitLinear",
+    "available_kernels",
+    "convert",
+    "deploy",
+    "load_deployed",
+]
 
 
 def available_kernels() -> list[Verdict]:
