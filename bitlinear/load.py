@@ -39,9 +39,10 @@ def load_deployed(path: str | os.PathLike[str], model: _Model, *, strict: bool =
 
     Everything in the file is loaded, as ``load_state_dict(..., assign=True)`` does it: what is not
     a BitLinear's as well, with the dtypes of the file. A tensor goes to the device of the one that
-    it replaces; in place of one on the meta device, to the CPU. Every packed byte is read and
-    checked. Parameters that are tied in the model stay tied where the file has one of them, and so
-    does what ``save_model`` left out because it was tied.
+    it replaces; in place of one on the meta device, to the CPU, from where ``model.cuda()`` copies
+    it out of the file. Every packed byte is read and checked. Parameters that are tied in the model
+    stay tied if the file has one of them; it need not have the others, nor what ``save_model`` left
+    out for being tied.
 
     The mapping is private: what writes to a tensor gets a copy of the pages that it touches, and
     never changes the file. The file should not change either, while a tensor of it is alive. On
@@ -96,7 +97,7 @@ def load_deployed(path: str | os.PathLike[str], model: _Model, *, strict: bool =
 
 
 def _map(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The mapped tensors of one or several files, and names left out with those kept for them."""
+    """The mapped tensors, and the names that save_model left out, each with the one it kept."""
     if path.is_dir():
         path = _only_one(path)
     if path.suffix != ".json":
