@@ -23,6 +23,7 @@ ops.register(compiled=_runtime.kernel is not None)
 # These modules look the operator up, so it has to exist first.
 from .convert import convert, deploy, set_quantization_strength  # noqa: E402
 from .linear import BitLinear  # noqa: E402
+from .load import load_deployed  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "available_kernels",
     "convert",
     "deploy",
+    "load_deployed",
     "set_quantization_strength",
 ]
 
