@@ -282,9 +282,16 @@ def test_a_damaged_file_is_refused(tmp_path):
     convert(load(tmp_path / "theirs")).save_pretrained(tmp_path / "ours")
     file = tmp_path / "ours" / "model.safetensors"
     state = safetensors.torch.load_file(file)
-    state["model.layers.1.mlp.up_proj.w_packed"][2, 1] = 0b01_11_00_01
-    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+
+    damaged = {name: tensor.clone() for name, tensor in state.items()}
+    damaged["model.layers.1.mlp.up_proj.w_packed"][2, 1] = 0b01_11_00_01
+    safetensors.torch.save_file(damaged, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: .*code 3, first in byte 1"):
+        load(tmp_path / "ours")
+
+    del state["model.layers.0.mlp.up_proj.w_scale"]
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj: the checkpoint has no w_scale"):
         load(tmp_path / "ours")
 
 
@@ -458,6 +465,12 @@ def damaged(change):
     return layer
 
 
+def damaged_float(change):
+    layer = float_layer(torch.ones(4, 8), scale=1.0)
+    change(layer)
+    return layer
+
+
 class Subclass(bitnet.BitLinear):
     pass
 
@@ -485,6 +498,12 @@ WRONG = [
     (lambda: damaged(lambda layer: layer.to("meta")), "on the meta device: load its weights"),
     (lambda: damaged(lambda layer: setattr(layer, "forward", layer.forward)), "without offload"),
     (lambda: Subclass(8, 8, bias=False), "it is a Subclass"),
+    (
+        lambda: damaged_float(
+            lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(2, 8)))
+        ),
+        r"weight must have shape \[4, 8\], but it has \[2, 8\]",
+    ),
     (lambda: float_layer(torch.full((4, 8), 0.5), scale=1.0), r"weight\[0, 0\] is 0\.5, but"),
     (lambda: float_layer(torch.full((4, 8), float("nan")), scale=1.0), "is nan, but weights of"),
     (lambda: float_layer(torch.full((4, 8), float("inf"))), "NaN, infinite"),

@@ -5,9 +5,9 @@ this module also makes ``from_pretrained`` load what ``save_pretrained`` writes 
 a quantisation method of the name ``"bitlinear"``.
 
 Where the numbers differ: transformers computes in the dtype of the model. In bf16 it rounds the
-scales, the quantised activations, the product and the result, each to 8 bits; here the product is
-exact and only the result is rounded. In fp32 both agree to rounding, unless a quantised activation
-is a tie to within an ulp.
+scales, the scaled activations, the product and the result, each to 8 bits; here the product is
+exact and only the result is rounded. In fp32 both agree to rounding, unless a scaled activation is
+a tie to within an ulp.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def convert(model: _Model) -> _Model:
     alone, and so are forward and backward hooks. A converted model is for inference only.
 
     Beyond the model, this takes the packed weights of one layer and a few MB: the old weight of a
-    layer is released before the next one is converted. For a layer that is quantised online it
-    also takes a copy of its weight.
+    layer is released before the next one is converted. The mean of a weight that is quantised
+    online takes copies of that weight besides, as it does in every forward pass of transformers.
 
     Args:
         model: The model, on any devices. A ``PreTrainedModel`` can be saved afterwards with
@@ -213,11 +213,19 @@ class BitLinearQuantizer(HfQuantizer):  # type: ignore[misc]
                 model.set_submodule(name, new)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        # transformers sets buffers one by one: this is where their bytes get checked.
+        # transformers sets tensors one by one, and makes up those that are missing.
         for name, module in model.named_modules():
             if isinstance(module, BitLinear):
+                state = module.state_dict(keep_vars=True)
+                made_up = [key for key in state if not hasattr(state[key], "_is_hf_initialized")]
+                # A hook of accelerate, where there are several devices, has moved the tensors.
+                if made_up and not hasattr(module, "_hf_hook"):
+                    raise ValueError(
+                        f"{name}: the checkpoint has no {', '.join(made_up)} for this layer: it is "
+                        f"incomplete, or of another model"
+                    )
                 try:
-                    module._check_deployed_state(module.state_dict())
+                    module._check_deployed_state(state)
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{name}: {error}") from error
 
@@ -233,6 +241,9 @@ def _why_not_convertible(layer: Any) -> str:
         )
     if any(tensor.is_meta for tensor in layer.state_dict().values()):
         return "it is on the meta device: load its weights first, without offloading"
+    shape = [layer.out_features, layer.in_features]
+    if isinstance(layer, AutoBitLinear) and list(layer.weight.shape) != shape:
+        return f"weight must have shape {shape}, but it has {list(layer.weight.shape)}"
     online = getattr(layer, "online_quant", False)
     if not online and layer.weight_scale.numel() != 1:
         return f"weight_scale must be one number, but it has shape {list(layer.weight_scale.shape)}"
@@ -292,13 +303,13 @@ def _check_ternary(weight: Tensor) -> None:
 
 def _scale(layer: Any) -> Tensor:
     """fp32, shape ``(1,)``: what the ternary weights of ``layer`` are multiplied by."""
-    if isinstance(layer, PackedBitLinear):  # divides by it
+    if isinstance(layer, PackedBitLinear):  # divides by it; in fp32, 1 / it is rounded once
         scale = 1.0 / layer.weight_scale.detach().float()
     elif layer.online_quant:  # rounds the quantised weights, and so their magnitude, to their dtype
         scale = (1.0 / _online_factor(layer.weight)).to(layer.weight.dtype).float()
     else:
         scale = layer.weight_scale.detach().float()
-    return cast(Tensor, scale.reshape(1))
+    return cast(Tensor, scale.reshape(1).clone())
 
 
 def _online_factor(weight: Tensor) -> Tensor:
