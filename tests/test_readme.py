@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -14,6 +15,8 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
     assert len(blocks) >= 4
     namespace: dict[str, object] = {}
     for block in blocks:
+        if "from transformers" in block and importlib.util.find_spec("transformers") is None:
+            continue  # an extra, which needs a newer Python than the package
         exec(compile(block, "README.md", "exec"), namespace)
     assert all(layer.is_deployed for layer in (namespace["layer"], namespace["fresh"][0]))
 

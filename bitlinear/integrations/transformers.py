@@ -1,0 +1,407 @@
+"""BitNet models of Hugging Face transformers, on these kernels.
+
+:func:`convert` replaces the BitNet layers of a loaded model by deployed layers of ours. Importing
+this module also makes ``from_pretrained`` load what ``save_pretrained`` writes of such a model, by
+a quantisation method of the name ``"bitlinear"``.
+
+Where the numbers differ: transformers computes in the dtype of the model. In bf16 it rounds the
+scales, the scaled activations, the product and the result, each to 8 bits; here the product is
+exact and only the result is rounded. In fp32 both agree to rounding, unless a scaled activation is
+a tie to within an ulp.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.bitnet import AutoBitLinear
+from transformers.integrations.bitnet import BitLinear as PackedBitLinear
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import packing
+from ..convert import _CALL_HOOKS
+from ..linear import BitLinear
+
+__all__ = ["BitLinearConfig", "BitLinearQuantizer", "NormedBitLinear", "convert"]
+
+_logger = logging.getLogger("bitlinear")
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+_METHOD = "bitlinear"
+# The lower bound that transformers has for the absmax of a token and the absmean of a weight.
+_EPS = 1e-5
+
+
+class NormedBitLinear(BitLinear):
+    """A :class:`BitLinear` with an RMSNorm before it, as ``use_rms_norm`` asks for.
+
+    Attributes:
+        rms_norm: The norm, over the last dimension of the input, in the input's dtype.
+    """
+
+    rms_norm: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies the norm, then the layer, to ``input`` of shape ``(..., K)``."""
+        return super().forward(self.rms_norm(input))
+
+
+def convert(model: _Model) -> _Model:
+    """Replaces the BitNet layers of a model of transformers by deployed ones, in place.
+
+    These are ``BitLinear``, whose packed bytes are rearranged, and ``AutoBitLinear``, offline and
+    online, whose float weights are packed. The new layers compute with the same ternary weights
+    and scales; an RMSNorm inside a layer (``use_rms_norm``) is kept. Every other module is left
+    alone, and so are forward and backward hooks. A converted model is for inference only.
+
+    Beyond the model, this takes the packed weights of one layer and a few MB: the old weight of a
+    layer is released before the next one is converted. The mean of a weight that is quantised
+    online takes copies of that weight besides, as it does in every forward pass of transformers.
+
+    Args:
+        model: The model, on any devices. A ``PreTrainedModel`` can be saved afterwards with
+            ``save_pretrained``, and loaded by ``from_pretrained`` wherever this module has been
+            imported.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: The model itself is such a layer, has none, or has one that cannot be taken:
+            on the meta device (offloaded, not loaded yet), of a subclass, of the wrong shape or
+            dtype, with a damaged scale, with weights that are not ternary or not finite. The
+            message names every such layer; the model is unchanged.
+    """
+    if isinstance(model, (PackedBitLinear, AutoBitLinear)):
+        raise ValueError("convert needs the model that holds this layer, to replace it there")
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (PackedBitLinear, AutoBitLinear))
+    }
+    if not layers:
+        raise ValueError(
+            f"this {type(model).__name__} has no BitNet layer of transformers: for nn.Linear "
+            f"layers use bitlinear.convert"
+        )
+    problems = {name: _why_not_convertible(layer) for name, layer in layers.items()}
+    refused = [f"{name}: {reason}" for name, reason in problems.items() if reason]
+    if refused:
+        raise ValueError("BitNet layers cannot be converted:\n  " + "\n  ".join(refused))
+    config = _describe(model, list(layers.values()))
+
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, key))
+    names = list(layers)
+    for name in names:
+        old = layers.pop(name)  # the last reference beside the model's: its weight has to go
+        new = _deployed(old)
+        for parent, key in places[id(old)]:
+            parent._modules[key] = new
+        del old
+        _logger.info("%s: converted to %s", name, new)
+    _logger.info("converted %d BitNet layers", len(names))
+    if isinstance(model, PreTrainedModel):
+        _attach_quantizer(model, config)
+    return model
+
+
+def repack(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The weights of a packed checkpoint of transformers, in our packed format.
+
+    Bytes are made of bytes, on their device, in temporaries of about 1 MB each.
+
+    Args:
+        packed: uint8, shape ``(ceil(N/4), K)``: bits ``2i`` and ``2i + 1`` of ``packed[r, k]``
+            hold the weight ``[i * ceil(N/4) + r, k]``, plus 1.
+        out_features: ``N``. What the bits hold for rows past it is ignored.
+        in_features: ``K``.
+
+    Returns:
+        uint8, shape ``(N, ceil(K/4))``; see :mod:`bitlinear.packing`.
+
+    Raises:
+        TypeError: ``packed`` is not uint8.
+        ValueError: The shape does not fit, or a weight has the invalid code 3.
+    """
+    _check_codes(packed, out_features, in_features)
+    stored, columns = len(packed), packing.packed_shape(0, in_features)[1]
+    shape = packing.packed_shape(out_features, in_features)
+    result = torch.empty(shape, dtype=torch.uint8, device=packed.device)
+    for first, chunk in packing.enumerate_chunks(packed):
+        # Slots past K hold weight 0, code 1, in each of the four rows.
+        padded = F.pad(chunk, (0, 4 * columns - in_features), value=0b01010101)
+        # The columns k of one k mod 4 together: they take the same place in a byte.
+        planes = padded.reshape(-1, columns, 4).permute(2, 0, 1).contiguous()
+        for i in range(4):
+            start = i * stored + first
+            c0, c1, c2, c3 = (planes[:, : max(0, out_features - start)] >> (2 * i)) & 3
+            result[start : start + len(c0)] = (c0 << 6) | (c1 << 4) | (c2 << 2) | c3
+    return result
+
+
+@register_quantization_config(_METHOD)
+class BitLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What ``config.json`` says of a converted model, as ``quantization_config``.
+
+    Args:
+        modules_to_not_convert: Qualified names of the ``nn.Linear`` that are not ours.
+        eps: Lower bound of the absmax of a token; see :class:`BitLinear`.
+        use_rms_norm: Whether the layers are :class:`NormedBitLinear`.
+        rms_norm_eps: What these norms add to the mean square.
+        kwargs: What a later version may have written; ignored.
+    """
+
+    def __init__(
+        self,
+        modules_to_not_convert: list[str] | None = None,
+        eps: float = _EPS,
+        use_rms_norm: bool = False,
+        rms_norm_eps: float = 1e-6,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = _METHOD
+        self.modules_to_not_convert = modules_to_not_convert or []
+        self.eps = eps
+        self.use_rms_norm = use_rms_norm
+        self.rms_norm_eps = rms_norm_eps
+
+
+@register_quantizer(_METHOD)
+class BitLinearQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Makes ``from_pretrained`` put deployed layers into a model before it loads the weights."""
+
+    requires_calibration = True  # in transformers' words: the checkpoint has to be converted
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        """A converted model can be saved."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        # In another architecture than the saved one, the last layer may be a new head.
+        other = type(model).__name__ not in (model.config.architectures or ())
+        kept = self.get_modules_to_not_convert(
+            model, config.modules_to_not_convert, add_default_skips=other
+        )
+        prefix = f"{model.base_model_prefix}."
+        for name, module in list(model.named_modules()):
+            names = {name, prefix + name, name.removeprefix(prefix)}
+            if type(module) is nn.Linear and names.isdisjoint(kept):
+                new = _skeleton(
+                    module.in_features,
+                    module.out_features,
+                    module.bias is not None,
+                    config.use_rms_norm,
+                    config.eps,
+                    module.weight.dtype,
+                ).deploy()
+                if config.use_rms_norm:
+                    with torch.device("meta"):
+                        new.rms_norm = LlamaRMSNorm(module.in_features, config.rms_norm_eps)
+                model.set_submodule(name, new)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        # transformers sets tensors one by one, and makes up those that are missing.
+        for name, module in model.named_modules():
+            if isinstance(module, BitLinear):
+                state = module.state_dict(keep_vars=True)
+                made_up = [key for key in state if not hasattr(state[key], "_is_hf_initialized")]
+                # A hook of accelerate, where there are several devices, has moved the tensors.
+                if made_up and not hasattr(module, "_hf_hook"):
+                    raise ValueError(
+                        f"{name}: the checkpoint has no {', '.join(made_up)} for this layer: it is "
+                        f"incomplete, or of another model"
+                    )
+                try:
+                    module._check_deployed_state(state)
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{name}: {error}") from error
+
+
+def _why_not_convertible(layer: Any) -> str:
+    """Why :func:`convert` would refuse, or ``""``."""
+    if type(layer) not in (PackedBitLinear, AutoBitLinear):
+        return f"it is a {type(layer).__name__}, whose use of the weight is unknown"
+    if "forward" in vars(layer):
+        return (
+            "its forward has been replaced on the instance: load the model on one device, without "
+            "offloading"
+        )
+    if any(tensor.is_meta for tensor in layer.state_dict().values()):
+        return "it is on the meta device: load its weights first, without offloading"
+    shape = [layer.out_features, layer.in_features]
+    if isinstance(layer, AutoBitLinear) and list(layer.weight.shape) != shape:
+        return f"weight must have shape {shape}, but it has {list(layer.weight.shape)}"
+    online = getattr(layer, "online_quant", False)
+    if not online and layer.weight_scale.numel() != 1:
+        return f"weight_scale must be one number, but it has shape {list(layer.weight_scale.shape)}"
+    w_scale = _scale(layer)
+    if not bool(w_scale.isfinite() & (w_scale > 0)):
+        if online:
+            return "its weight has values that are NaN, infinite, or too large for their sum"
+        return (
+            f"weight_scale must be positive, but it is {layer.weight_scale.item():g}: the file is "
+            f"damaged"
+        )
+    try:
+        if isinstance(layer, PackedBitLinear):
+            _check_codes(layer.weight, layer.out_features, layer.in_features)
+        elif not online:
+            _check_ternary(layer.weight)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _check_codes(packed: Tensor, out_features: int, in_features: int) -> None:
+    """Raises what :func:`repack` raises."""
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"weight must be uint8, but it is {packed.dtype}")
+    shape = [(out_features + 3) // 4, in_features]
+    if list(packed.shape) != shape:
+        raise ValueError(
+            f"weight must have shape {shape} for out_features={out_features} and "
+            f"in_features={in_features}, four rows in one, but it has {list(packed.shape)}"
+        )
+    for first, chunk in packing.enumerate_chunks(packed):
+        # A pair of bits is code 3 where both of its bits are set.
+        if bool((chunk & (chunk >> 1) & 0b01010101).any()):
+            for i in range(4):
+                start = i * len(packed) + first
+                codes = (chunk[: max(0, out_features - start)] >> (2 * i)) & 3
+                for row, column in (codes == 3).nonzero().tolist()[:1]:
+                    raise ValueError(
+                        f"weight holds the invalid code 3, first in row {start + row} and column "
+                        f"{column} of the unpacked weight: the file is damaged, or is no packed "
+                        f"checkpoint of transformers"
+                    )
+
+
+def _check_ternary(weight: Tensor) -> None:
+    """Raises ValueError unless ``weight``, floating point, holds only -1, 0 and 1."""
+    for first, rows in packing.enumerate_chunks(weight):
+        if not torch.equal(rows, rows.sign()):
+            row, column = (int(i) for i in (rows != rows.sign()).nonzero()[0])
+            raise ValueError(
+                f"weight[{first + row}, {column}] is {rows[row, column].item()}, but weights of "
+                f"quantization_mode='offline' are -1, 0 or 1: if they are not quantised yet, load "
+                f"them with quantization_mode='online'"
+            )
+
+
+def _scale(layer: Any) -> Tensor:
+    """fp32, shape ``(1,)``: what the ternary weights of ``layer`` are multiplied by."""
+    if isinstance(layer, PackedBitLinear):  # divides by it; in fp32, 1 / it is rounded once
+        scale = 1.0 / layer.weight_scale.detach().float()
+    elif layer.online_quant:  # rounds the quantised weights, and so their magnitude, to their dtype
+        scale = (1.0 / _online_factor(layer.weight)).to(layer.weight.dtype).float()
+    else:
+        scale = layer.weight_scale.detach().float()
+    return cast(Tensor, scale.reshape(1).clone())
+
+
+def _online_factor(weight: Tensor) -> Tensor:
+    """What ``AutoBitLinear`` multiplies its weights by before it rounds them; fp32, 0-D."""
+    factor: Tensor = 1.0 / weight.detach().abs().mean(dtype=torch.float32).clamp_(min=_EPS)
+    return factor
+
+
+@torch.inference_mode(False)  # buffers made in inference mode could never be loaded into
+@torch.no_grad()
+def _deployed(old: Any) -> BitLinear:
+    """The layer that takes the place of ``old``."""
+    norm, bias, w_scale = old.rms_norm, old.bias, _scale(old)
+    if isinstance(old, PackedBitLinear):
+        w_packed = repack(old.weight, old.out_features, old.in_features)
+    else:
+        w_packed = _pack_float(old.weight, _online_factor(old.weight) if old.online_quant else None)
+    state = {"w_packed": w_packed, "w_scale": w_scale}
+    if bias is not None:
+        # In fp32: the kernels add it there, and the product with the scale has more than 8 bits.
+        scaled = isinstance(old, AutoBitLinear) and not old.online_quant
+        state["bias"] = bias.float() * w_scale if scaled else bias.float().clone()
+    dtype = old.dtype if isinstance(old, PackedBitLinear) else old.weight.dtype
+    new = _skeleton(
+        old.in_features, old.out_features, bias is not None, norm is not None, _EPS, dtype
+    )
+    new.load_state_dict(state, assign=True)
+    if norm is not None:
+        new.rms_norm = norm
+    for name in (*_CALL_HOOKS, "_is_hf_initialized"):
+        if name in vars(old):
+            vars(new)[name] = vars(old)[name]
+    return new.train(old.training)
+
+
+def _pack_float(weight: Tensor, factor: Tensor | None) -> Tensor:
+    """``weight * factor``, rounded to {-1, 0, 1} as ``AutoBitLinear`` does, in packed format."""
+    shape = packing.packed_shape(*weight.shape)
+    result = torch.empty(shape, dtype=torch.uint8, device=weight.device)
+    for first, rows in packing.enumerate_chunks(weight):
+        t = rows if factor is None else rows.float().mul_(factor).round_().clamp_(-1, 1)
+        result[first : first + len(rows)] = packing.pack_ternary(t.to(torch.int8))
+    return result
+
+
+def _skeleton(
+    in_features: int, out_features: int, bias: bool, norm: bool, eps: float, dtype: torch.dtype
+) -> BitLinear:
+    """A layer on the meta device; its norm is for the caller to set."""
+    kind = NormedBitLinear if norm else BitLinear
+    layer = kind(in_features, out_features, bias=bias, eps=eps, device="meta", dtype=dtype)
+    if bias:
+        layer.bias = nn.Parameter(layer.bias.float())
+    return layer
+
+
+def _describe(model: nn.Module, layers: list[Any]) -> BitLinearConfig:
+    """What a saved model has to say of itself, so that it can be loaded.
+
+    Raises:
+        ValueError: Some layers have a norm and others none, or another one.
+    """
+    norms = {layer.rms_norm and layer.rms_norm.variance_epsilon for layer in layers}
+    if len(norms) > 1:
+        raise ValueError(
+            f"the layers must have the same rms_norm, as in every model that transformers loads, "
+            f"but the eps of theirs are {norms} (None: no norm)"
+        )
+    norm_eps = norms.pop()
+    linears = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, AutoBitLinear)
+    }
+    return BitLinearConfig(
+        sorted(linears),
+        use_rms_norm=norm_eps is not None,
+        rms_norm_eps=1e-6 if norm_eps is None else norm_eps,
+    )
+
+
+def _attach_quantizer(model: PreTrainedModel, config: BitLinearConfig) -> None:
+    """Has ``save_pretrained`` write ``config``, as if ``from_pretrained`` had loaded the model."""
+    model.hf_quantizer = BitLinearQuantizer(config)
+    model.quantization_method = _METHOD
+    model.is_quantized = True
+    model.config.quantization_config = config
+    # What the quantiser of BitNet did on loading must not be undone on saving.
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [
+            conversion
+            for conversion in conversions
+            if not any(hasattr(op, "hf_quantizer") for op in getattr(conversion, "operations", ()))
+        ]
