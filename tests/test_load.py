@@ -529,7 +529,8 @@ def test_loading_costs_no_memory_besides_the_file(layers, tmp_path):
     )
     anonymous, peak = (1024 * int(kib) for kib in result.stdout.split())
     print(f"anonymous {anonymous / 2**20:.1f} MB, peak {peak / 2**20:.1f} of {file / 2**20:.1f} MB")
-    assert anonymous < 8 * 2**20
+    # Less than one of the layers; a few freed temporaries may still be in the heap.
+    assert anonymous < 2**24
     # Every page of the file was resident: with a copy of it, the peak would be twice that.
-    assert peak < file + 24 * 2**20
+    assert peak < file + 2**25
     paths[layers].unlink()  # pytest keeps the folders of three runs
