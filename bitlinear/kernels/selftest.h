@@ -321,6 +321,7 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
                                          : expected.compare(m, n, got);
       if (!difference.empty()) return difference;
     }
+    if (m >= 2) continue;  // one with what is not finite, and one without
     const std::string difference = check_training(kernels, operands, m, expected);
     if (!difference.empty()) return difference;
   }
