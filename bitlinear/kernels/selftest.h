@@ -222,10 +222,12 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
   const Case& c = operands.shape;
   const std::string where = " of row " + std::to_string(m) + " at " + describe(c);
   Buffer row(c.dtype, c.K);
+  memcpy(row.data(), operands.x.data() + m * static_cast<int64_t>(row.size()), row.size());
+  std::vector<float> values(static_cast<size_t>(c.K));
   double sum = 0.0;
   for (int64_t k = 0; k < c.K; ++k) {
-    row.set(k, operands.x.get(m * c.K + k));
-    sum += fabs(static_cast<double>(row.get(k)));
+    values[k] = row.get(k);
+    sum += fabs(static_cast<double>(values[k]));
   }
   const double got_sum = kernels.sum_magnitudes(row.data(), c.dtype, c.K);
   const bool same = isfinite(sum) ? fabs(got_sum - sum) <= 1e-12 * sum
@@ -240,7 +242,7 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
   kernels.expand_row(packed.data(), c.K, t.data());
   for (int64_t k = 0; k < 4 * operands.row_bytes; ++k) {
     const int code = packed[k / 4] >> (6 - 2 * (k % 4)) & 3;
-    const volatile float quotient = k < c.K ? row.get(k) / s_w : 0.0f;
+    const volatile float quotient = k < c.K ? values[k] / s_w : 0.0f;
     const float rounded = nearbyintf(quotient);
     const float wanted = isnan(rounded) ? 0 : rounded > 1 ? 1 : rounded < -1 ? -1 : rounded;
     if (code - 1 != wanted || (k < c.K && t[k] != wanted)) {
