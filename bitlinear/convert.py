@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .linear import BitLinear, why_no_plain_weight
-from .quantize import check_quant_type
+from .quantize import check_quant_type, check_strength
 
 _logger = logging.getLogger("bitlinear")
 
@@ -210,8 +210,7 @@ def set_quantization_strength(model: nn.Module, strength: float) -> nn.Module:
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BitLinear)}
     deployed = [name for name, layer in layers.items() if layer.is_deployed]
-    if not 0 <= strength <= 1:
-        raise ValueError(f"the quantization strength must be between 0 and 1, not {strength}")
+    check_strength(strength)
     if strength < 1 and deployed:
         raise ValueError(
             f"the quantization strength of a deployed layer is 1 and cannot be {strength}: call "

@@ -17,6 +17,7 @@ from .quantize import (
     blended_linear,
     check_eps,
     check_quant_type,
+    check_strength,
     straight_through_linear,
 )
 
@@ -213,8 +214,7 @@ class BitLinear(nn.Linear):
 
     @quantization_strength.setter
     def quantization_strength(self, strength: float) -> None:
-        if not 0 <= strength <= 1:
-            raise ValueError(f"quantization_strength must be between 0 and 1, not {strength}")
+        check_strength(strength)
         if strength < 1 and self.is_deployed:
             raise ValueError(
                 f"this BitLinear is deployed, so its quantization_strength is 1 and cannot be "
@@ -265,7 +265,8 @@ class BitLinear(nn.Linear):
             return None
         known = self._quantized
         if known is None or not known.is_of(weight):
-            with torch.no_grad():
+            # Tensors made in inference mode could not be saved for a backward pass later on.
+            with torch.inference_mode(False), torch.no_grad():
                 packed = _quantize_weight(weight, self.eps)
                 known = _QuantizedWeight(weight, weight._version, _sample(weight).clone(), packed)
             self._quantized = known

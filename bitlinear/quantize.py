@@ -57,6 +57,12 @@ def check_eps(eps: float) -> None:
         )
 
 
+def check_strength(strength: float) -> None:
+    """Raises ValueError unless the quantisation strength is between 0 and 1."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"quantization_strength must be between 0 and 1, not {strength}")
+
+
 def check_activations(x: Tensor, in_features: int) -> None:
     """Raises TypeError for the dtype, ValueError for the shape, of an unsuitable ``x``."""
     if x.dtype not in ACTIVATION_DTYPES:
@@ -177,6 +183,7 @@ class _StraightThroughLinear(torch.autograd.Function):
         w_scale: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with _without_autocast(x.device.type):
+            # The product quantises x again, into its kernel's own layout: a hundredth of the time.
             q, s_x = torch.ops.bitlinear.quantize_activations.default(x, eps)
             y = packed_linear(x, w_packed, w_scale, bias, eps, dtype)
         return y, q, s_x
@@ -261,16 +268,12 @@ def straight_through_linear(
         TypeError: ``x`` is neither fp32, fp16 nor bf16.
         ValueError: Shapes or devices do not fit.
     """
-    check_activations(x, weight.shape[-1])
-    check_device(x, "weight", weight)
-    check_device(x, "bias", bias)
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type) if _autocasts(device_type) else x.dtype
+    dtype = _check_operands(x, weight, bias)
     w_packed, w_scale = quantized or torch.ops.bitlinear.quantize_weight.default(
         weight.detach(), eps
     )
     if not torch.is_grad_enabled():
-        with _without_autocast(device_type):
+        with _without_autocast(x.device.type):
             return packed_linear(x, w_packed, w_scale, bias, eps, dtype)
     output, *_ = _StraightThroughLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, eps, dtype, w_packed, w_scale
@@ -299,12 +302,8 @@ def blended_linear(
         TypeError: ``x`` is neither fp32, fp16 nor bf16.
         ValueError: Shapes or devices do not fit.
     """
-    check_activations(x, weight.shape[-1])
-    check_device(x, "weight", weight)
-    check_device(x, "bias", bias)
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type) if _autocasts(device_type) else x.dtype
-    with _without_autocast(device_type):
+    dtype = _check_operands(x, weight, bias)
+    with _without_autocast(x.device.type):
         with torch.no_grad():
             q, s_x = quantize_activations(x, eps)
             t, s_w = quantize_weights(weight, eps)
@@ -313,6 +312,15 @@ def blended_linear(
         operands = ((x + step_x).float(), (weight + step_w).float())
         y = F.linear(*operands, None if bias is None else bias.float())
     return y.to(dtype)
+
+
+def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype of the output; raises TypeError or ValueError for operands that do not fit."""
+    check_activations(x, weight.shape[-1])
+    check_device(x, "weight", weight)
+    check_device(x, "bias", bias)
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if _autocasts(device_type) else x.dtype
 
 
 def _autocasts(device_type: str) -> bool:

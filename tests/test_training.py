@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bitlinear
 from bitlinear import BitLinear, ops, quantize
 from bitlinear.quantize import straight_through_linear
+from train_step import saved_bytes
 
 OPS = torch.ops.bitlinear
 WEIGHT_DTYPES = [*oracle.DTYPES, torch.float64]
@@ -121,18 +122,6 @@ def test_the_operators_are_what_torch_expects(name):
 # --- What is saved for the backward pass ---
 
 
-def saved_bytes(layer, x):
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    return sum(storages.values())
-
-
 def test_little_is_saved_for_the_backward_pass():
     x = torch.randn(512, 1024, requires_grad=True)
     ours, linears = (saved_bytes(kind(1024, 1024), x) for kind in (BitLinear, nn.Linear))
@@ -171,6 +160,16 @@ def test_a_weight_that_has_not_changed_is_quantised_once():
         assert quantisations(layer.eval(), x)[0] == 0
     with torch.inference_mode():
         assert quantisations(layer, x)[0] == 0
+
+
+def test_what_inference_mode_has_kept_serves_training():
+    layer, x = BitLinear(40, 30), torch.randn(4, 40)
+    with torch.inference_mode():
+        assert quantisations(layer, x)[0] == 1
+    count, y = quantisations(layer, x)
+    assert count == 0
+    y.sum().backward()
+    assert layer.weight.grad.isfinite().all()
 
 
 def changes():
