@@ -224,7 +224,8 @@ class BitLinear(nn.Linear):
             self._blend = None
         elif self._blend is None:
             # A tensor, which a compiled model reads anew, where it would be compiled for a number.
-            self._blend = torch.tensor(float(strength), device="cpu")
+            with torch.inference_mode(False):  # or it could be set again in that mode only
+                self._blend = torch.tensor(float(strength), device="cpu")
         else:
             self._blend.fill_(float(strength))
 

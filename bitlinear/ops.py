@@ -232,10 +232,7 @@ def reference_quantize_weight(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor
         ``w_scale``: fp32, shape ``(1,)``, NaN or infinite if a weight is (its code is then 0).
     """
     w_scale = absmean_scale(weight, eps)
-    w_packed = weight.new_empty(packing.packed_shape(*weight.shape), dtype=torch.uint8)
-    for first, rows in packing.enumerate_chunks(weight):
-        w_packed[first : first + len(rows)] = packing.pack_ternary(ternarize(rows, w_scale))
-    return w_packed, w_scale
+    return packing.pack_quantized(weight, lambda rows: ternarize(rows, w_scale)), w_scale
 
 
 def _fake_quantize_weight(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:

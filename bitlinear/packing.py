@@ -11,6 +11,8 @@ tensor: a reader of version 1 must never find a ``w_packed`` that means somethin
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,6 +60,22 @@ def pack_ternary(t: Tensor) -> Tensor:
     codes = (padded + 1).to(torch.uint8).reshape(rows, columns, 4)
     c0, c1, c2, c3 = codes.unbind(-1)
     return (c0 << 6) | (c1 << 4) | (c2 << 2) | c3
+
+
+def pack_quantized(weight: Tensor, to_ternary: Callable[[Tensor], Tensor]) -> Tensor:
+    """Quantises and packs a weight, a few rows at a time.
+
+    Args:
+        weight: Shape ``(N, K)``.
+        to_ternary: Makes int8 in {-1, 0, 1} of some of its rows.
+
+    Returns:
+        uint8, shape ``(N, ceil(K/4))``, on the device of ``weight``.
+    """
+    packed = weight.new_empty(packed_shape(*weight.shape), dtype=torch.uint8)
+    for first, rows in enumerate_chunks(weight):
+        packed[first : first + len(rows)] = pack_ternary(to_ternary(rows))
+    return packed
 
 
 def unpack_ternary(packed: Tensor, in_features: int) -> Tensor:

@@ -278,6 +278,15 @@ def test_dtypes_of_a_blend(dtype):
         assert layer(torch.randn(2, 40)).dtype == torch.bfloat16
 
 
+def test_a_strength_that_was_set_in_inference_mode():
+    layer = BitLinear(40, 30)
+    with torch.inference_mode():
+        layer.quantization_strength = 0.5
+    layer.quantization_strength = 0.25
+    layer(torch.randn(2, 40)).sum().backward()
+    assert layer.quantization_strength == 0.25
+
+
 def test_strength_and_deployment():
     model = nn.Sequential(BitLinear(8, 8), nn.Sequential(BitLinear(8, 8)))
     bitlinear.set_quantization_strength(model, 0.5)

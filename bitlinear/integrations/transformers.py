@@ -347,12 +347,12 @@ def _deployed(old: Any) -> BitLinear:
 
 def _pack_float(weight: Tensor, factor: Tensor | None) -> Tensor:
     """``weight * factor``, rounded to {-1, 0, 1} as ``AutoBitLinear`` does, in packed format."""
-    shape = packing.packed_shape(*weight.shape)
-    result = torch.empty(shape, dtype=torch.uint8, device=weight.device)
-    for first, rows in packing.enumerate_chunks(weight):
+
+    def to_ternary(rows: Tensor) -> Tensor:
         t = rows if factor is None else rows.float().mul_(factor).round_().clamp_(-1, 1)
-        result[first : first + len(rows)] = packing.pack_ternary(t.to(torch.int8))
-    return result
+        return t.to(torch.int8)
+
+    return packing.pack_quantized(weight, to_ternary)
 
 
 def _skeleton(

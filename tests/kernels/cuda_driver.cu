@@ -11,7 +11,6 @@
 #include "cuda/launch.cuh"
 #include "cuda/selftest.cuh"
 
-using bitlinear::cuda::Activations;
 using bitlinear::cuda::Call;
 using bitlinear::cuda::CudaFailure;
 using bitlinear::cuda::Device;

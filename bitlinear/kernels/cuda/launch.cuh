@@ -10,9 +10,10 @@
 namespace bitlinear {
 namespace cuda {
 
-// The current device, and the code in this library that it runs. What is known of the first so many
-// is kept.
+// What is found out about the first so many devices is kept.
 constexpr int kKnownDevices = 128;
+
+// The current device, and the code in this library that it runs.
 cudaError_t current_device(Device* device);
 
 // What a call of the C interface is about. The device is the current one.
