@@ -198,15 +198,17 @@ class Layers:
         self._device = device
         self._kernels = list(kernels)
         self._copies = copies
-        linear = nn.Linear(K, N, device=device.place).eval()
-        self._deployed = self._copied(_deployed(linear))
         self._others: dict[str, list[Weights]] = {}
         self._failed: dict[str, str] = {}
-        for name in others:
-            try:
-                self._others[name] = self._copied(OTHERS[name].build(linear))
-            except _UNAVAILABLE as error:
-                self._failed[name] = one_line(error)
+        # Models are loaded outside of inference mode, in which they then run.
+        with torch.inference_mode(False), torch.no_grad():
+            linear = nn.Linear(K, N, device=device.place).eval()
+            self._deployed = self._copied(_deployed(linear))
+            for name in others:
+                try:
+                    self._others[name] = self._copied(OTHERS[name].build(linear))
+                except _UNAVAILABLE as error:
+                    self._failed[name] = one_line(error)
 
     def contestants(self, M: int, mode: Mode) -> tuple[list[Contestant], dict[str, str]]:
         """Those for batches of M tokens, each of which has run once; who is missing, and why."""

@@ -110,9 +110,10 @@ def measure(its: Architecture, device: Device, budget: float) -> dict[str, Recor
     linears = {"bitlinear": _deployed, device.baseline: _float, "glue": Constant}
     for name, linear in linears.items():
         before = _allocated(device)
-        blocks = nn.Sequential(
-            *(Block(its, partial(linear, device=device)) for _ in range(its.layers))
-        )
+        with torch.inference_mode(False), torch.no_grad():  # as models are loaded
+            blocks = nn.Sequential(
+                *(Block(its, partial(linear, device=device)) for _ in range(its.layers))
+            )
         step = _step(blocks, torch.randn(1, its.hidden, device=device.place, dtype=device.dtype))
         memory[name] = {
             "weight_bytes": sum(t.nbytes for t in (*blocks.parameters(), *blocks.buffers())),

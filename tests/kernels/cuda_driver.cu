@@ -37,7 +37,9 @@ struct Tally {
 
 class Driver {
  public:
-  explicit Driver(const Device& device) : device_(device) {}
+  explicit Driver(const Device& device) : device_(device), few_(device) {
+    few_.multiprocessors = 3;
+  }
 
   // One shape through every kernel that takes it; dtype, bias, scales and placement take turns, so
   // that neighbouring shapes have others.
@@ -82,13 +84,11 @@ class Driver {
       }
     }
     if (admits(BITLINEAR_CUDA_WGMMA, device_, shape)) {
-      for (const int row_blocks : {1, 2}) {
-        for (const int tokens : {32, 64, 128}) {
-          for (const int splits : {1, 2, 4, 8}) {
-            const bool fits = bitlinear::cuda::padded_tokens(M) % tokens == 0 &&
-                              (splits == 1 || 2 * splits <= (K + 255) / 256);
-            if (fits) check_plan(WgmmaPlan{row_blocks, tokens, splits}, c, seed);
-          }
+      for (const bitlinear::cuda::WgmmaTile& tile : bitlinear::cuda::kWgmmaTiles) {
+        for (const int splits : {1, 2, 4, 8}) {
+          const bool fits = bitlinear::cuda::padded_tokens(M) % tile.tokens == 0 &&
+                            (splits == 1 || 2 * splits <= (K + 255) / 256);
+          if (fits) check_plan(WgmmaPlan{tile.rows, tile.tokens, splits}, c, seed);
         }
       }
     }
@@ -178,7 +178,7 @@ class Driver {
   void check_plan(const std::string& name, int kernel, Layout layout, const Product& product,
                   const Case& c, uint64_t seed) {
     const auto run = [&](const bitlinear_cuda_task& task, cudaStream_t stream) {
-      const Call call = {task, device_, stream};
+      const Call call = {task, plans_ % 2 == 0 ? device_ : few_, stream};
       cudaError_t error = cudaSuccess;
       if (kernel != BITLINEAR_CUDA_GEMV)
         error = quantize(call, bitlinear::cuda::activations_of(task), layout);
@@ -186,6 +186,7 @@ class Driver {
       return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
     };
     note(kPlans, check_case(name, kernel, run, c, seed, Placement::kAligned, stream_));
+    ++plans_;
   }
 
   void check_plan(const GemvPlan& plan, const Case& c, uint64_t seed) {
@@ -208,7 +209,7 @@ class Driver {
   }
 
   void check_plan(const WgmmaPlan& plan, const Case& c, uint64_t seed) {
-    const std::string name = "wgmma, row_blocks " + std::to_string(plan.row_blocks) + ", tokens " +
+    const std::string name = "wgmma, rows " + std::to_string(plan.rows) + ", tokens " +
                              std::to_string(plan.tokens) + ", splits " +
                              std::to_string(plan.splits);
     const auto product = [&](const Call& call) {
@@ -220,8 +221,9 @@ class Driver {
   static constexpr int64_t kTails[] = {1,  2,  3,  4,  5,  6,   7,   8,   9,   15,  16,  17, 31,
                                        32, 33, 63, 64, 65, 127, 128, 129, 130, 255, 256, 257};
   const Device device_;
+  Device few_;  // has few multiprocessors, so that blocks take several tiles, or tokens
   const Stream stream_;
-  uint64_t cases_ = 0;
+  uint64_t cases_ = 0, plans_ = 0;
   Tally tallies_[kTallies];
 };
 

@@ -56,9 +56,15 @@ void plan_small_batch(int capability, int multiprocessors, const int64_t* shape,
 void plan_wgmma(int multiprocessors, const int64_t* shape, int* out) {
   const Device device = device_of(90, multiprocessors);
   const bitlinear::cuda::WgmmaPlan plan = bitlinear::cuda::plan_wgmma(device, shape_of(shape));
-  out[0] = plan.row_blocks;
+  out[0] = plan.rows;
   out[1] = plan.tokens;
   out[2] = plan.splits;
+}
+
+void plan_quantizer(int multiprocessors, int64_t M, int64_t K, int* out) {
+  const auto plan = bitlinear::cuda::plan_quantizer(device_of(90, multiprocessors), M, K);
+  out[0] = plan.warps;
+  out[1] = plan.tokens;
 }
 
 int row_pitch(int row_bytes) { return bitlinear::cuda::row_pitch(row_bytes); }

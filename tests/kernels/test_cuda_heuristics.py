@@ -47,6 +47,10 @@ class Heuristics:
         getattr(self._library, name)(*arguments, out)
         return list(out)
 
+    def plan_quantizer(self, m: int, k: int, multiprocessors: int = 132):
+        m, k = ctypes.c_int64(m), ctypes.c_int64(k)
+        return self._plan("plan_quantizer", 2, multiprocessors, m, k)
+
     def row_pitch(self, row_bytes: int) -> int:
         return self._library.row_pitch(row_bytes)
 
@@ -198,9 +202,8 @@ def test_the_plan_of_a_small_batch_on_an_h100(heuristics, m, n, k, plan):
 
 @given(shape=shapes, multiprocessors=st.integers(1, 200))
 def test_the_plan_of_wgmma(heuristics, shape, multiprocessors):
-    row_blocks, tokens, splits = heuristics.plan_wgmma(shape, multiprocessors)
-    assert row_blocks in (1, 2)
-    assert tokens in (32, 64, 128)
+    rows, tokens, splits = heuristics.plan_wgmma(shape, multiprocessors)
+    assert (rows, tokens) in {(64, 32), (64, 64), (128, 32), (128, 64), (128, 128), (256, 128)}
     assert splits in (1, 2, 4, 8)
     assert splits == 1 or 2 * splits * 256 < shape[2] + 256  # each has something to do
     # Whole tiles are copied.
@@ -210,21 +213,50 @@ def test_the_plan_of_wgmma(heuristics, shape, multiprocessors):
 @pytest.mark.parametrize(
     ("m", "n", "k", "plan"),
     [
-        (64, 2560, 2560, [1, 32, 4]),
-        (64, 4096, 4096, [1, 64, 4]),
-        (64, 8192, 8192, [1, 64, 2]),
-        (64, 13824, 2560, [1, 64, 2]),
-        (64, 28672, 8192, [1, 64, 1]),
-        (32, 28672, 8192, [2, 32, 2]),
-        (128, 4096, 4096, [1, 64, 2]),
-        (256, 4096, 4096, [1, 128, 2]),
-        (512, 4096, 4096, [1, 128, 1]),
-        (1024, 4096, 4096, [2, 128, 1]),
-        (4096, 8192, 8192, [2, 128, 1]),
+        (64, 1024, 1024, [64, 32, 1]),
+        (64, 2560, 2560, [64, 32, 1]),
+        (64, 4096, 4096, [64, 64, 2]),
+        (64, 8192, 8192, [128, 64, 2]),
+        (64, 13824, 2560, [128, 64, 1]),
+        (64, 28672, 8192, [128, 64, 1]),
+        (32, 28672, 8192, [128, 32, 1]),
+        (256, 4096, 4096, [128, 64, 1]),
+        (512, 4096, 4096, [128, 128, 1]),
+        (1024, 4096, 4096, [256, 128, 1]),
+        (4096, 1024, 1024, [256, 128, 1]),
+        (4096, 8192, 8192, [256, 128, 1]),
     ],
 )
 def test_the_plan_of_wgmma_on_an_h100(heuristics, m, n, k, plan):
     assert heuristics.plan_wgmma((m, n, k, True, True)) == plan
+
+
+@given(m=st.integers(1, 1_000_000), k=sizes, multiprocessors=st.integers(1, 200))
+def test_the_plan_of_the_quantiser(heuristics, m, k, multiprocessors):
+    warps, tokens = heuristics.plan_quantizer(m, k, multiprocessors)
+    assert 1 <= warps * tokens <= 32
+    # Of a row that is not too long, a thread keeps all that it reads.
+    assert warps * 2 * 16 * 32 >= min(k, 32_768)
+    assert tokens == 1 or tokens * multiprocessors <= m
+    # It writes whole blocks, into room for a multiple of 32 tokens.
+    assert heuristics.padded_tokens(m) % tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "plan"),
+    [
+        (1, 64, [1, 1]),
+        (64, 1024, [2, 1]),
+        (64, 4096, [8, 1]),
+        (4096, 64, [1, 8]),
+        (4096, 1024, [1, 8]),
+        (4096, 4096, [4, 2]),
+        (4096, 6912, [7, 1]),
+        (4096, 8192, [8, 1]),
+    ],
+)
+def test_the_plan_of_the_quantiser_on_an_h100(heuristics, m, k, plan):
+    assert heuristics.plan_quantizer(m, k) == plan
 
 
 @given(m=st.integers(1, 1_000_000))

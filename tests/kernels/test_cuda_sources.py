@@ -62,6 +62,8 @@ def test_compiles_without_a_warning(compiled, source):
     """There is no torch on the include path: only ops.cpp may know it."""
     result, _ = compiled[source]
     assert result.returncode == 0, result.stdout + result.stderr
+    # What ptxas only mentions: products that wait for each other, registers that cannot be moved.
+    assert "Potential Performance Loss" not in result.stdout + result.stderr
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <string.h>
 
 #include <type_traits>
 
@@ -66,8 +67,20 @@ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); 
 
 // A value as it lies in memory, and what it is: apart, so that a load need not be waited for.
 __device__ inline uint32_t load_bits(const void* p, int dtype, int64_t i) {
-  return dtype == BITLINEAR_F32 ? static_cast<const uint32_t*>(p)[i]
-                                : static_cast<const uint16_t*>(p)[i];
+  // Predicates in place of branches, which would wait for the loads.
+  const bool is_wide = dtype == BITLINEAR_F32;
+  uint32_t bits;
+  asm volatile(
+      "{\n"
+      ".reg .pred wide;\n"
+      "setp.ne.s32 wide, %2, 0;\n"
+      "@wide ld.global.u32 %0, [%1];\n"
+      "@!wide ld.global.u16 %0, [%1];\n"
+      "}\n"
+      : "=r"(bits)
+      : "l"(__cvta_generic_to_global(static_cast<const char*>(p) + i * (is_wide ? 4 : 2))),
+        "r"(static_cast<int>(is_wide)));
+  return bits;
 }
 __device__ inline float float_of(uint32_t bits, int dtype) {
   if (dtype == BITLINEAR_F32) return __uint_as_float(bits);
@@ -102,28 +115,26 @@ __device__ inline void with_type(int dtype, F&& f) {
   }
 }
 
-__device__ inline float2 pack(float, float a, float b) { return make_float2(a, b); }
-__device__ inline __half2 pack(__half, float a, float b) { return __floats2half2_rn(a, b); }
-__device__ inline __nv_bfloat162 pack(__nv_bfloat16, float a, float b) {
-  return __floats2bfloat162_rn(a, b);
+// Four neighbouring values of y, as they lie in memory.
+__device__ inline float4 four_of(float, const float (&v)[4]) {
+  return make_float4(v[0], v[1], v[2], v[3]);
+}
+template <class Half>
+__device__ inline uint2 four_of(Half, const float (&v)[4]) {
+  const Half halves[4] = {from_float<Half>(v[0]), from_float<Half>(v[1]), from_float<Half>(v[2]),
+                          from_float<Half>(v[3])};
+  uint2 bits;
+  memcpy(&bits, halves, sizeof(bits));
+  return bits;
 }
 
-// Stores the first `count` of four neighbouring values of y; all four at once where i is a multiple
-// of 4.
-template <class Y>
-__device__ inline void store_four(Y* y, int64_t i, const float (&values)[4], int count) {
-  struct alignas(4 * sizeof(Y)) Four {
-    decltype(pack(Y{}, 0.0f, 0.0f)) low, high;
-  };
-  const Four four = {pack(Y{}, values[0], values[1]), pack(Y{}, values[2], values[3])};
-  if (count >= 4 && i % 4 == 0) {
-    *reinterpret_cast<Four*>(y + i) = four;
-    return;
-  }
+// Stores the first `count` of four values.
+template <class Y, class Four>
+__device__ inline void store_some(Y* y, const Four& four, int count) {
   const Y* const each = reinterpret_cast<const Y*>(&four);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    if (j < count) y[i + j] = each[j];
+    if (j < count) y[j] = each[j];
   }
 }
 

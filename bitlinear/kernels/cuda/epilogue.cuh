@@ -15,42 +15,93 @@ struct Tokens {
   int first, step, end;
 };
 
-// Writes y from row n and token m on, for kRows rows, by the first kThreads threads of a block.
-// codes_of(token, row) has the sums of four rows of the tile, from `row` on; s_x and q_sum those of
-// the tile's tokens. A thread keeps to four rows, so that it reads their scales and biases once.
+// What the end of a tile of kRows rows, from row n on, needs of the weights. Of kThreads threads,
+// each has four rows, as long as the tile's. To be made early: its loads then need not be waited
+// for.
+template <int kRows, int kThreads>
+struct TileRows {
+  static constexpr int kGroups = kRows / 4;  // of threads with different rows
+  int64_t n;
+  int row, group, count;
+  float s_w[4];
+  uint32_t bias_bits[4];
+
+  __device__ TileRows(const bitlinear_cuda_task& task, int64_t n_begin, int thread)
+      : row(thread % kGroups * 4), group(thread / kGroups) {
+    n = n_begin + row;
+    count = static_cast<int>(least<int64_t>(4, task.N - n));
+    // Without a bias, anything: a branch would wait for the loads.
+    const bool has_bias = task.bias != nullptr;
+    const void* const bias = has_bias ? task.bias : task.s_w;
+    const int bias_dtype = has_bias ? task.bias_dtype : BITLINEAR_F32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t its = least(n + i, task.N - 1);
+      s_w[i] = task.s_w[its * task.s_w_stride];
+      bias_bits[i] = load_bits(bias, bias_dtype, has_bias ? its : 0);
+    }
+  }
+};
+
+// Writes those rows of y for some tokens of a tile that begins with token m. codes_of(token, row)
+// has the sums of four rows, from `row` on; s_x and q_sum those of the tile's tokens.
 template <int kRows, int kThreads, class CodesOf>
-__device__ inline void write_tile(const bitlinear_cuda_task& task, int64_t n, int64_t m,
+__device__ inline void write_tile(const bitlinear_cuda_task& task,
+                                  const TileRows<kRows, kThreads>& rows, int64_t m,
                                   const Tokens& tokens, const float* s_x, const int32_t* q_sum,
                                   const CodesOf& codes_of) {
-  constexpr int kGroups = kRows / 4;
-  const int row = static_cast<int>(threadIdx.x) % kGroups * 4;
-  const int count = static_cast<int>(least<int64_t>(4, task.N - n - row));
-  if (count <= 0) return;
-  n += row;
-  float s_w[4] = {}, bias[4] = {};
+  if (rows.count <= 0) return;
+  float bias[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (i >= count) break;
-    s_w[i] = task.s_w[(n + i) * task.s_w_stride];
-    if (task.bias != nullptr) bias[i] = load_as_float(task.bias, task.bias_dtype, n + i);
-  }
+  for (int i = 0; i < 4; ++i) bias[i] = float_of(rows.bias_bits[i], task.bias_dtype);
   const bool has_bias = task.bias != nullptr;
-  with_type(task.y_dtype, [&](auto zero) {
-    auto* const y = static_cast<decltype(zero)*>(task.y);
-    const int step = tokens.step * (kThreads / kGroups);
-#pragma unroll 4
-    for (int token = tokens.first + static_cast<int>(threadIdx.x) / kGroups * tokens.step;
-         token < tokens.end; token += step) {
-      const int4 codes = codes_of(token, row);
-      const int32_t q = q_sum[token];
-      const float s = s_x[token];
-      float values[4] = {dequantize(codes.x, q, s, s_w[0]), dequantize(codes.y, q, s, s_w[1]),
-                         dequantize(codes.z, q, s, s_w[2]), dequantize(codes.w, q, s, s_w[3])};
-      if (has_bias) {
+  const int step = tokens.step * (kThreads / rows.kGroups);
+  const int64_t pitch = step * task.N;
+
+  const auto write = [&](auto zero, auto is_whole) {
+    using Y = decltype(zero);
+    using Four = decltype(four_of(Y{}, bias));
+    // Some tokens are read before the first of them is stored: the compiler moves no load across.
+    constexpr int kBatch = 4;
+    int token = tokens.first + rows.group * tokens.step;
+    Y* y = static_cast<Y*>(task.y) + (m + token) * task.N + rows.n;
+    for (; token < tokens.end; token += kBatch * step, y += kBatch * pitch) {
+      int4 codes[kBatch];
+      int32_t q[kBatch];
+      float s[kBatch];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) values[i] = __fadd_rn(values[i], bias[i]);
+      for (int i = 0; i < kBatch; ++i) {
+        const int its = token + i * step < tokens.end ? token + i * step : token;
+        codes[i] = codes_of(its, rows.row);
+        q[i] = q_sum[its];
+        s[i] = s_x[its];
       }
-      store_four(y, (m + token) * task.N + n, values, count);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        float values[4] = {dequantize(codes[i].x, q[i], s[i], rows.s_w[0]),
+                           dequantize(codes[i].y, q[i], s[i], rows.s_w[1]),
+                           dequantize(codes[i].z, q[i], s[i], rows.s_w[2]),
+                           dequantize(codes[i].w, q[i], s[i], rows.s_w[3])};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (has_bias) values[j] = __fadd_rn(values[j], bias[j]);
+        }
+        const Four four = four_of(zero, values);
+        if (token + i * step < tokens.end) {
+          if constexpr (decltype(is_whole)::value) {
+            *reinterpret_cast<Four*>(y + i * pitch) = four;
+          } else {
+            store_some(y + i * pitch, four, rows.count);
+          }
+        }
+      }
+    }
+  };
+  with_type(task.y_dtype, [&](auto zero) {
+    if (rows.count == 4 && task.N % 4 == 0) {  // and so at a multiple of its size
+      write(zero, std::true_type{});
+    } else {
+      write(zero, std::false_type{});
     }
   });
 }

@@ -41,6 +41,29 @@ constexpr int64_t padded_tokens(int64_t M) {
   return tokens;
 }
 
+// ----------------------------------------------------------------------------- the quantiser
+
+constexpr int kQuantizerWarps = 32;  // of a block, at most
+constexpr int kQuantizerGroups = 2;  // of 16 values, that a thread keeps between the two passes
+
+struct QuantizerPlan {
+  int warps;   // that share a token
+  int tokens;  // of a block
+};
+
+constexpr QuantizerPlan plan_quantizer(const Device& device, int64_t M, int64_t K) {
+  // Of few tokens a thread gets one group, as that is soon done; of many two, for more loads at a
+  // time. With enough warps it has no others, and so reads all of its values once.
+  constexpr int64_t kBlockWarps = 8;
+  const int64_t groups = M < 8 * device.multiprocessors ? 1 : kQuantizerGroups;
+  const int64_t warps = least(ceil_div(K, groups * 16 * 32), kQuantizerWarps);
+  // Blocks of several tokens are fewer to start, but all multiprocessors should have one. A power
+  // of two, as the workspace has room for a multiple of 32 tokens.
+  int tokens = 1;
+  while (2 * tokens * warps <= kBlockWarps && 2 * tokens * device.multiprocessors <= M) tokens *= 2;
+  return {static_cast<int>(warps), tokens};
+}
+
 // ---------------------------------------------------------------------- the ring of weights
 
 // The GEMV and the small-batch kernel fetch weights into a ring in shared memory. Bytes of a row in
@@ -173,46 +196,46 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
 
 // ------------------------------------------------------------------------------------- wgmma
 
-// Whether two blocks of these tiles fit on a multiprocessor.
-constexpr bool wgmma_pairs(int row_blocks, int tokens) { return row_blocks * tokens <= 64; }
-
 struct WgmmaPlan {
-  int row_blocks;  // of 64 weight rows, for each of two warpgroups: 1 or 2
-  int tokens;      // of a tile: 32, 64 or 128
-  int splits;      // blocks of a cluster that share a tile along K: 1, 2, 4 or 8
+  int rows;    // of a tile of weights: 64, 128 or 256
+  int tokens;  // of a tile: 32, 64 or 128
+  int splits;  // blocks of a cluster that share a tile along K: 1, 2, 4 or 8
 };
 
-// The cheapest plan by a model of what a block costs, in nanoseconds, fitted to the times of 150
-// plans on an H100: so much to start and to end, and so much per slice of K (256 values), which the
-// tensor cores or the way of the operands to them take. Multiprocessors that a whole number of
-// clusters does not fill stay idle.
+// What there are of tiles, and what they cost, in nanoseconds.
+struct WgmmaTile {
+  int rows, tokens;
+  int64_t slice_cost, block_cost;
+};
+constexpr WgmmaTile kWgmmaTiles[] = {{64, 32, 370, 960},    {64, 64, 400, 1620},
+                                     {128, 32, 390, 1710},  {128, 64, 500, 2150},
+                                     {128, 128, 650, 3000}, {256, 128, 1210, 3860}};
+
+// The cheapest plan by a model of what a block costs, in nanoseconds, fitted to times on an H100:
+// so much to start and to end, so much per slice of K (256 values), which the tensor cores or the
+// way of the operands to them take, and so much between two tiles. Multiprocessors that a whole
+// number of clusters does not fill stay idle.
 constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape) {
-  constexpr int kTokens[] = {32, 64, 128};
-  constexpr int64_t kSliceCost[2][3] = {{700, 800, 800}, {1200, 1050, 1200}};
-  constexpr int64_t kPairCost[2][3] = {{850, 1000, 0}, {1450, 0, 0}};  // of each of two blocks
-  constexpr int64_t kBlockCost[2][3] = {{2250, 2500, 3400}, {2400, 3200, 6800}};
-  constexpr int64_t kClusterCost = 1900;
+  constexpr int64_t kClusterCost = 2460, kNextTileCost = 510;
   const int64_t slices = ceil_div(shape.K, kSliceValues);
-  WgmmaPlan best = {1, 32, 1};
+  WgmmaPlan best = {64, 32, 1};
   int64_t lowest = INT64_MAX;
-  for (int row_blocks = 1; row_blocks <= 2; ++row_blocks) {
-    for (int t = 0; t < 3; ++t) {
-      if (padded_tokens(shape.M) % kTokens[t] != 0) continue;
-      for (int splits = 1; splits <= 8 && (splits == 1 || 2 * splits <= slices); splits *= 2) {
-        const int64_t usable = splits <= 2   ? device.multiprocessors
-                               : splits == 4 ? device.multiprocessors * 10 / 11
-                                             : device.multiprocessors * 4 / 5;
-        if (usable < splits) continue;
-        const int64_t tiles = ceil_div(shape.N, 128 * row_blocks) * ceil_div(shape.M, kTokens[t]);
-        const bool pairs = wgmma_pairs(row_blocks, kTokens[t]) && tiles * splits > usable;
-        const int64_t slice_cost = (pairs ? kPairCost : kSliceCost)[row_blocks - 1][t];
-        const int64_t block_cost = ceil_div(slices, splits) * slice_cost +
-                                   kBlockCost[row_blocks - 1][t] + (splits > 1 ? kClusterCost : 0);
-        const int64_t cost = ceil_div(tiles, (pairs ? 2 : 1) * usable / splits) * block_cost;
-        if (cost < lowest) {
-          lowest = cost;
-          best = {row_blocks, kTokens[t], splits};
-        }
+  for (const WgmmaTile& tile : kWgmmaTiles) {
+    if (padded_tokens(shape.M) % tile.tokens != 0) continue;
+    const int64_t tiles = ceil_div(shape.N, tile.rows) * ceil_div(shape.M, tile.tokens);
+    for (int splits = 1; splits <= 8 && (splits == 1 || 2 * splits <= slices); splits *= 2) {
+      const int64_t usable = splits <= 2   ? device.multiprocessors
+                             : splits == 4 ? device.multiprocessors * 10 / 11
+                                           : device.multiprocessors * 4 / 5;
+      if (usable < splits) continue;
+      const int64_t rounds = ceil_div(tiles, usable / splits);
+      const int64_t tile_cost = ceil_div(slices, splits) * tile.slice_cost;
+      // A cluster takes one tile.
+      const int64_t cost = splits == 1 ? rounds * (tile_cost + kNextTileCost) + tile.block_cost
+                                       : rounds * (tile_cost + tile.block_cost + kClusterCost);
+      if (cost < lowest) {
+        lowest = cost;
+        best = {tile.rows, tile.tokens, splits};
       }
     }
   }

@@ -25,7 +25,7 @@ struct Call {
 
 struct Launch {
   dim3 grid;
-  int threads;
+  dim3 threads;
   int shared_bytes = 0;
   int cluster = 1;  // neighbouring blocks that share their memory
 };
@@ -61,7 +61,7 @@ cudaError_t launch_kernel(const Launch& how, const Call& call, Arguments&&... ar
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = how.grid;
-  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.blockDim = how.threads;
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = call.stream;
   config.attrs = attributes;

@@ -277,6 +277,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
 
   __syncthreads();
   const Position<Tile> end(task, block_anew(), thread_anew());
+  const TileRows<Tile::kRows, kThreads> rows(task, end.n, threadIdx.x);
   int32_t* const codes = reinterpret_cast<int32_t*>(shared);
   int32_t* const mine = codes +
                         (end.depth * Tile::kTokens + end.token + 2 * end.tig) * Tile::kPitch +
@@ -301,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
     }
     return sum;
   };
-  write_tile<Tile::kRows, kThreads>(task, end.n, end.m, {0, 1, end.tokens}, s_x, q_sum, codes_of);
+  write_tile(task, rows, end.m, {0, 1, end.tokens}, s_x, q_sum, codes_of);
 }
 
 template <class Tile, bool kAligned>

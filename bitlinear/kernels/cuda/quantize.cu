@@ -1,6 +1,7 @@
-// The row quantiser: one block per token; absmax, scale, rounding, plane order and sum.
+// The row quantiser: some warps per token, one token or several per block; absmax, scale, rounding,
+// plane order and sum.
 //
-// x is read once, as long as a thread can keep its part (up to 16384 values), and 1 byte per value
+// x is read once, as long as a thread can keep its part (up to 32768 values), and 1 byte per value
 // written: bound by memory.
 #include "launch.cuh"
 #include "quantize.cuh"
@@ -9,63 +10,73 @@ namespace bitlinear {
 namespace cuda {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-
 template <class X, Layout kLayout>
-__global__ void __launch_bounds__(kMaxThreads)
-    quantize_rows(const X* x, int64_t K, float eps, bool aligned, Activations out) {
-  __shared__ uint32_t warp_max[32];
-  __shared__ int32_t warp_sum[32];
+__global__ void __launch_bounds__(32 * kQuantizerWarps)
+    quantize_rows(const X* x, int64_t M, int K, float eps, bool aligned, Activations out) {
+  __shared__ uint32_t warp_max[kQuantizerWarps];
+  __shared__ int32_t warp_sum[kQuantizerWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int64_t m = blockIdx.x;
-  const X* row = x + m * K;
-  const int64_t first = threadIdx.x * kGroup;
-  const int64_t step = int64_t{blockDim.x} * kGroup;
-  const auto load = [&](int64_t k, Group<X>& group) {
+  const int first_warp = threadIdx.y * warps;  // of this token in the block
+  const int64_t m = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+  // Beyond the last token, it is quantised again: the workspace has room for whole blocks.
+  const X* row = x + least(m, M - 1) * K;
+  const int first = static_cast<int>(threadIdx.x) * kGroup;
+  const int step = static_cast<int>(blockDim.x) * kGroup;
+  const auto load = [&](int k) {
+    Group<X> group;
     if (aligned && k + kGroup <= K) {
       group.load(row + k);
     } else {
       group.load(row + k, K - k);
     }
+    return group;
   };
   allow_successor();
   wait_for_predecessor();
 
-  Group<X> held;
-  load(first, held);
-  uint32_t absmax = held.magnitude_bits();
-  for (int64_t k = first + step; k < K; k += step) {
-    Group<X> group;
-    load(k, group);
-    absmax = max(absmax, group.magnitude_bits());
+  Group<X> held[kQuantizerGroups];
+  uint32_t absmax = 0;
+#pragma unroll
+  for (int i = 0; i < kQuantizerGroups; ++i) {
+    if (first + i * step < out.q_stride) held[i] = load(first + i * step);
+  }
+#pragma unroll
+  for (int i = 0; i < kQuantizerGroups; ++i) {
+    if (first + i * step < out.q_stride) absmax = max(absmax, held[i].magnitude_bits());
+  }
+  for (int k = first + kQuantizerGroups * step; k < K; k += step) {
+    absmax = max(absmax, load(k).magnitude_bits());
   }
   absmax = warp_reduce_max(absmax);
-  if (lane == 0) warp_max[warp] = absmax;
+  if (lane == 0) warp_max[first_warp + warp] = absmax;
   __syncthreads();
-  absmax = warp_reduce_max(lane < warps ? warp_max[lane] : 0);
+  absmax = warp_reduce_max(lane < warps ? warp_max[first_warp + lane] : 0);
   const TokenScale scale(absmax, eps);
 
   int32_t sum = 0;
-  for (int64_t k = first; k < out.q_stride; k += step) {
-    Group<X> group = held;
-    if (k != first) load(k, group);
+  const auto quantize = [&](int k, const Group<X>& group) {
     float values[kGroup];
     group.convert(values);
     uint32_t planes[4];
     sum += quantize_group(values, scale.inv, planes);
-    const int64_t slice = k / kSliceValues;
-    const int word = static_cast<int>(k / kGroup % 16);
+    const int slice = k / kSliceValues;
+    const int word = k / kGroup % 16;
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
       *reinterpret_cast<uint32_t*>(out.q + place_of<kLayout>(out, m, slice, p, word)) = planes[p];
     }
+  };
+#pragma unroll
+  for (int i = 0; i < kQuantizerGroups; ++i) {
+    if (first + i * step < out.q_stride) quantize(first + i * step, held[i]);
   }
+  for (int k = first + kQuantizerGroups * step; k < out.q_stride; k += step) quantize(k, load(k));
   sum = warp_reduce_add(sum);
-  if (lane == 0) warp_sum[warp] = sum;
+  if (lane == 0) warp_sum[first_warp + warp] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {
     sum = 0;
-    for (int w = 0; w < warps; ++w) sum += warp_sum[w];
+    for (int w = 0; w < warps; ++w) sum += warp_sum[first_warp + w];
     out.s_x[m] = scale.s_x;
     out.q_sum[m] = sum;
   }
@@ -76,10 +87,12 @@ cudaError_t launch(const Call& call, const Activations& out) {
   const bitlinear_cuda_task& task = call.task;
   const X* x = static_cast<const X*>(task.x);
   const bool aligned = rows_aligned(x, task.K * static_cast<int64_t>(sizeof(X)));
-  // A thread keeps its first values between the passes; with more threads, it has no others.
-  const int threads = task.K <= 4096 ? 256 : task.K <= 8192 ? 512 : kMaxThreads;
-  const Launch how = {dim3(static_cast<unsigned>(task.M)), threads};
-  return launch_kernel<quantize_rows<X, kLayout>>(how, call, x, task.K, task.eps, aligned, out);
+  const QuantizerPlan plan = plan_quantizer(call.device, task.M, task.K);
+  const Launch how = {
+      dim3(static_cast<unsigned>(ceil_div<int64_t>(task.M, plan.tokens))),
+      dim3(static_cast<unsigned>(32 * plan.warps), static_cast<unsigned>(plan.tokens))};
+  return launch_kernel<quantize_rows<X, kLayout>>(how, call, x, task.M, static_cast<int>(task.K),
+                                                  task.eps, aligned, out);
 }
 
 template <class X>

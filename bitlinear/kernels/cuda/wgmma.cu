@@ -4,18 +4,22 @@
 // the fragments, here shifted down and masked, as one accumulator serves all planes. So weights
 // never pass through shared memory; what does are the activations, which one warp copies in, a tile
 // of tokens at a time, in the order that the tensor cores want: the quantiser has written them so.
-// Two warpgroups multiply. Where there are too few tiles to go round, the blocks of a cluster share
-// one along K and add up their sums through each other's shared memory.
+// One or two warpgroups multiply. They leave the sums of a tile in shared memory and go on to the
+// block's next tile, while two warps write y from them. Where there are too few tiles to go round,
+// the blocks of a cluster share one along K and add up their sums through each other's memory.
 //
 // What bounds it, for many tokens: the tensor cores. 8192 x 8192 with M = 4096 is 550 G operations,
-// 278 us at the peak of an H100, and takes 374 us there (1470 Top/s) with 37 us before it for the
-// quantiser, which is bound by its 100 MB. Per 256 values of k, a tile of 256 x 128 keeps the
-// tensor cores busy for 2048 cycles, while it fetches 32 KB of activations and 16 KB of weights, 24
-// bytes per cycle: with more tokens and fewer rows it would be more, as a weight is a quarter of
-// the size. Shifts and masks: 112 of each warp, a fifth of those cycles. Not hidden: the end of a
-// tile, as one block fills a multiprocessor (168 registers, no spills, up to 200 KB).
-// With few tokens a product takes some 50 cycles where 8 to 32 would do, and weights arrive by few
-// loads at a time: 8192 x 8192 takes 21 us at M = 64, of which reading the weights is 5.5.
+// 278 us at the peak of an H100, and takes 330 us there (1670 Top/s) with 37 us before it for the
+// quantiser, which is bound by its 100 MB; between other kernels' heat, 438 us in all. Per 256
+// values of k, a tile of 256 x 128 keeps the tensor cores busy for 2048 cycles, of which they need
+// 2050 to 2150, while it fetches 32 KB of activations and 16 KB of weights, 24 bytes per cycle:
+// with more tokens and fewer rows it would be more, as a weight is a quarter of the size. Between
+// two tiles they wait for 2500 cycles: 1200 in which the sums are left, the rest until the next
+// product is under way. The last tile of a block ends 4000 cycles after its sums are there. With
+// few tokens a warpgroup's product takes 70 cycles where 8 to 32 would do, the fetching of its
+// fragment from registers about 50 of them: 1024 x 1024 takes 4.6 us at M = 64, of which 1.4 are
+// the quantiser's, 0.7 pass until its results have come, 1.2 are products and 0.8 the end of the
+// tile. 168 registers, no spills, 228 KB: one block fills a multiprocessor.
 #include "epilogue.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
@@ -24,9 +28,7 @@ namespace bitlinear {
 namespace cuda {
 namespace {
 
-constexpr int kWarpgroups = 2;  // that multiply; one more copies
-constexpr int kConsumers = 128 * kWarpgroups;
-constexpr int kThreads = kConsumers + 128;
+constexpr int kStorers = 64;  // threads of the warpgroup that does not multiply
 
 template <int kTokens>
 struct Wgmma;
@@ -91,7 +93,6 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-__device__ inline void sync_consumers() { sync_first<kConsumers>(); }
 __device__ inline void sync_cluster() {
   asm volatile(
       "barrier.cluster.arrive.aligned;\n"
@@ -119,209 +120,324 @@ __device__ inline uint64_t describe(uint32_t address) {
          uint64_t{1} << 62;
 }
 
-template <int kRowBlocks, int kTokens>
+// A tile of rows, and how a block makes it: by one or two warpgroups that multiply, each with one
+// or two blocks of 64 rows, and one that copies and stores.
+template <int kWarpgroups, int kRowBlocks, int kTileTokens>
 struct Tile {
+  static constexpr int kBlocks = kRowBlocks, kTokens = kTileTokens;
   static constexpr int kRows = 64 * kRowBlocks * kWarpgroups;
+  static constexpr int kConsumers = 128 * kWarpgroups;
+  static constexpr int kThreads = kConsumers + 128;
   static constexpr int kStageBytes = kTokens * kSliceValues;
-  static constexpr int kPitch = kRows + 4;  // of the sums, token by token
-  static constexpr int kSumBytes = kTokens * kPitch * 4;
-  static constexpr int kBlocks = wgmma_pairs(kRowBlocks, kTokens) ? 2 : 1;
-  static constexpr int kBudget = kBlocks == 2 ? 96 * 1024 : 200 * 1024;
-  static constexpr int kStages = kBudget / kStageBytes < 8 ? kBudget / kStageBytes : 8;
-  static constexpr int kSharedBytes =
-      (kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes) + 1024;
+  static constexpr int kSumBytes = kTokens * kRows * 4;
+  static constexpr int kRoom = 224 * 1024 - kSumBytes;  // for stages
+  static constexpr int kStages = kRoom / kStageBytes < 8 ? kRoom / kStageBytes : 8;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kSumBytes + 1024;
   // Slices of weights in registers, on their way.
-  static constexpr int kAhead = kTokens == 32 && kRowBlocks == 1   ? 3
-                                : kTokens == 64 && kRowBlocks == 2 ? 2
-                                                                   : 1;
-  // Registers of a thread that copies, and of one that multiplies.
-  static constexpr int kFew = kBlocks == 2 ? 24 : 40, kMany = kBlocks == 2 ? 104 : 232;
+  static constexpr int kAhead = kTokens == 32 ? 4 : kRowBlocks == 1 ? 2 : 1;
+  // A product that adds to the sums of the last one waits for it. With few tokens that is long:
+  // even and odd steps then have sums of their own.
+  static constexpr int kStepKinds = kTokens < 128 ? 2 : 1;
+  // Steps under way, each with fragments of its own.
+  static constexpr int kDepth = kRowBlocks == 1 ? 4 : 2;
+  // Two warpgroups that multiply need registers of the third. Of a thread of that one, and of
+  // theirs:
+  static constexpr bool kMovesRegisters = kWarpgroups == 2;
+  static constexpr int kFewRegisters = 72, kManyRegisters = 216;
+
+  // Where the sums of a row for a token are. The exclusive or spreads over the banks what a warp
+  // writes at a time, 8 rows for every other of 8 tokens, and leaves fours of rows together.
+  static __device__ int place(int token, int row) {
+    return token * kRows + (row ^ (token & 6) * 4);
+  }
 };
 
-template <int kRowBlocks, int kTokens>
-__global__ void __launch_bounds__(kThreads, (Tile<kRowBlocks, kTokens>::kBlocks))
+// A block's share of the work: its part of K, in every step-th tile from first_tile on.
+template <class T>
+struct Share {
+  int tiles, row_tiles, first_tile, step;
+  int slice_begin, slice_end;
+
+  __device__ Share(const bitlinear_cuda_task& task, int splits)
+      : row_tiles(static_cast<int>(ceil_div<int64_t>(task.N, T::kRows))),
+        first_tile(static_cast<int>(blockIdx.x) / splits),
+        step(static_cast<int>(gridDim.x) / splits) {
+    tiles = row_tiles * static_cast<int>(ceil_div<int64_t>(task.M, T::kTokens));
+    const int slices = static_cast<int>(ceil_div<int64_t>(task.K, kSliceValues));
+    const int split = static_cast<int>(blockIdx.x) % splits;
+    slice_begin = slices * split / splits;
+    slice_end = slices * (split + 1) / splits;
+  }
+  __device__ int64_t row_of(int tile) const { return int64_t{tile % row_tiles} * T::kRows; }
+  __device__ int64_t token_of(int tile) const { return int64_t{tile / row_tiles} * T::kTokens; }
+  __device__ bool is_last(int tile) const { return tile + step >= tiles; }
+};
+
+// What a thread reads of a slice: of rows g and g + 8 of each block of 64.
+template <int kRowBlocks>
+struct Weights {
+  uint4 low[kRowBlocks], high[kRowBlocks];
+};
+
+// A thread's way through the weights: the slices of one tile after the other, each tile filled up
+// with zeros to a multiple of kAhead.
+template <class T>
+class WeightReader {
+ public:
+  __device__ WeightReader(const bitlinear_cuda_task& task, const Share<T>& share)
+      : task_(task), share_(share), row_bytes_((task.K + 3) / 4) {
+    enter(share.first_tile);
+  }
+  __device__ Weights<T::kBlocks> read() {
+    const int64_t offset = int64_t{slice_} * kSliceBytes + 16 * (threadIdx.x % 4);
+    const int64_t end = tile_ < share_.tiles && slice_ < share_.slice_end ? row_bytes_ : 0;
+    Weights<T::kBlocks> weights;
+#pragma unroll
+    for (int r = 0; r < T::kBlocks; ++r) {
+      weights.low[r] = load_chunk<true>(low_[r], offset, end);
+      weights.high[r] = load_chunk<true>(high_[r], offset, end);
+    }
+    if (++slice_ >= share_.slice_end && (slice_ - share_.slice_begin) % T::kAhead == 0) {
+      enter(tile_ + share_.step);
+    }
+    return weights;
+  }
+  // The first of this thread's rows in a tile.
+  static __device__ int first_row() {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+    return warp / 4 * (64 * T::kBlocks) + warp % 4 * 16 + g;
+  }
+
+ private:
+  __device__ void enter(int tile) {
+    tile_ = tile;
+    slice_ = share_.slice_begin;
+    const int64_t first = share_.row_of(tile) + first_row();
+#pragma unroll
+    for (int r = 0; r < T::kBlocks; ++r) {
+      // Rows beyond the last one are computed from it, and not stored.
+      low_[r] = task_.w + least(first + 64 * r, task_.N - 1) * row_bytes_;
+      high_[r] = task_.w + least(first + 64 * r + 8, task_.N - 1) * row_bytes_;
+    }
+  }
+
+  const bitlinear_cuda_task& task_;
+  const Share<T>& share_;
+  int64_t row_bytes_;
+  int tile_, slice_;
+  const uint8_t* low_[T::kBlocks];
+  const uint8_t* high_[T::kBlocks];
+};
+
+// Adds to the sums of this block, for every splits-th token, those of the others of its cluster.
+template <class T>
+__device__ inline void gather(int32_t* sums, int split, int splits) {
+  constexpr int kGroups = T::kRows / 4;
+  const int row = static_cast<int>(threadIdx.x) % kGroups * 4;
+#pragma unroll 4
+  for (int token = split + static_cast<int>(threadIdx.x) / kGroups * splits; token < T::kTokens;
+       token += T::kConsumers / kGroups * splits) {
+    int32_t* const place = sums + T::place(token, row);
+    int4 sum = *reinterpret_cast<int4*>(place);
+    for (int rank = 0; rank < splits; ++rank) {
+      if (rank != split) sum = add(sum, load_remote(place, rank));
+    }
+    *reinterpret_cast<int4*>(place) = sum;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1)
     wgmma_kernel(const __grid_constant__ bitlinear_cuda_task task,
                  const __grid_constant__ Activations activations, int splits) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using T = Tile<kRowBlocks, kTokens>;
+  constexpr int kTokens = T::kTokens, kBlocks = T::kBlocks, kConsumers = T::kConsumers;
   extern __shared__ uint8_t dynamic[];
-  __shared__ Barrier full[T::kStages], empty[T::kStages];
+  __shared__ Barrier full[T::kStages], empty[T::kStages], sums_full, sums_empty;
   __shared__ float s_x[kTokens];
   __shared__ int32_t q_sum[kTokens];
   uint8_t* const stages = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;
+  int32_t* const sums_out = reinterpret_cast<int32_t*>(stages + T::kStages * T::kStageBytes);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row_bytes = (task.K + 3) / 4;
-  const int slices = static_cast<int>(ceil_div<int64_t>(row_bytes, kSliceBytes));
-  const int split = static_cast<int>(blockIdx.x) % splits;
-  const int slice_begin = slices * split / splits;
-  const int slice_end = slices * (split + 1) / splits;
-  const int64_t tile = blockIdx.x / splits;
-  const int64_t row_tiles = ceil_div<int64_t>(task.N, T::kRows);
-  const int64_t n_begin = tile % row_tiles * T::kRows;
-  const int64_t m_begin = tile / row_tiles * kTokens;
+  const Share<T> share(task, splits);
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < T::kStages; ++s) {
       full[s].init(1);
-      empty[s].init(kWarpgroups * 4);
+      empty[s].init(kConsumers / 32);
     }
+    sums_full.init(kConsumers);
+    sums_empty.init(kStorers);
     publish_barriers();
   }
   __syncthreads();
   allow_successor();
 
-  if (warp >= kWarpgroups * 4) {
-    shrink_registers<T::kFew>();
+  // Writes a tile of y, or every step-th of its tokens.
+  const auto write = [&](const auto& rows, int tile, int first, int step) {
+    const int64_t m = share.token_of(tile);
+    const int tokens = static_cast<int>(least<int64_t>(task.M - m, kTokens));
+    write_tile(task, rows, m, {first, step, tokens}, s_x, q_sum, [&](int token, int row) {
+      return *reinterpret_cast<const int4*>(sums_out + T::place(token, row));
+    });
+  };
+
+  if (warp >= kConsumers / 32) {
+    if constexpr (T::kMovesRegisters) shrink_registers<T::kFewRegisters>();
     wait_for_predecessor();
-    if (threadIdx.x == kConsumers) {
+    const int thread = static_cast<int>(threadIdx.x) - kConsumers;
+    if (thread == 0) {
       RingPosition at(T::kStages);
-      for (int slice = slice_begin; slice < slice_end; ++slice, at.advance()) {
-        Barrier& barrier = full[at.stage];
-        empty[at.stage].wait(at.parity ^ 1);
-        barrier.arrive_expecting(T::kStageBytes);
-        for (int half = 0; half < 2; ++half) {
-          const int8_t* q =
-              activations.q +
-              ((2 * int64_t{slice} + half) * activations.token_groups + m_begin / 8) * 1024;
-          copy_bulk(stages + at.stage * T::kStageBytes + half * (T::kStageBytes / 2), q,
-                    T::kStageBytes / 2, barrier);
+      for (int tile = share.first_tile; tile < share.tiles; tile += share.step) {
+        const int64_t group = share.token_of(tile) / 8;
+        for (int slice = share.slice_begin; slice < share.slice_end; ++slice, at.advance()) {
+          Barrier& barrier = full[at.stage];
+          empty[at.stage].wait(at.parity ^ 1);
+          barrier.arrive_expecting(T::kStageBytes);
+          for (int half = 0; half < 2; ++half) {
+            const int8_t* q =
+                activations.q +
+                ((2 * int64_t{slice} + half) * activations.token_groups + group) * 1024;
+            copy_bulk(stages + at.stage * T::kStageBytes + half * (T::kStageBytes / 2), q,
+                      T::kStageBytes / 2, barrier);
+          }
         }
       }
-    }
-  } else {
-    grow_registers<T::kMany>();
-    const int g = lane / 4, tig = lane % 4;
-    const int my_row = warp / 4 * (64 * kRowBlocks) + warp % 4 * 16 + g;
-    struct Weights {
-      uint4 low[kRowBlocks], high[kRowBlocks];  // of rows g and g + 8
-    };
-    const uint8_t* row_low[kRowBlocks];
-    const uint8_t* row_high[kRowBlocks];
-#pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r) {
-      // Rows beyond the last one are computed from it, and not stored.
-      row_low[r] = task.w + least(n_begin + my_row + 64 * r, task.N - 1) * row_bytes;
-      row_high[r] = task.w + least(n_begin + my_row + 64 * r + 8, task.N - 1) * row_bytes;
-    }
-    const auto load = [&](int slice, Weights& weights) {
-      const int64_t offset = int64_t{slice} * kSliceBytes + 16 * tig;
-      const int64_t end = slice < slice_end ? row_bytes : 0;
-#pragma unroll
-      for (int r = 0; r < kRowBlocks; ++r) {
-        weights.low[r] = load_chunk<true>(row_low[r], offset, end);
-        weights.high[r] = load_chunk<true>(row_high[r], offset, end);
+    } else if (thread >= 32 && thread < 32 + kStorers) {
+      uint32_t parity = 0;
+      for (int tile = share.first_tile; !share.is_last(tile); tile += share.step, parity ^= 1) {
+        const TileRows<T::kRows, kStorers> rows(task, share.row_of(tile), thread - 32);
+        sums_full.wait(parity);
+        write(rows, tile, 0, 1);
+        sums_empty.arrive();
       }
-    };
-    Weights ring[T::kAhead];
-#pragma unroll
-    for (int i = 0; i < T::kAhead; ++i) load(slice_begin + i, ring[i]);
-    wait_for_predecessor();
-    const int tokens = static_cast<int>(least<int64_t>(task.M - m_begin, kTokens));
-    if (threadIdx.x < tokens) {
-      s_x[threadIdx.x] = activations.s_x[m_begin + threadIdx.x];
-      q_sum[threadIdx.x] = activations.q_sum[m_begin + threadIdx.x];
     }
+    return;
+  }
 
-    int32_t sums[kRowBlocks][kTokens / 2];
+  if constexpr (T::kMovesRegisters) grow_registers<T::kManyRegisters>();
+  WeightReader<T> reader(task, share);
+  Weights<kBlocks> ring[T::kAhead];
 #pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r) {
+  for (auto& weights : ring) weights = reader.read();
+  wait_for_predecessor();
+
+  const int last =
+      share.first_tile + (share.tiles - 1 - share.first_tile) / share.step * share.step;
+  const TileRows<T::kRows, kConsumers> rows(task, share.row_of(last), threadIdx.x);
+  RingPosition at(T::kStages);
+  uint32_t parity = 1;
+  for (int tile = share.first_tile; tile < share.tiles; tile += share.step, parity ^= 1) {
+    // What one token needs at the end.
+    const int64_t m = share.token_of(tile) + threadIdx.x;
+    const float its_scale = activations.s_x[least(m, task.M - 1)];
+    const int32_t its_sum = activations.q_sum[least(m, task.M - 1)];
+
+    int32_t sums[kBlocks * T::kStepKinds][kTokens / 2];
 #pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) sums[r][i] = 0;
+    for (auto& kind : sums) {
+#pragma unroll
+      for (int32_t& sum : kind) sum = 0;
     }
-    RingPosition at(T::kStages);
     int previous = -1;
-    uint32_t a[2][kRowBlocks][4];
-    for (int first = slice_begin; first < slice_end; first += T::kAhead) {
+    uint32_t a[T::kDepth][kBlocks][4];
+    for (int first = share.slice_begin; first < share.slice_end; first += T::kAhead) {
 #pragma unroll
       for (int ahead = 0; ahead < T::kAhead; ++ahead) {
-        const int slice = first + ahead;
-        if (slice >= slice_end) break;
-        const Weights weights = ring[ahead];
-        load(slice + T::kAhead, ring[ahead]);
+        const Weights<kBlocks> weights = ring[ahead];
+        ring[ahead] = reader.read();
+        if (first + ahead >= share.slice_end) continue;
         full[at.stage].wait(at.parity);
         const uint32_t base = shared_address(stages + at.stage * T::kStageBytes);
 #pragma unroll
         for (int step = 0; step < 8; ++step) {
           const int p = step / 2, j = step % 2;
 #pragma unroll
-          for (int r = 0; r < kRowBlocks; ++r) {
+          for (int r = 0; r < kBlocks; ++r) {
             const uint4& low = weights.low[r];
             const uint4& high = weights.high[r];
-            a[j][r][0] = (j == 0 ? low.x : low.z) >> 2 * p & 0x03030303u;
-            a[j][r][1] = (j == 0 ? high.x : high.z) >> 2 * p & 0x03030303u;
-            a[j][r][2] = (j == 0 ? low.y : low.w) >> 2 * p & 0x03030303u;
-            a[j][r][3] = (j == 0 ? high.y : high.w) >> 2 * p & 0x03030303u;
+            uint32_t (&fragment)[4] = a[step % T::kDepth][r];
+            fragment[0] = (j == 0 ? low.x : low.z) >> 2 * p & 0x03030303u;
+            fragment[1] = (j == 0 ? high.x : high.z) >> 2 * p & 0x03030303u;
+            fragment[2] = (j == 0 ? low.y : low.w) >> 2 * p & 0x03030303u;
+            fragment[3] = (j == 0 ? high.y : high.w) >> 2 * p & 0x03030303u;
 #pragma unroll
-            for (uint32_t& word : a[j][r]) pin(word);
+            for (uint32_t& word : fragment) pin(word);
           }
           const uint64_t b = describe(base + p / 2 * (T::kStageBytes / 2) + p % 2 * 64 + j * 32);
           wgmma_fence();
 #pragma unroll
-          for (int r = 0; r < kRowBlocks; ++r) Wgmma<kTokens>::run(sums[r], a[j][r], b);
+          for (int r = 0; r < kBlocks; ++r) {
+            Wgmma<kTokens>::run(sums[r * T::kStepKinds + step % T::kStepKinds],
+                                a[step % T::kDepth][r], b);
+          }
           wgmma_commit();
-          wgmma_wait<1>();
-          // All but the last step is done, so the stage before this one is free.
-          if (step == 0 && previous >= 0 && lane == 0) empty[previous].arrive();
+          wgmma_wait<T::kDepth - 1>();
+          // No step of the stage before this one is under way any more.
+          if (step == T::kDepth - 2 && previous >= 0 && lane == 0) empty[previous].arrive();
         }
         previous = at.stage;
         at.advance();
       }
     }
     wgmma_wait<0>();
-    // Every copy has arrived and been used: the stages become the place for the sums.
-    sync_consumers();
-    int32_t* const out = reinterpret_cast<int32_t*>(stages);
+    if (lane == 0) empty[previous].arrive();
+
+    sums_empty.wait(parity);
+    const int my_row = reader.first_row(), tig = lane % 4;
 #pragma unroll
-    for (int r = 0; r < kRowBlocks; ++r) {
+    for (int r = 0; r < kBlocks; ++r) {
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) {
         const int token = i / 4 * 8 + 2 * tig + i % 2;
-        out[token * T::kPitch + my_row + 64 * r + i % 4 / 2 * 8] = sums[r][i];
+        int32_t sum = sums[r * T::kStepKinds][i];
+        if constexpr (T::kStepKinds == 2) sum += sums[r * T::kStepKinds + 1][i];
+        sums_out[T::place(token, my_row + 64 * r + i % 4 / 2 * 8)] = sum;
       }
     }
-
-    // Each block of the cluster finishes its share of the tokens.
-    if (splits > 1) {
-      sync_cluster();
-    } else {
-      sync_consumers();
+    if (threadIdx.x < kTokens) {
+      s_x[threadIdx.x] = its_scale;
+      q_sum[threadIdx.x] = its_sum;
     }
-
-    const auto codes_of = [&](int token, int row) {
-      const int32_t* const place = out + token * T::kPitch + row;
-      int4 codes = *reinterpret_cast<const int4*>(place);
-      for (int s = 1; s < splits; ++s) codes = add(codes, load_remote(place, (split + s) % splits));
-      return codes;
-    };
-    write_tile<T::kRows, kConsumers>(task, n_begin, m_begin, {split, splits, tokens}, s_x, q_sum,
-                                     codes_of);
-    if (splits > 1) sync_cluster();  // no block may leave while others read its sums
+    if (!share.is_last(tile)) sums_full.arrive();
   }
+
+  // The last tile is everybody's. Each block of a cluster finishes its share of the tokens.
+  const int split = static_cast<int>(blockIdx.x) % splits;
+  if (splits > 1) {
+    sync_cluster();
+    gather<T>(sums_out, split, splits);
+    sync_cluster();  // no block may leave while others read its sums
+  } else {
+    sync_first<kConsumers>();
+  }
+  write(rows, last, split, splits);
 #endif
 }
 
-template <int kRowBlocks, int kTokens>
+template <class T>
 cudaError_t launch(const Call& call, const Activations& q, int splits) {
-  using T = Tile<kRowBlocks, kTokens>;
   const bitlinear_cuda_task& task = call.task;
-  const int64_t tiles = ceil_div<int64_t>(task.N, T::kRows) * ceil_div<int64_t>(task.M, kTokens);
+  int64_t tiles = ceil_div<int64_t>(task.N, T::kRows) * ceil_div<int64_t>(task.M, T::kTokens);
+  // A block takes one tile after the other; a cluster only one.
+  if (splits == 1) tiles = least<int64_t>(tiles, call.device.multiprocessors);
   const dim3 grid(static_cast<unsigned>(tiles * splits));
-  const Launch how = {grid, kThreads, T::kSharedBytes, splits};
-  return launch_kernel<wgmma_kernel<kRowBlocks, kTokens>>(how, call, task, q, splits);
-}
-
-template <int kRowBlocks>
-cudaError_t launch(const Call& call, const Activations& q, const WgmmaPlan& plan) {
-  if (plan.tokens == 32) return launch<kRowBlocks, 32>(call, q, plan.splits);
-  if (plan.tokens == 64) return launch<kRowBlocks, 64>(call, q, plan.splits);
-  return launch<kRowBlocks, 128>(call, q, plan.splits);
+  const Launch how = {grid, T::kThreads, T::kSharedBytes, splits};
+  return launch_kernel<wgmma_kernel<T>>(how, call, task, q, splits);
 }
 
 }  // namespace
 
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan) {
-  return plan.row_blocks == 1 ? launch<1>(call, q, plan) : launch<2>(call, q, plan);
+  const auto is = [&](int rows, int tokens) { return plan.rows == rows && plan.tokens == tokens; };
+  if (is(64, 32)) return launch<Tile<1, 1, 32>>(call, q, plan.splits);
+  if (is(64, 64)) return launch<Tile<1, 1, 64>>(call, q, plan.splits);
+  if (is(128, 32)) return launch<Tile<2, 1, 32>>(call, q, plan.splits);
+  if (is(128, 64)) return launch<Tile<2, 1, 64>>(call, q, plan.splits);
+  if (is(128, 128)) return launch<Tile<2, 1, 128>>(call, q, plan.splits);
+  if (is(256, 128)) return launch<Tile<2, 2, 128>>(call, q, plan.splits);
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace cuda
