@@ -6,11 +6,13 @@ operator is here, and the reference implementation runs wherever there is no ker
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import packing
 from .quantize import (
@@ -79,6 +81,11 @@ def register(compiled: bool) -> None:
         torch.library.register_autograd(
             "bitlinear::linear", _backward, setup_context=_setup_context, lib=library
         )
+    if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap is a loop
+        for name in (*implementations, "inference_only_backward"):
+            operator = getattr(torch.ops.bitlinear, name).default
+            torch.library.register_vmap(f"bitlinear::{name}", _vmap(operator), lib=library)
+    register_flop_formula(torch.ops.bitlinear.linear)(_count_flops)
 
 
 def check_arguments(
@@ -279,6 +286,30 @@ def _autocast_linear(device_type: str, key: str) -> Any:
         return output
 
     return linear
+
+
+def _vmap(operator: Any) -> Callable[..., tuple[Any, int]]:
+    """The rule of an operator for vmap: one more dimension of tokens, but one weight at a time."""
+    of_tokens = operator._schema.arguments[0].name in ("x", "grad")
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, int]:
+        first, *others = in_dims
+        if of_tokens and all(dim is None for dim in others):
+            return operator(arguments[0].movedim(first, 0), *arguments[1:]), 0
+        each = [
+            operator(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(each[0], Tensor):
+            return torch.stack(each), 0
+        return tuple(map(torch.stack, zip(*each))), 0
+
+    return rule
+
+
+def _count_flops(x_shape: Any, w_shape: Any, *_: Any, **__: Any) -> int:
+    """Those of ``nn.Linear``, for :class:`torch.utils.flop_counter.FlopCounterMode`."""
+    return int(2 * math.prod(x_shape) * w_shape[0])
 
 
 def _raise_inference_only(grad: Tensor, in_features: int) -> Tensor:
