@@ -81,6 +81,7 @@ def _may_keep(weight: Tensor) -> bool:
         type(weight) is nn.Parameter
         and not weight.is_meta
         and not weight.is_inference()
+        and not torch._C._is_tracing()
         and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
@@ -247,7 +248,7 @@ class BitLinear(nn.Linear):
             self.in_features,
             self.eps,
         )
-        if input.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and input.requires_grad:
             output: Tensor = _InferenceOnly.apply(*arguments)  # type: ignore[no-untyped-call]
         else:
             output = _linear(*arguments)
@@ -272,6 +273,13 @@ class BitLinear(nn.Linear):
                 known = _QuantizedWeight(weight, weight._version, _sample(weight).clone(), packed)
             self._quantized = known
         return known.packed
+
+    def __prepare_scriptable__(self) -> Any:
+        """Called by ``torch.jit.script``, which would fail on the first annotation."""
+        raise NotImplementedError(
+            "torch.jit.script cannot compile a BitLinear: use torch.export, or torch.jit.trace "
+            "under torch.no_grad()"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -343,7 +351,8 @@ class BitLinear(nn.Linear):
         if name == "weight" and "w_packed" in self.__dict__.get("_buffers", ()):
             raise AttributeError(
                 "this BitLinear is deployed and has no floating-point 'weight', only 'w_packed' "
-                "and 'w_scale': call undeploy() to get one back"
+                "and 'w_scale': call undeploy() to get one back, or put an nn.Linear where another "
+                "module reads the weight and never calls the layer"
             )
         return super().__getattr__(name)
 
@@ -422,17 +431,27 @@ class BitLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         """Takes either state into either state of the layer; a bad one leaves it unchanged."""
+        # As the last of the hooks: those of others may rename or convert what is in the state.
+        handle = self._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            self._prepare_to_load
+        )
         try:
-            self._prepare_to_load(state_dict, prefix, local_metadata)
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
         except (TypeError, ValueError) as error:
             error_msgs.append(f"While loading {prefix.rstrip('.') or 'BitLinear'}: {error}")
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        finally:
+            handle.remove()
 
     def _prepare_to_load(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
     ) -> None:
         """Gives the layer the parameters or buffers, still unset, that ``state_dict`` has for it.
 
@@ -511,6 +530,8 @@ def why_no_plain_weight(linear: nn.Linear) -> str:
     weight = linear._parameters.get("weight")
     if weight is None:
         return "its weight is computed, not a parameter (weight_norm, pruning); remove that first"
+    if linear.bias is not None and "bias" not in linear._parameters:
+        return "its bias is computed, not a parameter (pruning); remove that first"
     if nn.parameter.is_lazy(weight):
         return "it is lazy; run it once on an example, so that its weight gets a shape"
     if not weight.is_floating_point():
