@@ -36,6 +36,11 @@ _STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
+_READ_BY_ATTENTION = (
+    "its owner (nn.MultiheadAttention) reads its weight and never calls it: it has to be an "
+    "nn.Linear"
+)
+
 
 def convert(
     model: nn.Module,
@@ -69,9 +74,14 @@ def convert(
     check_quant_type(quant_type)
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     layers = _find_linears(model)
+    attended = _read_by_attention(model)
     converted = 0
     for layer in layers:
-        reason = _why_not_convertible(layer, filter_fn, patterns)
+        reason = (
+            _READ_BY_ATTENTION
+            if id(layer.module) in attended
+            else _why_not_convertible(layer, filter_fn, patterns)
+        )
         if reason:
             _logger.info("%s: not converted: %s", layer.label, reason)
             continue
@@ -109,7 +119,11 @@ def deploy(model: _Model) -> _Model:
         for name, module in model.named_modules()
         if isinstance(module, BitLinear) and not module.is_deployed
     }
-    problems = {name: layer._why_not_deployable() for name, layer in layers.items()}
+    attended = _read_by_attention(model)
+    problems = {
+        name: _READ_BY_ATTENTION if id(layer) in attended else layer._why_not_deployable()
+        for name, layer in layers.items()
+    }
     refused = [f"{name}: {reason}" for name, reason in problems.items() if reason]
     if refused:
         raise ValueError("BitLinear layers cannot be deployed:\n  " + "\n  ".join(refused))
@@ -172,8 +186,6 @@ def _why_not_convertible(
     reason = why_no_plain_weight(linear)
     if reason:
         return reason
-    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "its owner (nn.MultiheadAttention) reads its weight and never calls it"
     if type(linear) is not nn.Linear:
         return f"it is a {type(linear).__name__}, whose use of the weight is unknown"
     if "forward" in vars(linear):
@@ -235,6 +247,15 @@ def _move_extras(old: nn.Linear, new: BitLinear) -> None:
     for name, value in vars(old).items():
         if name in _CALL_HOOKS or name not in vars(new):
             vars(new)[name] = value
+
+
+def _read_by_attention(model: nn.Module) -> set[int]:
+    """The layers, by ``id``, of which ``nn.MultiheadAttention`` takes the weight only."""
+    return {
+        id(module.out_proj)
+        for module in model.modules()
+        if type(module).forward is nn.MultiheadAttention.forward
+    }
 
 
 def _parameters_outside(model: nn.Module, layers: Iterable[BitLinear]) -> dict[int, str]:

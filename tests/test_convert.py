@@ -381,8 +381,11 @@ def test_a_hand_made_encoder_is_put_right_by_deploy():
         torch.testing.assert_close(layer(x), wanted)
 
 
-def test_attention_keeps_its_output_projection(log):
+@pytest.mark.parametrize("kind", [None, nn.Linear])
+def test_attention_keeps_its_output_projection(kind, log):
     attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    if kind:
+        attention.out_proj = kind(8, 8)
     model, x = nn.ModuleDict({"attention": attention}), torch.randn(3, 5, 8)
     before = attention(x, x, x)[0]
     convert(model)
@@ -390,6 +393,39 @@ def test_attention_keeps_its_output_projection(log):
     assert torch.equal(attention(x, x, x)[0], before)
     (line,) = (line for line in log() if line.startswith("attention.out_proj"))
     assert "nn.MultiheadAttention) reads its weight and never calls it" in line
+    attention.train()(x, x, x)[0].sum().backward()
+    assert attention.out_proj.weight.grad is not None
+
+
+def test_a_hand_made_output_projection_is_not_deployed():
+    """As F.multi_head_attention_forward takes the weight of any layer for that of an nn.Linear."""
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)
+    before = attention(x, x, x)[0]
+    attention.out_proj = BitLinear.from_linear(attention.out_proj)
+    assert torch.equal(attention(x, x, x)[0], before)
+    model = nn.ModuleDict({"attention": attention, "head": BitLinear(8, 8)})
+    with pytest.raises(
+        ValueError, match=r"attention\.out_proj: its owner .* has to be an nn\.Linear"
+    ):
+        deploy(model)
+    assert not model["head"].is_deployed
+    attention.out_proj.deploy()
+    with pytest.raises(AttributeError, match=r"put an nn\.Linear where another module reads"):
+        attention(x, x, x)
+
+
+class Attention(nn.MultiheadAttention):
+    """One with a forward of its own, which calls the layer."""
+
+    def forward(self, x):
+        return self.out_proj(x)
+
+
+def test_attention_that_calls_its_output_projection_is_deployed():
+    attention, x = Attention(8, 2), torch.randn(3, 8)
+    attention.out_proj = BitLinear(8, 8)
+    before = attention(x)
+    assert torch.equal(deploy(attention)(x), before)
 
 
 def test_the_package_exports_them():
