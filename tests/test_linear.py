@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 from torch import nn
 from torch.nn.utils import prune
-from torch.utils.checkpoint import checkpoint
 
 from bitlinear import BitLinear, packing, quantize
 
@@ -169,15 +168,6 @@ def test_deploy_refuses_what_the_kernels_cannot_sum():
     assert not layer.is_deployed
 
 
-def test_deploy_refuses_a_parametrised_weight():
-    layer = nn.utils.parametrizations.weight_norm(BitLinear(20, 6))
-    assert layer(torch.randn(2, 20)).requires_grad
-    with pytest.raises(ValueError, match="remove_parametrizations"):
-        layer.deploy()
-    nn.utils.parametrize.remove_parametrizations(layer, "weight")
-    assert layer.deploy().is_deployed
-
-
 def test_an_optimizer_that_still_holds_the_bias_does_not_reach_the_deployed_one():
     layer = BitLinear(20, 6)
     parameter = layer.bias
@@ -294,41 +284,6 @@ def test_it_trains_with_an_optimizer():
         loss.backward()
         optimizer.step()
     assert (model(x).argmax(1) == target).float().mean() > 0.9
-
-
-def test_gradient_checkpointing_changes_nothing():
-    layer, x = BitLinear(20, 6), torch.randn(4, 20, requires_grad=True)
-
-    def gradients(y):
-        return torch.autograd.grad(y.square().sum(), (x, layer.weight, layer.bias))
-
-    for a, b in zip(gradients(layer(x)), gradients(checkpoint(layer, x, use_reentrant=False))):
-        assert torch.equal(a, b)
-
-
-def test_functional_call():
-    layer, x = BitLinear(20, 6), torch.randn(4, 20)
-    other = BitLinear(20, 6)
-    y = torch.func.functional_call(layer, dict(other.named_parameters()), (x,))
-    assert torch.equal(y, other(x))
-
-
-@pytest.mark.parametrize("make", [BitLinear, deployed])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_gives_the_dtype_of_nn_linear(make, dtype):
-    layer, linear = make(20, 6), nn.Linear(20, 6)
-    for x_dtype in oracle.DTYPES:
-        x = torch.randn(4, 20).to(x_dtype)
-        with torch.autocast("cpu", dtype):
-            assert layer(x).dtype == linear(x).dtype == dtype
-        assert layer(x).dtype == x_dtype
-
-
-def test_a_meta_layer_gives_shapes():
-    x = torch.empty(3, 20, dtype=torch.bfloat16, device="meta")
-    for layer in (BitLinear(20, 6, device="meta"), BitLinear(20, 6, device="meta").deploy()):
-        y = layer(x)
-        assert (y.shape, y.dtype, y.is_meta) == ((3, 6), torch.bfloat16, True)
 
 
 # --- Moving and converting ---
@@ -651,64 +606,6 @@ def test_a_parametrised_layer_cannot_become_deployed():
     layer = nn.utils.parametrizations.weight_norm(BitLinear(20, 6))
     with pytest.raises(RuntimeError, match="cannot become a deployed one: it is parametrized"):
         layer.load_state_dict(deployed().state_dict(), strict=False)
-
-
-# --- torch.compile and torch.export ---
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile_training():
-    layer = BitLinear(20, 6)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
-    for batch in (4, 7):
-        x = torch.randn(batch, 20, requires_grad=True)
-        grad = torch.randn(batch, 6)
-        wanted = torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
-        actual = torch.autograd.grad(compiled(x), (x, *layer.parameters()), grad)
-        torch.testing.assert_close(compiled(x), layer(x))
-        torch.testing.assert_close(actual, wanted)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = compiled(x)
-    assert y.dtype == torch.bfloat16
-    y.sum().backward()
-    assert layer.weight.grad is not None
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile_deployed():
-    model = nn.Sequential(deployed(), nn.ReLU(), deployed(6, 3))
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    for batch in (4, 7):
-        x = torch.randn(batch, 20)
-        assert torch.equal(compiled(x), model(x))
-    # Something before the layer may want gradients: only the backward pass raises.
-    y = compiled(x.requires_grad_())
-    assert torch.equal(y, model(x))
-    with pytest.raises(RuntimeError, match=r"deployed \(inference only\)"):
-        y.sum().backward()
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert compiled(x).dtype == torch.bfloat16
-
-
-@pytest.mark.slow
-def test_export_deployed():
-    model = nn.Sequential(
-        nn.LayerNorm(20), deployed(), nn.ReLU(), deployed(6, 3, bias=False)
-    ).eval()
-    batch = torch.export.Dim("batch", min=2, max=1000)
-    x = torch.randn(4, 20)
-    program = torch.export.export(model, (x,), dynamic_shapes={"input": {0: batch}})
-    calls = [n for n in program.graph.nodes if n.target is torch.ops.bitlinear.linear.default]
-    assert len(calls) == 2
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
-    for rows in (4, 9):
-        x = torch.randn(rows, 20)
-        assert torch.equal(loaded(x), model(x))
 
 
 # --- Inference mode ---
