@@ -275,6 +275,9 @@ def straight_through_linear(
     if not torch.is_grad_enabled():
         with _without_autocast(x.device.type):
             return packed_linear(x, w_packed, w_scale, bias, eps, dtype)
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        # There torch.compile passes over the backward() of a Function and differentiates rint.
+        return blended_linear(x, weight, bias, torch.ones(()), eps)
     output, *_ = _StraightThroughLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, eps, dtype, w_packed, w_scale
     )

@@ -421,6 +421,9 @@ def test_dynamic_quantisation_takes_the_plain_layers_only():
 
 
 @both
+@pytest.mark.skipif(
+    torch.__version__ < "2.5", reason="torch 2.4 does not find the formulas it is given"
+)
 def test_floating_point_operations_are_those_of_nn_linear(make):
     def flops(layer, x):
         with FlopCounterMode(display=False) as counter:
@@ -449,19 +452,19 @@ def test_the_profiler_names_the_operator():
 @both
 @pytest.mark.filterwarnings("ignore:.*deprecated", "ignore::torch.jit.TracerWarning")
 def test_a_trace_follows_the_weights(make):
-    layer, x = make(20, 6).eval(), torch.randn(4, 20)
+    model, x = nn.Sequential(make(20, 6), nn.ReLU()).eval(), torch.randn(4, 20)
     with torch.no_grad():
-        layer(x)  # what is kept from this call must not become a constant of the trace
-        traced = torch.jit.trace(layer, x)
+        model(x)  # what is kept from this call must not become a constant of the trace
+        traced = torch.jit.trace(model, x)
         file = io.BytesIO()
         torch.jit.save(traced, file)
         file.seek(0)
-        for model in (traced, torch.jit.load(file)):
-            model.load_state_dict(make(20, 6).state_dict())
-            layer.load_state_dict(model.state_dict())
+        for trace in (traced, torch.jit.load(file)):
+            model = nn.Sequential(make(20, 6), nn.ReLU())
+            trace.load_state_dict(model.state_dict())
             for rows in (4, 9):
                 x = torch.randn(rows, 20)
-                assert torch.equal(model(x), layer(x))
+                assert torch.equal(trace(x), model(x))
 
 
 @both
@@ -567,6 +570,21 @@ def test_compile_checkpointed():
     )
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4 does not compile it")
+def test_compile_gradients_of_torch_func():
+    layer, x = BitLinear(20, 6), torch.randn(4, 20)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, x):
+        return functional_call(layer, parameters, (x,)).square().sum()
+
+    for function in (grad(loss, (0, 1)), vmap(grad(loss, (0, 1)), in_dims=(None, 0))):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(parameters, x), function(parameters, x))
+
+
 # --- torch.export and AOTInductor ---
 
 needs_aoti = pytest.mark.skipif(torch.__version__ < "2.6", reason="packages are of torch 2.6")
@@ -580,6 +598,8 @@ def test_an_export_of_a_layer_in_training_quantises_its_weight():
     assert program.state_dict.keys() == layer.state_dict().keys()
     assert not program.constants
     assert torch.equal(program.module()(x), layer(x))
+    with pytest.raises(RuntimeError, match=r"not implemented|inference only"):
+        torch.export.export(layer, (x,)).module()(x).sum().backward()
 
 
 class Exported(nn.Module):
@@ -604,8 +624,8 @@ def exported(tmp_path_factory):
     """A model, inputs, and a folder with its program and what AOTInductor compiles it to."""
     torch.manual_seed(0)
     model, folder = Exported(), tmp_path_factory.mktemp("exported")
-    inputs = [torch.randn(rows, 20) for rows in (2, 9, 500)]
-    batch = torch.export.Dim("batch", min=2, max=1000)
+    inputs = [torch.randn(rows, 20) for rows in (3, 1, 500)]
+    batch = torch.export.Dim("batch", max=1000)
     with torch.no_grad():
         program = torch.export.export(model, (inputs[0],), dynamic_shapes={"x": {0: batch}})
     calls = [node for node in program.graph.nodes if node.target is LINEAR.default]
