@@ -265,17 +265,18 @@ def test_hooks_and_attributes_move_along():
         linear.register_forward_pre_hook(
             lambda m, *_: calls.append(("pre", type(m))), with_kwargs=True
         ),
+        linear.register_full_backward_pre_hook(lambda m, _: calls.append(("grad", type(m)))),
         linear.register_full_backward_hook(lambda m, *_: calls.append(("backward", type(m)))),
     ]
     linear.tag = "mine"
     convert(model)
     assert model[0].tag == "mine"
     model(torch.randn(2, 8, requires_grad=True)).sum().backward()
-    assert calls == [("pre", BitLinear), ("forward", BitLinear), ("backward", BitLinear)]
+    assert calls == [(call, BitLinear) for call in ("pre", "forward", "grad", "backward")]
     for handle in handles:
         handle.remove()
     model(torch.randn(2, 8)).sum().backward()
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 # --- Deploying models ---

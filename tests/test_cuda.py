@@ -307,6 +307,40 @@ def test_training_and_deployment(dtype):
     assert torch.equal(layer.cpu()(x.cpu()), before.cpu())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_nothing_but_the_output(dtype):
+    layer, x = BitLinear(70, 33).cuda(), torch.randn(5, 70, device="cuda", requires_grad=True)
+    y = layer(x)
+    with torch.autocast("cuda", dtype):
+        rounded = layer(x)
+        with torch.autocast("cuda", enabled=False):
+            assert torch.equal(layer(x), y)
+    assert torch.equal(rounded, y.to(dtype))
+    operands, ones = (x, *layer.parameters()), torch.ones_like(y)
+    wanted = torch.autograd.grad(y, operands, ones)
+    actual = torch.autograd.grad(rounded, operands, ones.to(dtype))
+    torch.testing.assert_close(actual, wanted)
+    layer.deploy()
+    with torch.autocast("cuda", dtype), torch.no_grad():
+        assert torch.equal(layer(x), rounded)
+
+
+def test_a_step_with_a_scaled_loss():
+    model = nn.Sequential(BitLinear(70, 33), nn.ReLU(), BitLinear(33, 6)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    scaler, x = torch.amp.GradScaler("cuda"), torch.randn(5, 70, device="cuda")
+    for _ in range(3):
+        before = [p.detach().clone() for p in model.parameters()]
+        with torch.autocast("cuda", torch.float16):
+            loss = model(x).float().square().mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
 def test_deploying_packs_on_the_device():
     layer = BitLinear(1000, 300)
     on_cuda = copy.deepcopy(layer).cuda().deploy()

@@ -6,7 +6,8 @@ import importlib.util
 import re
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_examples_run(tmp_path, monkeypatch):
@@ -24,3 +25,16 @@ def test_the_python_examples_run(tmp_path, monkeypatch):
 def test_there_are_exactly_two_set_up_commands():
     section = README.split("## Set-up")[1].split("\n## ")[0]
     assert len(re.findall(r"^```sh\n(.*)\n```", section, re.MULTILINE)) == 2
+
+
+def test_every_test_that_the_table_of_features_names_exists():
+    section = README.split("## What works with BitLinear")[1].split("\n## ")[0]
+    *_, table = section.partition("|---|---|---|\n")
+    rows = [line.split(" | ")[-1] for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) > 20
+    for row in rows:
+        _, *files = re.split(r"\[[\w.]+\]\(([\w/.]+)\)", row)
+        assert files, row
+        for file, names in zip(files[::2], files[1::2]):
+            for name in re.findall(r"`(\w+)`", names):
+                assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), (file, name)
