@@ -254,7 +254,8 @@ def _read_by_attention(model: nn.Module) -> set[int]:
     return {
         id(module.out_proj)
         for module in model.modules()
-        if type(module).forward is nn.MultiheadAttention.forward
+        if isinstance(module, nn.MultiheadAttention)
+        and type(module).forward is nn.MultiheadAttention.forward  # another may well call it
     }
 
 

@@ -58,7 +58,6 @@ def test_autocast_gives_the_dtype_of_nn_linear(make, dtype):
         with torch.autocast("cpu", dtype):
             assert layer(x).dtype == linear(x).dtype == dtype
             with torch.autocast("cpu", enabled=False):
-                assert torch.equal(layer(x), layer.deploy()(x))
                 assert layer(x).dtype == x_dtype
         assert layer(x).dtype == x_dtype
 
@@ -259,6 +258,16 @@ def test_a_pruned_bias_is_not_deployed():
         layer.deploy()
     prune.remove(layer, "bias")
     assert layer.deploy().state_dict().keys() == {"w_packed", "w_scale", "bias"}
+
+
+def test_a_deployed_layer_has_no_weight_to_compute():
+    layer, x = deployed(), torch.randn(4, 20)
+    y = layer(x)
+    with pytest.raises(ValueError, match=r"deployed=True.* does not have a parameter"):
+        parametrize.register_parametrization(layer, "weight", LowRank())
+    with pytest.raises(AttributeError, match=r"deployed .* call undeploy\(\)"):
+        prune.l1_unstructured(layer, "weight", 0.3)
+    assert torch.equal(layer(x), y)
 
 
 # --- Hooks ---
@@ -554,6 +563,24 @@ def test_a_training_step_is_one_graph(strength):
         )
         optimizer.step()
     assert counter.frame_count == 1
+
+
+@both
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compile_autocast(make, dtype):
+    layer, x = make(20, 6), torch.randn(4, 20)
+
+    def function(x):
+        with torch.autocast("cpu", dtype):
+            rounded = layer(x)
+            with torch.autocast("cpu", enabled=False):
+                return rounded, layer(x)
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert [y.dtype for y in compiled(x)] == [dtype, torch.float32]
+    assert all(map(torch.equal, compiled(x), function(x)))
 
 
 @pytest.mark.slow
