@@ -275,8 +275,8 @@ def straight_through_linear(
     if not torch.is_grad_enabled():
         with _without_autocast(x.device.type):
             return packed_linear(x, w_packed, w_scale, bias, eps, dtype)
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # There torch.compile passes over the backward() of a Function and differentiates rint.
+    if torch.compiler.is_compiling() and _is_transformed():
+        # There torch.compile passes over the backward() of a Function: its gradient would be 0.
         return blended_linear(x, weight, bias, torch.ones(()), eps)
     output, *_ = _StraightThroughLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, eps, dtype, w_packed, w_scale
@@ -315,6 +315,11 @@ def blended_linear(
         operands = ((x + step_x).float(), (weight + step_w).float())
         y = F.linear(*operands, None if bias is None else bias.float())
     return y.to(dtype)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.compile traces a transform of torch.func; torch 2.4 cannot be asked."""
+    return torch.__version__ >= "2.13" and torch._C._are_functorch_transforms_active()
 
 
 def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
