@@ -725,4 +725,4 @@ def test_an_exported_model_runs_in_a_new_process(exported, kind, build, tmp_path
 def test_an_exported_model_needs_the_import(exported, kind):
     result = in_a_new_process(LOAD[kind], exported[-1])
     assert result.returncode == 1
-    assert "bitlinear" in result.stderr
+    assert {"program": "bitlinear.linear", "package": "bitlinear::linear"}[kind] in result.stderr
