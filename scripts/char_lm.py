@@ -1,0 +1,232 @@
+"""Trains a ternary language model and its float twin side by side, deploys it, has both write.
+
+    python scripts/char_lm.py [--out runs/char_lm] [--restart]
+
+The text is Python's language reference, which every Python brings (``help("topics")``). Stopped or
+killed, the same command goes on from the last checkpoint. The output directory gets
+``results.json``, ``losses.png`` and ``checkpoint.pt``. Takes some five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from datetime import datetime, timezone
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import bitlinear
+import char_training
+import charts
+import machine
+import report
+import timing
+from bench import parse_count, parse_seconds
+from bitlinear import jit
+from char_model import CharModel, generate
+from char_training import LINEAR, TERNARY, Settings, Training
+from report import Record
+
+DEPLOYED = "BitLinear, deployed"
+PROMPT = "The "
+SAMPLE, TEMPERATURE = 400, 0.5
+LOOKS: dict[str, charts.Look] = {
+    LINEAR: {"color": "#222222", "marker": "s", "markersize": 5},
+    TERNARY: {"color": charts.EMPHASIS, "marker": "o", "markersize": 6},
+}
+
+
+def deploy(training: Training) -> dict[str, CharModel]:
+    """The trained networks by name, and the ternary one deployed."""
+    models = {name: model.eval() for name, model in training.models.items()}
+    return {**models, DEPLOYED: bitlinear.deploy(copy.deepcopy(models[TERNARY]))}
+
+
+def measure(training: Training, models: Mapping[str, CharModel], budget: float = 10.0) -> Record:
+    """What each network has learnt, and what it takes to write with it.
+
+    Args:
+        training: Where the networks come from.
+        models: They, and the deployed one.
+        budget: Seconds of timing.
+    """
+    text, context = training.text, training.settings.context
+    prompt = text.encode(PROMPT)
+    writers = [
+        timing.Contestant(name, _writer(model, context), repeats=context)
+        for name, model in models.items()
+    ]
+    layers = [timing.Contestant(name, _linear_layers(model)) for name, model in models.items()]
+    writing = timing.compare(writers, 0.8 * budget, timing.cpu_timer)
+    with torch.inference_mode():
+        alone = timing.compare(layers, 0.2 * budget, timing.cpu_timer)
+    networks: Record = {}
+    for name, model in models.items():
+        loss = char_training.validation_loss(model, text, context)
+        sample = generate(model, prompt, SAMPLE, TEMPERATURE)
+        networks[name] = {
+            "validation_loss": loss,
+            "bits_per_character": loss / math.log(2),
+            "bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+            "character": report.quartiles(writing[name]),
+            "its_linear_layers": report.quartiles(alone[name]),
+            "sample": PROMPT + text.decode(sample),
+        }
+    for name, curve in training.curves.items():
+        networks[name]["step_s"] = statistics.median(curve["seconds"])
+        networks[name]["losses"] = {part: curve[part] for part in ("train", "validation")}
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe(jit.runtime().hardware, "cpu"),
+        "versions": machine.versions(),
+        "kernel": jit.runtime().kernel,
+        "threads": torch.get_num_threads(),
+        "settings": asdict(training.settings),
+        "characters": {
+            "different": len(text.characters),
+            "train": len(text.train),
+            "validation": len(text.validation),
+        },
+        "networks": networks,
+    }
+
+
+def _writer(model: CharModel, count: int) -> timing.Call:
+    """Writes ``count`` characters, one after the other."""
+    first = torch.zeros(1, dtype=torch.int64)
+    return lambda: generate(model, first, count)
+
+
+def _linear_layers(model: nn.Module) -> timing.Call:
+    """What a character needs of the linear layers, and nothing between them."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    inputs = [torch.randn(1, 1, layer.in_features) for layer in layers]
+    return lambda: [layer(x) for layer, x in zip(layers, inputs)]
+
+
+def draw(results: Record) -> Figure:
+    """The losses of both networks: of every batch, and of the validation text."""
+    settings = results["settings"]
+    parts = (
+        re.sub(r"\((R|TM)\)", "", results["machine"]["cpu"]),
+        report.plural(results["threads"], "thread"),
+        *(f"{name} {results['versions'][name]}" for name in ("bitlinear", "torch", "python")),
+        results["time"][:10],
+    )
+    figure, axes = charts.canvas(
+        f"Learning Python's language reference, {settings['depth']} blocks of {settings['width']}",
+        "   ·   ".join(parts),
+        size=(9.5, 5.2),
+        left=0.6,
+        right=1.1,
+    )
+    axes.set_title(
+        "nats per character; thin: each batch, thick: validation", loc="left", fontsize=11
+    )
+    axes.set_xlabel("step")
+    ends, first = [], []
+    for name, look in LOOKS.items():
+        losses = results["networks"][name]["losses"]
+        steps = range(1, 1 + len(losses["train"]))
+        axes.plot(steps, losses["train"], color=look["color"], linewidth=0.8, alpha=0.45)
+        ends.append(charts.line(axes, dict(losses["validation"]), {**look, "linewidth": 2}, name))
+        first.append(losses["validation"][0][1])
+    axes.set_ylim(top=1.05 * max(first))  # what comes before would flatten the rest
+    charts.label_ends(axes, ends)
+    return figure
+
+
+def render(results: Record) -> str:
+    """What was measured, for people: a table in Markdown, then what the networks write."""
+    networks = results["networks"]
+    header = (
+        "network",
+        "validation, nats",
+        "bits per character",
+        "steps/s",
+        "characters/s",
+        "us for one",
+        "of which linear layers",
+        "parameters",
+    )
+    rows = [
+        (
+            name,
+            f"{its['validation_loss']:.4f}",
+            f"{its['bits_per_character']:.3f}",
+            f"{1 / its['step_s']:.2f}" if "step_s" in its else "",
+            f"{1e6 / its['character']['median_us']:.0f}",
+            f"{its['character']['median_us']:.0f}",
+            f"{its['its_linear_layers']['median_us']:.0f}",
+            f"{its['bytes'] / 1e6:.2f} MB",
+        )
+        for name, its in networks.items()
+    ]
+    samples = [f"{name} writes:\n\n{networks[name]['sample']}\n" for name in (LINEAR, DEPLOYED)]
+    return "\n\n".join((report.markdown(header, rows, words=("network",)), *samples))
+
+
+def same_bits(results: Record) -> bool:
+    """Whether deploying has changed nothing that the network computes."""
+    one, other = (results["networks"][name] for name in (TERNARY, DEPLOYED))
+    return all(one[key] == other[key] for key in ("validation_loss", "sample"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=Path, metavar="DIRECTORY", default=Path("runs/char_lm"))
+    add("--restart", action="store_true", help="do not go on from the checkpoint")
+    add("--save-every", type=parse_count, metavar="STEPS", default=20)
+    add("--budget", type=parse_seconds, default=10.0, help="seconds of timing (default: 10)")
+    settings = parser.add_argument_group("settings (see char_training.Settings)")
+    for field in fields(Settings):
+        convert = float if isinstance(field.default, float) else int
+        settings.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=convert,
+            default=field.default,
+            help=f"default: {field.default}",
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    checkpoint = options.out / "checkpoint.pt"
+    try:
+        settings = Settings(**{its.name: getattr(options, its.name) for its in fields(Settings)})
+        if options.restart:
+            checkpoint.unlink(missing_ok=True)
+        training = char_training.train(
+            settings, char_training.load_text(), checkpoint, options.save_every
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    except char_training.Stopped as stopped:
+        sys.exit(str(stopped))
+    results = measure(training, deploy(training), options.budget)
+    report.write(options.out / "results.json", results)
+    with mpl.rc_context(charts.STYLE):
+        draw(results).savefig(options.out / "losses.png")
+    print(render(results))
+    same = same_bits(results)
+    print(f"deployed, it computes the same bits: {'yes' if same else 'NO'}")
+    if not same:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

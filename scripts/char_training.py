@@ -1,0 +1,316 @@
+"""Trains two networks side by side on Python's language reference, character by character.
+
+One is of ``nn.Linear`` layers, the other of ternary ones. They begin with the same parameters and
+see the same batches in the same order. Where the work is stopped, or killed, it goes on from its
+last checkpoint and ends with the same bits: a batch is drawn from the seed and its step, and
+nothing else is random.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import pickle
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import bitlinear
+from char_model import CharModel
+
+# The networks' names.
+LINEAR, TERNARY = "nn.Linear", "BitLinear"
+
+VALIDATION_WINDOWS = 96
+EVALUATIONS = 10
+WARM_UP = 0.1  # of the steps, in which the learning rate rises
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and can go on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the result depends on.
+
+    Attributes:
+        width: Size of a character's vector; a multiple of twice ``heads``.
+        depth: Number of blocks.
+        heads: Of the attention of a block.
+        context: Characters in a sequence.
+        batch: Sequences in a batch.
+        steps: Number of batches.
+        linear_rate: Highest learning rate of the network of ``nn.Linear`` layers.
+        ternary_rate: That of the ternary one.
+        seed: Of the first parameters and of the batches.
+    """
+
+    width: int = 384
+    depth: int = 4
+    heads: int = 6
+    context: int = 128
+    batch: int = 8
+    steps: int = 400
+    linear_rate: float = 2e-3
+    ternary_rate: float = 4e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value <= 0 and name != "seed":
+                raise ValueError(f"{name} must be above 0, but it is {value}")
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width must be a multiple of twice the heads, but it is {self.width}, with "
+                f"{self.heads} heads"
+            )
+
+
+# --------------------------------------------------------------------------------- the text
+
+
+class Text(NamedTuple):
+    """A text, as indices into its characters; the network never trains on ``validation``."""
+
+    characters: str
+    train: Tensor
+    validation: Tensor
+
+    def encode(self, text: str) -> Tensor:
+        """Indices of the characters that are known."""
+        index = {character: i for i, character in enumerate(self.characters)}
+        return torch.tensor([index[character] for character in text if character in index])
+
+    def decode(self, tokens: Tensor) -> str:
+        return "".join(self.characters[token] for token in tokens.tolist())
+
+
+def load_text() -> Text:
+    """The language reference that ``help()`` shows: the last tenth, by topics, for validation.
+
+    Topics quote each other. Of paragraphs that are the same the first stays, so that none is in
+    both parts.
+    """
+    seen: set[str] = set()
+    chapters = []
+    for name in sorted(topics):
+        paragraphs = dict.fromkeys(part.strip("\n") for part in topics[name].split("\n\n"))
+        new = [paragraph for paragraph in paragraphs if paragraph not in seen]
+        seen.update(new)
+        chapters.append("\n\n".join(new) + "\n\n\n")
+    whole, train = "".join(chapters), ""
+    for chapter in chapters:
+        if len(train) >= 0.9 * len(whole):
+            break
+        train += chapter
+    text = Text("".join(sorted(set(train))), torch.empty(0), torch.empty(0))
+    return text._replace(train=text.encode(train), validation=text.encode(whole[len(train) :]))
+
+
+def draw_batch(text: Text, settings: Settings, step: int) -> tuple[Tensor, Tensor]:
+    """The characters of some random sequences, and those that follow each."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    first = torch.randint(
+        len(text.train) - settings.context, (settings.batch, 1), generator=generator
+    )
+    sequences = text.train[first + torch.arange(settings.context + 1)]
+    return sequences[:, :-1], sequences[:, 1:]
+
+
+@torch.inference_mode()
+def validation_loss(model: nn.Module, text: Text, context: int) -> float:
+    """Of sequences that are spread evenly over the validation text, in nats per character."""
+    first = torch.linspace(0, len(text.validation) - context - 1, VALIDATION_WINDOWS).long()
+    sequences = text.validation[first[:, None] + torch.arange(context + 1)]
+    losses = [_loss(model, part[:, :-1], part[:, 1:]).item() for part in sequences.split(16)]
+    return sum(losses) / len(losses)
+
+
+def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+# --------------------------------------------------------------------------------- training
+
+
+class Training:
+    """Both networks at some step.
+
+    Attributes:
+        models: By name.
+        step: Number of batches that they have seen.
+        curves: By name, ``train`` (the loss of every batch), ``validation`` (pairs of a step and
+            the loss after it) and ``seconds`` (what every step took).
+    """
+
+    def __init__(self, settings: Settings, text: Text) -> None:
+        self.settings, self.text = settings, text
+        self.models = {name: _build(settings, text) for name in (LINEAR, TERNARY)}
+        bitlinear.convert(self.models[TERNARY])
+        self.step = 0
+        self.curves: dict[str, dict[str, list[Any]]] = {
+            name: {"train": [], "validation": [], "seconds": []} for name in self.models
+        }
+        self._rates = {LINEAR: settings.linear_rate, TERNARY: settings.ternary_rate}
+        self._optimizers = {
+            name: torch.optim.AdamW(model.parameters()) for name, model in self.models.items()
+        }
+
+    def advance(self) -> None:
+        """A step of both, in turns of who goes first."""
+        x, y = draw_batch(self.text, self.settings, self.step)
+        names = list(self.models)
+        for name in names if self.step % 2 == 0 else reversed(names):
+            start = time.perf_counter()
+            loss = self._update(name, x, y)
+            self.curves[name]["seconds"].append(time.perf_counter() - start)
+            self.curves[name]["train"].append(loss)
+        self.step += 1
+        steps = self.settings.steps
+        if self.step * EVALUATIONS // steps > (self.step - 1) * EVALUATIONS // steps:
+            for name, model in self.models.items():
+                loss = validation_loss(model, self.text, self.settings.context)
+                self.curves[name]["validation"].append([self.step, loss])
+
+    def _update(self, name: str, x: Tensor, y: Tensor) -> float:
+        model, optimizer = self.models[name], self._optimizers[name]
+        for group in optimizer.param_groups:
+            group["lr"] = self._rates[name] * share_of_rate(self.step, self.settings.steps)
+        loss = _loss(model, x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    def save(self, path: Path) -> None:
+        """Writes the checkpoint whole or not at all."""
+        part = path.with_name(f"{path.name}.part")
+        torch.save(
+            {
+                "identity": self._identity(),
+                "step": self.step,
+                "curves": self.curves,
+                "models": {name: model.state_dict() for name, model in self.models.items()},
+                "optimizers": {name: its.state_dict() for name, its in self._optimizers.items()},
+            },
+            part,
+        )
+        os.replace(part, path)
+
+    def load(self, path: Path) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            ValueError: It is damaged, or of other settings or another text.
+        """
+        remedy = "start over with --restart, or name another --out"
+        try:
+            state = torch.load(path, weights_only=True)
+            identity = state["identity"]
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path} is damaged, or no checkpoint ({reason}): {remedy}") from error
+        differences = [
+            f"{name} is {identity.get(name)} there and {value} here"
+            for name, value in self._identity().items()
+            if identity.get(name) != value
+        ]
+        if differences:
+            raise ValueError(f"{path} is of another training: {'; '.join(differences)}; {remedy}")
+        self.step, self.curves = state["step"], state["curves"]
+        for name, model in self.models.items():
+            model.load_state_dict(state["models"][name])
+            self._optimizers[name].load_state_dict(state["optimizers"][name])
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with: the text is another in every Python."""
+        content = self.text.decode(torch.cat((self.text.train, self.text.validation)))
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        return {**asdict(self.settings), "digest of the text": digest[:12]}
+
+
+def _build(settings: Settings, text: Text) -> CharModel:
+    torch.manual_seed(settings.seed)
+    its = settings
+    return CharModel(len(text.characters), its.width, its.depth, its.heads, its.context)
+
+
+def share_of_rate(step: int, steps: int) -> float:
+    """Of the highest learning rate: up in a line, then down to a twentieth along a cosine."""
+    warm_up = math.ceil(WARM_UP * steps)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def train(settings: Settings, text: Text, path: Path, save_every: int = 20) -> Training:
+    """Trains to the end, from the checkpoint in ``path`` if there is one.
+
+    SIGINT and SIGTERM let the step be finished and write the checkpoint.
+
+    Args:
+        settings: Of the training; those of the checkpoint must be the same.
+        text: What to learn.
+        path: Of the checkpoint. It stays when training has ended.
+        save_every: Steps from one checkpoint to the next.
+
+    Raises:
+        ValueError: The checkpoint is damaged, or of other settings or another text.
+        Stopped: A signal has come.
+    """
+    training = Training(settings, text)
+    if path.exists():
+        training.load(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=settings.steps, initial=training.step, desc="training", unit="step")
+    with bar, _signals() as received:
+        while training.step < settings.steps:
+            training.advance()
+            bar.set_postfix(
+                {name: f"{its['train'][-1]:.3f}" for name, its in training.curves.items()}
+            )
+            bar.update()
+            last = received or training.step == settings.steps
+            if last or training.step % save_every == 0:
+                training.save(path)
+            if received and training.step < settings.steps:
+                raise Stopped(
+                    f"stopped by {received[0].name} after step {training.step} of "
+                    f"{settings.steps}: run the same again to go on"
+                )
+    return training
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """Collects SIGINT and SIGTERM; after the first one they act as they did before."""
+    received: list[signal.Signals] = []
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def receive(number: int, _: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        restore()
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        restore()
