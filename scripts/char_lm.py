@@ -22,7 +22,6 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 import bitlinear
@@ -114,8 +113,9 @@ def _linear_layers(model: nn.Module) -> timing.Call:
     return lambda: [layer(x) for layer, x in zip(layers, inputs)]
 
 
-def draw(results: Record) -> Figure:
-    """The losses of both networks: of every batch, and of the validation text."""
+@mpl.rc_context(charts.STYLE)
+def draw(results: Record, path: Path) -> None:
+    """A picture of the losses of both networks: of every batch, and of the validation text."""
     settings = results["settings"]
     parts = (
         re.sub(r"\((R|TM)\)", "", results["machine"]["cpu"]),
@@ -143,12 +143,11 @@ def draw(results: Record) -> Figure:
         first.append(losses["validation"][0][1])
     axes.set_ylim(top=1.05 * max(first))  # what comes before would flatten the rest
     charts.label_ends(axes, ends)
-    return figure
+    figure.savefig(path)
 
 
-def render(results: Record) -> str:
-    """What was measured, for people: a table in Markdown, then what the networks write."""
-    networks = results["networks"]
+def table(results: Record) -> str:
+    """What was measured, for people, in Markdown."""
     header = (
         "network",
         "validation, nats",
@@ -170,10 +169,9 @@ def render(results: Record) -> str:
             f"{its['its_linear_layers']['median_us']:.0f}",
             f"{its['bytes'] / 1e6:.2f} MB",
         )
-        for name, its in networks.items()
+        for name, its in results["networks"].items()
     ]
-    samples = [f"{name} writes:\n\n{networks[name]['sample']}\n" for name in (LINEAR, DEPLOYED)]
-    return "\n\n".join((report.markdown(header, rows, words=("network",)), *samples))
+    return report.markdown(header, rows, words=("network",))
 
 
 def same_bits(results: Record) -> bool:
@@ -219,9 +217,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(str(stopped))
     results = measure(training, deploy(training), options.budget)
     report.write(options.out / "results.json", results)
-    with mpl.rc_context(charts.STYLE):
-        draw(results).savefig(options.out / "losses.png")
-    print(render(results))
+    draw(results, options.out / "losses.png")
+    for name in (LINEAR, DEPLOYED):
+        print(f"{name} writes:\n\n{results['networks'][name]['sample']}\n")
+    print(table(results))
     same = same_bits(results)
     print(f"deployed, it computes the same bits: {'yes' if same else 'NO'}")
     if not same:

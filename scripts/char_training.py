@@ -15,6 +15,7 @@ import os
 import pickle
 import signal
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -219,9 +220,19 @@ class Training:
         """
         remedy = "start over with --restart, or name another --out"
         try:
+            with zipfile.ZipFile(path) as archive:  # torch.load checks no sum
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile("a checksum is wrong")
             state = torch.load(path, weights_only=True)
             identity = state["identity"]
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError) as error:
+        except (
+            OSError,
+            EOFError,
+            KeyError,
+            RuntimeError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{path} is damaged, or no checkpoint ({reason}): {remedy}") from error
         differences = [
