@@ -20,7 +20,11 @@ from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
-import matplotlib as mpl
+try:
+    import matplotlib as mpl
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install 'bitlinear[bench]'") from error
+
 import torch
 from torch import nn
 

@@ -12,16 +12,16 @@ import contextlib
 import hashlib
 import math
 import os
-import pickle
 import signal
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from pydoc_data.topics import topics
 from types import FrameType
 from typing import Any, NamedTuple
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -91,18 +91,17 @@ class Text(NamedTuple):
     validation: Tensor
 
     def encode(self, text: str) -> Tensor:
-        """Indices of the characters that are known."""
-        index = {character: i for i, character in enumerate(self.characters)}
-        return torch.tensor([index[character] for character in text if character in index])
+        """Leaves out what is not among ``characters``."""
+        return _encode(text, self.characters)
 
     def decode(self, tokens: Tensor) -> str:
         return "".join(self.characters[token] for token in tokens.tolist())
 
 
 def load_text() -> Text:
-    """The language reference that ``help()`` shows: the last tenth, by topics, for validation.
+    """The language reference that ``help()`` shows; its last topics, up to a tenth, to validate.
 
-    Topics quote each other. Of paragraphs that are the same the first stays, so that none is in
+    Topics repeat each other. Of paragraphs that are the same the first stays, so that none is in
     both parts.
     """
     seen: set[str] = set()
@@ -117,8 +116,13 @@ def load_text() -> Text:
         if len(train) >= 0.9 * len(whole):
             break
         train += chapter
-    text = Text("".join(sorted(set(train))), torch.empty(0), torch.empty(0))
-    return text._replace(train=text.encode(train), validation=text.encode(whole[len(train) :]))
+    characters = "".join(sorted(set(train)))
+    return Text(characters, _encode(train, characters), _encode(whole[len(train) :], characters))
+
+
+def _encode(text: str, characters: str) -> Tensor:
+    index = {character: i for i, character in enumerate(characters)}
+    return torch.tensor([index[character] for character in text if character in index])
 
 
 def draw_batch(text: Text, settings: Settings, step: int) -> tuple[Tensor, Tensor]:
@@ -220,19 +224,12 @@ class Training:
         """
         remedy = "start over with --restart, or name another --out"
         try:
-            with zipfile.ZipFile(path) as archive:  # torch.load checks no sum
+            with ZipFile(path) as archive:  # torch.load checks no sum
                 if archive.testzip() is not None:
-                    raise zipfile.BadZipFile("a checksum is wrong")
+                    raise BadZipFile("a checksum is wrong")
             state = torch.load(path, weights_only=True)
             identity = state["identity"]
-        except (
-            OSError,
-            EOFError,
-            KeyError,
-            RuntimeError,
-            pickle.UnpicklingError,
-            zipfile.BadZipFile,
-        ) as error:
+        except (OSError, KeyError, RuntimeError, UnpicklingError, BadZipFile) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{path} is damaged, or no checkpoint ({reason}): {remedy}") from error
         differences = [
@@ -256,8 +253,9 @@ class Training:
 
 def _build(settings: Settings, text: Text) -> CharModel:
     torch.manual_seed(settings.seed)
-    its = settings
-    return CharModel(len(text.characters), its.width, its.depth, its.heads, its.context)
+    return CharModel(
+        len(text.characters), settings.width, settings.depth, settings.heads, settings.context
+    )
 
 
 def share_of_rate(step: int, steps: int) -> float:
@@ -296,10 +294,9 @@ def train(settings: Settings, text: Text, path: Path, save_every: int = 20) -> T
                 {name: f"{its['train'][-1]:.3f}" for name, its in training.curves.items()}
             )
             bar.update()
-            last = received or training.step == settings.steps
-            if last or training.step % save_every == 0:
+            if received or training.step == settings.steps or training.step % save_every == 0:
                 training.save(path)
-            if received and training.step < settings.steps:
+            if received:
                 raise Stopped(
                     f"stopped by {received[0].name} after step {training.step} of "
                     f"{settings.steps}: run the same again to go on"

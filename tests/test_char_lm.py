@@ -280,6 +280,18 @@ def test_impossible_settings_are_refused(change, message, tmp_path, capsys):
 # --------------------------------------------------------------------------------- results
 
 
+def test_without_matplotlib_nothing_begins():
+    code = "import sys, runpy; sys.modules['matplotlib'] = None; runpy.run_path(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", code, SCRIPTS / "char_lm.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.endswith("pip install 'bitlinear[bench]'\n")
+
+
 def test_results_are_complete(finished):
     results = results_of(finished)
     assert results["settings"] == asdict(TINY)
