@@ -231,7 +231,7 @@ def test_a_checkpoint_of_other_settings_is_refused(finished, capsys):
         char_lm.main(arguments(finished, replace(TINY, batch=3, ternary_rate=0.5)))
     assert end.value.code == 2
     message = capsys.readouterr().err
-    assert "batch is 4 there and 3 here; ternary_rate is 0.004 there and 0.5 here" in message
+    assert "batch is 4 there and 3 here; ternary_rate is 0.002 there and 0.5 here" in message
     assert "start over with --restart, or name another --out" in message
 
 
