@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -29,6 +28,17 @@ TINY = Settings(width=32, depth=2, heads=2, context=24, batch=4, steps=120)
 BUDGET = 0.1
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Here and in what is started: networks so small wait for each other, not for arithmetic."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +173,6 @@ def test_learning_rates_rise_and_fall():
 
 def test_stopped_and_killed_it_ends_with_the_same_bits(finished, tmp_path, capsys):
     command = [sys.executable, SCRIPTS / "char_lm.py", *arguments(tmp_path)]
-    # Sums depend on the number of threads.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     checkpoint = tmp_path / "checkpoint.pt"
 
     def saved_step():
@@ -172,9 +180,7 @@ def test_stopped_and_killed_it_ends_with_the_same_bits(finished, tmp_path, capsy
 
     def interrupt(number):
         before = saved_step()
-        with subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, text=True
-        ) as process:
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             while saved_step() == before:
                 assert process.poll() is None
                 time.sleep(0.01)
