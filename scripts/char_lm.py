@@ -210,12 +210,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = options.out / "checkpoint.pt"
     try:
         settings = Settings(**{its.name: getattr(options, its.name) for its in fields(Settings)})
-        if options.restart:
-            checkpoint.unlink(missing_ok=True)
-        training = char_training.train(
-            settings, char_training.load_text(), checkpoint, options.save_every
-        )
     except ValueError as error:
+        parser.error(str(error))
+    if options.restart:
+        checkpoint.unlink(missing_ok=True)
+    text = char_training.load_text()
+    try:
+        training = char_training.train(settings, text, checkpoint, options.save_every)
+    except char_training.UnusableCheckpoint as error:
         parser.error(str(error))
     except char_training.Stopped as stopped:
         sys.exit(str(stopped))

@@ -43,6 +43,10 @@ class Stopped(Exception):
     """Training was asked to stop, and can go on."""
 
 
+class UnusableCheckpoint(Exception):
+    """It is damaged, or of other settings or another text."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the result depends on.
@@ -221,7 +225,7 @@ class Training:
         """Goes on from a checkpoint.
 
         Raises:
-            ValueError: It is damaged, or of other settings or another text.
+            UnusableCheckpoint: See there; nothing was changed.
         """
         remedy = "start over with --restart, or name another --out"
         try:
@@ -232,14 +236,18 @@ class Training:
             identity = state["identity"]
         except (OSError, KeyError, RuntimeError, UnpicklingError, BadZipFile) as error:
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"{path} is damaged, or no checkpoint ({reason}): {remedy}") from error
+            raise UnusableCheckpoint(
+                f"{path} is damaged, or no checkpoint ({reason}): {remedy}"
+            ) from error
         differences = [
             f"{name} is {identity.get(name)} there and {value} here"
             for name, value in self._identity().items()
             if identity.get(name) != value
         ]
         if differences:
-            raise ValueError(f"{path} is of another training: {'; '.join(differences)}; {remedy}")
+            raise UnusableCheckpoint(
+                f"{path} is of another training: {'; '.join(differences)}; {remedy}"
+            )
         self.step, self.curves = state["step"], state["curves"]
         for name, model in self.models.items():
             model.load_state_dict(state["models"][name])
@@ -280,7 +288,7 @@ def train(settings: Settings, text: Text, path: Path, save_every: int = 20) -> T
         save_every: Steps from one checkpoint to the next.
 
     Raises:
-        ValueError: The checkpoint is damaged, or of other settings or another text.
+        UnusableCheckpoint: It is damaged, or of other settings or another text.
         Stopped: A signal has come.
     """
     training = Training(settings, text)

@@ -21,7 +21,7 @@ import bitlinear
 import char_lm
 import char_training
 from char_model import Cache, CharModel, generate
-from char_training import LINEAR, TERNARY, Settings, Stopped
+from char_training import LINEAR, TERNARY, Settings, Stopped, UnusableCheckpoint
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 TINY = Settings(width=32, depth=2, heads=2, context=24, batch=4, steps=80)
@@ -243,7 +243,7 @@ def test_a_checkpoint_of_other_settings_is_refused(finished, capsys):
 
 def test_a_checkpoint_of_another_text_is_refused(finished, text):
     other = text._replace(train=text.train[1:])
-    with pytest.raises(ValueError, match=r"digest of the text is \w+ there and \w+ here"):
+    with pytest.raises(UnusableCheckpoint, match=r"digest of the text is \w+ there and \w+ here"):
         char_training.train(TINY, other, finished / "checkpoint.pt")
 
 
