@@ -41,8 +41,8 @@ from char_training import LINEAR, TERNARY, Settings, Training
 from report import Record
 
 DEPLOYED = "BitLinear, deployed"
-PROMPT = "The "
-SAMPLE, TEMPERATURE = 400, 0.5
+PROMPT = "An object "
+SAMPLE, TEMPERATURE = 300, 0.8
 LOOKS: dict[str, charts.Look] = {
     LINEAR: {"color": "#222222", "marker": "s", "markersize": 5},
     TERNARY: {"color": charts.EMPHASIS, "marker": "o", "markersize": 6},
@@ -142,7 +142,7 @@ def draw(results: Record, path: Path) -> None:
     for name, look in LOOKS.items():
         losses = results["networks"][name]["losses"]
         steps = range(1, 1 + len(losses["train"]))
-        axes.plot(steps, losses["train"], color=look["color"], linewidth=0.8, alpha=0.45)
+        axes.plot(steps, losses["train"], color=look["color"], linewidth=0.6, alpha=0.4)
         ends.append(charts.line(axes, dict(losses["validation"]), {**look, "linewidth": 2}, name))
         first.append(losses["validation"][0][1])
     axes.set_ylim(top=1.05 * max(first))  # what comes before would flatten the rest
@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, metavar="DIRECTORY", default=Path("runs/char_lm"))
     add("--restart", action="store_true", help="do not go on from the checkpoint")
-    add("--save-every", type=parse_count, metavar="STEPS", default=20)
+    add("--save-every", type=parse_count, metavar="STEPS", default=50, help="default: 50")
     add("--budget", type=parse_seconds, default=10.0, help="seconds of timing (default: 10)")
     settings = parser.add_argument_group("settings (see char_training.Settings)")
     for field in fields(Settings):

@@ -276,7 +276,7 @@ def share_of_rate(step: int, steps: int) -> float:
     return 0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2
 
 
-def train(settings: Settings, text: Text, path: Path, save_every: int = 20) -> Training:
+def train(settings: Settings, text: Text, path: Path, save_every: int = 50) -> Training:
     """Trains to the end, from the checkpoint in ``path`` if there is one.
 
     SIGINT and SIGTERM let the step be finished and write the checkpoint.
