@@ -4,7 +4,7 @@
 
 The text is Python's language reference, which every Python brings (``help("topics")``). Stopped or
 killed, the same command goes on from the last checkpoint. The output directory gets
-``results.json``, ``losses.png`` and ``checkpoint.pt``. Takes some five minutes on two cores.
+``results.json``, ``losses.png`` and ``checkpoint.pt``. Takes some minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def table(results: Record) -> str:
         "steps/s",
         "characters/s",
         "us for one",
-        "of which linear layers",
+        "linear layers alone",
         "parameters",
     )
     rows = [
