@@ -27,6 +27,11 @@ _quantize_weight = torch.ops.bitlinear.quantize_weight.default
 
 _DEFAULT_EPS = 1e-6
 
+_GATHER = (
+    "gather its state with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True)) and load it into a model that is not sharded"
+)
+
 
 class _InferenceOnly(torch.autograd.Function):
     """The operator, with an output that says so when somebody differentiates it."""
@@ -73,6 +78,17 @@ def _sample(weight: Tensor) -> Tensor:
     """Some values, for what changes a weight past its version counter (``.data``, FSDP)."""
     rows, columns = (max(1, size // 16) for size in weight.shape)
     return weight.detach()[::rows, ::columns]
+
+
+def _is_distributed(tensor: Any) -> bool:
+    """Whether it is a DTensor, of whose class this module need not know."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _local_part(tensor: Any) -> Tensor:
+    """The part of a DTensor that this process holds; any other tensor as it is."""
+    part: Tensor = tensor.to_local() if _is_distributed(tensor) else tensor
+    return part
 
 
 def _may_keep(weight: Tensor) -> bool:
@@ -256,6 +272,12 @@ class BitLinear(nn.Linear):
 
     def _forward_in_training(self, input: Tensor) -> Tensor:
         weight = self.weight
+        if _is_distributed(weight):
+            raise TypeError(
+                "BitLinear cannot be trained with a weight that is a DTensor in the forward pass "
+                "(tensor parallelism): its scale is that of the whole weight; use FSDP2 "
+                "(fully_shard) or DDP to train, and bitlinear.tensor_parallel once it is deployed"
+            )
         if self._blend is not None:
             return blended_linear(input, weight, self.bias, self._blend, self.eps)
         packed = None if torch.compiler.is_compiling() else self._quantize(weight)
@@ -297,7 +319,7 @@ class BitLinear(nn.Linear):
 
         Raises:
             ValueError: A weight is NaN or infinite, ``in_features`` exceeds 500,000, or the weight
-                is no ordinary parameter (parametrised, pruned). The layer is unchanged.
+                is no ordinary parameter (parametrised, pruned, sharded). The layer is unchanged.
         """
         if not self.is_deployed:
             reason = self._why_not_deployable()
@@ -317,6 +339,9 @@ class BitLinear(nn.Linear):
 
         Returns:
             The layer.
+
+        Raises:
+            ValueError: The layer is divided among processes (:mod:`bitlinear.tensor_parallel`).
         """
         if self.is_deployed:
             w_packed, w_scale = self.w_packed, self.w_scale
@@ -346,6 +371,14 @@ class BitLinear(nn.Linear):
                 "undeploy() first"
             )
         super().register_parameter(name, param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 assigns the weight whenever it has gathered it, into memory whose version does not
+        # change, and whenever it frees it: what was kept has to go with it. (Into modules that
+        # have nn.Module's __setattr__ it writes behind their back.)
+        if name == "weight":
+            self._quantized = None
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and "w_packed" in self.__dict__.get("_buffers", ()):
@@ -396,7 +429,16 @@ class BitLinear(nn.Linear):
             self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def _restore_weight(self) -> Tensor:
-        """Turns the buffers into parameters; the values of the weight are for the caller to set."""
+        """Turns the buffers into parameters; the values of the weight are for the caller to set.
+
+        Raises:
+            ValueError: The buffers are DTensors. Nothing was done.
+        """
+        if _is_distributed(self.w_packed):
+            raise ValueError(
+                f"this BitLinear is divided among processes, for inference only: {_GATHER}, which "
+                f"can be trained"
+            )
         device, bias = self.w_packed.device, self.bias
         dtype = self._weight_dtype if bias is None else bias.dtype
         shape = (self.out_features, self.in_features)
@@ -505,6 +547,15 @@ class BitLinear(nn.Linear):
         reason = "" if self.is_deployed else why_no_plain_weight(self)
         if reason:
             raise ValueError(f"the layer cannot become a deployed one: {reason}")
+        sharded = _is_distributed(state["w_packed"])
+        if sharded and not _is_distributed(self._buffers.get("w_packed")):
+            raise ValueError(f"its tensors are sharded, but those of the layer are not: {_GATHER}")
+        if not sharded and _is_distributed(self._buffers.get("w_packed")):
+            raise ValueError(
+                "the layer is divided among processes, but the state is not: load it with "
+                "torch.distributed.checkpoint.state_dict.set_model_state_dict(model, state, "
+                "options=StateDictOptions(full_state_dict=True)), or before parallelize_module"
+            )
         # Detached: with assign=True a Parameter would be registered as one.
         tensors = {name: value.detach() for name, value in state.items()}
         _check_shape(
@@ -512,7 +563,9 @@ class BitLinear(nn.Linear):
             tensors["w_packed"],
             list(packing.packed_shape(self.out_features, self.in_features)),
         )
-        packing.check_packed(tensors["w_packed"], self.in_features)
+        w_packed = _local_part(tensors["w_packed"])
+        # A part of the columns is a whole number of bytes.
+        packing.check_packed(w_packed, min(self.in_features, 4 * w_packed.shape[1]))
         tensors["w_scale"] = _checked_scale(tensors["w_scale"], self.out_features)
         if "bias" in tensors and self.bias is not None:
             _check_shape("bias", tensors["bias"], [self.out_features])
@@ -534,6 +587,10 @@ def why_no_plain_weight(linear: nn.Linear) -> str:
         return "its bias is computed, not a parameter (pruning); remove that first"
     if nn.parameter.is_lazy(weight):
         return "it is lazy; run it once on an example, so that its weight gets a shape"
+    if _is_distributed(weight):
+        return (
+            f"its weight is sharded (a DTensor); convert before sharding, and to deploy, {_GATHER}"
+        )
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
     if weight.dim() != 2 or weight.numel() == 0:
@@ -564,6 +621,7 @@ def _checked_scale(w_scale: Tensor, out_features: int) -> Tensor:
             f"output feature, but it has {list(w_scale.shape)}; scales per group are not supported "
             f"by this version"
         )
-    if not w_scale.is_meta and not bool((w_scale.isfinite() & (w_scale > 0)).all()):
+    values = _local_part(w_scale)
+    if not values.is_meta and not bool((values.isfinite() & (values > 0)).all()):
         raise ValueError("w_scale must be finite and positive: the checkpoint is damaged")
     return w_scale

@@ -60,7 +60,7 @@ def register(compiled: bool) -> None:
 
     library.define(_BACKWARD_SCHEMA, tags=pt2)
     torch.library.register_fake("bitlinear::inference_only_backward", _fake_backward, lib=library)
-    library.impl("inference_only_backward", _raise_inference_only, "CompositeExplicitAutograd")
+    library.impl("inference_only_backward", raise_inference_only, "CompositeExplicitAutograd")
 
     if not compiled:
         for schema in SCHEMAS:
@@ -312,7 +312,8 @@ def _count_flops(x_shape: Any, w_shape: Any, *_: Any, **__: Any) -> int:
     return int(2 * math.prod(x_shape) * w_shape[0])
 
 
-def _raise_inference_only(grad: Tensor, in_features: int) -> Tensor:
+def raise_inference_only(grad: Tensor, in_features: int) -> Tensor:
+    """The backward pass of a deployed layer."""
     raise RuntimeError(
         "BitLinear is deployed (inference only), so there is no backward pass through it: call "
         "undeploy() to train it, or run the forward pass under torch.no_grad()"

@@ -33,8 +33,9 @@ MIN_EPS, MAX_EPS = 1e-36, 1e18
 """Between these, rounded, 127 / eps and eps * eps are finite in fp32."""
 
 _QMAX = 127
-# fp32 adds integers exactly below 2**24, and no sum of K products |q * t| <= 127 exceeds 127 * K.
-_EXACT_K = (2**24 - 1) // _QMAX
+
+EXACT_K = (2**24 - 1) // _QMAX
+"""fp32 adds integers exactly below 2**24; no sum of K products |q * t| <= 127 exceeds 127 * K."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -104,7 +105,11 @@ def quantize_activations(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
         token with a NaN or an infinity gets ``q = 0`` and an ``s_x`` that makes products NaN.
     """
     x = x.to(torch.float32)
-    absmax = x.abs().amax(dim=-1, keepdim=True).clamp_min(eps)
+    return quantize_to_absmax(x, x.abs().amax(dim=-1, keepdim=True).clamp_min(eps))
+
+
+def quantize_to_absmax(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_activations`, of fp32, where the absmax of the tokens is known."""
     qmax = torch.full_like(absmax, _QMAX)
     return _round_to_int8(x * (qmax / absmax), _QMAX), absmax / qmax
 
@@ -148,9 +153,9 @@ def integer_product(q: Tensor, t: Tensor) -> Tensor:
     Returns:
         fp32, shape ``(M, N)``.
     """
-    if q.shape[-1] <= _EXACT_K:
+    if q.shape[-1] <= EXACT_K:
         return (q @ t.T).add_(0.0)  # an integer 0 has no sign
-    parts = [a @ b.T for a, b in zip(q.split(_EXACT_K, dim=-1), t.split(_EXACT_K, dim=-1))]
+    parts = [a @ b.T for a, b in zip(q.split(EXACT_K, dim=-1), t.split(EXACT_K, dim=-1))]
     return torch.stack([part.to(torch.int32) for part in parts]).sum(dim=0).to(torch.float32)
 
 
@@ -158,12 +163,12 @@ def epilogue(product: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None) -> 
     """``product * (s_x * s_w) + bias`` in fp32, each operation rounded on its own.
 
     Args:
-        product: fp32, shape ``(M, N)``; overwritten.
-        s_x: fp32, shape ``(M, 1)``.
+        product: fp32, shape ``(..., N)``; overwritten.
+        s_x: fp32, shape ``(..., 1)``.
         s_w: fp32, shape ``(1,)`` or ``(N, 1)``.
         bias: Shape ``(N,)``, or None.
     """
-    y = product.mul_(s_x * s_w.reshape(1, -1))
+    y = product.mul_(s_x * s_w.reshape(-1))
     return y if bias is None else y.add_(bias.to(torch.float32))
 
 
@@ -327,6 +332,11 @@ def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dty
     check_activations(x, weight.shape[-1])
     check_device(x, "weight", weight)
     check_device(x, "bias", bias)
+    return output_dtype(x)
+
+
+def output_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a layer's output for the input ``x``."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if _autocasts(device_type) else x.dtype
 

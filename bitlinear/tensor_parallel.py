@@ -1,0 +1,221 @@
+"""Tensor parallelism: deployed layers divided among processes.
+
+The two styles stand in for torch's of the same names where a layer is a deployed BitLinear::
+
+    from bitlinear.tensor_parallel import ColwiseParallel, RowwiseParallel
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (2,))
+    model = bitlinear.deploy(model)
+    plan = {"mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}
+    model = torch.distributed.tensor.parallel.parallelize_module(model, mesh, plan)
+
+Every process gets the bits that one process would compute with the whole layers. Columns are
+independent of each other; of rows, the absmax of a token is that of all its parts, and their
+products are integers, whose sum does not depend on its order.
+
+A normalisation between two layers needs whole tokens: give the first ``output_layouts=Replicate()``
+and the second ``input_layouts=Replicate()``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linear import BitLinear
+from .ops import raise_inference_only
+from .quantize import EXACT_K, check_activations, epilogue, output_dtype, quantize_to_absmax
+
+try:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import (
+        DTensor,
+        Partial,
+        Placement,
+        Replicate,
+        Shard,
+        distribute_tensor,
+        parallel,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"bitlinear.tensor_parallel needs torch 2.7 or newer, built with torch.distributed, but "
+        f"this is torch {torch.__version__}"
+    ) from error
+
+__all__ = ["ColwiseParallel", "RowwiseParallel"]
+
+_linear = torch.ops.bitlinear.linear.default
+
+
+class ColwiseParallel(parallel.ColwiseParallel):
+    """Divides a deployed BitLinear by its output features; any number of them.
+
+    Args:
+        input_layouts: How the input is placed; by default replicated.
+        output_layouts: How the output is to be placed; by default sharded along its last dimension.
+        use_local_output: Whether the output is the local tensor instead of a DTensor.
+
+    Applying it raises TypeError for any module but a deployed BitLinear.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _check_deployed(module, "ColwiseParallel")
+        return super()._apply(module, device_mesh)
+
+    def _partition_linear_fn(self, name: str, module: Any, device_mesh: DeviceMesh) -> None:
+        per_row = module.w_scale.dim() == 2
+        placements = {
+            "w_packed": Shard(0),
+            "w_scale": Shard(0) if per_row else Replicate(),
+            "bias": Shard(0),
+        }
+        _distribute(module, device_mesh, placements, self.src_data_rank)
+        module.forward = partial(_forward, _colwise, module)
+
+
+class RowwiseParallel(parallel.RowwiseParallel):
+    """Divides a deployed BitLinear by its input features, which must be a multiple of four times
+    the number of processes: four weights share a byte.
+
+    Args:
+        input_layouts: How the input is placed; by default sharded along its last dimension.
+        output_layouts: How the output is to be placed; by default replicated.
+        use_local_output: Whether the output is the local tensor instead of a DTensor.
+
+    Applying it raises TypeError for any module but a deployed BitLinear, and ValueError for other
+    numbers of input features.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        layer = _check_deployed(module, "RowwiseParallel")
+        if layer.in_features % (4 * device_mesh.size()):
+            raise ValueError(
+                f"RowwiseParallel needs in_features that are a multiple of "
+                f"{4 * device_mesh.size()}, four weights to a byte and {device_mesh.size()} "
+                f"processes, but they are {layer.in_features}: use ColwiseParallel for this layer, "
+                f"or fewer processes"
+            )
+        return super()._apply(module, device_mesh)
+
+    def _partition_linear_fn(self, name: str, module: Any, device_mesh: DeviceMesh) -> None:
+        placements = {"w_packed": Shard(1), "w_scale": Replicate(), "bias": Replicate()}
+        _distribute(module, device_mesh, placements, self.src_data_rank)
+        module.forward = partial(_forward, partial(_rowwise, *self.output_layouts), module)
+
+
+def _check_deployed(module: nn.Module, style: str) -> BitLinear:
+    """``module``, a deployed BitLinear that computes what that class does, or TypeError."""
+    if not isinstance(module, BitLinear):
+        raise TypeError(
+            f"bitlinear.tensor_parallel.{style} is for deployed BitLinear layers, but got "
+            f"{type(module).__name__}: use torch.distributed.tensor.parallel.{style} for it"
+        )
+    if not module.is_deployed:
+        raise TypeError(
+            f"bitlinear.tensor_parallel.{style} is for deployed BitLinear layers, but this one is "
+            f"not: call deploy() first, or train with FSDP2 (fully_shard) or DDP"
+        )
+    if getattr(module.forward, "__func__", None) is not BitLinear.forward:
+        raise TypeError(
+            f"bitlinear.tensor_parallel.{style} would replace the forward pass of this "
+            f"{type(module).__name__}, which is not BitLinear's"
+        )
+    return module
+
+
+def _distribute(
+    layer: BitLinear, mesh: DeviceMesh, placements: Mapping[str, Placement], source: int | None
+) -> None:
+    for name, buffer in layer.named_buffers(recurse=False):
+        layer._buffers[name] = distribute_tensor(
+            buffer, mesh, [placements[name]], src_data_rank=source
+        )
+
+
+def _forward(
+    product: Callable[[BitLinear, DTensor], DTensor], layer: BitLinear, x: DTensor
+) -> DTensor:
+    """The forward pass of a divided layer, whose hooks make DTensors of its inputs."""
+    check_activations(x, layer.in_features)
+    with torch.no_grad():
+        y = product(layer, x)
+    if x.requires_grad and torch.is_grad_enabled():
+        y.requires_grad_().register_hook(lambda grad: raise_inference_only(grad, layer.in_features))
+    return y
+
+
+def _colwise(layer: BitLinear, x: DTensor) -> DTensor:
+    w_packed = _local(layer.w_packed, Shard(0))
+    addends = _scale_and_bias(layer, Shard(0))
+    y = _linear(_local(x, Replicate()), w_packed, *addends, layer.in_features, layer.eps)
+    # The shape is given because parts need not be equal.
+    shape = torch.Size((*x.shape[:-1], layer.out_features))
+    stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return _dtensor(y, x.device_mesh, Shard(y.dim() - 1), shape=shape, stride=stride)
+
+
+def _rowwise(layout: Placement, layer: BitLinear, x: DTensor) -> DTensor:
+    mesh = x.device_mesh
+    part = _local(x, Shard(x.dim() - 1)).to(torch.float32)
+    absmax = part.abs().amax(dim=-1, keepdim=True)
+    # A NaN might lose against another part's absmax; as an infinity it makes the row NaN too.
+    absmax = absmax.nan_to_num(nan=math.inf, posinf=math.inf)
+    absmax = _dtensor(absmax, mesh, Partial("max")).full_tensor()
+    q, s_x = quantize_to_absmax(part, absmax.clamp_min(layer.eps))
+    partial_sums = _integer_sums(q, _local(layer.w_packed, Shard(1)), layer.in_features)
+    sums = _dtensor(partial_sums, mesh, Partial()).redistribute(
+        placements=[layout if layout.is_shard() else Replicate()]
+    )
+    (placement,) = sums.placements
+    by_column = placement.is_shard(sums.dim() - 1)
+    y = epilogue(
+        sums.to_local().to(torch.float32),
+        _local(_dtensor(s_x, mesh, Replicate()), Replicate() if by_column else placement),
+        *_scale_and_bias(layer, Shard(0) if by_column else Replicate()),
+    )
+    y = y.to(output_dtype(x))
+    return _dtensor(y, mesh, placement, shape=sums.shape, stride=sums.stride())
+
+
+def _integer_sums(q: Tensor, w_packed: Tensor, in_features: int) -> Tensor:
+    """The exact product of a part, int8 ``(..., k)`` and uint8 ``(N, k/4)``, as ``(..., N)``.
+
+    In fp32, or in float64 where fp32 might not hold the sum over all ``in_features``.
+    """
+    ones = torch.ones(1, device=q.device)
+    step = EXACT_K // 4
+    dtype = torch.float32 if in_features <= EXACT_K else torch.float64
+    pieces = zip(q.to(torch.float32).split(4 * step, dim=-1), w_packed.split(step, dim=1))
+    # With an eps of 127 the operator quantises these integers to themselves, with scale 1.
+    sums = [
+        _linear(piece, weights, ones, None, piece.shape[-1], 127.0, 0, 8, torch.float32).to(dtype)
+        for piece, weights in pieces
+    ]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
+
+
+def _scale_and_bias(layer: BitLinear, placement: Placement) -> tuple[Tensor, Tensor | None]:
+    """What of both belongs to the output features that are here when they are placed so."""
+    w_scale, bias = layer.w_scale, layer.bias
+    return (
+        _local(w_scale, placement if w_scale.dim() == 2 else Replicate()),
+        None if bias is None else _local(bias, placement),
+    )
+
+
+def _dtensor(part: Tensor, mesh: DeviceMesh, placement: Placement, **shape: Any) -> DTensor:
+    return DTensor.from_local(part, mesh, [placement], run_check=False, **shape)
+
+
+def _local(tensor: Any, placement: Placement) -> Tensor:
+    """The part of a DTensor that is here once it is placed as ``placement`` says."""
+    if tensor.placements != (placement,):
+        tensor = tensor.redistribute(placements=[placement])
+    part: Tensor = tensor.to_local()
+    return part
