@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from processes import Processes
 
 settings.register_profile("bitlinear", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("bitlinear")
@@ -28,3 +29,11 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A :class:`processes.Processes` on CPUs, for the whole session: each takes seconds to start."""
+    pool = Processes()
+    yield pool
+    pool.stop()
