@@ -33,7 +33,7 @@ def fresh_compiler():
 
 @pytest.fixture(scope="session")
 def processes():
-    """A :class:`processes.Processes` on CPUs, for the whole session: each takes seconds to start."""
+    """Processes on CPUs, for the whole session: each takes seconds to start."""
     pool = Processes()
     yield pool
     pool.stop()

@@ -210,7 +210,7 @@ def check_deployment():
 
 def check_conversion_after_sharding():
     model = fully_shard(nn.Sequential(nn.Linear(8, 8)), mesh=mesh())
-    with pytest.raises(TypeError, match="sharded.*convert before sharding"):
+    with pytest.raises(TypeError, match=r"sharded.*convert before sharding"):
         BitLinear.from_linear(model[0])
 
 
