@@ -9,9 +9,10 @@ The two styles stand in for torch's of the same names where a layer is a deploye
     plan = {"mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}
     model = torch.distributed.tensor.parallel.parallelize_module(model, mesh, plan)
 
-Every process gets the bits that one process would compute with the whole layers. Columns are
-independent of each other; of rows, the absmax of a token is that of all its parts, and their
-products are integers, whose sum does not depend on its order.
+Every process gets the bits that one process would compute with the whole layers: output features
+are independent of each other, and where input features are divided, the absmax of a token is that
+of all its parts, and their products are integers, whose sum does not depend on its order. This
+works under ``torch.compile(fullgraph=True)`` as well.
 
 A normalisation between two layers needs whole tokens: give the first ``output_layouts=Replicate()``
 and the second ``input_layouts=Replicate()``.
@@ -42,6 +43,9 @@ try:
         distribute_tensor,
         parallel,
     )
+
+    if not hasattr(parallel.ParallelStyle, "src_data_rank"):
+        raise ImportError("torch.distributed.tensor is older than its src_data_rank")
 except ImportError as error:
     raise ImportError(
         f"bitlinear.tensor_parallel needs torch 2.7 or newer, built with torch.distributed, but "

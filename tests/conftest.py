@@ -37,3 +37,11 @@ def processes():
     pool = Processes()
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def gpu_processes():
+    """The same on GPUs, one for each process."""
+    pool = Processes("cuda")
+    yield pool
+    pool.stop()

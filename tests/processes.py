@@ -88,6 +88,8 @@ def _work(connection, device_type):
         # Nothing leaves the machine, whose own name need not be known to any resolver.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         torch.set_num_threads(1)
+    else:
+        torch.set_default_device(device_type)
     while True:
         try:
             rank, world_size, store, check, arguments = connection.recv()

@@ -325,3 +325,10 @@ def test_training_goes_on_from_a_checkpoint(processes, tmp_path):
 
 def test_a_model_is_sharded_before_it_has_memory(processes):
     processes.run(2, check_a_whole_state_into_shards)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+def test_on_gpus(gpu_processes, reshard_after_forward):
+    world_size = min(2, torch.cuda.device_count())
+    gpu_processes.run(world_size, check_changes_between_samples, reshard_after_forward)
