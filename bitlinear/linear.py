@@ -272,12 +272,6 @@ class BitLinear(nn.Linear):
 
     def _forward_in_training(self, input: Tensor) -> Tensor:
         weight = self.weight
-        if _is_distributed(weight):
-            raise TypeError(
-                "BitLinear cannot be trained with a weight that is a DTensor in the forward pass "
-                "(tensor parallelism): its scale is that of the whole weight; use FSDP2 "
-                "(fully_shard) or DDP to train, and bitlinear.tensor_parallel once it is deployed"
-            )
         if self._blend is not None:
             return blended_linear(input, weight, self.bias, self._blend, self.eps)
         packed = None if torch.compiler.is_compiling() else self._quantize(weight)
@@ -286,6 +280,13 @@ class BitLinear(nn.Linear):
     def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """``(w_packed, w_scale)``, kept as long as the weight is unchanged; or None."""
         if not _may_keep(weight):
+            if _is_distributed(weight):
+                raise TypeError(
+                    "BitLinear cannot be trained with a weight that is a DTensor in its forward "
+                    "pass (tensor parallelism), as its scale is that of the whole weight: train "
+                    "with FSDP2 (fully_shard) or DDP; bitlinear.tensor_parallel is for deployed "
+                    "layers"
+                )
             return None
         known = self._quantized
         if known is None or not known.is_of(weight):
@@ -373,9 +374,9 @@ class BitLinear(nn.Linear):
         super().register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # FSDP2 assigns the weight whenever it has gathered it, into memory whose version does not
-        # change, and whenever it frees it: what was kept has to go with it. (Into modules that
-        # have nn.Module's __setattr__ it writes behind their back.)
+        # FSDP2 assigns the weight each time that it has gathered it (past its version counter) and
+        # each time that it frees it, so that what is kept ends there. It does so only where a
+        # class has its own __setattr__; it writes past nn.Module's.
         if name == "weight":
             self._quantized = None
         super().__setattr__(name, value)
@@ -548,9 +549,10 @@ class BitLinear(nn.Linear):
         if reason:
             raise ValueError(f"the layer cannot become a deployed one: {reason}")
         sharded = _is_distributed(state["w_packed"])
-        if sharded and not _is_distributed(self._buffers.get("w_packed")):
+        divided = _is_distributed(self._buffers.get("w_packed"))
+        if sharded and not divided:
             raise ValueError(f"its tensors are sharded, but those of the layer are not: {_GATHER}")
-        if not sharded and _is_distributed(self._buffers.get("w_packed")):
+        if divided and not sharded:
             raise ValueError(
                 "the layer is divided among processes, but the state is not: load it with "
                 "torch.distributed.checkpoint.state_dict.set_model_state_dict(model, state, "

@@ -216,7 +216,7 @@ def check_conversion_after_sharding():
 
 def check_tensor_parallel_training():
     model = parallelize_module(nn.Sequential(BitLinear(8, 8)), mesh(), {"0": ColwiseParallel()})
-    with pytest.raises(TypeError, match=r"weight that is a DTensor.*use FSDP2"):
+    with pytest.raises(TypeError, match=r"weight that is a DTensor.*train with FSDP2"):
         model(torch.randn(2, 8))
     with pytest.raises(ValueError, match="its weight is sharded"):
         model[0].deploy()
