@@ -199,7 +199,7 @@ def reference_linear(
     q = q.to(torch.float32)
     out_features = w_packed.shape[0]
     y = x.new_empty((q.shape[0], out_features), dtype=out_dtype or x.dtype)
-    step = packing.rows_per_chunk(4 * in_features)
+    step = packing.rows_per_chunk(4 * in_features, x.is_cuda)
     for first in range(0, out_features, step):
         rows = slice(first, first + step)
         t = packing.expand(w_packed[rows], in_features).to(torch.float32)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 FORMAT_VERSION = 1
 
-# Bounds the temporaries of pack and validate, whatever the size of the layer.
-_CHUNK_BYTES = 1 << 20
+# Bounds the temporaries of pack and validate, whatever the size of the layer. On a GPU, where each
+# chunk costs some launches, they may be larger.
+_CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 20, 1 << 26
 
 
 def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:
@@ -28,9 +29,9 @@ def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:
     return out_features, (in_features + 3) // 4
 
 
-def rows_per_chunk(row_bytes: int) -> int:
+def rows_per_chunk(row_bytes: int, on_gpu: bool = False) -> int:
     """How many rows of ``row_bytes`` bytes to expand at a time."""
-    return max(1, _CHUNK_BYTES // max(1, row_bytes))
+    return max(1, (_GPU_CHUNK_BYTES if on_gpu else _CHUNK_BYTES) // max(1, row_bytes))
 
 
 def pack_ternary(t: Tensor) -> Tensor:
@@ -50,11 +51,13 @@ def pack_ternary(t: Tensor) -> Tensor:
         raise TypeError(f"pack_ternary: t must be int8, but it is {t.dtype}: use t.to(torch.int8)")
     if t.dim() != 2:
         raise ValueError(f"pack_ternary: t must have shape (N, K), but it has {list(t.shape)}")
-    if not t.is_meta and bool(((t < -1) | (t > 1)).any()):
-        raise ValueError(
-            f"pack_ternary: t must hold only -1, 0 and 1, but its values span "
-            f"{int(t.min())} to {int(t.max())}: quantise the weights first"
-        )
+    if not t.is_meta and t.numel() > 0:
+        lowest, highest = (int(value) for value in t.aminmax())
+        if lowest < -1 or highest > 1:
+            raise ValueError(
+                f"pack_ternary: t must hold only -1, 0 and 1, but its values span {lowest} to "
+                f"{highest}: quantise the weights first"
+            )
     rows, columns = packed_shape(*t.shape)
     padded = F.pad(t, (0, 4 * columns - t.shape[1]))
     codes = (padded + 1).to(torch.uint8).reshape(rows, columns, 4)
@@ -135,6 +138,8 @@ def check_packed(packed: Tensor, in_features: int) -> None:
 
 
 def enumerate_chunks(tensor: Tensor) -> list[tuple[int, Tensor]]:
-    """Views of at most about 1 MB over the rows of a 2-D tensor, each with its first row."""
-    step = rows_per_chunk(tensor.shape[1] * tensor.element_size())
+    """Views of at most about 1 MB (64 on a GPU) over the rows of a 2-D tensor, with the first row
+    of each.
+    """
+    step = rows_per_chunk(tensor.shape[1] * tensor.element_size(), tensor.is_cuda)
     return list(zip(range(0, tensor.shape[0], step), tensor.split(step)))

@@ -498,7 +498,8 @@ def test_copies_have_weights_of_their_own_and_take_turns(no_gpu):
         arranged.append(calls)
         return calls[0], 1
 
-    layers = contestants.Layers(64, 32, ["bf16", "int_mm"], ["reference"], device, copies=3)
+    with torch.inference_mode():
+        layers = contestants.Layers(64, 32, ["bf16", "int_mm"], ["reference"], device, copies=3)
     mode = replace(device.modes["cold"], arrange=arrange)
     field, failed = layers.contestants(20, mode)
     assert [contestant.name for contestant in field] == ["reference", "bf16", "int_mm"]
@@ -510,6 +511,8 @@ def test_copies_have_weights_of_their_own_and_take_turns(no_gpu):
     # They share the input, and the packed weights are copies, not packed anew.
     assert len({call.args[0].data_ptr() for call in int_mm}) == 1
     assert all(torch.equal(call.func.w_packed, ours[0].func.w_packed) for call in ours)
+    # Of tensors made in inference mode a kernel cannot know whether they have changed.
+    assert not any(call.func.w_packed.is_inference() for call in ours)
 
 
 def test_cold_weights_fill_the_cache_twice(no_gpu):
