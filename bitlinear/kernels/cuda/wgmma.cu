@@ -9,17 +9,19 @@
 // the blocks of a cluster share one along K and add up their sums through each other's memory.
 //
 // What bounds it, for many tokens: the tensor cores. 8192 x 8192 with M = 4096 is 550 G operations,
-// 278 us at the peak of an H100, and takes 330 us there (1670 Top/s) with 37 us before it for the
-// quantiser, which is bound by its 100 MB; between other kernels' heat, 438 us in all. Per 256
-// values of k, a tile of 256 x 128 keeps the tensor cores busy for 2048 cycles, of which they need
-// 2050 to 2150, while it fetches 32 KB of activations and 16 KB of weights, 24 bytes per cycle:
-// with more tokens and fewer rows it would be more, as a weight is a quarter of the size. Between
-// two tiles they wait for 2500 cycles: 1200 in which the sums are left, the rest until the next
-// product is under way. The last tile of a block ends 4000 cycles after its sums are there. With
-// few tokens a warpgroup's product takes 70 cycles where 8 to 32 would do, the fetching of its
-// fragment from registers about 50 of them: 1024 x 1024 takes 4.6 us at M = 64, of which 1.4 are
-// the quantiser's, 0.7 pass until its results have come, 1.2 are products and 0.8 the end of the
-// tile. 168 registers, no spills, 228 KB: one block fills a multiprocessor.
+// 278 us at the peak of an H100, and takes 330 us there (1670 Top/s), with 37 us before it for the
+// quantiser, which is bound by its 100 MB; in turns with cuBLAS, which heats the chip, 438 us in
+// all. Per 256 values of k, a tile of 256 x 128 needs 2050 to 2150 cycles, of which the tensor
+// cores are busy for 2048, while it fetches 32 KB of activations and 16 KB of weights, 24 bytes per
+// cycle: with more tokens and fewer rows it would be more, as a weight is a quarter of the size.
+// Between two tiles they wait for 2500 cycles: 1200 in which the sums are left, the rest until the
+// next product is under way. The last tile of a block ends 4000 cycles after its sums are there.
+//
+// With few tokens a product of a warpgroup takes 70 cycles where 8 to 32 would do: fetching its
+// fragment from registers takes about 50. 1024 x 1024 with M = 64 takes 4.6 us: 1.4 the quantiser,
+// 0.7 until its results have come, 1.2 the products, 0.8 the end of the tile, and the launches.
+//
+// 168 registers, no spills, 228 KB of shared memory: one block fills a multiprocessor.
 #include "epilogue.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
