@@ -153,7 +153,7 @@ def test_both_networks_learn(finished):
         assert len(losses["train"]) == TINY.steps
         assert [step for step, _ in losses["validation"]] == list(range(8, 81, 8))
         assert losses["train"][0] > 4
-        assert losses["validation"][-1][1] < 3.2
+        assert losses["validation"][-1][1] < losses["train"][0] - 1  # each Python has its own text
         assert losses["validation"][-1][1] < losses["validation"][0][1]
 
 
