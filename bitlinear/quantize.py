@@ -273,16 +273,17 @@ def straight_through_linear(
         TypeError: ``x`` is neither fp32, fp16 nor bf16.
         ValueError: Shapes or devices do not fit.
     """
+    trains = torch.is_grad_enabled()
+    if trains and torch.compiler.is_compiling() and _is_transformed():
+        # There torch.compile passes over the backward() of a Function: its gradient would be 0.
+        return blended_linear(x, weight, bias, torch.ones(()), eps)
     dtype = _check_operands(x, weight, bias)
     w_packed, w_scale = quantized or torch.ops.bitlinear.quantize_weight.default(
         weight.detach(), eps
     )
-    if not torch.is_grad_enabled():
+    if not trains:
         with _without_autocast(x.device.type):
             return packed_linear(x, w_packed, w_scale, bias, eps, dtype)
-    if torch.compiler.is_compiling() and _is_transformed():
-        # There torch.compile passes over the backward() of a Function: its gradient would be 0.
-        return blended_linear(x, weight, bias, torch.ones(()), eps)
     output, *_ = _StraightThroughLinear.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, eps, dtype, w_packed, w_scale
     )

@@ -120,6 +120,12 @@ def _problem(device_type, rank, world_size, store, check, arguments):
 
 # --- What checks are made of ---
 
+WORLD_SIZES = [2, 4]
+
+
+def assert_same_bits(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
 
 def mesh():
     """All processes of the current check."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import Transformer, mesh
+from processes import WORLD_SIZES, Transformer, assert_same_bits, mesh
 from torch import nn
 
 import bitlinear
@@ -30,7 +30,6 @@ try:
 except ImportError:
     pytest.skip("needs torch 2.6 or newer, for fully_shard", allow_module_level=True)
 
-WORLD_SIZES = [2, 4]
 # Gradients are added in another order, which is 1e-7 of them. Quantisation mostly swallows that:
 # the losses have been equal to the bit. But an activation, one of 32 or more that are added, may
 # round to the next of its 255 values.
@@ -77,10 +76,6 @@ def everyones(part):
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, part.detach())
     return torch.cat(parts)
-
-
-def assert_same_bits(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def step(model, optimizer, x, target):

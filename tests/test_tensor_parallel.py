@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Transformer, mesh
+from processes import WORLD_SIZES, Transformer, assert_same_bits, mesh
 from torch import nn
 
 import bitlinear
@@ -29,7 +29,6 @@ try:
 except ImportError as error:
     pytest.skip(f"needs a newer torch: {error}", allow_module_level=True)
 
-WORLD_SIZES = [2, 4]
 SHAPES = [(), (1,), (5,), (2, 3), (0,), (3, 0, 2)]
 
 # What MLPs and attention are divided into.
@@ -52,10 +51,6 @@ def deployed(in_features, out_features, bias=True, scales="one"):
 
 def divided(module, plan):
     return parallelize_module(copy.deepcopy(module), mesh(), plan)
-
-
-def assert_same_bits(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def with_bad_tokens(x):

@@ -12,11 +12,12 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import Calls
+from test_linear import deployed
 from torch import nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,24 +27,7 @@ from bitlinear.quantize import straight_through_linear
 
 LINEAR = torch.ops.bitlinear.linear
 
-
-def deployed(in_features=20, out_features=6, bias=True, **kwargs):
-    return BitLinear(in_features, out_features, bias=bias, **kwargs).deploy()
-
-
 both = pytest.mark.parametrize("make", [BitLinear, deployed])
-
-
-class Calls(TorchDispatchMode):
-    """Counts those of the operator."""
-
-    def __enter__(self):
-        self.count = 0
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is LINEAR.default
-        return func(*args, **(kwargs or {}))
 
 
 # --- Autocast ---
@@ -121,7 +105,7 @@ def test_vmap_is_one_call_with_more_tokens(make):
         (vmap(layer, out_dims=1), x, y.transpose(0, 1)),
         (vmap(layer), x[0], y[0]),
     ):
-        with Calls() as calls:
+        with Calls(LINEAR.default) as calls:
             assert torch.equal(function(operand), wanted)
         assert calls.count == 1 or not hasattr(torch.library, "register_vmap")
 

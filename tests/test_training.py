@@ -10,10 +10,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from calls import Calls
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitlinear
 from bitlinear import BitLinear, ops, quantize
@@ -132,22 +132,10 @@ def test_little_is_saved_for_the_backward_pass(features):
 # --- What is kept while the weight is unchanged ---
 
 
-class Quantisations(TorchDispatchMode):
-    """Counts them."""
-
-    def __enter__(self):
-        self.count = 0
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is OPS.quantize_weight.default
-        return func(*args, **(kwargs or {}))
-
-
 def quantisations(layer, x):
-    with Quantisations() as mode:
+    with Calls(OPS.quantize_weight.default) as calls:
         y = layer(x)
-    return mode.count, y
+    return calls.count, y
 
 
 def test_a_weight_that_has_not_changed_is_quantised_once():
