@@ -92,13 +92,16 @@ def _local_part(tensor: Any) -> Tensor:
 
 
 def _may_keep(weight: Tensor) -> bool:
-    """Whether what comes of ``weight`` may be kept for the next call."""
+    """Whether what comes of ``weight`` may be kept for the next call.
+
+    On other devices than a CPU, to quantise it again costs less than to wait for the answer whether
+    it has changed.
+    """
     return (
         type(weight) is nn.Parameter
-        and not weight.is_meta
+        and weight.device.type == "cpu"
         and not weight.is_inference()
         and not torch._C._is_tracing()
-        and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 

@@ -35,7 +35,7 @@ SCHEMAS = (
     "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
     "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor",
     "quantize_weight(Tensor weight, float eps=1e-6) -> (Tensor, Tensor)",
-    "expand_weight(Tensor w_packed, int in_features) -> Tensor",
+    "expand_weight(Tensor w_packed, int in_features, ScalarType? dtype=None) -> Tensor",
     "quantize_activations(Tensor x, float eps=1e-6) -> (Tensor, Tensor)",
 )
 
@@ -248,13 +248,21 @@ def _fake_quantize_weight(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Te
     return weight.new_empty(shape, dtype=torch.uint8), scale
 
 
-def reference_expand_weight(w_packed: Tensor, in_features: int) -> Tensor:
-    """The ternary weights, fp32, shape ``(N, K)``, of uint8 of shape ``(N, ceil(K/4))``."""
-    return packing.expand(w_packed, in_features).to(torch.float32)
+def reference_expand_weight(
+    w_packed: Tensor, in_features: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The ternary weights, shape ``(N, K)``, of uint8 of shape ``(N, ceil(K/4))``.
+
+    In fp32, or in fp16 or bf16 if ``dtype`` says so.
+    """
+    return packing.expand(w_packed, in_features).to(dtype or torch.float32)
 
 
-def _fake_expand_weight(w_packed: Tensor, in_features: int) -> Tensor:
-    return w_packed.new_empty((w_packed.shape[0], in_features), dtype=torch.float32)
+def _fake_expand_weight(
+    w_packed: Tensor, in_features: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    shape = (w_packed.shape[0], in_features)
+    return w_packed.new_empty(shape, dtype=dtype or torch.float32)
 
 
 def _fake_quantize_activations(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:

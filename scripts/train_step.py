@@ -1,11 +1,12 @@
 """Times a training step of one layer, and says what it saves for the backward pass.
 
-    python scripts/train_step.py [--shapes NxK ...] [--tokens M] [--compile]
+    python scripts/train_step.py [--shapes NxK ...] [--tokens M] [--compile] [--device cuda]
 
-A step is a forward pass and a backward pass to the weight, the bias and the input, in fp32. Beside
-BitLinear: ``nn.Linear``, and the expression by which most implementations train (both operands
-quantised and multiplied out again, in floating point, with ``detach()`` for the straight-through
-gradient). Then evaluation with one token, by layers that are not deployed.
+A step is a forward pass and a backward pass to the weight, the bias and the input, in fp32 on a
+CPU and in bf16 on a GPU. Beside BitLinear: ``nn.Linear``, and the expression by which most
+implementations train (both operands quantised and multiplied out again, in floating point, with
+``detach()`` for the straight-through gradient). Then evaluation with one token, by layers that are
+not deployed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import report
 import timing
 from bench import Shape, parse_count, parse_seconds, parse_shape
 from bitlinear import BitLinear
+from devices import DEVICES, Device
 
 
 class Expression(nn.Linear):
@@ -50,7 +52,7 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def step_of(layer: nn.Module, x: Tensor) -> timing.Call:
-    grad = torch.randn(len(x), layer.out_features)
+    grad = torch.randn(len(x), layer.out_features, device=x.device, dtype=x.dtype)
     operands = (layer.weight, layer.bias, x)
 
     def step() -> None:
@@ -60,39 +62,41 @@ def step_of(layer: nn.Module, x: Tensor) -> timing.Call:
     return step
 
 
-def layers(shape: Shape, compiled: bool) -> dict[str, nn.Module]:
+def layers(shape: Shape, compiled: bool, device: Device) -> dict[str, nn.Module]:
     N, K = shape
+    kinds = {"nn.Linear": nn.Linear, "BitLinear": BitLinear, "expression": Expression}
     made: dict[str, nn.Module] = {
-        "nn.Linear": nn.Linear(K, N),
-        "BitLinear": BitLinear(K, N),
-        "expression": Expression(K, N),
+        name: kind(K, N, device=device.place, dtype=device.dtype) for name, kind in kinds.items()
     }
     if compiled:
-        expression = Expression(K, N)
+        expression = Expression(K, N, device=device.place, dtype=device.dtype)
         expression.compile()
         made["expression, compiled"] = expression
     return made
 
 
-def measure(shape: Shape, M: int, compiled: bool, budget: float) -> list[tuple[str, ...]]:
+def measure(
+    shape: Shape, M: int, compiled: bool, budget: float, device: Device
+) -> list[tuple[str, ...]]:
     """A row for each layer: its step, the ratio to nn.Linear, what it saves, one token in eval."""
-    made = layers(shape, compiled)
-    x = torch.randn(M, shape[1], requires_grad=True)
+    made = layers(shape, compiled, device)
+    timer = timing.cuda_timer if device.place == "cuda" else timing.cpu_timer
+    x = torch.randn(M, shape[1], device=device.place, dtype=device.dtype, requires_grad=True)
     steps = [timing.Contestant(name, step_of(layer, x)) for name, layer in made.items()]
-    times = timing.compare(steps, budget, timing.cpu_timer)
-    token = torch.randn(1, shape[1])
+    times = timing.compare(steps, budget, timer)
+    token = x.detach()[:1].clone()
     with torch.no_grad():
         calls = [
             timing.Contestant(name, lambda layer=layer: layer(token))
             for name, layer in made.items()
         ]
-        tokens = timing.compare(calls, budget / 4, timing.cpu_timer)
+        tokens = timing.compare(calls, budget / 4, timer)
     base, base_bytes = times["nn.Linear"].median, saved_bytes(made["nn.Linear"], x)
     return [
         (
             f"{shape[0]} x {shape[1]}",
             name,
-            f"{times[name].median * 1e3:.1f}",
+            f"{times[name].median * 1e3:.{1 if device.place == 'cpu' else 3}f}",
             f"{times[name].median / base:.2f}",
             f"{saved_bytes(layer, x) / base_bytes:.2f}",
             f"{tokens[name].median * 1e6:.0f}",
@@ -109,14 +113,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--tokens", type=parse_count, metavar="M", default=512)
     add("--compile", action="store_true", help="the usual expression compiled, too")
     add("--budget", type=parse_seconds, default=20.0, help="seconds for each shape (default: 20)")
+    add("--device", choices=DEVICES, default="cpu")
     options = parser.parse_args(argv)
+    device = DEVICES[options.device]
+    if not device.is_available():
+        parser.error(f"--device {device.name}: torch finds no GPU")
     header = ("N x K", "layer", "step, ms", "of nn.Linear", "saved, of its", "eval, M = 1, us")
     rows = [
         row
         for shape in options.shapes
-        for row in measure(shape, options.tokens, options.compile, options.budget)
+        for row in measure(shape, options.tokens, options.compile, options.budget, device)
     ]
-    print(f"{torch.get_num_threads()} threads, M = {options.tokens}\n")
+    where = (
+        torch.cuda.get_device_name()
+        if device.place == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
+    print(f"{where}, M = {options.tokens}\n")
     print(report.markdown(header, rows, words=("N x K", "layer")))
 
 

@@ -48,6 +48,15 @@ def test_weights_are_quantised_as_by_the_oracle(n, k, dtype, spread, seed):
         assert torch.equal(reference[0], w_packed)
 
 
+@pytest.mark.parametrize("dtype", [None, *oracle.DTYPES])
+def test_weights_expand_to_any_dtype(dtype):
+    w_packed, _ = OPS.quantize_weight(torch.randn(5, 21))
+    t = OPS.expand_weight(w_packed, 21, dtype)
+    assert t.dtype == (dtype or torch.float32)
+    assert torch.equal(t.float(), OPS.expand_weight(w_packed, 21))
+    assert torch.equal(t, ops.reference_expand_weight(w_packed, 21, dtype))
+
+
 def test_half_of_the_scale_rounds_to_zero():
     # Their mean is 1; 0.5 is halfway, and rounds to even.
     w = torch.tensor([[0.5, -0.5, 0.5000001, -0.5000001, 1.5, 0.0, 2.0, 2.5]])
@@ -103,6 +112,8 @@ def test_errors_name_what_is_wrong():
         OPS.quantize_weight(torch.ones(2, 2), 0.0)
     with pytest.raises(ValueError, match=r"\(N, 2\) for in_features = 5"):
         OPS.expand_weight(torch.zeros(3, 3, dtype=torch.uint8), 5)
+    with pytest.raises(TypeError, match=r"dtype must be float32.*float64"):
+        OPS.expand_weight(torch.zeros(3, 2, dtype=torch.uint8), 5, torch.float64)
     with pytest.raises(TypeError, match=r"x must be float32.*float64"):
         OPS.quantize_activations(torch.ones(2, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="no dimension"):

@@ -124,11 +124,40 @@ inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
   }
 }
 
-// The bias as the kernels read it, contiguous and of a dtype that they know; undefined without one.
+inline void check_weight(const at::Tensor& weight, double eps) {
+  check_eps(eps);
+  TORCH_CHECK_VALUE(weight.dim() == 2 && at::isFloatingType(weight.scalar_type()),
+                    "bitlinear: weight must be floating point, of shape (N, K), but it is ",
+                    dtype_name(weight.scalar_type()), " of shape ", weight.sizes());
+}
+
+inline void check_packed(const at::Tensor& w_packed, int64_t in_features, at::ScalarType dtype) {
+  const int64_t columns = (in_features + 3) / 4;
+  TORCH_CHECK_VALUE(w_packed.scalar_type() == at::ScalarType::Byte && w_packed.dim() == 2 &&
+                        w_packed.size(1) == columns,
+                    "bitlinear: w_packed must be uint8, of shape (N, ", columns,
+                    ") for in_features = ", in_features, ", but it is ",
+                    dtype_name(w_packed.scalar_type()), " of shape ", w_packed.sizes());
+  TORCH_CHECK_TYPE(kernel_dtype(dtype) >= 0,
+                   "bitlinear: dtype must be float32, float16 or bfloat16, but it is ",
+                   dtype_name(dtype));
+}
+
+inline void check_tokens(const at::Tensor& x, double eps) {
+  check_eps(eps);
+  check_dtype(x);
+  TORCH_CHECK_VALUE(x.dim() > 0, "bitlinear: x must have shape (..., K), but it has no dimension");
+}
+
+// A floating-point tensor as the kernels read it, contiguous and of a dtype that they know.
+inline at::Tensor kernel_operand(const at::Tensor& tensor) {
+  const at::Tensor operand = tensor.contiguous();
+  return kernel_dtype(operand.scalar_type()) < 0 ? operand.to(at::ScalarType::Float) : operand;
+}
+
+// The bias likewise; undefined without one.
 inline at::Tensor kernel_bias(const std::optional<at::Tensor>& bias) {
-  if (!bias.has_value()) return {};
-  const at::Tensor addend = bias->contiguous();
-  return kernel_dtype(addend.scalar_type()) < 0 ? addend.to(at::ScalarType::Float) : addend;
+  return bias.has_value() ? kernel_operand(*bias) : at::Tensor();
 }
 
 // The memory of a tensor, which a framework that shards parameters may have taken away.

@@ -148,15 +148,10 @@ void for_each_row(int64_t rows, int64_t columns, const Row& row) {
 }
 
 std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
-  bitlinear::check_eps(eps);
-  TORCH_CHECK_VALUE(weight.dim() == 2 && at::isFloatingType(weight.scalar_type()),
-                    "bitlinear: weight must be floating point, of shape (N, K), but it is ",
-                    bitlinear::dtype_name(weight.scalar_type()), " of shape ", weight.sizes());
+  bitlinear::check_weight(weight, eps);
   const bitlinear_kernel_table* const kernels = active_table();
   const int64_t N = weight.size(0), K = weight.size(1);
-  const Tensor known =
-      kernel_dtype(weight.scalar_type()) < 0 ? weight.to(ScalarType::Float) : weight;
-  const Tensor input = known.contiguous();
+  const Tensor input = bitlinear::kernel_operand(weight);
   const int dtype = kernel_dtype(input.scalar_type());
   const char* const rows = data_of(input, "weight");
   const int64_t bytes = K * input.element_size();
@@ -183,13 +178,8 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   return {packed, scale};
 }
 
-Tensor expand_weight(const Tensor& w_packed, int64_t in_features) {
-  TORCH_CHECK_VALUE(w_packed.scalar_type() == ScalarType::Byte && w_packed.dim() == 2 &&
-                        w_packed.size(1) == bitlinear::ceil_div(in_features, 4),
-                    "bitlinear: w_packed must be uint8, of shape (N, ",
-                    bitlinear::ceil_div(in_features, 4), ") for in_features = ", in_features,
-                    ", but it is ", bitlinear::dtype_name(w_packed.scalar_type()), " of shape ",
-                    w_packed.sizes());
+Tensor expand_weight(const Tensor& w_packed, int64_t in_features, std::optional<ScalarType> dtype) {
+  bitlinear::check_packed(w_packed, in_features, dtype.value_or(ScalarType::Float));
   const bitlinear_kernel_table* const kernels = active_table();
   const int64_t N = w_packed.size(0), row_bytes = w_packed.size(1);
   const Tensor input = w_packed.contiguous();
@@ -199,13 +189,11 @@ Tensor expand_weight(const Tensor& w_packed, int64_t in_features) {
   for_each_row(N, in_features, [&](int64_t n) {
     kernels->expand_row(rows + n * row_bytes, in_features, out + n * in_features);
   });
-  return t;
+  return dtype.has_value() ? t.to(*dtype) : t;
 }
 
 std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
-  bitlinear::check_eps(eps);
-  bitlinear::check_dtype(x);
-  TORCH_CHECK_VALUE(x.dim() > 0, "bitlinear: x must have shape (..., K), but it has no dimension");
+  bitlinear::check_tokens(x, eps);
   const bitlinear_kernel_table* const kernels = active_table();
   const int64_t K = x.size(-1), M = K == 0 ? 0 : x.numel() / K;
   const Tensor input = x.contiguous();
@@ -254,7 +242,8 @@ TORCH_LIBRARY(bitlinear, m) {
       {at::Tag::pt2_compliant_tag});
   m.def("quantize_weight(Tensor weight, float eps=1e-6) -> (Tensor, Tensor)",
         {at::Tag::pt2_compliant_tag});
-  m.def("expand_weight(Tensor w_packed, int in_features) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("expand_weight(Tensor w_packed, int in_features, ScalarType? dtype=None) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
   m.def("quantize_activations(Tensor x, float eps=1e-6) -> (Tensor, Tensor)",
         {at::Tag::pt2_compliant_tag});
 }

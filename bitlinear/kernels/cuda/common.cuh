@@ -34,15 +34,17 @@ __host__ __device__ constexpr T least(T a, T b) {
 // kTiles: (q_stride / 128, token_groups, 8, 128). What 8 tokens have of half a slice is an atom of
 // wgmma's 128-byte swizzle; the atoms of consecutive tokens follow each other, so that one bulk
 // copy fetches a tile. The words of a plane, seen as a 4 x 4 matrix, are transposed.
-enum class Layout { kRows, kFragments, kTiles };
+//
+// kInOrder: (M, K), as x.
+enum class Layout { kRows, kFragments, kTiles, kInOrder };
 
 // What the quantiser leaves for the products.
 struct Activations {
   int8_t* q;
-  int64_t q_stride;      // kRows: a multiple of 256
+  int64_t q_stride;      // a multiple of 256; kInOrder: K
   int64_t token_groups;  // M / 8, rounded up to whole tiles
   float* s_x;            // (M,)
-  int32_t* q_sum;        // (M,)
+  int32_t* q_sum;        // (M,); kInOrder: null
 };
 
 // Where word `word` (0..15) of plane `plane` of a token's slice begins.

@@ -96,13 +96,6 @@ cudaError_t run(int kernel, Call call) {
   }
 }
 
-// The message, with the error taken back: it is ours to report, not that of the next call.
-const char* report(cudaError_t error) {
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();
-  return cudaGetErrorString(error);
-}
-
 }  // namespace
 
 Activations activations_of(const bitlinear_cuda_task& task) {

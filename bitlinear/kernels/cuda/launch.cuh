@@ -69,6 +69,13 @@ cudaError_t launch_kernel(const Launch& how, const Call& call, Arguments&&... ar
   return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
 }
 
+// The message, with the error taken back: it is ours to report, not that of the next call.
+inline const char* report(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 // Whether every row starts at a multiple of 16 bytes.
 inline bool rows_aligned(const void* rows, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && row_bytes % 16 == 0;

@@ -1,5 +1,5 @@
-// torch.ops.bitlinear.linear on CUDA: arguments, memory and the stream. The arithmetic is behind
-// task.h. The schema is registered by ../ops.cpp.
+// The operators on CUDA: arguments, memory and the stream. The arithmetic is behind task.h. The
+// schemas are registered by ../ops.cpp.
 //
 // The headers are chosen for compile time: this file is most of a cold import.
 #include <ATen/core/Tensor.h>
@@ -92,6 +92,15 @@ SettledWeights& settled_weights() {
   return *weights;
 }
 
+// Not at::empty, whose way through the dispatcher costs as much as a launch.
+Tensor empty(at::IntArrayRef shape, ScalarType dtype, const Tensor& like) {
+  return Tensor(at::detail::empty_cuda(shape, dtype, like.device(), std::nullopt));
+}
+
+void* current_stream(const Tensor& tensor) {
+  return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
+}
+
 Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
               const std::optional<Tensor>& bias, int64_t in_features, double eps,
               int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
@@ -104,8 +113,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const int64_t M = x.numel() / in_features;
   c10::DimVector shape(x.sizes());
   shape.back() = N;
-  // Not at::empty, whose way through the dispatcher costs as much as a launch.
-  Tensor y = Tensor(at::detail::empty_cuda(shape, y_dtype, x.device(), std::nullopt));
+  Tensor y = empty(shape, y_dtype, x);
   if (M == 0 || N == 0) return y;
 
   const Tensor input = x.contiguous();
@@ -144,10 +152,65 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   return y;
 }
 
+void check_launch(const char* error, const char* name, const Tensor& operand) {
+  TORCH_CHECK(error == nullptr, "bitlinear: ", name, " of ", operand.sizes(), " failed on ",
+              operand.device(), ": ", error);
+}
+
+std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
+  bitlinear::check_weight(weight, eps);
+  const c10::cuda::CUDAGuard guard(weight.device());
+  const int64_t N = weight.size(0), K = weight.size(1);
+  const Tensor input = bitlinear::kernel_operand(weight);
+  Tensor packed = empty({N, (K + 3) / 4}, ScalarType::Byte, weight);
+  Tensor scale = empty({1}, ScalarType::Float, weight);
+  const auto bytes = static_cast<size_t>(bitlinear_cuda_weight_workspace_bytes(N, K));
+  const at::DataPtr workspace = c10::cuda::CUDACachingAllocator::get()->allocate(bytes);
+  const char* const error = bitlinear_cuda_quantize_weight(
+      data_of(input, "weight"), kernel_dtype(input.scalar_type()), N, K, static_cast<float>(eps),
+      packed.data_ptr<uint8_t>(), scale.data_ptr<float>(), workspace.get(), current_stream(weight));
+  check_launch(error, "quantize_weight", weight);
+  return {packed, scale};
+}
+
+Tensor expand_weight(const Tensor& w_packed, int64_t in_features, std::optional<ScalarType> dtype) {
+  const ScalarType t_dtype = dtype.value_or(ScalarType::Float);
+  bitlinear::check_packed(w_packed, in_features, t_dtype);
+  const c10::cuda::CUDAGuard guard(w_packed.device());
+  const Tensor input = w_packed.contiguous();
+  Tensor t = empty({w_packed.size(0), in_features}, t_dtype, w_packed);
+  const char* const error = bitlinear_cuda_expand_weight(
+      reinterpret_cast<const uint8_t*>(data_of(input, "w_packed")), w_packed.size(0), in_features,
+      t.data_ptr(), kernel_dtype(t_dtype), current_stream(w_packed));
+  check_launch(error, "expand_weight", w_packed);
+  return t;
+}
+
+std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
+  bitlinear::check_tokens(x, eps);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const int64_t K = x.size(-1), M = K == 0 ? 0 : x.numel() / K;
+  const Tensor input = x.contiguous();
+  c10::DimVector shape(x.sizes());
+  Tensor q = empty(shape, ScalarType::Char, x);
+  shape.back() = 1;
+  Tensor scale = empty(shape, ScalarType::Float, x);
+  const char* const error = bitlinear_cuda_quantize_activations(
+      data_of(input, "x"), kernel_dtype(x.scalar_type()), M, K, static_cast<float>(eps),
+      q.data_ptr<int8_t>(), scale.data_ptr<float>(), current_stream(x));
+  check_launch(error, "quantize_activations", x);
+  return {q, scale};
+}
+
 }  // namespace
 
 // For tests and benchmarks: the operator runs only this one of enum bitlinear_cuda_kernel, in every
 // thread; 0 lets heuristics.h choose again. Returns what was forced before.
 BITLINEAR_EXPORT int bitlinear_cuda_force(int kernel) { return forced_kernel.exchange(kernel); }
 
-TORCH_LIBRARY_IMPL(bitlinear, CUDA, m) { m.impl("linear", linear); }
+TORCH_LIBRARY_IMPL(bitlinear, CUDA, m) {
+  m.impl("linear", linear);
+  m.impl("quantize_weight", quantize_weight);
+  m.impl("expand_weight", expand_weight);
+  m.impl("quantize_activations", quantize_activations);
+}

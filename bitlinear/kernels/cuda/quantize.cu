@@ -10,6 +10,27 @@ namespace bitlinear {
 namespace cuda {
 namespace {
 
+// The first `count` values of a group, which lie in its planes.
+__device__ inline void store_in_order(int8_t* q, const uint32_t (&planes)[4], int count,
+                                      bool aligned) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    // Value j of the word is byte i of plane 3 - j.
+    const uint32_t low = __byte_perm(planes[3], planes[2], 0x40 + 0x11 * i);
+    const uint32_t high = __byte_perm(planes[1], planes[0], 0x40 + 0x11 * i);
+    words[i] = __byte_perm(low, high, 0x5410);
+  }
+  if (aligned) {
+    *reinterpret_cast<uint4*>(q) = make_uint4(words[0], words[1], words[2], words[3]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    if (i < count) q[i] = static_cast<int8_t>(words[i / 4] >> (8 * (i % 4)));
+  }
+}
+
 template <class X, Layout kLayout>
 __global__ void __launch_bounds__(32 * kQuantizerWarps)
     quantize_rows(const X* x, int64_t M, int K, float eps, bool aligned, Activations out) {
@@ -22,15 +43,7 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
   const X* row = x + least(m, M - 1) * K;
   const int first = static_cast<int>(threadIdx.x) * kGroup;
   const int step = static_cast<int>(blockDim.x) * kGroup;
-  const auto load = [&](int k) {
-    Group<X> group;
-    if (aligned && k + kGroup <= K) {
-      group.load(row + k);
-    } else {
-      group.load(row + k, K - k);
-    }
-    return group;
-  };
+  const auto load = [&](int k) { return load_group(row + k, K - k, aligned); };
   allow_successor();
   wait_for_predecessor();
 
@@ -59,11 +72,16 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
     group.convert(values);
     uint32_t planes[4];
     sum += quantize_group(values, scale.inv, planes);
-    const int slice = k / kSliceValues;
-    const int word = k / kGroup % 16;
+    if constexpr (kLayout == Layout::kInOrder) {
+      if (isnan(scale.s_x)) planes[0] = planes[1] = planes[2] = planes[3] = 0;
+      store_in_order(out.q + m * K + k, planes, K - k, K % kGroup == 0);
+    } else {
+      const int slice = k / kSliceValues;
+      const int word = k / kGroup % 16;
 #pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      *reinterpret_cast<uint32_t*>(out.q + place_of<kLayout>(out, m, slice, p, word)) = planes[p];
+      for (int p = 0; p < 4; ++p) {
+        *reinterpret_cast<uint32_t*>(out.q + place_of<kLayout>(out, m, slice, p, word)) = planes[p];
+      }
     }
   };
 #pragma unroll
@@ -78,7 +96,7 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
     sum = 0;
     for (int w = 0; w < warps; ++w) sum += warp_sum[first_warp + w];
     out.s_x[m] = scale.s_x;
-    out.q_sum[m] = sum;
+    if constexpr (kLayout != Layout::kInOrder) out.q_sum[m] = sum;
   }
 }
 
@@ -87,7 +105,8 @@ cudaError_t launch(const Call& call, const Activations& out) {
   const bitlinear_cuda_task& task = call.task;
   const X* x = static_cast<const X*>(task.x);
   const bool aligned = rows_aligned(x, task.K * static_cast<int64_t>(sizeof(X)));
-  const QuantizerPlan plan = plan_quantizer(call.device, task.M, task.K);
+  QuantizerPlan plan = plan_quantizer(call.device, task.M, task.K);
+  if (kLayout == Layout::kInOrder && task.M % plan.tokens != 0) plan.tokens = 1;  // no room beyond
   const Launch how = {
       dim3(static_cast<unsigned>(ceil_div<int64_t>(task.M, plan.tokens))),
       dim3(static_cast<unsigned>(32 * plan.warps), static_cast<unsigned>(plan.tokens))};
@@ -99,6 +118,7 @@ template <class X>
 cudaError_t launch(const Call& call, const Activations& out, Layout layout) {
   if (layout == Layout::kRows) return launch<X, Layout::kRows>(call, out);
   if (layout == Layout::kFragments) return launch<X, Layout::kFragments>(call, out);
+  if (layout == Layout::kInOrder) return launch<X, Layout::kInOrder>(call, out);
   return launch<X, Layout::kTiles>(call, out);
 }
 
@@ -112,3 +132,23 @@ cudaError_t quantize(const Call& call, const Activations& out, Layout layout) {
 
 }  // namespace cuda
 }  // namespace bitlinear
+
+BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_activations(const void* x, int dtype,
+                                                                 int64_t M, int64_t K, float eps,
+                                                                 int8_t* q, float* s_x,
+                                                                 void* stream) {
+  using namespace bitlinear::cuda;
+  if (M == 0 || K == 0) return nullptr;
+  if (M > INT32_MAX || K > INT32_MAX / 2) return "M must be less than 2^31, and K less than 2^30";
+  Device device;
+  const cudaError_t error = current_device(&device);
+  if (error != cudaSuccess) return report(error);
+  bitlinear_cuda_task task = {};
+  task.x = x;
+  task.x_dtype = dtype;
+  task.M = M;
+  task.K = K;
+  task.eps = eps;
+  const Call call = {task, device, static_cast<cudaStream_t>(stream)};
+  return report(quantize(call, {q, K, 0, s_x, nullptr}, Layout::kInOrder));
+}

@@ -59,6 +59,17 @@ struct Group {
   }
 };
 
+template <class X>
+__device__ inline Group<X> load_group(const X* x, int64_t count, bool aligned) {
+  Group<X> group;
+  if (aligned && count >= kGroup) {
+    group.load(x);
+  } else {
+    group.load(x, count);
+  }
+  return group;
+}
+
 // The scale of a token from its largest magnitude.
 struct TokenScale {
   float inv, s_x;

@@ -41,6 +41,22 @@ int64_t bitlinear_cuda_workspace_bytes(const bitlinear_cuda_task* task, int kern
 // Queues the product on the stream (a cudaStream_t) of the current device; nothing is waited for or
 // allocated. Null, or what is wrong; a kernel that is named but cannot serve the task is an error.
 const char* bitlinear_cuda_linear(const bitlinear_cuda_task* task, int kernel, void* stream);
+// For training; both operands as they are, on the current device. Each queues its work on the
+// stream and returns null, or what is wrong.
+//
+// w: (N, K), of any bitlinear_dtype. packed: (N, ceil(K/4)). s_w: (1,), the mean of the magnitudes
+// or, if that is less, eps; a weight that is not finite shows in it. The workspace is at a multiple
+// of 8.
+int64_t bitlinear_cuda_weight_workspace_bytes(int64_t N, int64_t K);
+const char* bitlinear_cuda_quantize_weight(const void* w, int dtype, int64_t N, int64_t K,
+                                           float eps, uint8_t* packed, float* s_w, void* workspace,
+                                           void* stream);
+// t: (N, K), at a multiple of 16 bytes: -1, 0 and +1.
+const char* bitlinear_cuda_expand_weight(const uint8_t* packed, int64_t N, int64_t K, void* t,
+                                         int dtype, void* stream);
+// x: (M, K). q: (M, K), at a multiple of 16 bytes; 0 where s_x, (M,), is NaN.
+const char* bitlinear_cuda_quantize_activations(const void* x, int dtype, int64_t M, int64_t K,
+                                                float eps, int8_t* q, float* s_x, void* stream);
 // Compares every kernel that the device can run with the numerics as they are written down.
 // 0: equal to the bit. 1: not, with the first difference. 2: the device cannot be used, with why.
 int bitlinear_cuda_selftest(int device, char* message, int64_t message_size);

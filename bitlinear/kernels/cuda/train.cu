@@ -1,0 +1,174 @@
+// What training needs besides the product: weights quantised and packed as they change, and read
+// back for the gradients. (The activations are quantize.cu's, in their own order.)
+//
+// Bound by memory: the weights are read twice, once for their mean, and a sixteenth of fp32 is
+// written; what is expanded is written once.
+#include "launch.cuh"
+#include "quantize.cuh"
+
+namespace bitlinear {
+namespace cuda {
+namespace {
+
+constexpr int kSumThreads = 256;
+// So many threads go along a row, each by 16 weights, and so many rows are in a block.
+constexpr int kRowThreads = 64, kBlockRows = 4;
+
+// Blocks that add up magnitudes: the same on every GPU, so that sums have the same order.
+constexpr int64_t sum_blocks(int64_t count) {
+  const int64_t blocks = ceil_div<int64_t>(count, int64_t{kSumThreads} * kGroup);
+  return blocks < 1 ? 1 : least<int64_t>(blocks, 1024);
+}
+
+// The sum over a block, in its first thread.
+__device__ inline double block_sum(double sum) {
+  __shared__ double warps[kSumThreads / 32];
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(~0u, sum, step);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return 0;
+  for (int w = 1; w < kSumThreads / 32; ++w) sum += warps[w];
+  return sum;
+}
+
+template <class V>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_magnitudes(const V* w, int64_t count, bool aligned, double* sums) {
+  const int64_t step = int64_t{gridDim.x} * kSumThreads * kGroup;
+  double sum = 0;
+  for (int64_t i = (int64_t{blockIdx.x} * kSumThreads + threadIdx.x) * kGroup; i < count;
+       i += step) {
+    float values[kGroup];
+    load_group(w + i, count - i, aligned).convert(values);
+#pragma unroll
+    for (const float value : values) sum += static_cast<double>(fabsf(value));
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+__global__ void __launch_bounds__(kSumThreads)
+    find_scale(const double* sums, int blocks, double count, float eps, float* s_w) {
+  double sum = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < blocks; i += kSumThreads) sum += sums[i];
+  sum = block_sum(sum);
+  const float mean = __double2float_rn(__ddiv_rn(sum, count));
+  if (threadIdx.x == 0) *s_w = mean < eps ? eps : mean;  // a NaN stays
+}
+
+template <class V>
+__global__ void __launch_bounds__(kRowThreads* kBlockRows)
+    pack_rows(const V* w, int64_t N, int K, bool aligned, const float* s_w, uint8_t* packed) {
+  const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
+  if (n >= N) return;
+  const int row_bytes = (K + 3) / 4;
+  // w / s_w rounds to 1 where it exceeds 1/2 (which rounds to even), and a quotient of floats
+  // exceeds 1/2 just where w exceeds s_w / 2, which is exact.
+  const float half = __fmul_rn(0.5f, *s_w);
+  for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
+    float values[kGroup];
+    load_group(w + n * K + k, K - k, aligned).convert(values);
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const uint32_t code = 1 + (values[i] > half) - (values[i] < -half);
+      word |= code << (8 * (i / 4) + 6 - 2 * (i % 4));
+    }
+    uint8_t* const place = packed + n * row_bytes + k / 4;
+    if (row_bytes % 4 == 0) {
+      *reinterpret_cast<uint32_t*>(place) = word;
+    } else {
+      store_some(place, word, row_bytes - k / 4);
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads* kBlockRows)
+    expand_rows(const uint8_t* packed, int64_t N, int K, T* t) {
+  const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
+  if (n >= N) return;
+  const int row_bytes = (K + 3) / 4;
+  const bool aligned = K * sizeof(T) % 16 == 0;
+  for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
+    const uint8_t* const bytes = packed + n * row_bytes + k / 4;
+    alignas(16) T values[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const int byte = k / 4 + i / 4 < row_bytes ? bytes[i / 4] : 0;
+      values[i] = from_float<T>(static_cast<float>((byte >> (6 - 2 * (i % 4)) & 3) - 1));
+    }
+    T* const place = t + n * K + k;
+    if (aligned && k + kGroup <= K) {
+#pragma unroll
+      for (int v = 0; v < static_cast<int>(sizeof(T)); ++v) {
+        reinterpret_cast<uint4*>(place)[v] = reinterpret_cast<const uint4*>(values)[v];
+      }
+    } else {
+      for (int i = 0; i < kGroup && k + i < K; ++i) place[i] = values[i];
+    }
+  }
+}
+
+dim3 row_grid(int64_t N) { return dim3(static_cast<unsigned>(ceil_div<int64_t>(N, kBlockRows))); }
+
+template <class V>
+cudaError_t quantize_weight(const V* w, int64_t N, int64_t K, float eps, uint8_t* packed,
+                            float* s_w, double* sums, cudaStream_t stream) {
+  const int blocks = static_cast<int>(sum_blocks(N * K));
+  const bool aligned = rows_aligned(w, 16);
+  sum_magnitudes<<<blocks, kSumThreads, 0, stream>>>(w, N * K, aligned, sums);
+  find_scale<<<1, kSumThreads, 0, stream>>>(sums, blocks, static_cast<double>(N * K), eps, s_w);
+  if (N == 0) return cudaGetLastError();
+  const bool rows = rows_aligned(w, K * static_cast<int64_t>(sizeof(V)));
+  const dim3 threads(kRowThreads, kBlockRows);
+  pack_rows<<<row_grid(N), threads, 0, stream>>>(w, N, static_cast<int>(K), rows, s_w, packed);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t expand_weight(const uint8_t* packed, int64_t N, int64_t K, T* t, cudaStream_t stream) {
+  if (N == 0) return cudaSuccess;
+  const dim3 threads(kRowThreads, kBlockRows);
+  expand_rows<<<row_grid(N), threads, 0, stream>>>(packed, N, static_cast<int>(K), t);
+  return cudaGetLastError();
+}
+
+// Calls `f` with a value of the type that the dtype stands for.
+template <class F>
+cudaError_t of_type(int dtype, F&& f) {
+  if (dtype == BITLINEAR_F32) return f(float{});
+  if (dtype == BITLINEAR_F16) return f(__half{});
+  return f(__nv_bfloat16{});
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace bitlinear
+
+BITLINEAR_EXPORT int64_t bitlinear_cuda_weight_workspace_bytes(int64_t N, int64_t K) {
+  return bitlinear::cuda::sum_blocks(N * K) * static_cast<int64_t>(sizeof(double));
+}
+
+BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_weight(const void* w, int dtype, int64_t N,
+                                                            int64_t K, float eps, uint8_t* packed,
+                                                            float* s_w, void* workspace,
+                                                            void* stream) {
+  using namespace bitlinear::cuda;
+  if (N > INT32_MAX || K > INT32_MAX - kRowThreads * kGroup) return "N and K must be below 2^31";
+  return report(of_type(dtype, [&](auto zero) {
+    return quantize_weight(static_cast<const decltype(zero)*>(w), N, K, eps, packed, s_w,
+                           static_cast<double*>(workspace), static_cast<cudaStream_t>(stream));
+  }));
+}
+
+BITLINEAR_EXPORT const char* bitlinear_cuda_expand_weight(const uint8_t* packed, int64_t N,
+                                                          int64_t K, void* t, int dtype,
+                                                          void* stream) {
+  using namespace bitlinear::cuda;
+  if (N > INT32_MAX || K > INT32_MAX - kRowThreads * kGroup) return "N and K must be below 2^31";
+  return report(of_type(dtype, [&](auto zero) {
+    return expand_weight(packed, N, K, static_cast<decltype(zero)*>(t),
+                         static_cast<cudaStream_t>(stream));
+  }));
+}
