@@ -27,9 +27,9 @@ using bitlinear::selftest::Data;
 namespace {
 
 constexpr Data kKinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite};
-constexpr int kKernels = 6, kPlans = kKernels, kTallies = 7;
-const char* const kNames[kTallies] = {"auto", "dp4a",  "gemv", "small_batch",
-                                      "mma",  "wgmma", "plans"};
+constexpr int kKernels = 6, kPlans = kKernels, kTraining = kKernels + 1, kTallies = 8;
+const char* const kNames[kTallies] = {"auto", "dp4a",  "gemv",  "small_batch",
+                                      "mma",  "wgmma", "plans", "training"};
 
 struct Tally {
   int64_t passed = 0, failed = 0;
@@ -51,6 +51,14 @@ class Driver {
       if (!bitlinear::cuda::takes(kernel, device_, c, placement)) continue;
       note(kernel, bitlinear::cuda::check_case(kernel, c, seed, placement, stream_));
     }
+  }
+
+  // What training needs of as many rows.
+  void check_training(int64_t M, int64_t K, Data data) {
+    const uint64_t seed = ++cases_;
+    const Case c = {M, 1, K, static_cast<int>(seed % 3), false, false, data, 0};
+    const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
+    note(kTraining, bitlinear::cuda::check_training(c, seed, placement, stream_));
   }
 
   // One shape by every plan that a kernel can follow, not only by the one that suits it.
@@ -108,7 +116,10 @@ class Driver {
 
   void check_depths(bool quick) {
     for (int64_t K = 1; K <= 530; K += quick ? 13 : 1) {
-      for (const int64_t M : {1, 3, 10, 33, 70}) check(M, 1 + K % 80, K, kKinds[(K + M) % 4]);
+      for (const int64_t M : {1, 3, 10, 33, 70}) {
+        check(M, 1 + K % 80, K, kKinds[(K + M) % 4]);
+        check_training(M, K, kKinds[(K + M) % 4]);
+      }
     }
     // Whole slices and nearly: what is loaded in vectors, and in stages.
     for (int64_t K = 64; K <= (quick ? 700 : 5000); K += 64) {
@@ -119,6 +130,7 @@ class Driver {
   void check_long_rows(bool quick) {
     for (const int64_t K : {4095, 4096, 4097, 16384, 16448, 65535, 65536, 65540, 131136}) {
       if (quick && K > 5000) return;
+      check_training(20, K, Data::kRandom);
       for (const int64_t M : {1, 4, 8, 20, 65}) {
         check(M, 3, K, Data::kExtreme);
         check(M, 3, K, Data::kRandom);
@@ -151,6 +163,10 @@ class Driver {
     for (const int64_t M : {1, 8, 32}) check(M, 20000, 256, Data::kRandom);
     for (const int64_t M : {200, 1100}) check(M, 3000, 320, Data::kNonFinite);
     check(20000, 70, 64, Data::kRandom);
+    // Blocks that quantise several tokens, and those that could not end with the last one.
+    for (const int64_t M : {1056, 1100, 2113}) {
+      for (const int64_t K : {48, 700, 1024}) check_training(M, K, Data::kNonFinite);
+    }
   }
 
   bool report() const {

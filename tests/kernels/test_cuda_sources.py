@@ -140,7 +140,16 @@ def test_driver(driver):
     result = run(driver)
     assert result.returncode == 0, result.stdout + result.stderr
     counts = dict(re.findall(r"(\w+): (\d+) passed, 0 failed", result.stdout))
-    assert set(counts) == {"auto", "dp4a", "gemv", "small_batch", "mma", "wgmma", "plans"}
+    assert set(counts) == {
+        "auto",
+        "dp4a",
+        "gemv",
+        "small_batch",
+        "mma",
+        "wgmma",
+        "plans",
+        "training",
+    }
     assert int(counts["auto"]) == int(counts["dp4a"]) > 4000
 
 

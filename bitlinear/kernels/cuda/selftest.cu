@@ -55,6 +55,21 @@ std::string check_kernel(int kernel, const Device& device, const Stream& stream)
   return "";
 }
 
+std::string check_training(const Stream& stream) {
+  constexpr Data kKinds[] = {Data::kRandom, Data::kNonFinite, Data::kZero, Data::kExtreme};
+  uint64_t seed = 0;
+  for (const int64_t K : {1, 6, 15, 16, 100, 1030, 2048}) {
+    for (const int64_t M : {1, 5, 300}) {
+      ++seed;
+      const Case c = {M, 1, K, static_cast<int>(seed % 3), false, false, kKinds[seed % 4], 0};
+      const Placement placement = seed % 5 == 0 ? Placement::kUnaligned : Placement::kAligned;
+      const std::string difference = check_training(c, seed, placement, stream);
+      if (!difference.empty()) return difference;
+    }
+  }
+  return "";
+}
+
 std::string check_device(int index) {
   const DeviceScope scope(index);
   const Stream stream;
@@ -65,7 +80,7 @@ std::string check_device(int index) {
     const std::string difference = check_kernel(kernel, device, stream);
     if (!difference.empty()) return difference;
   }
-  return "";
+  return check_training(stream);
 }
 
 }  // namespace

@@ -169,5 +169,80 @@ inline std::string check_case(int kernel, const selftest::Case& c, uint64_t seed
   return check_case("kernel " + std::to_string(kernel), kernel, run, c, seed, placement, stream);
 }
 
+// What training reads and writes, with x in the place of weights, and then of activations. Returns
+// "" or what differs.
+inline std::string check_training(const selftest::Case& c, uint64_t seed, Placement placement,
+                                  const Stream& stream) {
+  const selftest::Operands operands(c, seed);
+  const size_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
+  const size_t count = static_cast<size_t>(c.M * c.K);
+  const bool unaligned = placement == Placement::kUnaligned;
+  const std::string where = " at " + describe(c) + (unaligned ? ", unaligned" : "");
+  const DeviceArray x(stream, operands.x.data(), operands.x.size(), unaligned ? element : 0);
+
+  std::vector<uint8_t> packed(static_cast<size_t>(c.M * operands.row_bytes));
+  selftest::Buffer t(c.dtype, c.M * c.K);
+  const std::vector<uint8_t> sums(
+      static_cast<size_t>(bitlinear_cuda_weight_workspace_bytes(c.M, c.K)));
+  float s_w = 0;
+  const DeviceArray its_sums(stream, sums.data(), sums.size());
+  const DeviceArray its_packed(stream, packed.data(), packed.size());
+  const DeviceArray its_scale(stream, &s_w, sizeof(s_w));
+  const DeviceArray its_t(stream, t.data(), t.size());
+  const char* refusal =
+      bitlinear_cuda_quantize_weight(x.data(), c.dtype, c.M, c.K, operands.eps, its_packed.data(),
+                                     its_scale.data<float>(), its_sums.data(), stream.get());
+  if (refusal != nullptr) return refusal + where;
+  refusal = bitlinear_cuda_expand_weight(its_packed.data(), c.M, c.K, its_t.data(), c.dtype,
+                                         stream.get());
+  if (refusal != nullptr) return refusal + where;
+  stream.download(packed.data(), its_packed.data(), packed.size());
+  stream.download(&s_w, its_scale.data(), sizeof(s_w));
+  stream.download(t.data(), its_t.data(), t.size());
+
+  std::vector<float> values(count);
+  double sum = 0.0;
+  for (size_t i = 0; i < count; ++i) {
+    values[i] = operands.x.get(static_cast<int64_t>(i));
+    sum += fabs(static_cast<double>(values[i]));
+  }
+  const float mean = fmaxf(static_cast<float>(sum / static_cast<double>(count)), operands.eps);
+  const bool same = isnan(sum)   ? isnan(s_w)
+                    : isinf(sum) ? isinf(s_w)
+                                 : fabsf(s_w - mean) <= 1.2e-7f * mean;
+  if (!same) return "s_w is " + std::to_string(s_w) + where;
+  for (int64_t m = 0; m < c.M; ++m) {
+    for (int64_t k = 0; k < 4 * operands.row_bytes; ++k) {
+      const int code = packed[m * operands.row_bytes + k / 4] >> (6 - 2 * (k % 4)) & 3;
+      const volatile float quotient = k < c.K ? values[m * c.K + k] / s_w : 0.0f;
+      const float rounded = nearbyintf(quotient);
+      const float wanted = isnan(rounded) ? 0 : rounded > 1 ? 1 : rounded < -1 ? -1 : rounded;
+      if (code - 1 != wanted || (k < c.K && t.get(m * c.K + k) != wanted)) {
+        return "weight " + std::to_string(k) + " of row " + std::to_string(m) + " is packed as " +
+               std::to_string(code) + where;
+      }
+    }
+  }
+
+  std::vector<int8_t> q(count);
+  std::vector<float> s_x(static_cast<size_t>(c.M));
+  const DeviceArray its_q(stream, q.data(), q.size());
+  const DeviceArray its_scales(stream, s_x.data(), s_x.size() * sizeof(float));
+  refusal = bitlinear_cuda_quantize_activations(x.data(), c.dtype, c.M, c.K, operands.eps,
+                                                its_q.data<int8_t>(), its_scales.data<float>(),
+                                                stream.get());
+  if (refusal != nullptr) return refusal + where;
+  stream.download(q.data(), its_q.data(), q.size());
+  stream.download(s_x.data(), its_scales.data(), s_x.size() * sizeof(float));
+  for (int64_t m = 0; m < c.M; ++m) {
+    const selftest::Expected expected(operands, m);
+    for (int64_t k = 0; k < c.K; ++k) {
+      if (q[m * c.K + k] != expected.q(k)) return "q in order, " + std::to_string(k) + where;
+    }
+    if (!expected.is_scale(s_x[m])) return "s_x in order is " + std::to_string(s_x[m]) + where;
+  }
+  return "";
+}
+
 }  // namespace cuda
 }  // namespace bitlinear
