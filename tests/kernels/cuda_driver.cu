@@ -94,8 +94,7 @@ class Driver {
     if (admits(BITLINEAR_CUDA_WGMMA, device_, shape)) {
       for (const bitlinear::cuda::WgmmaTile& tile : bitlinear::cuda::kWgmmaTiles) {
         for (const int splits : {1, 2, 4, 8}) {
-          const bool fits = bitlinear::cuda::padded_tokens(M) % tile.tokens == 0 &&
-                            (splits == 1 || 2 * splits <= (K + 255) / 256);
+          const bool fits = has_room(tile, M) && (splits == 1 || 2 * splits <= (K + 255) / 256);
           if (fits) check_plan(WgmmaPlan{tile.rows, tile.tokens, splits}, c, seed);
         }
       }

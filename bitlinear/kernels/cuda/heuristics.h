@@ -35,10 +35,9 @@ constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Tokens that the workspace has room for: whole tiles, so that a kernel may read all of its last.
 constexpr int64_t padded_tokens(int64_t M) {
-  if (M > 128) return round_up(M, 128);
-  int64_t tokens = 32;
-  while (tokens < M) tokens *= 2;
-  return tokens;
+  if (M <= 64) return M <= 32 ? 32 : 64;
+  const int64_t of_96 = round_up(M, 96), of_128 = round_up(M, 128);
+  return of_96 > of_128 ? of_96 : of_128;
 }
 
 // ----------------------------------------------------------------------------- the quantiser
@@ -198,7 +197,7 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
 
 struct WgmmaPlan {
   int rows;    // of a tile of weights: 64, 128 or 256
-  int tokens;  // of a tile: 32, 64 or 128
+  int tokens;  // of a tile: 32, 64, 96 or 128
   int splits;  // blocks of a cluster that share a tile along K: 1, 2, 4 or 8
 };
 
@@ -207,9 +206,14 @@ struct WgmmaTile {
   int rows, tokens;
   int64_t slice_cost, block_cost;
 };
-constexpr WgmmaTile kWgmmaTiles[] = {{64, 32, 370, 960},    {64, 64, 400, 1620},
-                                     {128, 32, 390, 1710},  {128, 64, 500, 2150},
-                                     {128, 128, 650, 3000}, {256, 128, 1210, 3860}};
+constexpr WgmmaTile kWgmmaTiles[] = {
+    {64, 32, 370, 960},   {64, 64, 400, 1620},   {128, 32, 390, 1710}, {128, 64, 500, 2150},
+    {128, 96, 560, 2600}, {128, 128, 650, 3000}, {256, 96, 940, 3300}, {256, 128, 1210, 3860}};
+
+// Whether the workspace has room for whole tiles.
+constexpr bool has_room(const WgmmaTile& tile, int64_t M) {
+  return round_up(M, tile.tokens) <= padded_tokens(M);
+}
 
 // The cheapest plan by a model of what a block costs, in nanoseconds, fitted to times on an H100:
 // so much to start and to end, so much per slice of K (256 values), which the tensor cores or the
@@ -221,7 +225,7 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape) {
   WgmmaPlan best = {64, 32, 1};
   int64_t lowest = INT64_MAX;
   for (const WgmmaTile& tile : kWgmmaTiles) {
-    if (padded_tokens(shape.M) % tile.tokens != 0) continue;
+    if (!has_room(tile, shape.M)) continue;
     const int64_t tiles = ceil_div(shape.N, tile.rows) * ceil_div(shape.M, tile.tokens);
     for (int splits = 1; splits <= 8 && (splits == 1 || 2 * splits <= slices); splits *= 2) {
       const int64_t usable = splits <= 2   ? device.multiprocessors

@@ -61,6 +61,18 @@ struct Wgmma<64> {
   }
 };
 template <>
+struct Wgmma<96> {
+  static __device__ void run(int32_t (&d)[48], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n96k32.s32.u8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+        "{%48, %49, %50, %51}, %52, add;\n}\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]), "+r"(d[32]), "+r"(d[33]), "+r"(d[34]), "+r"(d[35]), "+r"(d[36]), "+r"(d[37]), "+r"(d[38]), "+r"(d[39]), "+r"(d[40]), "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+template <>
 struct Wgmma<128> {
   static __device__ void run(int32_t (&d)[64], const uint32_t (&a)[4], uint64_t b) {
     asm volatile(
@@ -139,7 +151,7 @@ struct Tile {
   static constexpr int kAhead = kTokens == 32 ? 4 : kRowBlocks == 1 ? 2 : 1;
   // A product that adds to the sums of the last one waits for it. With few tokens that is long:
   // even and odd steps then have sums of their own.
-  static constexpr int kStepKinds = kTokens < 128 ? 2 : 1;
+  static constexpr int kStepKinds = kTokens < 128 && kRowBlocks == 1 ? 2 : 1;
   // Steps under way, each with fragments of its own.
   static constexpr int kDepth = kRowBlocks == 1 ? 4 : 2;
   // Two warpgroups that multiply need registers of the third. Of a thread of that one, and of
@@ -437,7 +449,9 @@ cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan)
   if (is(64, 64)) return launch<Tile<1, 1, 64>>(call, q, plan.splits);
   if (is(128, 32)) return launch<Tile<2, 1, 32>>(call, q, plan.splits);
   if (is(128, 64)) return launch<Tile<2, 1, 64>>(call, q, plan.splits);
+  if (is(128, 96)) return launch<Tile<2, 1, 96>>(call, q, plan.splits);
   if (is(128, 128)) return launch<Tile<2, 1, 128>>(call, q, plan.splits);
+  if (is(256, 96)) return launch<Tile<2, 2, 96>>(call, q, plan.splits);
   if (is(256, 128)) return launch<Tile<2, 2, 128>>(call, q, plan.splits);
   return cudaErrorInvalidValue;
 }
