@@ -110,28 +110,35 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   }
 }
 
-dim3 row_grid(int64_t N) { return dim3(static_cast<unsigned>(ceil_div<int64_t>(N, kBlockRows))); }
-
-template <class V>
-cudaError_t quantize_weight(const V* w, int64_t N, int64_t K, float eps, uint8_t* packed,
-                            float* s_w, double* sums, cudaStream_t stream) {
-  const int blocks = static_cast<int>(sum_blocks(N * K));
-  const bool aligned = rows_aligned(w, 16);
-  sum_magnitudes<<<blocks, kSumThreads, 0, stream>>>(w, N * K, aligned, sums);
-  find_scale<<<1, kSumThreads, 0, stream>>>(sums, blocks, static_cast<double>(N * K), eps, s_w);
-  if (N == 0) return cudaGetLastError();
-  const bool rows = rows_aligned(w, K * static_cast<int64_t>(sizeof(V)));
-  const dim3 threads(kRowThreads, kBlockRows);
-  pack_rows<<<row_grid(N), threads, 0, stream>>>(w, N, static_cast<int>(K), rows, s_w, packed);
-  return cudaGetLastError();
+Launch by_rows(int64_t N) {
+  return {dim3(static_cast<unsigned>(ceil_div<int64_t>(N, kBlockRows))),
+          dim3(kRowThreads, kBlockRows)};
 }
 
-template <class T>
-cudaError_t expand_weight(const uint8_t* packed, int64_t N, int64_t K, T* t, cudaStream_t stream) {
-  if (N == 0) return cudaSuccess;
-  const dim3 threads(kRowThreads, kBlockRows);
-  expand_rows<<<row_grid(N), threads, 0, stream>>>(packed, N, static_cast<int>(K), t);
-  return cudaGetLastError();
+template <class V>
+cudaError_t quantize_weight(const Call& call, const V* w, int64_t N, int64_t K, float eps,
+                            uint8_t* packed, float* s_w, double* sums) {
+  const int blocks = static_cast<int>(sum_blocks(N * K));
+  const Launch by_blocks = {dim3(static_cast<unsigned>(blocks)), kSumThreads};
+  cudaError_t error =
+      launch_kernel<sum_magnitudes<V>>(by_blocks, call, w, N * K, rows_aligned(w, 16), sums);
+  if (error != cudaSuccess) return error;
+  const double count = static_cast<double>(N * K);
+  error = launch_kernel<find_scale>({dim3(1), kSumThreads}, call, sums, blocks, count, eps, s_w);
+  if (error != cudaSuccess || N == 0) return error;
+  const bool aligned = rows_aligned(w, K * static_cast<int64_t>(sizeof(V)));
+  return launch_kernel<pack_rows<V>>(by_rows(N), call, w, N, static_cast<int>(K), aligned, s_w,
+                                     packed);
+}
+
+// What `launch` says, of a call on the current device.
+template <class F>
+const char* on_device(int64_t N, int64_t K, void* stream, F&& launch) {
+  if (N > INT32_MAX || K > INT32_MAX / 2) return "N must be less than 2^31, and K less than 2^30";
+  Device device;
+  const cudaError_t error = current_device(&device);
+  if (error != cudaSuccess) return report(error);
+  return report(launch({{}, device, static_cast<cudaStream_t>(stream)}));
 }
 
 // Calls `f` with a value of the type that the dtype stands for.
@@ -155,20 +162,24 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_weight(const void* w, int d
                                                             float* s_w, void* workspace,
                                                             void* stream) {
   using namespace bitlinear::cuda;
-  if (N > INT32_MAX || K > INT32_MAX - kRowThreads * kGroup) return "N and K must be below 2^31";
-  return report(of_type(dtype, [&](auto zero) {
-    return quantize_weight(static_cast<const decltype(zero)*>(w), N, K, eps, packed, s_w,
-                           static_cast<double*>(workspace), static_cast<cudaStream_t>(stream));
-  }));
+  return on_device(N, K, stream, [&](const Call& call) {
+    return of_type(dtype, [&](auto zero) {
+      return quantize_weight(call, static_cast<const decltype(zero)*>(w), N, K, eps, packed, s_w,
+                             static_cast<double*>(workspace));
+    });
+  });
 }
 
 BITLINEAR_EXPORT const char* bitlinear_cuda_expand_weight(const uint8_t* packed, int64_t N,
                                                           int64_t K, void* t, int dtype,
                                                           void* stream) {
   using namespace bitlinear::cuda;
-  if (N > INT32_MAX || K > INT32_MAX - kRowThreads * kGroup) return "N and K must be below 2^31";
-  return report(of_type(dtype, [&](auto zero) {
-    return expand_weight(packed, N, K, static_cast<decltype(zero)*>(t),
-                         static_cast<cudaStream_t>(stream));
-  }));
+  if (N == 0) return nullptr;
+  return on_device(N, K, stream, [&](const Call& call) {
+    return of_type(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      return launch_kernel<expand_rows<T>>(by_rows(N), call, packed, N, static_cast<int>(K),
+                                           static_cast<T*>(t));
+    });
+  });
 }
