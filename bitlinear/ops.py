@@ -35,8 +35,10 @@ SCHEMAS = (
     "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
     "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor",
     "quantize_weight(Tensor weight, float eps=1e-6) -> (Tensor, Tensor)",
-    "expand_weight(Tensor w_packed, int in_features, ScalarType? dtype=None) -> Tensor",
+    "expand_weight(Tensor w_packed, int in_features, Tensor? w_scale=None, "
+    "ScalarType? dtype=None) -> Tensor",
     "quantize_activations(Tensor x, float eps=1e-6) -> (Tensor, Tensor)",
+    "expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
 )
 
 _BACKWARD_SCHEMA = "inference_only_backward(Tensor grad, int in_features) -> Tensor"
@@ -70,6 +72,7 @@ def register(compiled: bool) -> None:
         "quantize_weight": (_fake_quantize_weight, reference_quantize_weight),
         "expand_weight": (_fake_expand_weight, reference_expand_weight),
         "quantize_activations": (_fake_quantize_activations, quantize_activations),
+        "expand_activations": (_fake_expand_activations, reference_expand_activations),
     }
     for name, (fake, reference) in implementations.items():
         torch.library.register_fake(f"bitlinear::{name}", fake, lib=library)
@@ -249,17 +252,33 @@ def _fake_quantize_weight(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Te
 
 
 def reference_expand_weight(
-    w_packed: Tensor, in_features: int, dtype: torch.dtype | None = None
+    w_packed: Tensor,
+    in_features: int,
+    w_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The ternary weights, shape ``(N, K)``, of uint8 of shape ``(N, ceil(K/4))``.
+    """The ternary weights, times their scale if it is given.
 
-    In fp32, or in fp16 or bf16 if ``dtype`` says so.
+    Args:
+        w_packed: uint8, shape ``(N, ceil(K/4))``.
+        in_features: K.
+        w_scale: fp32, shape ``(1,)``.
+        dtype: fp32 (if None), fp16 or bf16.
+
+    Returns:
+        Shape ``(N, K)``.
     """
-    return packing.expand(w_packed, in_features).to(dtype or torch.float32)
+    weight = packing.expand(w_packed, in_features).to(torch.float32)
+    if w_scale is not None:
+        weight = weight * w_scale
+    return weight.to(dtype or torch.float32)
 
 
 def _fake_expand_weight(
-    w_packed: Tensor, in_features: int, dtype: torch.dtype | None = None
+    w_packed: Tensor,
+    in_features: int,
+    w_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     shape = (w_packed.shape[0], in_features)
     return w_packed.new_empty(shape, dtype=dtype or torch.float32)
@@ -268,6 +287,23 @@ def _fake_expand_weight(
 def _fake_quantize_activations(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.int8), scale
+
+
+def reference_expand_activations(
+    q: Tensor, s_x: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``q * s_x``, in fp32, or rounded from it to fp16 or bf16 if ``dtype`` says so.
+
+    Args:
+        q: int8, shape ``(..., K)``.
+        s_x: fp32, shape ``(..., 1)``.
+        dtype: fp32 (if None), fp16 or bf16.
+    """
+    return (q.to(torch.float32) * s_x).to(dtype or torch.float32)
+
+
+def _fake_expand_activations(q: Tensor, s_x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return q.new_empty(q.shape, dtype=dtype or torch.float32)
 
 
 def _autocast_linear(device_type: str, key: str) -> Any:
@@ -298,12 +334,13 @@ def _autocast_linear(device_type: str, key: str) -> Any:
 
 def _vmap(operator: Any) -> Callable[..., tuple[Any, int]]:
     """The rule of an operator for vmap: one more dimension of tokens, but one weight at a time."""
-    of_tokens = operator._schema.arguments[0].name in ("x", "grad")
+    names = [argument.name for argument in operator._schema.arguments]
+    of_tokens = {"x", "q", "s_x", "grad"} & {*names}
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, int]:
-        first, *others = in_dims
-        if of_tokens and all(dim is None for dim in others):
-            return operator(arguments[0].movedim(first, 0), *arguments[1:]), 0
+        if of_tokens == {name for name, dim in zip(names, in_dims) if dim is not None}:
+            moved = (a if d is None else a.movedim(d, 0) for a, d in zip(arguments, in_dims))
+            return operator(*moved), 0
         each = [
             operator(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims)))
             for i in range(info.batch_size)

@@ -13,6 +13,7 @@ computes ``127 / tensor`` as ``127 * (1 / tensor)``, and on CUDA ``tensor / 127`
 from __future__ import annotations
 
 import contextlib
+import inspect
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -198,6 +199,7 @@ class _StraightThroughLinear(torch.autograd.Function):
         x, weight, bias, _, _, w_packed, w_scale = inputs
         _, q, s_x = output
         ctx.mark_non_differentiable(q, s_x)
+        ctx.set_materialize_grads(False)  # no zeros in the place of their gradients
         # 1 byte per activation and 2 bits per weight, where nn.Linear keeps 4 bytes of each.
         ctx.save_for_backward(q, s_x, w_packed, w_scale)
         ctx.device_type = x.device.type
@@ -206,6 +208,8 @@ class _StraightThroughLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        expand_weight = torch.ops.bitlinear.expand_weight.default
+        expand_activations = torch.ops.bitlinear.expand_activations.default
         q, s_x, w_packed, w_scale = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
@@ -214,23 +218,27 @@ class _StraightThroughLinear(torch.autograd.Function):
             dtype = _product_dtype(grad)
             g = grad.reshape(-1, grad.shape[-1]).to(dtype)
             if needs_x:
-                t = torch.ops.bitlinear.expand_weight.default(w_packed, q.shape[-1], dtype)
-                # A scale without dimensions leaves the dtype as it is.
-                grad_x = (g @ t).mul_(w_scale.reshape(())).to(x_dtype).reshape(q.shape)
+                weight = expand_weight(w_packed, q.shape[-1], w_scale, dtype)
+                grad_x = (g @ weight).to(x_dtype).reshape(q.shape)
             if needs_weight:
-                tokens = q.reshape(-1, q.shape[-1]).to(dtype)
-                scaled = (g * s_x.reshape(-1, 1)).to(dtype)
-                grad_weight = (scaled.T @ tokens).to(weight_dtype)
+                tokens = expand_activations(q, s_x, dtype).reshape(-1, q.shape[-1])
+                grad_weight = (g.T @ tokens).to(weight_dtype)
             if needs_bias:
                 grad_bias = g.sum(dim=0).to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
+# apply() asks for it in every call, and finding it out takes as long as a small forward pass.
+_StraightThroughLinear.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    _StraightThroughLinear.forward
+)
+
+
 def _product_dtype(grad: Tensor) -> torch.dtype:
     """That of the products of a backward pass.
 
-    Both quantised operands are exact in 16 bits, and a GPU multiplies these many times as fast: the
-    gradients are then rounded as those of ``nn.Linear`` are. CPUs gain little, or lose.
+    A GPU multiplies 16 bits many times as fast, and the operands are then rounded as those of
+    ``nn.Linear`` are. CPUs gain little, or lose.
     """
     return grad.dtype if grad.is_cuda and grad.itemsize == 2 else torch.float32
 
@@ -267,8 +275,9 @@ def straight_through_linear(
 
     The forward pass computes what the deployed layer computes, to the bit. With ``q, s_x`` and
     ``t, s_w`` the quantised operands, the gradients are ``grad_x = grad @ (s_w * t)``,
-    ``grad_weight = grad.T @ (s_x * q)`` and ``grad_bias = grad.sum(0)``, computed in fp32 and
-    returned in the dtypes of the inputs.
+    ``grad_weight = grad.T @ (s_x * q)`` and ``grad_bias = grad.sum(0)``, computed in fp32 (on a
+    GPU, where ``grad`` has 16 bits, with both operands in its dtype) and returned in the dtypes of
+    the inputs.
 
     Args:
         x: fp32, fp16 or bf16, shape ``(..., K)``.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_training import check_operators
 from torch import nn
 
 from bitlinear import BitLinear, ops
@@ -28,8 +29,13 @@ def check_weight(w):
     assert torch.equal(again[0], w_packed)
     assert torch.equal(again[1], w_scale)
     for dtype in (None, *oracle.DTYPES):
-        t = OPS.expand_weight(w_packed, w.shape[1], dtype)
-        assert torch.equal(t.cpu(), ops.reference_expand_weight(w_packed.cpu(), w.shape[1], dtype))
+        for its_scale in (None, w_scale):
+            expanded = OPS.expand_weight(w_packed, w.shape[1], its_scale, dtype)
+            its_scale_here = None if its_scale is None else its_scale.cpu()
+            reference = ops.reference_expand_weight(
+                w_packed.cpu(), w.shape[1], its_scale_here, dtype
+            )
+            assert torch.equal(expanded.cpu(), reference)
 
 
 def check_tokens(x, eps=1e-6):
@@ -37,6 +43,9 @@ def check_tokens(x, eps=1e-6):
     wanted, scale = OPS.quantize_activations(x, eps)
     oracle.assert_same_bits(s_x.cpu(), scale)
     assert torch.equal(q.cpu(), wanted)
+    for dtype in (None, *oracle.DTYPES):
+        reference = ops.reference_expand_activations(wanted, scale, dtype)
+        oracle.assert_same_bits(OPS.expand_activations(q, s_x, dtype).cpu(), reference)
 
 
 @settings(max_examples=200)
@@ -70,6 +79,7 @@ def test_large_and_empty_operands():
     for shape in [(0, 5), (3, 0), (2, 0, 9)]:
         q, s_x = OPS.quantize_activations(torch.empty(shape, device="cuda"))
         assert (q.shape, s_x.shape) == (shape, (*shape[:-1], 1))
+        assert OPS.expand_activations(q, s_x).shape == shape
     assert OPS.expand_weight(torch.empty(0, 2, dtype=torch.uint8, device="cuda"), 8).shape == (0, 8)
 
 
@@ -93,6 +103,9 @@ def test_views():
     shifted = torch.empty(300 * 64 + 1, device="cuda")[1:].view(300, 64).copy_(x)
     for view in (shifted, x.T.contiguous().cuda().T):
         assert all(map(torch.equal, OPS.quantize_activations(view), tokens))
+    shifted = torch.empty(300 * 64 + 1, dtype=torch.int8, device="cuda")[1:].view(300, 64)
+    expanded = OPS.expand_activations(*tokens)
+    assert torch.equal(OPS.expand_activations(shifted.copy_(tokens[0]), tokens[1]), expanded)
     packed = wanted[0]
     shifted = torch.empty(packed.numel() + 1, dtype=torch.uint8, device="cuda")[1:]
     shifted = shifted.view_as(packed).copy_(packed)
@@ -100,14 +113,8 @@ def test_views():
         assert torch.equal(OPS.expand_weight(view, 300), OPS.expand_weight(packed, 300))
 
 
-@pytest.mark.parametrize("name", ["quantize_weight", "expand_weight", "quantize_activations"])
-def test_the_operators_are_what_torch_expects(name):
-    arguments = {
-        "quantize_weight": (torch.randn(6, 11, device="cuda"),),
-        "expand_weight": (torch.full((6, 3), 0b01100100, dtype=torch.uint8, device="cuda"), 11),
-        "quantize_activations": (torch.randn(2, 6, 11, device="cuda"),),
-    }[name]
-    torch.library.opcheck(getattr(OPS, name).default, arguments)
+def test_the_operators_are_what_torch_expects():
+    check_operators("cuda")
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
@@ -127,6 +134,27 @@ def test_gradients_are_those_of_the_cpu(dtype):
     for one, other in zip(found, wanted):
         error = (one.cpu().float() - other.float()).norm() / other.float().norm()
         assert error < tolerance
+
+
+def test_sums_beyond_fp16_on_the_way_to_a_gradient():
+    layer = BitLinear(64, 4096, bias=False).half().cuda()
+    with torch.no_grad():
+        layer.weight.fill_(0.02)
+    x = torch.full((8, 64), 0.01, device="cuda", dtype=torch.half, requires_grad=True)
+    layer(x).backward(torch.full((8, 4096), 100.0, device="cuda", dtype=torch.half))
+    torch.testing.assert_close(x.grad, torch.full_like(x, 4096 * 100 * 0.02), rtol=2e-3, atol=0)
+    torch.testing.assert_close(
+        layer.weight.grad, torch.full_like(layer.weight, 8.0), rtol=2e-3, atol=0
+    )
+
+
+def test_errors_name_what_is_wrong():
+    q, s_x = OPS.quantize_activations(torch.randn(3, 8, device="cuda"))
+    for tokens, scale in ((q.float(), s_x), (q, s_x[:2]), (q, s_x.cpu()), (q, s_x.half())):
+        with pytest.raises(ValueError, match=r"q must be int8, of shape \(\.\.\., K\)"):
+            OPS.expand_activations(tokens, scale)
+    with pytest.raises(ValueError, match=r"w_scale must be float32, of shape \(1,\), on cuda"):
+        OPS.expand_weight(torch.zeros(3, 2, dtype=torch.uint8, device="cuda"), 8, torch.ones(1))
 
 
 def test_gradients_of_16_bits_are_multiplied_in_16_bits():

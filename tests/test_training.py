@@ -50,11 +50,14 @@ def test_weights_are_quantised_as_by_the_oracle(n, k, dtype, spread, seed):
 
 @pytest.mark.parametrize("dtype", [None, *oracle.DTYPES])
 def test_weights_expand_to_any_dtype(dtype):
-    w_packed, _ = OPS.quantize_weight(torch.randn(5, 21))
-    t = OPS.expand_weight(w_packed, 21, dtype)
+    w_packed, w_scale = OPS.quantize_weight(torch.randn(5, 21))
+    t = OPS.expand_weight(w_packed, 21, dtype=dtype)
     assert t.dtype == (dtype or torch.float32)
     assert torch.equal(t.float(), OPS.expand_weight(w_packed, 21))
-    assert torch.equal(t, ops.reference_expand_weight(w_packed, 21, dtype))
+    for its_scale in (None, w_scale):
+        weight = OPS.expand_weight(w_packed, 21, its_scale, dtype)
+        assert torch.equal(weight, ops.reference_expand_weight(w_packed, 21, its_scale, dtype))
+    assert torch.equal(weight, (t.float() * w_scale).to(t.dtype))
 
 
 def test_half_of_the_scale_rounds_to_zero():
@@ -87,6 +90,14 @@ def test_activations_are_quantised_as_by_the_oracle(shape, dtype):
         np.testing.assert_array_equal(s_x.numpy(), scale)
 
 
+@pytest.mark.parametrize("dtype", [None, *oracle.DTYPES])
+def test_activations_expand_to_any_dtype(dtype):
+    q, s_x = OPS.quantize_activations(torch.randn(2, 5, 21))
+    x = OPS.expand_activations(q, s_x, dtype)
+    assert (x.dtype, x.shape) == (dtype or torch.float32, q.shape)
+    assert torch.equal(x, torch.from_numpy(q.numpy() * s_x.numpy()).to(x.dtype))
+
+
 def test_views_and_threads():
     w, x = torch.randn(70, 300), torch.randn(300, 64)
     before = torch.get_num_threads()
@@ -113,21 +124,30 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"\(N, 2\) for in_features = 5"):
         OPS.expand_weight(torch.zeros(3, 3, dtype=torch.uint8), 5)
     with pytest.raises(TypeError, match=r"dtype must be float32.*float64"):
-        OPS.expand_weight(torch.zeros(3, 2, dtype=torch.uint8), 5, torch.float64)
+        OPS.expand_weight(torch.zeros(3, 2, dtype=torch.uint8), 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"w_scale must be float32, of shape \(1,\)"):
+        OPS.expand_weight(torch.zeros(3, 2, dtype=torch.uint8), 5, torch.ones(3, 1))
     with pytest.raises(TypeError, match=r"x must be float32.*float64"):
         OPS.quantize_activations(torch.ones(2, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="no dimension"):
         OPS.quantize_activations(torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("name", ["quantize_weight", "expand_weight", "quantize_activations"])
-def test_the_operators_are_what_torch_expects(name):
-    arguments = {
-        "quantize_weight": (torch.randn(6, 11),),
-        "expand_weight": (torch.full((6, 3), 0b01100100, dtype=torch.uint8), 11),
-        "quantize_activations": (torch.randn(2, 6, 11),),
-    }[name]
-    torch.library.opcheck(getattr(OPS, name).default, arguments)
+def check_operators(device):
+    """What torch asks of an operator, of each; test_cuda_training.py does the same on a GPU."""
+    x, weight = torch.randn(2, 6, 11, device=device), torch.randn(6, 11, device=device)
+    w_packed, w_scale = OPS.quantize_weight(weight)
+    for operator, arguments in (
+        (OPS.quantize_weight, (weight,)),
+        (OPS.expand_weight, (w_packed, 11, w_scale)),
+        (OPS.quantize_activations, (x,)),
+        (OPS.expand_activations, OPS.quantize_activations(x)),
+    ):
+        torch.library.opcheck(operator.default, arguments)
+
+
+def test_the_operators_are_what_torch_expects():
+    check_operators("cpu")
 
 
 # --- What is saved for the backward pass ---

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define BITLINEAR_ABI_VERSION 3
+#define BITLINEAR_ABI_VERSION 4
 
 // Activations and weights are multiplied in int32. The most significant plane of a packed byte
 // counts 64 times too large (see gemv.h), so |acc| <= 127 * 2 * 64 * K / 4, which stays below 2^31
@@ -65,8 +65,8 @@ struct bitlinear_kernel_table {
   double (*sum_magnitudes)(const void* w, int dtype, int64_t K);
   // Packs w[0:K], quantised to {-1, 0, 1} with this scale; zeros where the scale is not finite.
   void (*pack_row)(const void* w, int dtype, int64_t K, float s_w, uint8_t* packed);
-  // The inverse: t[0:K] in {-1, 0, 1}.
-  void (*expand_row)(const uint8_t* packed, int64_t K, float* t);
+  // The inverse: w[0:K] in {-s_w, 0, s_w}.
+  void (*expand_row)(const uint8_t* packed, int64_t K, float s_w, float* w);
   // quantize_row, but q[0:K] in the order of x.
   void (*quantize_in_order)(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x);
 };

@@ -131,16 +131,42 @@ inline void check_weight(const at::Tensor& weight, double eps) {
                     dtype_name(weight.scalar_type()), " of shape ", weight.sizes());
 }
 
-inline void check_packed(const at::Tensor& w_packed, int64_t in_features, at::ScalarType dtype) {
+inline void check_expanded(at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(kernel_dtype(dtype) >= 0,
+                   "bitlinear: dtype must be float32, float16 or bfloat16, but it is ",
+                   dtype_name(dtype));
+}
+
+inline void check_packed(const at::Tensor& w_packed, int64_t in_features,
+                         const std::optional<at::Tensor>& w_scale, at::ScalarType dtype) {
   const int64_t columns = (in_features + 3) / 4;
   TORCH_CHECK_VALUE(w_packed.scalar_type() == at::ScalarType::Byte && w_packed.dim() == 2 &&
                         w_packed.size(1) == columns,
                     "bitlinear: w_packed must be uint8, of shape (N, ", columns,
                     ") for in_features = ", in_features, ", but it is ",
                     dtype_name(w_packed.scalar_type()), " of shape ", w_packed.sizes());
-  TORCH_CHECK_TYPE(kernel_dtype(dtype) >= 0,
-                   "bitlinear: dtype must be float32, float16 or bfloat16, but it is ",
-                   dtype_name(dtype));
+  if (w_scale.has_value()) {
+    TORCH_CHECK_VALUE(w_scale->scalar_type() == at::ScalarType::Float && w_scale->numel() == 1 &&
+                          w_scale->device() == w_packed.device(),
+                      "bitlinear: w_scale must be float32, of shape (1,), on ", w_packed.device(),
+                      ", but it is ", dtype_name(w_scale->scalar_type()), " of shape ",
+                      w_scale->sizes(), " on ", w_scale->device());
+  }
+  check_expanded(dtype);
+}
+
+inline void check_quantized(const at::Tensor& q, const at::Tensor& s_x, at::ScalarType dtype) {
+  const bool matches = q.dim() > 0 && s_x.dim() == q.dim() && s_x.size(-1) == 1 &&
+                       s_x.sizes().slice(0, q.dim() - 1) == q.sizes().slice(0, q.dim() - 1) &&
+                       s_x.device() == q.device();
+  TORCH_CHECK_VALUE(
+      matches && q.scalar_type() == at::ScalarType::Char &&
+          s_x.scalar_type() == at::ScalarType::Float,
+      "bitlinear: q must be int8, of shape (..., K), and s_x float32, of shape (..., 1) on the "
+      "same device, but they are ",
+      dtype_name(q.scalar_type()), " of shape ", q.sizes(), " on ", q.device(), " and ",
+      dtype_name(s_x.scalar_type()), " of shape ", s_x.sizes(), " on ", s_x.device());
+  check_expanded(dtype);
 }
 
 inline void check_tokens(const at::Tensor& x, double eps) {

@@ -178,18 +178,20 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   return {packed, scale};
 }
 
-Tensor expand_weight(const Tensor& w_packed, int64_t in_features, std::optional<ScalarType> dtype) {
-  bitlinear::check_packed(w_packed, in_features, dtype.value_or(ScalarType::Float));
+Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
+                     const std::optional<Tensor>& w_scale, std::optional<ScalarType> dtype) {
+  bitlinear::check_packed(w_packed, in_features, w_scale, dtype.value_or(ScalarType::Float));
   const bitlinear_kernel_table* const kernels = active_table();
   const int64_t N = w_packed.size(0), row_bytes = w_packed.size(1);
   const Tensor input = w_packed.contiguous();
-  Tensor t = Tensor(at::detail::empty_cpu({N, in_features}, ScalarType::Float));
+  Tensor weight = Tensor(at::detail::empty_cpu({N, in_features}, ScalarType::Float));
   const uint8_t* const rows = input.const_data_ptr<uint8_t>();
-  float* const out = t.data_ptr<float>();
+  const float s_w = w_scale.has_value() ? *w_scale->const_data_ptr<float>() : 1.0f;
+  float* const out = weight.data_ptr<float>();
   for_each_row(N, in_features, [&](int64_t n) {
-    kernels->expand_row(rows + n * row_bytes, in_features, out + n * in_features);
+    kernels->expand_row(rows + n * row_bytes, in_features, s_w, out + n * in_features);
   });
-  return dtype.has_value() ? t.to(*dtype) : t;
+  return dtype.has_value() ? weight.to(*dtype) : weight;
 }
 
 std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
@@ -242,9 +244,13 @@ TORCH_LIBRARY(bitlinear, m) {
       {at::Tag::pt2_compliant_tag});
   m.def("quantize_weight(Tensor weight, float eps=1e-6) -> (Tensor, Tensor)",
         {at::Tag::pt2_compliant_tag});
-  m.def("expand_weight(Tensor w_packed, int in_features, ScalarType? dtype=None) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "expand_weight(Tensor w_packed, int in_features, Tensor? w_scale=None, "
+      "ScalarType? dtype=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
   m.def("quantize_activations(Tensor x, float eps=1e-6) -> (Tensor, Tensor)",
+        {at::Tag::pt2_compliant_tag});
+  m.def("expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
         {at::Tag::pt2_compliant_tag});
 }
 
@@ -257,7 +263,8 @@ TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
 
 // The operators have no derivative: a backward pass raises instead of losing the gradient.
 TORCH_LIBRARY_IMPL(bitlinear, Autograd, m) {
-  for (const char* name : {"linear", "quantize_weight", "expand_weight", "quantize_activations"}) {
+  for (const char* name : {"linear", "quantize_weight", "expand_weight", "quantize_activations",
+                           "expand_activations"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

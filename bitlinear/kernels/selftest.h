@@ -91,6 +91,7 @@ class Buffer {
     memcpy(&h, bytes_.data() + 2 * i, 2);
     return dtype_ == BITLINEAR_F16 ? reference_float_from_fp16(h) : float_from_bf16(h);
   }
+  int dtype() const { return dtype_; }
   uint8_t* data() { return bytes_.data(); }
   const uint8_t* data() const { return bytes_.data(); }
   size_t size() const { return bytes_.size(); }
@@ -237,15 +238,15 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
 
   const float s_w = static_cast<float>(sum / static_cast<double>(c.K)) + operands.eps;
   std::vector<uint8_t> packed(static_cast<size_t>(operands.row_bytes), 99);
-  std::vector<float> t(static_cast<size_t>(c.K));
+  std::vector<float> w(static_cast<size_t>(c.K));
   kernels.pack_row(row.data(), c.dtype, c.K, s_w, packed.data());
-  kernels.expand_row(packed.data(), c.K, t.data());
+  kernels.expand_row(packed.data(), c.K, 0.3f, w.data());
   for (int64_t k = 0; k < 4 * operands.row_bytes; ++k) {
     const int code = packed[k / 4] >> (6 - 2 * (k % 4)) & 3;
     const volatile float quotient = k < c.K ? values[k] / s_w : 0.0f;
     const float rounded = nearbyintf(quotient);
     const float wanted = isnan(rounded) ? 0 : rounded > 1 ? 1 : rounded < -1 ? -1 : rounded;
-    if (code - 1 != wanted || (k < c.K && t[k] != wanted)) {
+    if (code - 1 != wanted || (k < c.K && w[k] != 0.3f * wanted)) {
       return "weight " + std::to_string(k) + " is packed as " + std::to_string(code) + where;
     }
   }

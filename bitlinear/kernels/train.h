@@ -58,15 +58,14 @@ void pack_row(const void* w, int dtype, int64_t K, float s_w, uint8_t* packed) {
 }
 
 template <class V>
-void expand_row(const uint8_t* packed, int64_t K, float* t) {
+void expand_row(const uint8_t* packed, int64_t K, float s_w, float* w) {
+  const auto value = [&](int64_t b, int j) {
+    return s_w * static_cast<float>((packed[b] >> (6 - 2 * j) & 3) - 1);
+  };
   for (int64_t b = 0; b < K / 4; ++b) {
-    for (int j = 0; j < 4; ++j) {
-      t[4 * b + j] = static_cast<float>((packed[b] >> (6 - 2 * j) & 3) - 1);
-    }
+    for (int j = 0; j < 4; ++j) w[4 * b + j] = value(b, j);
   }
-  for (int64_t k = K / 4 * 4; k < K; ++k) {
-    t[k] = static_cast<float>((packed[k / 4] >> (6 - 2 * (k % 4)) & 3) - 1);
-  }
+  for (int64_t k = K / 4 * 4; k < K; ++k) w[k] = value(k / 4, static_cast<int>(k % 4));
 }
 
 template <class V>

@@ -173,17 +173,19 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   return {packed, scale};
 }
 
-Tensor expand_weight(const Tensor& w_packed, int64_t in_features, std::optional<ScalarType> dtype) {
-  const ScalarType t_dtype = dtype.value_or(ScalarType::Float);
-  bitlinear::check_packed(w_packed, in_features, t_dtype);
+Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
+                     const std::optional<Tensor>& w_scale, std::optional<ScalarType> dtype) {
+  const ScalarType w_dtype = dtype.value_or(ScalarType::Float);
+  bitlinear::check_packed(w_packed, in_features, w_scale, w_dtype);
   const c10::cuda::CUDAGuard guard(w_packed.device());
   const Tensor input = w_packed.contiguous();
-  Tensor t = empty({w_packed.size(0), in_features}, t_dtype, w_packed);
+  Tensor weight = empty({w_packed.size(0), in_features}, w_dtype, w_packed);
   const char* const error = bitlinear_cuda_expand_weight(
       reinterpret_cast<const uint8_t*>(data_of(input, "w_packed")), w_packed.size(0), in_features,
-      t.data_ptr(), kernel_dtype(t_dtype), current_stream(w_packed));
+      w_scale.has_value() ? w_scale->const_data_ptr<float>() : nullptr, weight.data_ptr(),
+      kernel_dtype(w_dtype), current_stream(w_packed));
   check_launch(error, "expand_weight", w_packed);
-  return t;
+  return weight;
 }
 
 std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
@@ -202,6 +204,20 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
   return {q, scale};
 }
 
+Tensor expand_activations(const Tensor& q, const Tensor& s_x, std::optional<ScalarType> dtype) {
+  const ScalarType x_dtype = dtype.value_or(ScalarType::Float);
+  bitlinear::check_quantized(q, s_x, x_dtype);
+  const c10::cuda::CUDAGuard guard(q.device());
+  const int64_t K = q.size(-1), M = K == 0 ? 0 : q.numel() / K;
+  const Tensor tokens = q.contiguous(), scales = s_x.contiguous();
+  Tensor x = empty(q.sizes(), x_dtype, q);
+  const char* const error = bitlinear_cuda_expand_activations(
+      reinterpret_cast<const int8_t*>(data_of(tokens, "q")), scales.const_data_ptr<float>(), M, K,
+      x.data_ptr(), kernel_dtype(x_dtype), current_stream(q));
+  check_launch(error, "expand_activations", q);
+  return x;
+}
+
 }  // namespace
 
 // For tests and benchmarks: the operator runs only this one of enum bitlinear_cuda_kernel, in every
@@ -213,4 +229,5 @@ TORCH_LIBRARY_IMPL(bitlinear, CUDA, m) {
   m.impl("quantize_weight", quantize_weight);
   m.impl("expand_weight", expand_weight);
   m.impl("quantize_activations", quantize_activations);
+  m.impl("expand_activations", expand_activations);
 }

@@ -169,6 +169,14 @@ inline std::string check_case(int kernel, const selftest::Case& c, uint64_t seed
   return check_case("kernel " + std::to_string(kernel), kernel, run, c, seed, placement, stream);
 }
 
+// Whether value i is what this fp32 value rounds to.
+inline bool same_value(const selftest::Buffer& values, int64_t i, float wanted) {
+  selftest::Buffer rounded(values.dtype(), 1);
+  rounded.set(0, wanted);
+  const float value = values.get(i);
+  return value == rounded.get(0) || (isnan(value) && isnan(wanted));
+}
+
 // What training reads and writes, with x in the place of weights, and then of activations. Returns
 // "" or what differs.
 inline std::string check_training(const selftest::Case& c, uint64_t seed, Placement placement,
@@ -181,24 +189,26 @@ inline std::string check_training(const selftest::Case& c, uint64_t seed, Placem
   const DeviceArray x(stream, operands.x.data(), operands.x.size(), unaligned ? element : 0);
 
   std::vector<uint8_t> packed(static_cast<size_t>(c.M * operands.row_bytes));
-  selftest::Buffer t(c.dtype, c.M * c.K);
+  selftest::Buffer w(c.dtype, c.M * c.K);
   const std::vector<uint8_t> sums(
       static_cast<size_t>(bitlinear_cuda_weight_workspace_bytes(c.M, c.K)));
   float s_w = 0;
   const DeviceArray its_sums(stream, sums.data(), sums.size());
   const DeviceArray its_packed(stream, packed.data(), packed.size());
   const DeviceArray its_scale(stream, &s_w, sizeof(s_w));
-  const DeviceArray its_t(stream, t.data(), t.size());
+  const DeviceArray its_w(stream, w.data(), w.size());
   const char* refusal =
       bitlinear_cuda_quantize_weight(x.data(), c.dtype, c.M, c.K, operands.eps, its_packed.data(),
                                      its_scale.data<float>(), its_sums.data(), stream.get());
   if (refusal != nullptr) return refusal + where;
-  refusal = bitlinear_cuda_expand_weight(its_packed.data(), c.M, c.K, its_t.data(), c.dtype,
-                                         stream.get());
+  const bool scaled = seed % 2 == 0;
+  refusal = bitlinear_cuda_expand_weight(its_packed.data(), c.M, c.K,
+                                         scaled ? its_scale.data<float>() : nullptr, its_w.data(),
+                                         c.dtype, stream.get());
   if (refusal != nullptr) return refusal + where;
   stream.download(packed.data(), its_packed.data(), packed.size());
   stream.download(&s_w, its_scale.data(), sizeof(s_w));
-  stream.download(t.data(), its_t.data(), t.size());
+  stream.download(w.data(), its_w.data(), w.size());
 
   std::vector<float> values(count);
   double sum = 0.0;
@@ -217,9 +227,13 @@ inline std::string check_training(const selftest::Case& c, uint64_t seed, Placem
       const volatile float quotient = k < c.K ? values[m * c.K + k] / s_w : 0.0f;
       const float rounded = nearbyintf(quotient);
       const float wanted = isnan(rounded) ? 0 : rounded > 1 ? 1 : rounded < -1 ? -1 : rounded;
-      if (code - 1 != wanted || (k < c.K && t.get(m * c.K + k) != wanted)) {
+      if (code - 1 != wanted) {
         return "weight " + std::to_string(k) + " of row " + std::to_string(m) + " is packed as " +
                std::to_string(code) + where;
+      }
+      if (k < c.K && !same_value(w, m * c.K + k, wanted * (scaled ? s_w : 1.0f))) {
+        return "weight " + std::to_string(k) + " of row " + std::to_string(m) + " is expanded to " +
+               std::to_string(w.get(m * c.K + k)) + where;
       }
     }
   }
@@ -234,10 +248,21 @@ inline std::string check_training(const selftest::Case& c, uint64_t seed, Placem
   if (refusal != nullptr) return refusal + where;
   stream.download(q.data(), its_q.data(), q.size());
   stream.download(s_x.data(), its_scales.data(), s_x.size() * sizeof(float));
+  selftest::Buffer tokens(c.dtype, c.M * c.K);
+  const DeviceArray its_tokens(stream, tokens.data(), tokens.size());
+  refusal = bitlinear_cuda_expand_activations(its_q.data<int8_t>(), its_scales.data<float>(), c.M,
+                                              c.K, its_tokens.data(), c.dtype, stream.get());
+  if (refusal != nullptr) return refusal + where;
+  stream.download(tokens.data(), its_tokens.data(), tokens.size());
   for (int64_t m = 0; m < c.M; ++m) {
     const selftest::Expected expected(operands, m);
     for (int64_t k = 0; k < c.K; ++k) {
-      if (q[m * c.K + k] != expected.q(k)) return "q in order, " + std::to_string(k) + where;
+      const int64_t i = m * c.K + k;
+      if (q[i] != expected.q(k)) return "q in order, " + std::to_string(k) + where;
+      if (!same_value(tokens, i, static_cast<float>(q[i]) * s_x[m])) {
+        return "token " + std::to_string(m) + " is expanded to " + std::to_string(tokens.get(i)) +
+               where;
+      }
     }
     if (!expected.is_scale(s_x[m])) return "s_x in order is " + std::to_string(s_x[m]) + where;
   }

@@ -32,6 +32,7 @@ enum bitlinear_cuda_kernel {
   BITLINEAR_CUDA_SMALL_BATCH = 3,  // up to 32 tokens, sm_90 and later
   BITLINEAR_CUDA_MMA = 4,          // any shape, sm_80 and later
   BITLINEAR_CUDA_WGMMA = 5,        // any number of tokens, sm_90a only
+  BITLINEAR_CUDA_SMALL_LAYER = 6,  // up to 1024 inputs, sm_80 and later
 };
 
 extern "C" {
@@ -51,12 +52,15 @@ int64_t bitlinear_cuda_weight_workspace_bytes(int64_t N, int64_t K);
 const char* bitlinear_cuda_quantize_weight(const void* w, int dtype, int64_t N, int64_t K,
                                            float eps, uint8_t* packed, float* s_w, void* workspace,
                                            void* stream);
-// t: (N, K), at a multiple of 16 bytes: -1, 0 and +1.
-const char* bitlinear_cuda_expand_weight(const uint8_t* packed, int64_t N, int64_t K, void* t,
-                                         int dtype, void* stream);
+// w: (N, K), at a multiple of 16 bytes: -s_w, 0 and s_w, which is (1,), or 1 where that is null.
+const char* bitlinear_cuda_expand_weight(const uint8_t* packed, int64_t N, int64_t K,
+                                         const float* s_w, void* w, int dtype, void* stream);
 // x: (M, K). q: (M, K), at a multiple of 16 bytes; 0 where s_x, (M,), is NaN.
 const char* bitlinear_cuda_quantize_activations(const void* x, int dtype, int64_t M, int64_t K,
                                                 float eps, int8_t* q, float* s_x, void* stream);
+// x: (M, K), at a multiple of 16 bytes: q * s_x.
+const char* bitlinear_cuda_expand_activations(const int8_t* q, const float* s_x, int64_t M,
+                                              int64_t K, void* x, int dtype, void* stream);
 // Compares every kernel that the device can run with the numerics as they are written down.
 // 0: equal to the bit. 1: not, with the first difference. 2: the device cannot be used, with why.
 int bitlinear_cuda_selftest(int device, char* message, int64_t message_size);

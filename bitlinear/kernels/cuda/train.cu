@@ -1,5 +1,5 @@
-// What training needs besides the product: weights quantised and packed as they change, and read
-// back for the gradients. (The activations are quantize.cu's, in their own order.)
+// What training needs besides the product: weights quantised and packed as they change, and both
+// operands read back for the gradients. (The activations are quantised by quantize.cu.)
 //
 // Bound by memory: the weights are read twice, once for their mean, and a sixteenth of fp32 is
 // written; what is expanded is written once.
@@ -83,30 +83,64 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   }
 }
 
+// Stores the first `count` of a group's values.
+template <class T>
+__device__ inline void store_group(T* place, const float (&values)[kGroup], int count,
+                                   bool aligned) {
+  alignas(16) T rounded[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) rounded[i] = from_float<T>(values[i]);
+  if (aligned && count >= kGroup) {
+#pragma unroll
+    for (int v = 0; v < static_cast<int>(sizeof(T)); ++v) {
+      reinterpret_cast<uint4*>(place)[v] = reinterpret_cast<const uint4*>(rounded)[v];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      if (i < count) place[i] = rounded[i];
+    }
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kRowThreads* kBlockRows)
-    expand_rows(const uint8_t* packed, int64_t N, int K, T* t) {
+    expand_weights(const uint8_t* packed, int64_t N, int K, const float* s_w, T* w) {
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
   if (n >= N) return;
   const int row_bytes = (K + 3) / 4;
-  const bool aligned = K * sizeof(T) % 16 == 0;
+  const float scale = s_w == nullptr ? 1.0f : *s_w;
   for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
     const uint8_t* const bytes = packed + n * row_bytes + k / 4;
-    alignas(16) T values[kGroup];
+    float values[kGroup];
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const int byte = k / 4 + i / 4 < row_bytes ? bytes[i / 4] : 0;
-      values[i] = from_float<T>(static_cast<float>((byte >> (6 - 2 * (i % 4)) & 3) - 1));
+      values[i] = __fmul_rn(scale, static_cast<float>((byte >> (6 - 2 * (i % 4)) & 3) - 1));
     }
-    T* const place = t + n * K + k;
-    if (aligned && k + kGroup <= K) {
-#pragma unroll
-      for (int v = 0; v < static_cast<int>(sizeof(T)); ++v) {
-        reinterpret_cast<uint4*>(place)[v] = reinterpret_cast<const uint4*>(values)[v];
-      }
+    store_group(w + n * K + k, values, K - k, K * sizeof(T) % 16 == 0);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads* kBlockRows)
+    expand_activations(const int8_t* q, const float* s_x, int64_t M, int K, T* x) {
+  const int64_t m = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
+  if (m >= M) return;
+  const float scale = s_x[m];
+  const bool aligned = reinterpret_cast<uintptr_t>(q) % 16 == 0 && K % kGroup == 0;
+  for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
+    alignas(16) int8_t codes[kGroup];
+    if (aligned) {
+      *reinterpret_cast<uint4*>(codes) = *reinterpret_cast<const uint4*>(q + m * K + k);
     } else {
-      for (int i = 0; i < kGroup && k + i < K; ++i) place[i] = values[i];
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) codes[i] = k + i < K ? q[m * K + k + i] : int8_t{0};
     }
+    float values[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) values[i] = __fmul_rn(static_cast<float>(codes[i]), scale);
+    store_group(x + m * K + k, values, K - k, K * sizeof(T) % 16 == 0);
   }
 }
 
@@ -171,15 +205,29 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_weight(const void* w, int d
 }
 
 BITLINEAR_EXPORT const char* bitlinear_cuda_expand_weight(const uint8_t* packed, int64_t N,
-                                                          int64_t K, void* t, int dtype,
-                                                          void* stream) {
+                                                          int64_t K, const float* s_w, void* w,
+                                                          int dtype, void* stream) {
   using namespace bitlinear::cuda;
   if (N == 0) return nullptr;
   return on_device(N, K, stream, [&](const Call& call) {
     return of_type(dtype, [&](auto zero) {
       using T = decltype(zero);
-      return launch_kernel<expand_rows<T>>(by_rows(N), call, packed, N, static_cast<int>(K),
-                                           static_cast<T*>(t));
+      return launch_kernel<expand_weights<T>>(by_rows(N), call, packed, N, static_cast<int>(K), s_w,
+                                              static_cast<T*>(w));
+    });
+  });
+}
+
+BITLINEAR_EXPORT const char* bitlinear_cuda_expand_activations(const int8_t* q, const float* s_x,
+                                                               int64_t M, int64_t K, void* x,
+                                                               int dtype, void* stream) {
+  using namespace bitlinear::cuda;
+  if (M == 0 || K == 0) return nullptr;
+  return on_device(M, K, stream, [&](const Call& call) {
+    return of_type(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      return launch_kernel<expand_activations<T>>(by_rows(M), call, q, s_x, M, static_cast<int>(K),
+                                                  static_cast<T*>(x));
     });
   });
 }
