@@ -19,7 +19,7 @@ from bitlinear import BitLinear, jit, packing
 
 pytestmark = pytest.mark.cuda
 
-AUTO, DP4A, GEMV, SMALL_BATCH, MMA, WGMMA = range(6)  # as in kernels/cuda/task.h
+AUTO, DP4A, GEMV, SMALL_BATCH, MMA, WGMMA, SMALL_LAYER = range(7)  # as in kernels/cuda/task.h
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_every_short_row(k):
     m=st.integers(1, 140),
     n=st.integers(1, 300),
     k=st.one_of(st.integers(1, 1500), st.integers(1, 60).map(lambda slices: 64 * slices)),
-    kernel=st.sampled_from([AUTO, DP4A, GEMV, SMALL_BATCH, MMA, WGMMA]),
+    kernel=st.sampled_from([AUTO, DP4A, GEMV, SMALL_BATCH, MMA, WGMMA, SMALL_LAYER]),
     dtype=st.sampled_from(oracle.DTYPES),
     seed=st.integers(0, 2**16),
 )

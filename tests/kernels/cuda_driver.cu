@@ -19,6 +19,7 @@ using bitlinear::cuda::Layout;
 using bitlinear::cuda::Placement;
 using bitlinear::cuda::Shape;
 using bitlinear::cuda::SmallBatchPlan;
+using bitlinear::cuda::SmallLayerPlan;
 using bitlinear::cuda::Stream;
 using bitlinear::cuda::WgmmaPlan;
 using bitlinear::selftest::Case;
@@ -27,9 +28,9 @@ using bitlinear::selftest::Data;
 namespace {
 
 constexpr Data kKinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite};
-constexpr int kKernels = 6, kPlans = kKernels, kTraining = kKernels + 1, kTallies = 8;
-const char* const kNames[kTallies] = {"auto", "dp4a",  "gemv",  "small_batch",
-                                      "mma",  "wgmma", "plans", "training"};
+constexpr int kKernels = 7, kPlans = kKernels, kTraining = kKernels + 1, kTallies = 9;
+const char* const kNames[kTallies] = {"auto",  "dp4a",        "gemv",  "small_batch", "mma",
+                                      "wgmma", "small_layer", "plans", "training"};
 
 struct Tally {
   int64_t passed = 0, failed = 0;
@@ -91,6 +92,12 @@ class Driver {
         }
       }
     }
+    if (admits(BITLINEAR_CUDA_SMALL_LAYER, device_, shape)) {
+      for (const SmallLayerPlan& tile : bitlinear::cuda::kSmallLayerTiles) {
+        const int64_t bytes = small_layer_bytes(tile, K) + bitlinear::cuda::kSmallLayerStaticBytes;
+        if (bytes <= device_.shared_bytes) check_plan(tile, c, seed);
+      }
+    }
     if (admits(BITLINEAR_CUDA_WGMMA, device_, shape)) {
       for (const bitlinear::cuda::WgmmaTile& tile : bitlinear::cuda::kWgmmaTiles) {
         for (const int splits : {1, 2, 4, 8}) {
@@ -142,7 +149,7 @@ class Driver {
   void check_all_plans(bool quick) {
     for (const int64_t M : {1, 3, 8, 16, 40, 130}) {
       for (const int64_t N : {1, 70, 300, 2100}) {
-        for (const int64_t K : {64, 512, 2048, 4160}) {
+        for (const int64_t K : {64, 512, 832, 2048, 4160}) {
           if (quick && M * N * K > 200000) continue;
           check_plans(M, N, K, kKinds[(M + N + K) % 2]);
         }
@@ -195,8 +202,9 @@ class Driver {
     const auto run = [&](const bitlinear_cuda_task& task, cudaStream_t stream) {
       const Call call = {task, plans_ % 2 == 0 ? device_ : few_, stream};
       cudaError_t error = cudaSuccess;
-      if (kernel != BITLINEAR_CUDA_GEMV)
+      if (kernel != BITLINEAR_CUDA_GEMV && kernel != BITLINEAR_CUDA_SMALL_LAYER) {
         error = quantize(call, bitlinear::cuda::activations_of(task), layout);
+      }
       if (error == cudaSuccess) error = product(call);
       return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
     };
@@ -221,6 +229,13 @@ class Driver {
       return small_batch(call, bitlinear::cuda::activations_of(call.task), plan);
     };
     check_plan(name, BITLINEAR_CUDA_SMALL_BATCH, Layout::kFragments, product, c, seed);
+  }
+
+  void check_plan(const SmallLayerPlan& plan, const Case& c, uint64_t seed) {
+    const std::string name = "small_layer, rows " + std::to_string(plan.rows) + ", tokens " +
+                             std::to_string(plan.tokens);
+    const auto product = [&](const Call& call) { return small_layer(call, plan); };
+    check_plan(name, BITLINEAR_CUDA_SMALL_LAYER, Layout::kRows, product, c, seed);
   }
 
   void check_plan(const WgmmaPlan& plan, const Case& c, uint64_t seed) {

@@ -53,6 +53,16 @@ void plan_small_batch(int capability, int multiprocessors, const int64_t* shape,
   out[5] = device.shared_bytes;
 }
 
+void plan_small_layer(int capability, int multiprocessors, const int64_t* shape, int* out) {
+  const Device device = device_of(capability, multiprocessors);
+  const auto plan = bitlinear::cuda::plan_small_layer(device, shape_of(shape));
+  out[0] = plan.rows;
+  out[1] = plan.tokens;
+  out[2] = static_cast<int>(bitlinear::cuda::small_layer_bytes(plan, shape[2]) +
+                            bitlinear::cuda::kSmallLayerStaticBytes);
+  out[3] = device.shared_bytes;
+}
+
 void plan_wgmma(int multiprocessors, const int64_t* shape, int* out) {
   const Device device = device_of(90, multiprocessors);
   const bitlinear::cuda::WgmmaPlan plan = bitlinear::cuda::plan_wgmma(device, shape_of(shape));

@@ -29,6 +29,11 @@ ALLOWED_SPILLS: dict[str, int] = {}
 sources = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 
 
+def test_every_source_is_built():
+    """A library that lacks one links all the same, and cannot be loaded where there is a GPU."""
+    assert set(SOURCES) == set((DIRECTORY / "cuda").glob("*.cu"))
+
+
 def run(*command, timeout=600):
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, check=False, timeout=timeout
@@ -147,6 +152,7 @@ def test_driver(driver):
         "small_batch",
         "mma",
         "wgmma",
+        "small_layer",
         "plans",
         "training",
     }

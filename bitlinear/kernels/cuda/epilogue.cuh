@@ -44,8 +44,9 @@ struct TileRows {
 };
 
 // Writes those rows of y for some tokens of a tile that begins with token m. codes_of(token, row)
-// has the sums of four rows, from `row` on; s_x and q_sum those of the tile's tokens.
-template <int kRows, int kThreads, class CodesOf>
+// has the sums of four rows, from `row` on; s_x and q_sum those of the tile's tokens. A thread
+// reads kBatch tokens before it stores the first of them: the compiler moves no load across.
+template <int kBatch = 4, int kRows, int kThreads, class CodesOf>
 __device__ inline void write_tile(const bitlinear_cuda_task& task,
                                   const TileRows<kRows, kThreads>& rows, int64_t m,
                                   const Tokens& tokens, const float* s_x, const int32_t* q_sum,
@@ -61,8 +62,6 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
   const auto write = [&](auto zero, auto is_whole) {
     using Y = decltype(zero);
     using Four = decltype(four_of(Y{}, bias));
-    // Some tokens are read before the first of them is stored: the compiler moves no load across.
-    constexpr int kBatch = 4;
     int token = tokens.first + rows.group * tokens.step;
     Y* y = static_cast<Y*>(task.y) + (m + token) * task.N + rows.n;
     for (; token < tokens.end; token += kBatch * step, y += kBatch * pitch) {

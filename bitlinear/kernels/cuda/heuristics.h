@@ -193,6 +193,43 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
   return {row_parts, token_parts, static_cast<int>(blocks), static_cast<int>(stages)};
 }
 
+// ------------------------------------------------------------------------------- small layer
+
+constexpr int kSmallLayerInputs = 1024;  // at most
+
+struct SmallLayerPlan {
+  int rows;    // of a tile of weights
+  int tokens;  // of a tile
+};
+constexpr SmallLayerPlan kSmallLayerTiles[] = {{64, 16},  {128, 16}, {64, 32},
+                                               {128, 32}, {256, 32}, {512, 32}};
+// What it declares as shared memory, at most (the compiler adds a little of its own).
+constexpr int kSmallLayerStaticBytes = 512;
+
+// Each token's sums of a tile lie there; the padding spreads them over the banks.
+constexpr int small_layer_sum_pitch(int rows) { return rows + 4; }
+constexpr int64_t small_layer_bytes(const SmallLayerPlan& tile, int64_t K) {
+  const int64_t q_bytes = tile.tokens * round_up(K, kSliceValues);
+  const int64_t operands = tile.rows * row_pitch(ceil_div(K, 4)) + q_bytes;
+  const int64_t sums = int64_t{4} * tile.tokens * small_layer_sum_pitch(tile.rows);
+  return operands > sums ? operands : sums;
+}
+
+constexpr int64_t small_layer_blocks(const SmallLayerPlan& tile, const Shape& shape) {
+  return ceil_div(shape.N, tile.rows) * ceil_div(shape.M, tile.tokens);
+}
+
+// The smallest tile of which a multiprocessor has one at most, or else the largest.
+constexpr SmallLayerPlan plan_small_layer(const Device& device, const Shape& shape) {
+  SmallLayerPlan plan = kSmallLayerTiles[0];
+  for (const SmallLayerPlan& tile : kSmallLayerTiles) {
+    if (small_layer_bytes(tile, shape.K) > device.shared_bytes - kSmallLayerStaticBytes) break;
+    plan = tile;
+    if (small_layer_blocks(tile, shape) <= device.multiprocessors) break;
+  }
+  return plan;
+}
+
 // ------------------------------------------------------------------------------------- wgmma
 
 struct WgmmaPlan {
@@ -207,8 +244,8 @@ struct WgmmaTile {
   int64_t slice_cost, block_cost;
 };
 constexpr WgmmaTile kWgmmaTiles[] = {
-    {64, 32, 370, 960},   {64, 64, 400, 1620},   {128, 32, 390, 1710}, {128, 64, 500, 2150},
-    {128, 96, 560, 2600}, {128, 128, 650, 3000}, {256, 96, 940, 3300}, {256, 128, 1210, 3860}};
+    {64, 32, 410, 830},   {64, 64, 400, 1600},   {128, 32, 390, 1690},  {128, 64, 500, 2150},
+    {128, 96, 600, 2200}, {128, 128, 650, 3000}, {256, 96, 1070, 3110}, {256, 128, 1150, 4020}};
 
 // Whether the workspace has room for whole tiles.
 constexpr bool has_room(const WgmmaTile& tile, int64_t M) {
@@ -263,6 +300,9 @@ constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
     }
     case BITLINEAR_CUDA_SMALL_BATCH:
       return device.capability >= 90 && shape.w_aligned && shape.M <= kSmallBatchTokens;
+    case BITLINEAR_CUDA_SMALL_LAYER:
+      return device.capability >= 80 && shape.w_aligned && shape.x_aligned &&
+             shape.K <= kSmallLayerInputs;
     case BITLINEAR_CUDA_MMA:
       return device.capability >= 80;
     case BITLINEAR_CUDA_WGMMA:
@@ -272,15 +312,28 @@ constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
   }
 }
 
+// Whether the kernel for small layers, where it admits the shape, is faster than the others, by
+// times on an H100: as long as a multiprocessor has one tile at most, and of long rows a small one.
+// A GEMV for two tokens or more is slower where its rows are short.
+constexpr bool prefers_small_layer(const Device& device, const Shape& shape) {
+  const SmallLayerPlan tile = plan_small_layer(device, shape);
+  if (small_layer_blocks(tile, shape) > device.multiprocessors) return false;
+  if (shape.M <= kGemvTokens) return shape.M > 1 && shape.K <= 256;
+  return shape.K <= 512 || (shape.M > 16 && tile.rows * tile.tokens <= 128 * 16);
+}
+
 // The fastest kernel that admits the shape, or BITLINEAR_CUDA_AUTO where none does.
 constexpr int choose_kernel(const Device& device, const Shape& shape) {
   // Beyond 16 tokens, where the activations are fetched for more than one tile of rows, wgmma.cu
   // gets by with less of that.
   const bool is_small = shape.M <= 16 || shape.N <= int64_t{64} * device.multiprocessors;
-  for (const int kernel : {BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH, BITLINEAR_CUDA_WGMMA,
-                           BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_DP4A}) {
+  for (const int kernel :
+       {BITLINEAR_CUDA_SMALL_LAYER, BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH,
+        BITLINEAR_CUDA_WGMMA, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_DP4A}) {
+    if (!admits(kernel, device, shape)) continue;
+    if (kernel == BITLINEAR_CUDA_SMALL_LAYER && !prefers_small_layer(device, shape)) continue;
     if (kernel == BITLINEAR_CUDA_SMALL_BATCH && !is_small && device.has_wgmma) continue;
-    if (admits(kernel, device, shape)) return kernel;
+    return kernel;
   }
   return BITLINEAR_CUDA_AUTO;
 }

@@ -77,6 +77,9 @@ int kernel_for(const bitlinear_cuda_task& task, int kernel, const Device& device
 cudaError_t run(int kernel, Call call) {
   const Shape shape = shape_of(call.task);
   if (kernel == BITLINEAR_CUDA_GEMV) return gemv(call, plan_gemv(call.device, shape));
+  if (kernel == BITLINEAR_CUDA_SMALL_LAYER) {
+    return small_layer(call, plan_small_layer(call.device, shape));
+  }
   const Activations q = activations_of(call.task);
   const Layout layout = kernel == BITLINEAR_CUDA_SMALL_BATCH ? Layout::kFragments
                         : kernel == BITLINEAR_CUDA_WGMMA     ? Layout::kTiles
@@ -130,7 +133,8 @@ BITLINEAR_EXPORT int64_t bitlinear_cuda_workspace_bytes(const bitlinear_cuda_tas
   Device device;
   // An error comes again, and then is reported.
   if (current_device(&device) != cudaSuccess) return 0;
-  if (kernel_for(*task, kernel, device) == BITLINEAR_CUDA_GEMV) return 0;
+  const int chosen = kernel_for(*task, kernel, device);
+  if (chosen == BITLINEAR_CUDA_GEMV || chosen == BITLINEAR_CUDA_SMALL_LAYER) return 0;
   return Workspace(task->M, task->K).bytes;
 }
 

@@ -86,12 +86,13 @@ Activations activations_of(const bitlinear_cuda_task& task);
 
 cudaError_t quantize(const Call& call, const Activations& out, Layout layout);
 
-// The products, by the GEMV of x itself, and by the others of what quantize() has written: in
-// kFragments for small_batch(), in kTiles for wgmma(), else in kRows.
+// The products, by gemv() and small_layer() of x itself, and by the others of what quantize() has
+// written: in kFragments for small_batch(), in kTiles for wgmma(), else in kRows.
 cudaError_t dp4a(const Call& call, const Activations& q);
 cudaError_t gemv(const Call& call, const GemvPlan& plan);
 cudaError_t mma(const Call& call, const Activations& q);
 cudaError_t small_batch(const Call& call, const Activations& q, const SmallBatchPlan& plan);
+cudaError_t small_layer(const Call& call, const SmallLayerPlan& plan);
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan);
 
 }  // namespace cuda

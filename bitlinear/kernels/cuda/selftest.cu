@@ -76,7 +76,8 @@ std::string check_device(int index) {
   Device device;
   BITLINEAR_CUDA_CALL(current_device(&device));
   for (const int kernel : {BITLINEAR_CUDA_DP4A, BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH,
-                           BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_WGMMA, BITLINEAR_CUDA_AUTO}) {
+                           BITLINEAR_CUDA_SMALL_LAYER, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_WGMMA,
+                           BITLINEAR_CUDA_AUTO}) {
     const std::string difference = check_kernel(kernel, device, stream);
     if (!difference.empty()) return difference;
   }

@@ -245,13 +245,12 @@ class WeightReader {
 
 // Adds to the sums of this block, for every splits-th token, those of the others of its cluster.
 template <class T>
-__device__ inline void gather(int32_t* sums, int split, int splits) {
-  constexpr int kGroups = T::kRows / 4;
-  const int row = static_cast<int>(threadIdx.x) % kGroups * 4;
+__device__ inline void gather(const TileRows<T::kRows, T::kConsumers>& rows, int32_t* sums,
+                              int split, int splits) {
+  const int step = T::kConsumers / rows.kGroups * splits;
 #pragma unroll 4
-  for (int token = split + static_cast<int>(threadIdx.x) / kGroups * splits; token < T::kTokens;
-       token += T::kConsumers / kGroups * splits) {
-    int32_t* const place = sums + T::place(token, row);
+  for (int token = split + rows.group * splits; token < T::kTokens; token += step) {
+    int32_t* const place = sums + T::place(token, rows.row);
     int4 sum = *reinterpret_cast<int4*>(place);
     for (int rank = 0; rank < splits; ++rank) {
       if (rank != split) sum = add(sum, load_remote(place, rank));
@@ -421,7 +420,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const int split = static_cast<int>(blockIdx.x) % splits;
   if (splits > 1) {
     sync_cluster();
-    gather<T>(sums_out, split, splits);
+    gather<T>(rows, sums_out, split, splits);
     sync_cluster();  // no block may leave while others read its sums
   } else {
     sync_first<kConsumers>();

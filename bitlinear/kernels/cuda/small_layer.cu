@@ -1,0 +1,247 @@
+// y = epilogue(quantize(x) @ w^T) for layers of few inputs (sm_80 and later), in one kernel: a
+// second one, and the wait between the two, would cost more than it does that every block of a
+// token's quantises it again.
+//
+// A block has a tile of rows and tokens. It copies the weights of the one into shared memory before
+// the predecessor in the stream has ended, then quantises the other into shared memory, both in the
+// order of the fragments of mma.m16n8k32, and multiplies.
+//
+// What bounds it: 512 x 256 with M = 64 takes 2.2 us on an H100 (nn.Linear in bf16 3.4), as does an
+// empty kernel but for 1 us, in which x comes from L2, is quantised and multiplied, each waiting
+// for the one before. With many tokens the instructions of the quantiser, 9 for each value, and the
+// products, which take 16 cycles of a quarter of a multiprocessor for 16 x 8 x 32: 512 x 256 with
+// M = 4096 takes 5.1 us (5.4), of which the products are 2.0 and the quantiser's instructions 0.7.
+//
+// Tried, and slower: 16 warps, one token of a warp at a time, and weights straight into registers.
+#include "ampere.cuh"
+#include "epilogue.cuh"
+#include "launch.cuh"
+#include "quantize.cuh"
+
+namespace bitlinear {
+namespace cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kChunk = 16;  // bytes that a thread copies or loads at a time
+constexpr int kSliceGroups = kSliceValues / kGroup;
+constexpr int kHeld = 2;  // groups of a token that a lane keeps
+static_assert(kSmallLayerInputs == kHeld * kGroup * 32, "a warp has all of a token");
+
+// A tile, divided among the warps along rows and tokens. A warp has kRowParts parts of 16 rows
+// times kTokenParts parts of 8 tokens.
+template <int kRowWarps_, int kRowParts_, int kTokenParts_>
+struct Tile {
+  static constexpr int kRowWarps = kRowWarps_, kRowParts = kRowParts_, kTokenParts = kTokenParts_;
+  static constexpr int kRows = 16 * kRowParts * kRowWarps;
+  static constexpr int kTokens = 8 * kTokenParts * (kWarps / kRowWarps);
+  static constexpr int kPitch = small_layer_sum_pitch(kRows);
+  static constexpr int kBlocks = kRowParts == 4 ? 1 : 2;  // of a multiprocessor
+};
+
+// Where a plane of a slice of a token of the tile begins, as in Layout::kFragments.
+__device__ inline int place_of(int token, int slices, int slice, int plane) {
+  return ((token / 8 * slices + slice) * 4 + plane) * 512 + token % 8 * 64;
+}
+
+// Quantises the tile's tokens. As many lanes share a token as it takes for each to keep its part in
+// registers between finding the largest value and rounding.
+template <class X>
+__device__ inline void quantize_tokens(const bitlinear_cuda_task& task, const X* x, int tokens,
+                                       int8_t* q, uint32_t* absmaxes, int32_t* q_sum) {
+  const int K = static_cast<int>(task.K);
+  const int slices = ceil_div(K, kSliceValues);
+  const int log_lanes = K <= 64 ? 1 : K <= 128 ? 2 : K <= 256 ? 3 : K <= 512 ? 4 : 5;
+  const int lanes = 1 << log_lanes, lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+  const int step = kThreads >> log_lanes;  // tokens at a time
+  int token = static_cast<int>(threadIdx.x) >> log_lanes;
+  int first = static_cast<int>(threadIdx.x & ~31u) >> log_lanes;  // of the warp
+
+  // Beyond the last token, and beyond K, the last ones are read again: what comes of the first is
+  // dropped, and the others meet zeros among the weights.
+  Group<X> next[kHeld];
+  const auto load = [&]() {
+    const X* const its = x + int64_t{least(token, tokens - 1)} * K;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      next[i].load(its + least((lane + i * lanes) * kGroup, K - kGroup));
+    }
+  };
+  constexpr bool kEarly = sizeof(X) == 2;  // both this token and the next fit the registers
+  if (first < tokens) load();
+#pragma unroll 1
+  while (first < tokens) {
+    Group<X> groups[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) groups[i] = next[i];
+    const int now = token;
+    token += step;
+    first += step;
+    if (kEarly && first < tokens) load();
+
+    uint32_t absmax = 0;
+#pragma unroll
+    for (const Group<X>& group : groups) absmax = max(absmax, group.magnitude_bits());
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+      if (mask < lanes) absmax = max(absmax, __shfl_xor_sync(~0u, absmax, mask));
+    }
+    const TokenScale scale(absmax, task.eps);
+    int32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int group = lane + i * lanes;
+      float values[kGroup];
+      groups[i].convert(values);
+      uint32_t planes[4];
+      const int32_t its_sum = quantize_group(values, scale.inv, planes);
+      if (group * kGroup < K) sum += its_sum;
+      if (i == 0 || group < slices * kSliceGroups) {
+        int8_t* const its = q + place_of(now, slices, group / kSliceGroups, 0);
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          *reinterpret_cast<uint32_t*>(its + 512 * p + group % kSliceGroups * 4) = planes[p];
+        }
+      }
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+      if (mask < lanes) sum += __shfl_xor_sync(~0u, sum, mask);
+    }
+    if (lane == 0) {
+      absmaxes[now] = absmax;
+      q_sum[now] = sum;
+    }
+    if (!kEarly && first < tokens) load();
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, T::kBlocks)
+    small_layer_kernel(const __grid_constant__ bitlinear_cuda_task task) {
+  extern __shared__ __align__(128) uint8_t dynamic[];
+  __shared__ uint32_t absmaxes[T::kTokens];
+  __shared__ float s_x[T::kTokens];
+  __shared__ int32_t q_sum[T::kTokens];
+  static_assert(3 * sizeof(s_x) <= kSmallLayerStaticBytes, "see heuristics.h");
+
+  const int row_tiles = static_cast<int>(ceil_div<int64_t>(task.N, T::kRows));
+  const int64_t n = int64_t{static_cast<int>(blockIdx.x) % row_tiles} * T::kRows;
+  const int64_t m = int64_t{static_cast<int>(blockIdx.x) / row_tiles} * T::kTokens;
+  const int tokens = static_cast<int>(least<int64_t>(T::kTokens, task.M - m));
+  const int row_bytes = static_cast<int>((task.K + 3) / 4);
+  const int slices = ceil_div(row_bytes, kSliceBytes), pitch = row_pitch(row_bytes);
+  uint8_t* const w = dynamic;
+  int8_t* const q = reinterpret_cast<int8_t*>(dynamic + T::kRows * pitch);
+
+  constexpr int kCopiers = kSliceBytes / kChunk;  // of a row
+#pragma unroll 1
+  for (int row = threadIdx.x / kCopiers; row < T::kRows; row += kThreads / kCopiers) {
+    // Rows beyond the last one are computed from it, and not stored.
+    const uint8_t* const its = task.w + least(n + row, task.N - 1) * row_bytes;
+    const int chunk = threadIdx.x % kCopiers * kChunk;
+#pragma unroll 1
+    for (int offset = chunk; offset < slices * kSliceBytes; offset += kSliceBytes) {
+      copy_async(w + row * pitch + offset, its + offset, offset < row_bytes);
+    }
+  }
+  commit_copies();
+  // In this order, as blocks of several kernels that wait would crowd on some multiprocessors, and
+  // then slow each other down.
+  wait_for_predecessor();
+  allow_successor();
+
+  with_type(task.x_dtype, [&](auto zero) {
+    const auto* const x = static_cast<const decltype(zero)*>(task.x) + m * task.K;
+    quantize_tokens(task, x, tokens, q, absmaxes, q_sum);
+  });
+  const TileRows<T::kRows, kThreads> rows(task, n, static_cast<int>(threadIdx.x));
+  wait_for_copies<0>();
+  __syncthreads();
+
+  if (threadIdx.x < tokens) s_x[threadIdx.x] = TokenScale(absmaxes[threadIdx.x], task.eps).s_x;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, tig = lane % 4;
+  const int first_row = warp % T::kRowWarps * (16 * T::kRowParts);
+  const int first_token = warp / T::kRowWarps * (8 * T::kTokenParts);
+  int32_t sums[T::kRowParts][T::kTokenParts][4] = {};
+#pragma unroll 1
+  for (int slice = 0; slice < slices; ++slice) {
+    uint4 low[T::kRowParts], high[T::kRowParts];
+#pragma unroll
+    for (int r = 0; r < T::kRowParts; ++r) {
+      const uint8_t* const its =
+          w + (first_row + 16 * r + g) * pitch + slice * kSliceBytes + kChunk * tig;
+      low[r] = *reinterpret_cast<const uint4*>(its);
+      high[r] = *reinterpret_cast<const uint4*>(its + 8 * pitch);
+    }
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      const auto code = [&](uint32_t word) { return word >> 2 * p & 0x03030303u; };
+      uint4 b[T::kTokenParts];
+#pragma unroll
+      for (int t = 0; t < T::kTokenParts; ++t) {
+        const int8_t* const its = q + place_of(first_token + 8 * t, slices, slice, p);
+        b[t] = *reinterpret_cast<const uint4*>(its + kChunk * lane);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int r = 0; r < T::kRowParts; ++r) {
+          const uint4 &l = low[r], &h = high[r];
+          const uint32_t a[4] = {code(half ? l.z : l.x), code(half ? h.z : h.x),
+                                 code(half ? l.w : l.y), code(half ? h.w : h.y)};
+#pragma unroll
+          for (int t = 0; t < T::kTokenParts; ++t) {
+            mma_u8s8(sums[r][t], a[0], a[1], a[2], a[3], half ? b[t].z : b[t].x,
+                     half ? b[t].w : b[t].y);
+          }
+        }
+      }
+    }
+  }
+
+  __syncthreads();  // the sums take the place of the operands
+  int32_t* const codes = reinterpret_cast<int32_t*>(dynamic);
+  int32_t* const mine = codes + (first_token + 2 * tig) * T::kPitch + first_row + g;
+#pragma unroll
+  for (int r = 0; r < T::kRowParts; ++r) {
+#pragma unroll
+    for (int t = 0; t < T::kTokenParts; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        mine[(8 * t + i % 2) * T::kPitch + 16 * r + 8 * (i / 2)] = sums[r][t][i];
+      }
+    }
+  }
+  __syncthreads();
+  constexpr int kTokensOfThread = T::kTokens * T::kRows / 4 / kThreads;
+  constexpr int kBatch = kTokensOfThread < 4 ? kTokensOfThread : 4;
+  write_tile<kBatch>(task, rows, m, {0, 1, tokens}, s_x, q_sum, [&](int token, int row) {
+    return *reinterpret_cast<const int4*>(codes + token * T::kPitch + row);
+  });
+}
+
+template <class T>
+cudaError_t launch(const Call& call, const SmallLayerPlan& plan) {
+  const Shape shape = {call.task.M, call.task.N, call.task.K, true, true};
+  const Launch how = {dim3(static_cast<unsigned>(small_layer_blocks(plan, shape))), kThreads,
+                      static_cast<int>(small_layer_bytes(plan, shape.K))};
+  return launch_kernel<small_layer_kernel<T>>(how, call, call.task);
+}
+
+}  // namespace
+
+cudaError_t small_layer(const Call& call, const SmallLayerPlan& plan) {
+  const auto is = [&](int rows, int tokens) { return plan.rows == rows && plan.tokens == tokens; };
+  if (is(64, 16)) return launch<Tile<4, 1, 1>>(call, plan);
+  if (is(64, 32)) return launch<Tile<4, 1, 2>>(call, plan);
+  if (is(128, 16)) return launch<Tile<8, 1, 2>>(call, plan);
+  if (is(128, 32)) return launch<Tile<8, 1, 4>>(call, plan);
+  if (is(256, 32)) return launch<Tile<8, 2, 4>>(call, plan);
+  if (is(512, 32)) return launch<Tile<8, 4, 4>>(call, plan);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace cuda
+}  // namespace bitlinear
