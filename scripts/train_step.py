@@ -75,34 +75,42 @@ def layers(shape: Shape, compiled: bool, device: Device) -> dict[str, nn.Module]
     return made
 
 
+def compare(calls: dict[str, timing.Call], budget: float, timer: timing.Timer) -> dict[str, float]:
+    """The median time of each, in seconds."""
+    contestants = [timing.Contestant(name, call) for name, call in calls.items()]
+    times = timing.compare(contestants, budget, timer)
+    return {name: times[name].median for name in calls}
+
+
 def measure(
     shape: Shape, M: int, compiled: bool, budget: float, device: Device
-) -> list[tuple[str, ...]]:
+) -> list[dict[str, str]]:
     """A row for each layer: its step, the ratio to nn.Linear, what it saves, one token in eval."""
     made = layers(shape, compiled, device)
-    timer = timing.cuda_timer if device.place == "cuda" else timing.cpu_timer
+    on_gpu = device.place == "cuda"
+    timer = timing.cuda_timer if on_gpu else timing.cpu_timer
     x = torch.randn(M, shape[1], device=device.place, dtype=device.dtype, requires_grad=True)
-    steps = [timing.Contestant(name, step_of(layer, x)) for name, layer in made.items()]
-    times = timing.compare(steps, budget, timer)
+    steps = {name: step_of(layer, x) for name, layer in made.items()}
+    kinds = {"step": compare(steps, budget, timer)}
+    if on_gpu:  # what the GPU takes, without Python, which may be slower in queueing it
+        graphs = {name: timing.capture([step]) for name, step in steps.items()}
+        kinds["in a graph"] = compare(graphs, budget / 4, timing.graph_timer)
     token = x.detach()[:1].clone()
     with torch.no_grad():
-        calls = [
-            timing.Contestant(name, lambda layer=layer: layer(token))
-            for name, layer in made.items()
-        ]
-        tokens = timing.compare(calls, budget / 4, timer)
-    base, base_bytes = times["nn.Linear"].median, saved_bytes(made["nn.Linear"], x)
-    return [
-        (
-            f"{shape[0]} x {shape[1]}",
-            name,
-            f"{times[name].median * 1e3:.{1 if device.place == 'cpu' else 3}f}",
-            f"{times[name].median / base:.2f}",
-            f"{saved_bytes(layer, x) / base_bytes:.2f}",
-            f"{tokens[name].median * 1e6:.0f}",
-        )
-        for name, layer in made.items()
-    ]
+        calls = {name: lambda layer=layer: layer(token) for name, layer in made.items()}
+        tokens = compare(calls, budget / 4, timer)
+    saved = {name: saved_bytes(layer, x) for name, layer in made.items()}
+
+    rows = []
+    for name in made:
+        row = {"N x K": f"{shape[0]} x {shape[1]}", "layer": name}
+        for kind, times in kinds.items():
+            row[f"{kind}, ms"] = f"{times[name] * 1e3:.{3 if on_gpu else 1}f}"
+            row[f"{kind}, of nn.Linear"] = f"{times[name] / times['nn.Linear']:.2f}"
+        row["saved, of its"] = f"{saved[name] / saved['nn.Linear']:.2f}"
+        row["eval, M = 1, us"] = f"{tokens[name] * 1e6:.0f}"
+        rows.append(row)
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = DEVICES[options.device]
     if not device.is_available():
         parser.error(f"--device {device.name}: torch finds no GPU")
-    header = ("N x K", "layer", "step, ms", "of nn.Linear", "saved, of its", "eval, M = 1, us")
     rows = [
         row
         for shape in options.shapes
@@ -130,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else f"{torch.get_num_threads()} threads"
     )
     print(f"{where}, M = {options.tokens}\n")
-    print(report.markdown(header, rows, words=("N x K", "layer")))
+    cells = [tuple(row.values()) for row in rows]
+    print(report.markdown(tuple(rows[0]), cells, words=("N x K", "layer")))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 // y = epilogue(q @ w^T) with the dot product of four bytes, for any shape on any device that has it
 // (sm_61 and later). The fallback of all that is older than sm_80: plain before fast.
+//
+// What bounds it, for many tokens: issuing instructions, of which dp4a is two thirds (the others
+// shift and mask). In us on an H100, with the quantiser, 4096 x 4096 takes 5.9 for one token, 32
+// for 16, 84 for 64 and 327 for 1024 (105 Top/s; by the profiler at 2.75 instructions per cycle of
+// 4), and one token of 8192 x 8192 9.4, or 1.8 TB/s. Up to 128 registers, no spills.
 #include "launch.cuh"
 
 namespace bitlinear {

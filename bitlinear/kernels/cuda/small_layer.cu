@@ -1,18 +1,23 @@
 // y = epilogue(quantize(x) @ w^T) for layers of few inputs (sm_80 and later), in one kernel: a
-// second one, and the wait between the two, would cost more than it does that every block of a
-// token's quantises it again.
+// second one, and the wait between the two, would cost more than it does that every block which
+// needs a token quantises it again.
 //
 // A block has a tile of rows and tokens. It copies the weights of the one into shared memory before
 // the predecessor in the stream has ended, then quantises the other into shared memory, both in the
 // order of the fragments of mma.m16n8k32, and multiplies.
 //
-// What bounds it: 512 x 256 with M = 64 takes 2.2 us on an H100 (nn.Linear in bf16 3.4), as does an
-// empty kernel but for 1 us, in which x comes from L2, is quantised and multiplied, each waiting
-// for the one before. With many tokens the instructions of the quantiser, 9 for each value, and the
-// products, which take 16 cycles of a quarter of a multiprocessor for 16 x 8 x 32: 512 x 256 with
-// M = 4096 takes 5.1 us (5.4), of which the products are 2.0 and the quantiser's instructions 0.7.
+// What bounds it, for few tokens: latency. 512 x 256 with M = 64 takes 2.1 us on an H100 (nn.Linear
+// in bf16 3.4), of which 1.2 pass between the end of one call and the first work of the next, as in
+// the GEMV; then x comes from L2, is quantised, multiplied and written, each after the other. For
+// many, the products, 16 cycles of a quarter of a multiprocessor each, and the instructions of the
+// quantiser, 340 for 32 lanes of 32 values: of the 5.1 us of 512 x 256 with M = 4096 (bf16 5.5) 2.0
+// and 0.3 us. So tiles are as small as all multiprocessors allow: with twice the tokens in a tile,
+// 512 x 512 with M = 64 takes 3.4 instead of 2.7 us. Registers (no spills): 96 in tiles of 64 and
+// 128 rows, 126 and 197 in those of 256 and 512; two blocks per multiprocessor, of the last one.
 //
-// Tried, and slower: 16 warps, one token of a warp at a time, and weights straight into registers.
+// Tried, and slower: weights straight into registers; 16 warps; 3 blocks; a token on twice as many
+// lanes, for which the reductions and divisions are the same; letting the successor in before the
+// wait, as the other kernels do.
 #include "ampere.cuh"
 #include "epilogue.cuh"
 #include "launch.cuh"
