@@ -18,6 +18,23 @@ __device__ inline void mma_u8s8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint3
 #endif
 }
 
+// Leaves the sums of parts of 16 rows and 8 columns at `mine`, where a lane has row lane / 4 and
+// column lane % 4 * 2 of the first of them. Columns lie kPitch apart.
+template <int kPitch, int kRowParts, int kColumnParts>
+__device__ inline void leave_sums(int32_t* mine,
+                                  const int32_t (&sums)[kRowParts][kColumnParts][4]) {
+#pragma unroll
+  for (int r = 0; r < kRowParts; ++r) {
+#pragma unroll
+    for (int t = 0; t < kColumnParts; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        mine[(8 * t + i % 2) * kPitch + 16 * r + 8 * (i / 2)] = sums[r][t][i];
+      }
+    }
+  }
+}
+
 // Copies 16 bytes from global to shared memory in the background; zeros if not valid, and then
 // nothing is read.
 __device__ inline void copy_async(uint8_t* to, const void* from, bool valid) {

@@ -287,16 +287,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
   int32_t* const mine = codes +
                         (end.depth * Tile::kTokens + end.token + 2 * end.tig) * Tile::kPitch +
                         end.row + end.g;
-#pragma unroll
-  for (int r = 0; r < Tile::kRowParts; ++r) {
-#pragma unroll
-    for (int t = 0; t < Tile::kTokenParts; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        mine[(8 * t + i % 2) * Tile::kPitch + 16 * r + 8 * (i / 2)] = sums[r][t][i];
-      }
-    }
-  }
+  leave_sums<Tile::kPitch>(mine, sums);
   __syncthreads();
   const auto codes_of = [&](int token, int row) {
     int4 sum = make_int4(0, 0, 0, 0);

@@ -193,18 +193,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
       }
     }
 
-#pragma unroll
-    for (int r = 0; r < kRowParts; ++r) {
-#pragma unroll
-      for (int t = 0; t < kTokenParts; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = 8 * t + 2 * tig + i % 2;
-          partial[(warp * T::kTokens + token) * T::kPitch + kPartRows * r + g + 8 * (i / 2)] =
-              sums[r][t][i];
-        }
-      }
-    }
+    leave_sums<T::kPitch>(partial + (warp * T::kTokens + 2 * tig) * T::kPitch + g, sums);
     sync_first<kConsumers>();
     if (row < left) {
       const bool has_bias = task.bias != nullptr;

@@ -208,17 +208,7 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
 
   __syncthreads();  // the sums take the place of the operands
   int32_t* const codes = reinterpret_cast<int32_t*>(dynamic);
-  int32_t* const mine = codes + (first_token + 2 * tig) * T::kPitch + first_row + g;
-#pragma unroll
-  for (int r = 0; r < T::kRowParts; ++r) {
-#pragma unroll
-    for (int t = 0; t < T::kTokenParts; ++t) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        mine[(8 * t + i % 2) * T::kPitch + 16 * r + 8 * (i / 2)] = sums[r][t][i];
-      }
-    }
-  }
+  leave_sums<T::kPitch>(codes + (first_token + 2 * tig) * T::kPitch + first_row + g, sums);
   __syncthreads();
   constexpr int kTokensOfThread = T::kTokens * T::kRows / 4 / kThreads;
   constexpr int kBatch = kTokensOfThread < 4 ? kTokensOfThread : 4;
