@@ -62,22 +62,30 @@ class _QuantizedWeight(NamedTuple):
 
     weight: Tensor
     version: int
+    shape: torch.Size
+    places: Tensor
     sample: Tensor
     packed: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, weight: Tensor, packed: tuple[Tensor, Tensor]) -> _QuantizedWeight:
+        """That of ``weight`` as it is now."""
+        # Some values tell what changes a weight past its version counter (``.data``, FSDP).
+        rows, columns = (
+            torch.arange(0, size, max(1, size // 16), device=weight.device) for size in weight.shape
+        )
+        places = rows[:, None] * weight.shape[1] + columns
+        sample = torch.take(weight.detach(), places)
+        return cls(weight, weight._version, weight.shape, places, sample, packed)
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether it is that of ``weight``, unchanged."""
         return (
             self.weight is weight
             and self.version == weight._version
-            and torch.equal(self.sample, _sample(weight))
+            and self.shape == weight.shape
+            and torch.equal(self.sample, torch.take(weight.detach(), self.places))
         )
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """Some values, for what changes a weight past its version counter (``.data``, FSDP)."""
-    rows, columns = (max(1, size // 16) for size in weight.shape)
-    return weight.detach()[::rows, ::columns]
 
 
 def _is_distributed(tensor: Any) -> bool:
@@ -99,7 +107,7 @@ def _may_keep(weight: Tensor) -> bool:
     """
     return (
         type(weight) is nn.Parameter
-        and weight.device.type == "cpu"
+        and weight.is_cpu
         and not weight.is_inference()
         and not torch._C._is_tracing()
     )
@@ -278,6 +286,10 @@ class BitLinear(nn.Linear):
         if self._blend is not None:
             return blended_linear(input, weight, self.bias, self._blend, self.eps)
         packed = None if torch.compiler.is_compiling() else self._quantize(weight)
+        evaluates = input.is_cpu and not torch.is_grad_enabled()
+        if packed is not None and evaluates and self.in_features <= MAX_IN_FEATURES:
+            output: Tensor = _linear(input, *packed, self.bias, self.in_features, self.eps)
+            return output
         return straight_through_linear(input, weight, self.bias, self.eps, packed)
 
     def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -296,7 +308,7 @@ class BitLinear(nn.Linear):
             # Tensors made in inference mode could not be saved for a backward pass later on.
             with torch.inference_mode(False), torch.no_grad():
                 packed = _quantize_weight(weight, self.eps)
-                known = _QuantizedWeight(weight, weight._version, _sample(weight).clone(), packed)
+                known = _QuantizedWeight.of(weight, packed)
             self._quantized = known
         return known.packed
 
