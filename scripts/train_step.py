@@ -12,6 +12,7 @@ not deployed.
 from __future__ import annotations
 
 import argparse
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -39,16 +40,18 @@ class Expression(nn.Linear):
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     """Of all memory that the forward pass keeps for the backward pass."""
-    storages = {}
+    saved: list[weakref.ref[Tensor]] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        saved.append(weakref.ref(tensor))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
-    return sum(storages.values())
+        y = layer(x)
+    # What only a detached part of the graph had saved is gone by now.
+    kept = [tensor.untyped_storage() for tensor in (its() for its in saved) if tensor is not None]
+    del y
+    return sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
 
 
 def step_of(layer: nn.Module, x: Tensor) -> timing.Call:
