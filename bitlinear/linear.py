@@ -286,8 +286,12 @@ class BitLinear(nn.Linear):
         if self._blend is not None:
             return blended_linear(input, weight, self.bias, self._blend, self.eps)
         packed = None if torch.compiler.is_compiling() else self._quantize(weight)
-        evaluates = input.is_cpu and not torch.is_grad_enabled()
-        if packed is not None and evaluates and self.in_features <= MAX_IN_FEATURES:
+        if (  # as a deployed layer
+            packed is not None
+            and self.in_features <= MAX_IN_FEATURES
+            and input.is_cpu
+            and not torch.is_grad_enabled()
+        ):
             output: Tensor = _linear(input, *packed, self.bias, self.in_features, self.eps)
             return output
         return straight_through_linear(input, weight, self.bias, self.eps, packed)

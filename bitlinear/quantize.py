@@ -215,7 +215,7 @@ class _StraightThroughLinear(torch.autograd.Function):
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         grad_x = grad_weight = grad_bias = None
         with _without_autocast(ctx.device_type):
-            dtype = _product_dtype(grad)
+            dtype = _product_dtype(ctx.device_type, grad.dtype)
             g = grad.reshape(-1, grad.shape[-1]).to(dtype)
             if needs_x:
                 weight = expand_weight(w_packed, q.shape[-1], w_scale, dtype)
@@ -234,13 +234,13 @@ _StraightThroughLinear.forward.__signature__ = inspect.signature(  # type: ignor
 )
 
 
-def _product_dtype(grad: Tensor) -> torch.dtype:
+def _product_dtype(device_type: str, grad_dtype: torch.dtype) -> torch.dtype:
     """That of the products of a backward pass.
 
     A GPU multiplies 16 bits many times as fast, and the operands are then rounded as those of
     ``nn.Linear`` are. CPUs gain little, or lose.
     """
-    return grad.dtype if grad.is_cuda and grad.itemsize == 2 else torch.float32
+    return grad_dtype if device_type == "cuda" else torch.float32
 
 
 def packed_linear(
