@@ -202,7 +202,7 @@ class Driver {
     const auto run = [&](const bitlinear_cuda_task& task, cudaStream_t stream) {
       const Call call = {task, plans_ % 2 == 0 ? device_ : few_, stream};
       cudaError_t error = cudaSuccess;
-      if (kernel != BITLINEAR_CUDA_GEMV && kernel != BITLINEAR_CUDA_SMALL_LAYER) {
+      if (!bitlinear::cuda::quantizes(kernel)) {
         error = quantize(call, bitlinear::cuda::activations_of(task), layout);
       }
       if (error == cudaSuccess) error = product(call);

@@ -285,6 +285,11 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape) {
 
 // ------------------------------------------------------------------------------------- choice
 
+// Whether the kernel quantises the tokens itself, and so needs no workspace.
+constexpr bool quantizes(int kernel) {
+  return kernel == BITLINEAR_CUDA_GEMV || kernel == BITLINEAR_CUDA_SMALL_LAYER;
+}
+
 // Whether a kernel gives the right result there.
 constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
   switch (kernel) {

@@ -133,8 +133,7 @@ BITLINEAR_EXPORT int64_t bitlinear_cuda_workspace_bytes(const bitlinear_cuda_tas
   Device device;
   // An error comes again, and then is reported.
   if (current_device(&device) != cudaSuccess) return 0;
-  const int chosen = kernel_for(*task, kernel, device);
-  if (chosen == BITLINEAR_CUDA_GEMV || chosen == BITLINEAR_CUDA_SMALL_LAYER) return 0;
+  if (quantizes(kernel_for(*task, kernel, device))) return 0;
   return Workspace(task->M, task->K).bytes;
 }
 

@@ -69,6 +69,14 @@ cudaError_t launch_kernel(const Launch& how, const Call& call, Arguments&&... ar
   return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
 }
 
+// Calls `f` with a value of the type that the dtype stands for.
+template <class F>
+cudaError_t of_type(int dtype, F&& f) {
+  if (dtype == BITLINEAR_F32) return f(float{});
+  if (dtype == BITLINEAR_F16) return f(__half{});
+  return f(__nv_bfloat16{});
+}
+
 // The message, with the error taken back: it is ours to report, not that of the next call.
 inline const char* report(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;

@@ -127,30 +127,9 @@ cudaError_t launch(const Call& call, const Activations& out, Layout layout) {
 }  // namespace
 
 cudaError_t quantize(const Call& call, const Activations& out, Layout layout) {
-  if (call.task.x_dtype == BITLINEAR_F32) return launch<float>(call, out, layout);
-  if (call.task.x_dtype == BITLINEAR_F16) return launch<__half>(call, out, layout);
-  return launch<__nv_bfloat16>(call, out, layout);
+  return of_type(call.task.x_dtype,
+                 [&](auto zero) { return launch<decltype(zero)>(call, out, layout); });
 }
 
 }  // namespace cuda
 }  // namespace bitlinear
-
-BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_activations(const void* x, int dtype,
-                                                                 int64_t M, int64_t K, float eps,
-                                                                 int8_t* q, float* s_x,
-                                                                 void* stream) {
-  using namespace bitlinear::cuda;
-  if (M == 0 || K == 0) return nullptr;
-  if (M > INT32_MAX || K > INT32_MAX / 2) return "M must be less than 2^31, and K less than 2^30";
-  Device device;
-  const cudaError_t error = current_device(&device);
-  if (error != cudaSuccess) return report(error);
-  bitlinear_cuda_task task = {};
-  task.x = x;
-  task.x_dtype = dtype;
-  task.M = M;
-  task.K = K;
-  task.eps = eps;
-  const Call call = {task, device, static_cast<cudaStream_t>(stream)};
-  return report(quantize(call, {q, K, 0, s_x, nullptr}, Layout::kInOrder));
-}

@@ -169,20 +169,14 @@ cudaError_t quantize_weight(const Call& call, const V* w, int64_t N, int64_t K, 
 
 // What `launch` says, of a call on the current device.
 template <class F>
-const char* on_device(int64_t N, int64_t K, void* stream, F&& launch) {
-  if (N > INT32_MAX || K > INT32_MAX / 2) return "N must be less than 2^31, and K less than 2^30";
+const char* on_device(int64_t rows, int64_t K, void* stream, F&& launch) {
+  if (rows > INT32_MAX || K > INT32_MAX / 2) {
+    return "there must be fewer than 2^31 rows, and K must be less than 2^30";
+  }
   Device device;
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return report(error);
   return report(launch({{}, device, static_cast<cudaStream_t>(stream)}));
-}
-
-// Calls `f` with a value of the type that the dtype stands for.
-template <class F>
-cudaError_t of_type(int dtype, F&& f) {
-  if (dtype == BITLINEAR_F32) return f(float{});
-  if (dtype == BITLINEAR_F16) return f(__half{});
-  return f(__nv_bfloat16{});
 }
 
 }  // namespace
@@ -217,6 +211,22 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_expand_weight(const uint8_t* packed,
       return launch_kernel<expand_weights<T>>(by_rows(N), call, packed, N, static_cast<int>(K), s_w,
                                               static_cast<T*>(w));
     });
+  });
+}
+
+BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_activations(const void* x, int dtype,
+                                                                 int64_t M, int64_t K, float eps,
+                                                                 int8_t* q, float* s_x,
+                                                                 void* stream) {
+  using namespace bitlinear::cuda;
+  if (M == 0 || K == 0) return nullptr;
+  return on_device(M, K, stream, [&](Call call) {
+    call.task.x = x;
+    call.task.x_dtype = dtype;
+    call.task.M = M;
+    call.task.K = K;
+    call.task.eps = eps;
+    return quantize(call, {q, K, 0, s_x, nullptr}, Layout::kInOrder);
   });
 }
 
