@@ -17,6 +17,7 @@
 
 #include "abi.h"
 #include "arguments.h"
+#include "checked_weights.h"
 #include "heuristics.h"
 #include "parallel.h"
 
@@ -51,6 +52,37 @@ class Scratch {
   at::TensorBase heap_;
 };
 
+// Calls `row` for each of so many rows, on all threads where that is worth it.
+template <class Row>
+void for_each_row(int64_t rows, int64_t columns, const Row& row) {
+  constexpr int64_t kWorthATeam = 32 * 1024;
+  const int64_t parts =
+      std::min(rows, rows * columns < kWorthATeam ? 1 : int64_t{4} * at::get_num_threads());
+  bitlinear::parallel(0, row, parts, [&](int64_t part) {
+    const bitlinear::Range range = bitlinear::part_of(rows, 1, part, parts);
+    for (int64_t i = range.begin; i < range.end; ++i) row(i);
+  });
+}
+
+// Raises ValueError if the weights hold an invalid code, unless they are known to hold none.
+void check_codes(const Tensor& w_packed, const uint8_t* rows, int64_t K) {
+  if (bitlinear::checked_weights().contains(w_packed, K)) return;
+  const int64_t N = w_packed.size(0), row_bytes = w_packed.size(1);
+  std::atomic<int64_t> first_row{N};
+  for_each_row(N, K, [&](int64_t n) {
+    if (bitlinear::find_invalid_byte(rows + n * row_bytes, K) < 0) return;
+    int64_t first = first_row.load(std::memory_order_relaxed);
+    while (n < first && !first_row.compare_exchange_weak(first, n)) {
+    }
+  });
+  if (const int64_t n = first_row.load(); n < N) {
+    const uint8_t* const row = rows + n * row_bytes;
+    const int64_t b = bitlinear::find_invalid_byte(row, K);
+    bitlinear::report_invalid_byte(row[b], n, b, K);
+  }
+  bitlinear::checked_weights().add(w_packed, K);
+}
+
 Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
               const std::optional<Tensor>& bias, int64_t in_features, double eps,
               int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
@@ -71,6 +103,8 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const Tensor weight = w_packed.contiguous();
   const Tensor scale = w_scale.contiguous();
   const Tensor addend = bitlinear::kernel_bias(bias);
+  const uint8_t* const packed = reinterpret_cast<const uint8_t*>(data_of(weight, "w_packed"));
+  check_codes(w_packed, packed, K);
 
   const int64_t threads = at::get_num_threads();
   const int64_t row_bytes = weight.size(1);
@@ -98,7 +132,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.s_x = s_x;
   task.q_sum = q_sum;
   task.M = M;
-  task.w = reinterpret_cast<const uint8_t*>(data_of(weight, "w_packed"));
+  task.w = packed;
   task.row_bytes = row_bytes;
   task.s_w = reinterpret_cast<const float*>(data_of(scale, "w_scale"));
   task.s_w_stride = scale.dim() == 2 ? 1 : 0;
@@ -135,18 +169,6 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   return y;
 }
 
-// Calls `row` for each of so many rows, on all threads where that is worth it.
-template <class Row>
-void for_each_row(int64_t rows, int64_t columns, const Row& row) {
-  constexpr int64_t kWorthATeam = 32 * 1024;
-  const int64_t parts =
-      std::min(rows, rows * columns < kWorthATeam ? 1 : int64_t{4} * at::get_num_threads());
-  bitlinear::parallel(0, row, parts, [&](int64_t part) {
-    const bitlinear::Range range = bitlinear::part_of(rows, 1, part, parts);
-    for (int64_t i = range.begin; i < range.end; ++i) row(i);
-  });
-}
-
 std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   bitlinear::check_weight(weight, eps);
   const bitlinear_kernel_table* const kernels = active_table();
@@ -175,6 +197,7 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   for_each_row(N, K, [&](int64_t n) {
     kernels->pack_row(rows + n * bytes, dtype, K, s_w, out + n * row_bytes);
   });
+  bitlinear::checked_weights().add(packed, K);
   return {packed, scale};
 }
 

@@ -17,6 +17,7 @@
 #include <unordered_map>
 
 #include "../arguments.h"
+#include "../checked_weights.h"
 #include "task.h"
 
 namespace {
@@ -101,6 +102,26 @@ void* current_stream(const Tensor& tensor) {
   return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
 }
 
+// Raises ValueError if the weights hold an invalid code, unless they are known to hold none. Waits
+// for the answer, so that nothing is asked of weights that are used in a capture.
+void check_codes(const Tensor& w_packed, const uint8_t* packed, int64_t K,
+                 const c10::cuda::CUDAStream& stream) {
+  if (bitlinear::checked_weights().contains(w_packed, K) || is_capturing(stream)) return;
+  const at::DataPtr workspace = c10::cuda::CUDACachingAllocator::get()->allocate(sizeof(int64_t));
+  int64_t position = -1;
+  uint8_t byte = 0;
+  const char* const error =
+      bitlinear_cuda_find_invalid_byte(packed, w_packed.size(0), K, &position, &byte,
+                                       workspace.get(), static_cast<void*>(stream.stream()));
+  TORCH_CHECK(error == nullptr, "bitlinear: the check of w_packed failed on ", w_packed.device(),
+              ": ", error);
+  const int64_t row_bytes = w_packed.size(1);
+  if (position >= 0) {
+    bitlinear::report_invalid_byte(byte, position / row_bytes, position % row_bytes, K);
+  }
+  bitlinear::checked_weights().add(w_packed, K);
+}
+
 Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
               const std::optional<Tensor>& bias, int64_t in_features, double eps,
               int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
@@ -120,6 +141,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const Tensor weight = w_packed.contiguous();
   const Tensor scale = w_scale.contiguous();
   const Tensor addend = bitlinear::kernel_bias(bias);
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(x.device().index());
   bitlinear_cuda_task task = {};
   task.x = data_of(input, "x");
   task.x_dtype = kernel_dtype(x.scalar_type());
@@ -128,6 +150,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.K = in_features;
   task.eps = static_cast<float>(eps);
   task.w = reinterpret_cast<const uint8_t*>(data_of(weight, "w_packed"));
+  check_codes(w_packed, task.w, in_features, stream);
   task.s_w = reinterpret_cast<const float*>(data_of(scale, "w_scale"));
   task.s_w_stride = scale.dim() == 2 ? 1 : 0;
   task.bias = addend.defined() ? data_of(addend, "bias") : nullptr;
@@ -142,7 +165,6 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
     workspace = c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes));
   }
   task.workspace = workspace.get();
-  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(x.device().index());
   const bool is_copy = !weight.is_same(w_packed);
   task.w_settled = !is_copy && settled_weights().contains(w_packed, stream);
   const char* error = bitlinear_cuda_linear(&task, kernel, static_cast<void*>(stream.stream()));
@@ -170,6 +192,9 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
       data_of(input, "weight"), kernel_dtype(input.scalar_type()), N, K, static_cast<float>(eps),
       packed.data_ptr<uint8_t>(), scale.data_ptr<float>(), workspace.get(), current_stream(weight));
   check_launch(error, "quantize_weight", weight);
+  if (!is_capturing(c10::cuda::getCurrentCUDAStream(weight.device().index()))) {
+    bitlinear::checked_weights().add(packed, K);
+  }
   return {packed, scale};
 }
 

@@ -61,6 +61,12 @@ const char* bitlinear_cuda_quantize_activations(const void* x, int dtype, int64_
 // x: (M, K), at a multiple of 16 bytes: q * s_x.
 const char* bitlinear_cuda_expand_activations(const int8_t* q, const float* s_x, int64_t M,
                                               int64_t K, void* x, int dtype, void* stream);
+// Waits for the position of the first byte that holds a code 3, or other weights than 0 past K, and
+// for that byte; position -1 if there is none. packed: (N, ceil(K/4)), N >= 1. The workspace is 8
+// bytes, at a multiple of 8.
+const char* bitlinear_cuda_find_invalid_byte(const uint8_t* packed, int64_t N, int64_t K,
+                                             int64_t* position, uint8_t* byte, void* workspace,
+                                             void* stream);
 // Compares every kernel that the device can run with the numerics as they are written down.
 // 0: equal to the bit. 1: not, with the first difference. 2: the device cannot be used, with why.
 int bitlinear_cuda_selftest(int device, char* message, int64_t message_size);

@@ -146,6 +146,24 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   }
 }
 
+// The position of the first byte that holds a code 3, or other weights than 0 past K, is written
+// to `first`, which was ~0.
+__global__ void __launch_bounds__(kRowThreads* kBlockRows)
+    find_invalid_byte(const uint8_t* packed, int64_t N, int K, unsigned long long* first) {
+  const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
+  if (n >= N) return;
+  const int row_bytes = (K + 3) / 4;
+  const int unused = (1 << 2 * (4 * row_bytes - K)) - 1;
+  for (int b = static_cast<int>(threadIdx.x); b < row_bytes; b += kRowThreads) {
+    const int byte = packed[n * row_bytes + b];
+    const bool code3 = (byte & byte >> 1 & 0x55) != 0;
+    if (code3 || (b == row_bytes - 1 && ((byte ^ 0x55) & unused) != 0)) {
+      atomicMin(first, static_cast<unsigned long long>(n * row_bytes + b));
+      return;
+    }
+  }
+}
+
 Launch by_rows(int64_t N) {
   return {dim3(static_cast<unsigned>(ceil_div<int64_t>(N, kBlockRows))),
           dim3(kRowThreads, kBlockRows)};
@@ -211,6 +229,28 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_expand_weight(const uint8_t* packed,
       return launch_kernel<expand_weights<T>>(by_rows(N), call, packed, N, static_cast<int>(K), s_w,
                                               static_cast<T*>(w));
     });
+  });
+}
+
+BITLINEAR_EXPORT const char* bitlinear_cuda_find_invalid_byte(const uint8_t* packed, int64_t N,
+                                                              int64_t K, int64_t* position,
+                                                              uint8_t* byte, void* workspace,
+                                                              void* stream) {
+  using namespace bitlinear::cuda;
+  return on_device(N, K, stream, [&](const Call& call) {
+    auto* const first = static_cast<unsigned long long*>(workspace);
+    cudaError_t error = cudaMemsetAsync(first, 0xFF, sizeof(*first), call.stream);
+    if (error != cudaSuccess) return error;
+    error = launch_kernel<find_invalid_byte>(by_rows(N), call, packed, N, static_cast<int>(K),
+                                             first);
+    if (error != cudaSuccess) return error;
+    error = cudaMemcpyAsync(position, first, sizeof(*position), cudaMemcpyDeviceToHost,
+                            call.stream);
+    if (error != cudaSuccess) return error;
+    error = cudaStreamSynchronize(call.stream);
+    if (error != cudaSuccess || *position < 0) return error;
+    error = cudaMemcpyAsync(byte, packed + *position, 1, cudaMemcpyDeviceToHost, call.stream);
+    return error != cudaSuccess ? error : cudaStreamSynchronize(call.stream);
   });
 }
 

@@ -1,0 +1,106 @@
+// The packed weights whose codes have been found valid. A call checks those that are not here: an
+// average over buffers, or any other arithmetic on the bytes, makes codes that no kernel can read.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/StorageImpl.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <iterator>
+#include <mutex>
+#include <unordered_map>
+
+namespace bitlinear {
+
+// Weights are recognised by where their bytes lie, by the storage that holds them and by its
+// version, which every operation that writes to a tensor raises. So slices of a larger tensor are
+// recognised too. What writes past the version counters (NumPy, `.data`) is not noticed.
+class CheckedWeights {
+ public:
+  bool contains(const at::Tensor& w, int64_t in_features) {
+    if (w.is_inference()) return false;  // it has no version
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = seen_.find(place_of(w, in_features));
+    // The weak pointer keeps the address of the storage from being used again.
+    return found != seen_.end() && found->second.version == w._version() &&
+           found->second.storage._unsafe_get_target() == w.storage().unsafeGetStorageImpl();
+  }
+
+  void add(const at::Tensor& w, int64_t in_features) {
+    if (w.is_inference()) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (seen_.size() >= next_sweep_) sweep();
+    seen_.insert_or_assign(place_of(w, in_features),
+                           Seen{w.storage().getWeakStorageImpl(), w._version()});
+  }
+
+ private:
+  struct Place {
+    const void* data;
+    int64_t rows, stride, in_features;
+    bool operator==(const Place& other) const {
+      return data == other.data && rows == other.rows && stride == other.stride &&
+             in_features == other.in_features;
+    }
+  };
+  struct Hash {
+    size_t operator()(const Place& place) const { return std::hash<const void*>()(place.data); }
+  };
+  struct Seen {
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+    int64_t version;
+  };
+
+  static Place place_of(const at::Tensor& w, int64_t in_features) {
+    return {w.const_data_ptr(), w.size(0), w.stride(0), in_features};
+  }
+
+  void sweep() {
+    for (auto entry = seen_.begin(); entry != seen_.end();) {
+      entry = entry->second.storage.expired() ? seen_.erase(entry) : std::next(entry);
+    }
+    next_sweep_ = 2 * seen_.size() + 64;
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<Place, Seen, Hash> seen_;
+  size_t next_sweep_ = 64;
+};
+
+inline CheckedWeights& checked_weights() {
+  static auto* const weights = new CheckedWeights;  // outlives every thread
+  return *weights;
+}
+
+// The position of the first byte of a row that holds the code 3, or other weights than 0 past K;
+// -1 if there is none.
+inline int64_t find_invalid_byte(const uint8_t* row, int64_t K) {
+  const int64_t bytes = (K + 3) / 4;
+  int64_t b = 0;
+  // Code 3 is a pair of bits of which both are set.
+  for (; b + 8 <= bytes; b += 8) {
+    uint64_t word;
+    memcpy(&word, row + b, sizeof(word));
+    if ((word & word >> 1 & 0x5555555555555555u) != 0) break;
+  }
+  for (; b < bytes; ++b) {
+    if ((row[b] & row[b] >> 1 & 0x55) != 0) return b;
+  }
+  const int unused = (1 << 2 * (4 * bytes - K)) - 1;
+  return ((row[bytes - 1] ^ 0x55) & unused) != 0 ? bytes - 1 : -1;
+}
+
+// Raises ValueError for the first invalid byte of the weights. packing.py says the same.
+[[noreturn]] inline void report_invalid_byte(uint8_t byte, int64_t n, int64_t b, int64_t K) {
+  const bool code3 = (byte & byte >> 1 & 0x55) != 0;
+  TORCH_CHECK_VALUE(!code3, "bitlinear: w_packed holds the invalid code 3, first in byte ", b,
+                    " of row ", n,
+                    ": the bytes were changed (averaged, for example) or damaged, or are not in "
+                    "packed format version 1");
+  TORCH_CHECK_VALUE(false, "bitlinear: w_packed has weights beyond in_features = ", K,
+                    ": it was packed for a layer with up to ", 4 * ((K + 3) / 4));
+}
+
+}  // namespace bitlinear
