@@ -135,7 +135,7 @@ def deploy(model: _Model) -> _Model:
     for (weight, _), names in tied.items():
         w_packed, w_scale = layers[names[0]]._pack()
         for name in names:
-            layers[name]._drop_weight(w_packed, w_scale)
+            layers[name]._drop_weight(w_packed, w_scale, shared=len(names) > 1)
             keeper = elsewhere.get(weight)
             note = f"; {keeper} keeps the shared weight in floating point" if keeper else ""
             _logger.info("%s: deployed%s", name, note)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor, fx, nn
 
-from . import packing
-from .ops import inference_only_backward
+from . import packing, state
+from .ops import deployed_linear
+from .packed_weight import PackedWeight, warn_of_values
 from .quantize import (
-    MAX_IN_FEATURES,
-    absmean_scale,
     blended_linear,
     check_eps,
+    check_features,
     check_quant_type,
     check_strength,
+    scale_ternary,
     straight_through_linear,
 )
+from .state import why_no_plain_weight
 
 # Looked up once: a small layer at batch 1 notices every attribute on the way to its kernel.
 _linear = torch.ops.bitlinear.linear.default
@@ -27,90 +28,9 @@ _quantize_weight = torch.ops.bitlinear.quantize_weight.default
 
 _DEFAULT_EPS = 1e-6
 
-_GATHER = (
-    "gather its state with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-    "options=StateDictOptions(full_state_dict=True)) and load it into a model that is not sharded"
+_NO_PARAMETER = (
+    "this BitLinear is deployed and a weight assigned to it would be ignored; call undeploy() first"
 )
-
-
-class _InferenceOnly(torch.autograd.Function):
-    """The operator, with an output that says so when somebody differentiates it."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        w_packed: Tensor,
-        w_scale: Tensor,
-        bias: Tensor | None,
-        in_features: int,
-        eps: float,
-    ) -> Tensor:
-        output: Tensor = _linear(x, w_packed, w_scale, bias, in_features, eps)
-        return output
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.in_features = inputs[4]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return inference_only_backward(grad, ctx.in_features), None, None, None, None, None
-
-
-class _QuantizedWeight(NamedTuple):
-    """A weight as it was when it was quantised, and what came of it."""
-
-    weight: Tensor
-    version: int
-    shape: torch.Size
-    places: Tensor
-    sample: Tensor
-    packed: tuple[Tensor, Tensor]
-
-    @classmethod
-    def of(cls, weight: Tensor, packed: tuple[Tensor, Tensor]) -> _QuantizedWeight:
-        """That of ``weight`` as it is now."""
-        # Some values tell what changes a weight past its version counter (``.data``, FSDP).
-        rows, columns = (
-            torch.arange(0, size, max(1, size // 16), device=weight.device) for size in weight.shape
-        )
-        places = rows[:, None] * weight.shape[1] + columns
-        sample = torch.take(weight.detach(), places)
-        return cls(weight, weight._version, weight.shape, places, sample, packed)
-
-    def is_of(self, weight: Tensor) -> bool:
-        """Whether it is that of ``weight``, unchanged."""
-        return (
-            self.weight is weight
-            and self.version == weight._version
-            and self.shape == weight.shape
-            and torch.equal(self.sample, torch.take(weight.detach(), self.places))
-        )
-
-
-def _is_distributed(tensor: Any) -> bool:
-    """Whether it is a DTensor, of whose class this module need not know."""
-    return hasattr(tensor, "full_tensor")
-
-
-def _local_part(tensor: Any) -> Tensor:
-    """The part of a DTensor that this process holds; any other tensor as it is."""
-    part: Tensor = tensor.to_local() if _is_distributed(tensor) else tensor
-    return part
-
-
-def _may_keep(weight: Tensor) -> bool:
-    """Whether what comes of ``weight`` may be kept for the next call.
-
-    On other devices than a CPU, to quantise it again costs less than to wait for the answer whether
-    it has changed.
-    """
-    return (
-        type(weight) is nn.Parameter
-        and weight.is_cpu
-        and not weight.is_inference()
-        and not torch._C._is_tracing()
-    )
 
 
 class BitLinear(nn.Linear):
@@ -119,17 +39,18 @@ class BitLinear(nn.Linear):
     It trains like ``nn.Linear``: ``weight`` stays a floating-point parameter, which the forward
     pass quantises (quantisation-aware training with a straight-through estimator). :meth:`deploy`
     packs the weights, 2 bits each, and drops the floating-point ones; the layer then runs on the
-    compiled kernel, for inference only.
+    compiled kernel, and its weights are constants. Gradients of the input pass through it, so that
+    adapters and the layers in front of it can be trained.
 
     ``y = (q @ t.T) * (s_x * s_w) + bias``, with ``q, s_x`` the activations quantised to int8 per
     token (absmax) and ``t, s_w`` the weights quantised to {-1, 0, +1} per tensor (absmean), as in
     BitNet b1.58 (arXiv 2402.17764).
 
     Args:
-        in_features: ``K``, at least 1; to be deployed, at most 500,000.
+        in_features: ``K``, from 1 to 500,000.
         out_features: ``N``, at least 1.
         bias: Whether the layer learns an additive bias.
-        eps: Lower bound of the absmax of a token and of the absmean of the weights; at least 1e-36.
+        eps: Lower bound of the absmax of a token and of the absmean of the weights; at least 2e-36.
         quant_type: ``"ai8pc_wpt"``: int8 activations per token, ternary weights per tensor.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
@@ -140,7 +61,8 @@ class BitLinear(nn.Linear):
         ``nn.Linear`` would give.
 
     Attributes:
-        weight: Parameter ``(N, K)``. Absent from a deployed layer.
+        weight: Parameter ``(N, K)``. Of a deployed layer, a read-only tensor without memory (see
+            :mod:`bitlinear.packed_weight`), neither parameter nor buffer.
         bias: Parameter ``(N,)`` or None. A buffer of a deployed layer.
         w_packed: uint8 buffer ``(N, ceil(K/4))`` of a deployed layer; see
             :mod:`bitlinear.packing`.
@@ -148,6 +70,9 @@ class BitLinear(nn.Linear):
             scale per output feature). It stays fp32 through ``half()`` or ``to(dtype)``.
 
     Raises:
+        TypeError: ``in_features`` or ``out_features`` is no integer, or ``eps`` no number: where
+            ``nn.Linear`` has ``device`` and ``dtype``, this has ``eps`` and ``quant_type``, so pass
+            the former by name.
         ValueError: ``in_features``, ``out_features``, ``eps`` or ``quant_type`` is not as above.
 
     A token that holds a NaN or an infinity gives a row of NaN and touches no other row. The
@@ -161,8 +86,13 @@ class BitLinear(nn.Linear):
     w_packed: Tensor
     w_scale: Tensor
 
-    _quantized: _QuantizedWeight | None = None
-    _blend: Tensor | None = None
+    _strength = 1.0
+    _blend: Tensor | None = None  # the strength, where it is below 1
+    # Whether the forward pass ran before deployment: bitlinear.deploy() warns where it did not.
+    _called = False
+    # Whether other layers have the same w_packed.
+    _shares_packed = False
+    _has_warned_of_values = False
 
     def __init__(
         self,
@@ -174,18 +104,15 @@ class BitLinear(nn.Linear):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if in_features < 1 or out_features < 1:
-            raise ValueError(
-                f"bitlinear: in_features and out_features must be at least 1, but they are "
-                f"{in_features} and {out_features}"
-            )
+        check_features(in_features, out_features)
         check_eps(eps)
         check_quant_type(quant_type)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.eps = float(eps)
         self.quant_type = quant_type
-        # The dtype of the weight that a deployed layer gets back from undeploy().
+        # The dtype that the weight of a deployed layer had, and gets back from undeploy().
         self._weight_dtype = self.weight.dtype
+        state.remember(self)
 
     @classmethod
     def from_linear(
@@ -238,7 +165,7 @@ class BitLinear(nn.Linear):
         Raises:
             ValueError: It is set to what is not between 0 and 1, or below 1 on a deployed layer.
         """
-        return 1.0 if self._blend is None else float(self._blend)
+        return self._strength
 
     @quantization_strength.setter
     def quantization_strength(self, strength: float) -> None:
@@ -248,14 +175,16 @@ class BitLinear(nn.Linear):
                 f"this BitLinear is deployed, so its quantization_strength is 1 and cannot be "
                 f"{strength}: call undeploy() first"
             )
+        self._strength = float(strength)
         if strength == 1:
             self._blend = None
         elif self._blend is None:
-            # A tensor, which a compiled model reads anew, where it would be compiled for a number.
+            # A tensor, whose value a compiled model reads in every call; for a number it would be
+            # compiled again.
             with torch.inference_mode(False):  # or it could be set again in that mode only
-                self._blend = torch.tensor(float(strength), device="cpu")
+                self._blend = torch.tensor(self._strength, dtype=torch.float32, device="cpu")
         else:
-            self._blend.fill_(float(strength))
+            self._blend.fill_(self._strength)
 
     @property
     def is_deployed(self) -> bool:
@@ -264,57 +193,68 @@ class BitLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to ``input`` of shape ``(..., K)``; see :class:`BitLinear`."""
+        if type(input) is not Tensor:
+            special = self._forward_of_special(input)
+            if special is not None:
+                return special
         buffers = self._buffers
         if "w_packed" not in buffers:
             return self._forward_in_training(input)
+        bias = buffers["bias"]
         arguments = (
             input,
             buffers["w_packed"],
             buffers["w_scale"],
-            buffers["bias"],
+            bias,
             self.in_features,
             self.eps,
         )
-        if torch.is_grad_enabled() and input.requires_grad:
-            output: Tensor = _InferenceOnly.apply(*arguments)  # type: ignore[no-untyped-call]
-        else:
-            output = _linear(*arguments)
+        if torch.is_grad_enabled() and (
+            input.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return deployed_linear(*arguments)
+        output: Tensor = _linear(*arguments)
         return output
 
     def _forward_in_training(self, input: Tensor) -> Tensor:
-        weight = self.weight
+        if not torch.compiler.is_compiling():
+            self.__dict__["_called"] = True
+        weight, bias = self.weight, self.bias
         if self._blend is not None:
-            return blended_linear(input, weight, self.bias, self._blend, self.eps)
-        packed = None if torch.compiler.is_compiling() else self._quantize(weight)
-        if (  # as a deployed layer
-            packed is not None
-            and self.in_features <= MAX_IN_FEATURES
-            and input.is_cpu
-            and not torch.is_grad_enabled()
-        ):
-            output: Tensor = _linear(input, *packed, self.bias, self.in_features, self.eps)
-            return output
-        return straight_through_linear(input, weight, self.bias, self.eps, packed)
+            return blended_linear(input, weight, bias, self._blend, self.eps)
+        if type(weight) is not nn.Parameter and state.is_distributed(weight):
+            raise TypeError(
+                "BitLinear cannot be trained with a weight that is a DTensor in its forward pass "
+                "(tensor parallelism), as its scale is that of the whole weight: train with FSDP2 "
+                "(fully_shard) or DDP; bitlinear.tensor_parallel is for deployed layers"
+            )
+        return straight_through_linear(input, weight, bias, self.eps)
 
-    def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-        """``(w_packed, w_scale)``, kept as long as the weight is unchanged; or None."""
-        if not _may_keep(weight):
-            if _is_distributed(weight):
-                raise TypeError(
-                    "BitLinear cannot be trained with a weight that is a DTensor in its forward "
-                    "pass (tensor parallelism), as its scale is that of the whole weight: train "
-                    "with FSDP2 (fully_shard) or DDP; bitlinear.tensor_parallel is for deployed "
-                    "layers"
+    def _forward_of_special(self, input: Any) -> Any:
+        """The output for what is no plain tensor; None if it is to be treated as one.
+
+        Raises:
+            TypeError: ``input`` is no tensor.
+        """
+        if isinstance(input, fx.Proxy):  # The layer is a leaf of the graph, as an nn.Linear is.
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        if not isinstance(input, Tensor):
+            raise TypeError(
+                f"BitLinear needs a torch.Tensor, but got {type(input).__name__}: convert it, for "
+                f"example with torch.as_tensor(x)"
+            )
+        if input.is_nested and input.layout == torch.jagged:
+            if input._ragged_idx == input.dim() - 1:
+                raise ValueError(
+                    f"the last dimension of x must be in_features = {self.in_features}, but it is "
+                    f"the jagged one of a nested tensor: transpose it first"
                 )
-            return None
-        known = self._quantized
-        if known is None or not known.is_of(weight):
-            # Tensors made in inference mode could not be saved for a backward pass later on.
-            with torch.inference_mode(False), torch.no_grad():
-                packed = _quantize_weight(weight, self.eps)
-                known = _QuantizedWeight.of(weight, packed)
-            self._quantized = known
-        return known.packed
+            values = self(input.values())
+            return torch.nested.nested_tensor_from_jagged(
+                values, input.offsets(), input.lengths(), jagged_dim=input._ragged_idx
+            )
+        return None
 
     def __prepare_scriptable__(self) -> Any:
         """Called by ``torch.jit.script``, which would fail on the first annotation."""
@@ -323,23 +263,25 @@ class BitLinear(nn.Linear):
             "under torch.no_grad()"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_quantized", None)
-        return state
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        super().__setstate__(saved)  # type: ignore[no-untyped-call]
+        state.remember(self)
 
     def deploy(self) -> BitLinear:
         """Quantises and packs the weights, in place, and drops the floating-point ones.
 
         Idempotent. The packed layer computes what the layer computed before, in a sixteenth of
-        the memory. Parameters become buffers: make a new optimizer if training goes on around it.
+        the memory. Its parameters become buffers, which no optimizer changes: if all layers of a
+        model are deployed, it has nothing to train and ``loss.backward()`` raises. Another layer
+        that has the same weight keeps it; :func:`bitlinear.deploy` deploys tied layers together.
+        Beyond the packed weight, this takes a few MB.
 
         Returns:
             The layer.
 
         Raises:
-            ValueError: A weight is NaN or infinite, ``in_features`` exceeds 500,000, or the weight
-                is no ordinary parameter (parametrised, pruned, sharded). The layer is unchanged.
+            ValueError: A weight is NaN or infinite, or the weight is no ordinary parameter
+                (parametrised, pruned, sharded). The layer is unchanged.
         """
         if not self.is_deployed:
             reason = self._why_not_deployable()
@@ -351,28 +293,41 @@ class BitLinear(nn.Linear):
     def undeploy(self) -> BitLinear:
         """Makes a deployed layer trainable again, in place. Idempotent.
 
-        The new ``weight`` is ``w_scale * ternary``: what ``deploy`` rounded away does not come
-        back. Nor does the scale, where some weights are 0: the absmean of the new weight, which
-        quantises it again, is ``w_scale`` times the fraction of weights that are not 0. The new
-        parameters require gradients; ``weight`` has the dtype of ``bias``, or else the dtype that
-        it had before.
+        The new ``weight`` is ``ternary * (w_scale / mean|ternary|)``, so that it quantises to the
+        same ternary weights and the same scale, and the layer computes what it computed before.
+        (Some of the values differ from this by one unit in the last place where their mean would
+        not round to ``w_scale`` otherwise. In 16 bits, the mean of a small weight can be no closer
+        than their precision. A layer with a scale per output feature keeps the scale of each row,
+        but is quantised with one scale.) What :meth:`deploy` rounded away does not come back.
+
+        The new parameters require gradients, and an optimizer that was made before does not know
+        them. ``weight`` has the dtype that it had before deployment. Layers that share one packed
+        weight are made trainable together, and share the new one.
 
         Returns:
             The layer.
 
         Raises:
-            ValueError: The layer is divided among processes (:mod:`bitlinear.tensor_parallel`).
+            ValueError: The layer is divided among processes (:mod:`bitlinear.tensor_parallel`), or
+                the weight would overflow its dtype. The layer is unchanged.
         """
         if self.is_deployed:
-            w_packed, w_scale = self.w_packed, self.w_scale
-            weight = self._restore_weight()
-            with torch.no_grad():
-                for first, rows in packing.enumerate_chunks(w_packed):
-                    scale = w_scale[first : first + len(rows)] if w_scale.dim() == 2 else w_scale
-                    weight[first : first + len(rows)] = (
-                        packing.expand(rows, self.in_features).to(torch.float32) * scale
-                    )
+            layers = self._sharing_layers()
+            weight = self._undeployed_weight()
+            for layer in layers:
+                layer._take_weight(weight)
         return self
+
+    @torch.no_grad()
+    def dequantize(self) -> Tensor:
+        """The scale times the ternary weights, whether the layer is deployed or not.
+
+        Returns:
+            fp32, shape ``(N, K)``: a new tensor.
+        """
+        w_packed, w_scale = (self.w_packed, self.w_scale) if self.is_deployed else self._pack()
+        t = torch.ops.bitlinear.expand_weight.default(w_packed, self.in_features)
+        return t.mul_(w_scale)
 
     def extra_repr(self) -> str:
         """``nn.Linear``'s, with the quantisation and whether the layer is deployed."""
@@ -383,39 +338,50 @@ class BitLinear(nn.Linear):
             parts.append("deployed=True")
         return ", ".join(parts)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata[prefix[:-1]].update(state.metadata_of(self))
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in ``nn.Module``; raises AttributeError for ``weight`` of a deployed layer."""
-        if name == "weight" and param is not None and "w_packed" in self._buffers:
-            raise AttributeError(
-                "this BitLinear is deployed: a weight assigned to it would be ignored; call "
-                "undeploy() first"
-            )
+        """As in ``nn.Module``; raises AttributeError for the weight of a deployed layer."""
+        if "w_packed" in self._buffers and (name == "weight" or isinstance(param, PackedWeight)):
+            raise AttributeError(_NO_PARAMETER)
         super().register_parameter(name, param)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # FSDP2 assigns the weight each time that it has gathered it (past its version counter) and
-        # each time that it frees it, so that what is kept ends there. It does so only where a
-        # class has its own __setattr__; it writes past nn.Module's.
-        if name == "weight":
-            self._quantized = None
+        if name == "weight" and "w_packed" in self.__dict__.get("_buffers", ()):
+            raise AttributeError(_NO_PARAMETER)
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and "w_packed" in self.__dict__.get("_buffers", ()):
-            raise AttributeError(
-                "this BitLinear is deployed and has no floating-point 'weight', only 'w_packed' "
-                "and 'w_scale': call undeploy() to get one back, or put an nn.Linear where another "
-                "module reads the weight and never calls the layer"
-            )
+            return self._stand_in()
         return super().__getattr__(name)
+
+    def _stand_in(self) -> PackedWeight:
+        """What ``weight`` is while the layer is deployed."""
+        w_packed, w_scale = self.w_packed, self.w_scale
+        dtype = self._weight_dtype
+
+        def values() -> Tensor:
+            if not self._has_warned_of_values:
+                self._has_warned_of_values = True
+                warn_of_values()
+            with torch.no_grad():
+                t = torch.ops.bitlinear.expand_weight.default(w_packed, self.in_features)
+                weight: Tensor = t.mul_(w_scale).to(dtype)
+                return weight
+
+        def linear(x: Tensor, bias: Tensor | None) -> Tensor:
+            return deployed_linear(x, w_packed, w_scale, bias, self.in_features, self.eps)
+
+        shape = (self.out_features, self.in_features)
+        return PackedWeight(shape, dtype, w_packed.device, values, linear)
 
     def _why_not_deployable(self) -> str:
         """Why :meth:`deploy` would refuse, or ``""``."""
-        if self.in_features > MAX_IN_FEATURES:
-            return (
-                f"in_features is {self.in_features}, but the kernels' int32 sums are exact only "
-                f"up to {MAX_IN_FEATURES}; split the layer along in_features"
-            )
         if self._blend is not None:
             return (
                 f"its quantization_strength is {self.quantization_strength:g}, and a deployed "
@@ -424,9 +390,10 @@ class BitLinear(nn.Linear):
         reason = why_no_plain_weight(self)
         if reason:
             return reason
-        # The mean of |weight| is finite only if every weight is: no mask as large as the weight.
-        if not self.weight.is_meta and not bool(absmean_scale(self.weight.detach()).isfinite()):
-            return "its weight has values that are NaN, infinite, or too large for their sum"
+        weight = self.weight.detach()
+        # Both bounds are NaN if any weight is; nothing as large as the weight is made.
+        if not weight.is_meta and not bool(torch.stack(weight.aminmax()).float().isfinite().all()):
+            return "its weight has values that are NaN, infinite, or too large for float32"
         return ""
 
     @torch.inference_mode(False)  # buffers made in inference mode could never be loaded into
@@ -436,50 +403,73 @@ class BitLinear(nn.Linear):
         packed: tuple[Tensor, Tensor] = _quantize_weight(self.weight, self.eps)
         return packed
 
-    def _drop_weight(self, w_packed: Tensor, w_scale: Tensor) -> None:
-        """Turns the parameters into the buffers of a deployed layer."""
-        bias = self.bias
-        self._quantized = None
-        self._weight_dtype = self.weight.dtype
+    def _drop_weight(self, w_packed: Tensor, w_scale: Tensor, shared: bool = False) -> None:
+        """Turns the parameters into the buffers of a deployed layer.
+
+        ``shared`` says whether other layers get the same buffers.
+        """
+        weight, bias = self.weight, self.bias
         del self.weight, self.bias
         self.register_buffer("w_packed", w_packed)
         self.register_buffer("w_scale", w_scale)
         # A copy: an optimizer that still holds the parameter must not reach the deployed layer.
         with torch.inference_mode(False):
             self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self._weight_dtype = weight.dtype
+        self._shares_packed = shared
+        self.quantization_strength = 1.0
 
-    def _restore_weight(self) -> Tensor:
-        """Turns the buffers into parameters; the values of the weight are for the caller to set.
-
-        Raises:
-            ValueError: The buffers are DTensors. Nothing was done.
-        """
-        if _is_distributed(self.w_packed):
-            raise ValueError(
-                f"this BitLinear is divided among processes, for inference only: {_GATHER}, which "
-                f"can be trained"
-            )
-        device, bias = self.w_packed.device, self.bias
-        dtype = self._weight_dtype if bias is None else bias.dtype
-        shape = (self.out_features, self.in_features)
-        # Both are made before anything is dropped, and outside inference mode, where a tensor could
-        # never require gradients.
-        with torch.inference_mode(False):
-            weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-            addend = None if bias is None else nn.Parameter(bias.detach().clone())
+    def _take_weight(self, weight: nn.Parameter) -> None:
+        """Turns the buffers of a deployed layer into parameters."""
+        bias = self.bias
+        if bias is not None:
+            # Outside of inference mode, where a tensor could never require gradients.
+            with torch.inference_mode(False):
+                bias = nn.Parameter(bias.detach().clone())
         del self.w_packed, self.w_scale, self.bias
         self.weight = weight
-        self.register_parameter("bias", addend)
-        return self.weight
+        self.register_parameter("bias", bias)
+        self._shares_packed = False
+
+    def _sharing_layers(self) -> list[BitLinear]:
+        """This layer, and those with the same packed weight."""
+        others = state.layers_with(self.w_packed) if self._shares_packed else []
+        return [self, *(layer for layer in others if layer is not self)]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _undeployed_weight(self) -> nn.Parameter:
+        """What the packed weights came from, as far as :meth:`undeploy` can tell."""
+        w_packed, w_scale = self.w_packed, self.w_scale
+        if state.is_distributed(w_packed):
+            raise ValueError(
+                f"this BitLinear is divided among processes, for inference only: {state.GATHER}, "
+                f"which can be trained"
+            )
+        weight = torch.empty(
+            (self.out_features, self.in_features), dtype=self._weight_dtype, device=w_packed.device
+        )
+        if not weight.is_meta:
+            scale_ternary(weight, w_packed, w_scale)
+        return nn.Parameter(weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BitLinear:
         """Keeps ``w_packed`` and ``w_scale`` in their dtypes, whatever ``fn`` converts to."""
-        before = {name: self._buffers.get(name) for name in ("w_packed", "w_scale")}
+        if not self.is_deployed:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        sharing = self._sharing_layers()
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in before.items():
-            after = self._buffers.get(name)
-            if tensor is not None and after is not None and after.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(after.device)
+        device = self.w_scale.device
+        self._weight_dtype = fn(torch.empty(0, dtype=self._weight_dtype, device=device)).dtype
+        for name in state.PACKED:
+            old, new = before[name], self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+            tensor = state.as_buffer(self._buffers[name])
+            for layer in sharing:
+                layer._buffers[name] = tensor
         return self
 
     def _load_from_state_dict(
@@ -507,142 +497,59 @@ class BitLinear(nn.Linear):
                 unexpected_keys,
                 error_msgs,
             )
+        except state.IncompleteState as error:
+            missing_keys += [prefix + name for name in error.missing]
+            unexpected_keys += [prefix + name for name in error.unexpected]
         except (TypeError, ValueError) as error:
             error_msgs.append(f"While loading {prefix.rstrip('.') or 'BitLinear'}: {error}")
         finally:
             handle.remove()
+        state.rename_missing(self, prefix, missing_keys)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _prepare_to_load(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *_: Any,
     ) -> None:
-        """Gives the layer the parameters or buffers, still unset, that ``state_dict`` has for it.
+        """Gives the layer the kind of weights that ``state_dict`` has for it.
 
         Raises:
-            TypeError, ValueError: The state is newer, incomplete or damaged, or does not fit.
-                Nothing was done.
+            TypeError, ValueError, state.IncompleteState: See :func:`state.check`. Nothing was done.
         """
-        version = local_metadata.get("version") or 1  # What has no version is version 1.
-        if version > packing.FORMAT_VERSION:
-            raise ValueError(
-                f"it is in format version {version}, but this bitlinear reads up to version "
-                f"{packing.FORMAT_VERSION}: upgrade bitlinear"
-            )
-        names = ("weight", "w_packed", "w_scale", "bias")
-        state = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        for name, value in state.items():
-            if not torch.overrides.is_tensor_like(value):
-                raise TypeError(f"{name} must be a tensor, but it is a {type(value).__name__}")
-        if "w_packed" in state or "w_scale" in state:
-            state = self._check_deployed_state(state)
-            # The dictionary is this module's own copy: load_state_dict sees to that.
-            state_dict.update({prefix + name: tensor for name, tensor in state.items()})
-            w_packed, w_scale = state["w_packed"], state["w_scale"]
-            if not self.is_deployed:
-                device = self.weight.device
-                self._drop_weight(
-                    torch.empty_like(w_packed, device=device),
-                    torch.empty_like(w_scale, device=device),
-                )
-            elif self.w_scale.shape != w_scale.shape:
-                self.w_scale = torch.empty_like(w_scale, device=self.w_scale.device)
-        elif "weight" in state and self.is_deployed:
-            _check_shape("weight", state["weight"], [self.out_features, self.in_features])
-            self._restore_weight()
+        assigns = local_metadata.get("assign_to_params_buffers", False)
+        tied = [] if assigns else state.tied_layers(self, missing_keys)
+        tensors, kind = state.check(self, state_dict, prefix, local_metadata)
+        # The dictionary is this module's own copy: load_state_dict has made it.
+        state_dict.update({prefix + name: tensor for name, tensor in tensors.items()})
+        if kind == "packed":
+            self._become_packed(tensors["w_packed"], tensors["w_scale"], tied, assigns)
+        elif kind == "float" and self.is_deployed:
+            weight = tensors["weight"].detach()
+            if not assigns:
+                weight = weight.to(self.w_packed.device, self._weight_dtype, copy=True)
+            parameter = nn.Parameter(weight)
+            for layer in (self, *tied):
+                layer._take_weight(parameter)
 
-    def _check_deployed_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a deployed state, ready to be loaded.
-
-        Raises:
-            TypeError, ValueError: The state is incomplete, damaged, or does not fit the layer.
-        """
-        if "weight" in state:
-            raise ValueError(
-                "it holds both 'weight' and packed weights: remove the ones that are not meant"
-            )
-        absent = {"w_packed", "w_scale"} - set(state)
-        if absent:
-            raise ValueError(
-                f"{absent.pop()} is missing: a deployed layer has w_packed and w_scale"
-            )
-        reason = "" if self.is_deployed else why_no_plain_weight(self)
-        if reason:
-            raise ValueError(f"the layer cannot become a deployed one: {reason}")
-        sharded = _is_distributed(state["w_packed"])
-        divided = _is_distributed(self._buffers.get("w_packed"))
-        if sharded and not divided:
-            raise ValueError(f"its tensors are sharded, but those of the layer are not: {_GATHER}")
-        if divided and not sharded:
-            raise ValueError(
-                "the layer is divided among processes, but the state is not: load it with "
-                "torch.distributed.checkpoint.state_dict.set_model_state_dict(model, state, "
-                "options=StateDictOptions(full_state_dict=True)), or before parallelize_module"
-            )
-        # Detached: with assign=True a Parameter would be registered as one.
-        tensors = {name: value.detach() for name, value in state.items()}
-        _check_shape(
-            "w_packed",
-            tensors["w_packed"],
-            list(packing.packed_shape(self.out_features, self.in_features)),
-        )
-        w_packed = _local_part(tensors["w_packed"])
-        # A part of the columns is a whole number of bytes.
-        packing.check_packed(w_packed, min(self.in_features, 4 * w_packed.shape[1]))
-        tensors["w_scale"] = _checked_scale(tensors["w_scale"], self.out_features)
-        if "bias" in tensors and self.bias is not None:
-            _check_shape("bias", tensors["bias"], [self.out_features])
-            if not tensors["bias"].is_floating_point():
-                raise TypeError(f"bias must be floating point, but it is {tensors['bias'].dtype}")
-        return tensors
-
-
-def why_no_plain_weight(linear: nn.Linear) -> str:
-    """Why the weight of ``linear`` cannot be taken as an ordinary parameter, or ``""``."""
-    if isinstance(linear, BitLinear) and linear.is_deployed:
-        return "it is a deployed BitLinear; call undeploy() first"
-    if parametrize.is_parametrized(linear):
-        return "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
-    weight = linear._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed, not a parameter (weight_norm, pruning); remove that first"
-    if linear.bias is not None and "bias" not in linear._parameters:
-        return "its bias is computed, not a parameter (pruning); remove that first"
-    if nn.parameter.is_lazy(weight):
-        return "it is lazy; run it once on an example, so that its weight gets a shape"
-    if _is_distributed(weight):
-        return (
-            f"its weight is sharded (a DTensor); convert before sharding, and to deploy, {_GATHER}"
-        )
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}, not floating point"
-    if weight.dim() != 2 or weight.numel() == 0:
-        return f"its weight has shape {list(weight.shape)}; (N, K) with N and K >= 1 is needed"
-    return ""
-
-
-def _check_shape(name: str, tensor: Tensor, shape: list[int]) -> None:
-    if list(tensor.shape) != shape:
-        raise ValueError(
-            f"size mismatch for {name}: it has shape {list(tensor.shape)}, but this layer needs "
-            f"{shape}"
-        )
-
-
-def _checked_scale(w_scale: Tensor, out_features: int) -> Tensor:
-    """``w_scale`` of a checkpoint, a scalar reshaped to ``(1,)``."""
-    if w_scale.dtype != torch.float32:
-        raise TypeError(
-            f"w_scale must be float32, but it is {w_scale.dtype}: a tool has converted the "
-            f"checkpoint; convert w_scale back with .float()"
-        )
-    if w_scale.dim() == 0:
-        w_scale = w_scale.reshape(1)
-    if list(w_scale.shape) not in ([1], [out_features, 1]):
-        raise ValueError(
-            f"w_scale must have shape [1] or [{out_features}, 1], one scale per tensor or per "
-            f"output feature, but it has {list(w_scale.shape)}; scales per group are not supported "
-            f"by this version"
-        )
-    values = _local_part(w_scale)
-    if not values.is_meta and not bool((values.isfinite() & (values > 0)).all()):
-        raise ValueError("w_scale must be finite and positive: the checkpoint is damaged")
-    return w_scale
+    def _become_packed(
+        self, w_packed: Tensor, w_scale: Tensor, tied: list[BitLinear], assigns: bool
+    ) -> None:
+        """Has this layer and those that share its weight hold packed weights of these shapes."""
+        layers = (self, *tied)
+        if not self.is_deployed:
+            device = self.weight.device
+            if not assigns:
+                w_packed, w_scale = (t.to(device, copy=True) for t in (w_packed, w_scale))
+            for layer in layers:
+                layer._drop_weight(w_packed, w_scale, shared=bool(tied))
+        elif self.w_scale.shape != w_scale.shape:
+            if not assigns:
+                w_scale = w_scale.to(self.w_scale.device, copy=True)
+            for layer in layers:
+                layer._buffers["w_scale"] = w_scale

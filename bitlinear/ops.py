@@ -6,6 +6,7 @@ operator is here, and the reference implementation runs wherever there is no ker
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,15 +19,19 @@ from . import packing
 from .quantize import (
     ACTIVATION_DTYPES,
     MAX_IN_FEATURES,
-    absmean_scale,
     check_activations,
     check_device,
     check_eps,
     dtype_name,
     epilogue,
     integer_product,
+    product_dtype,
     quantize_activations,
+    refuse_layout,
+    row_sums,
+    scale_of_sums,
     ternarize,
+    without_autocast,
 )
 
 # Parameters that no kernel serves yet (group_size, act_bits) are here so that graphs which are
@@ -41,7 +46,11 @@ SCHEMAS = (
     "expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
 )
 
-_BACKWARD_SCHEMA = "inference_only_backward(Tensor grad, int in_features) -> Tensor"
+# Of tensors without strides. Where no kernel is registered, torch's message lists all that are.
+_REFUSED_KEYS = (
+    *("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA"),
+    *("NestedTensorCPU", "NestedTensorCUDA", "MkldnnCPU"),
+)
 
 # The registrations last as long as this object.
 _library: torch.library.Library | None = None
@@ -60,10 +69,6 @@ def register(compiled: bool) -> None:
     _library = library = torch.library.Library("bitlinear", "FRAGMENT")
     pt2 = (torch.Tag.pt2_compliant_tag,)
 
-    library.define(_BACKWARD_SCHEMA, tags=pt2)
-    torch.library.register_fake("bitlinear::inference_only_backward", _fake_backward, lib=library)
-    library.impl("inference_only_backward", raise_inference_only, "CompositeExplicitAutograd")
-
     if not compiled:
         for schema in SCHEMAS:
             library.define(schema, tags=pt2)
@@ -77,15 +82,15 @@ def register(compiled: bool) -> None:
     for name, (fake, reference) in implementations.items():
         torch.library.register_fake(f"bitlinear::{name}", fake, lib=library)
         library.impl(name, reference, "CompositeExplicitAutograd")
+    for key in _REFUSED_KEYS:
+        library.impl("linear", refuse_layout, key)
     for device_type in ("cpu", "cuda"):
         key = f"Autocast{device_type.upper()}"
         library.impl("linear", _autocast_linear(device_type, key), key)
     if not compiled:
-        torch.library.register_autograd(
-            "bitlinear::linear", _backward, setup_context=_setup_context, lib=library
-        )
+        torch.library.register_autograd("bitlinear::linear", _no_derivative, lib=library)
     if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap is a loop
-        for name in (*implementations, "inference_only_backward"):
+        for name in implementations:
             operator = getattr(torch.ops.bitlinear, name).default
             torch.library.register_vmap(f"bitlinear::{name}", _vmap(operator), lib=library)
     register_flop_formula(torch.ops.bitlinear.linear)(_count_flops)
@@ -198,6 +203,7 @@ def reference_linear(
         NotImplementedError, TypeError, ValueError: See :func:`check_arguments`.
     """
     check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, out_dtype)
+    packing.check_packed(w_packed, in_features)
     q, s_x = quantize_activations(x.reshape(-1, in_features), eps)
     q = q.to(torch.float32)
     out_features = w_packed.shape[0]
@@ -241,7 +247,11 @@ def reference_quantize_weight(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor
         ``w_packed``: uint8, shape ``(N, ceil(K/4))``, see :mod:`bitlinear.packing`; and
         ``w_scale``: fp32, shape ``(1,)``, NaN or infinite if a weight is (its code is then 0).
     """
-    w_scale = absmean_scale(weight, eps)
+    chunks = packing.enumerate_chunks(weight)
+    sums = row_sums(weight[:0]).new_empty(len(weight))
+    for first, rows in chunks:
+        sums[first : first + len(rows)] = row_sums(rows)
+    w_scale = scale_of_sums(sums, weight.numel(), eps)
     return packing.pack_quantized(weight, lambda rows: ternarize(rows, w_scale)), w_scale
 
 
@@ -335,7 +345,7 @@ def _autocast_linear(device_type: str, key: str) -> Any:
 def _vmap(operator: Any) -> Callable[..., tuple[Any, int]]:
     """The rule of an operator for vmap: one more dimension of tokens, but one weight at a time."""
     names = [argument.name for argument in operator._schema.arguments]
-    of_tokens = {"x", "q", "s_x", "grad"} & {*names}
+    of_tokens = {"x", "q", "s_x"} & {*names}
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, int]:
         if of_tokens == {name for name, dim in zip(names, in_dims) if dim is not None}:
@@ -357,27 +367,98 @@ def _count_flops(x_shape: Any, w_shape: Any, *_: Any, **__: Any) -> int:
     return int(2 * math.prod(x_shape) * w_shape[0])
 
 
-def raise_inference_only(grad: Tensor, in_features: int) -> Tensor:
-    """The backward pass of a deployed layer."""
-    raise RuntimeError(
-        "BitLinear is deployed (inference only), so there is no backward pass through it: call "
-        "undeploy() to train it, or run the forward pass under torch.no_grad()"
+def _no_derivative(ctx: Any, grad: Tensor) -> Any:
+    """As in C++, where the derivative is registered as not implemented."""
+    raise NotImplementedError(
+        "bitlinear: the derivative of torch.ops.bitlinear.linear is not implemented: use "
+        "bitlinear.ops.deployed_linear, which has the gradient of x"
     )
 
 
-def _fake_backward(grad: Tensor, in_features: int) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], in_features))
+class _DeployedLinear(torch.autograd.Function):
+    """The operator, with the gradients of ``x`` and of the bias. The weights are constants."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        eps: float,
+    ) -> Tensor:
+        output: Tensor = torch.ops.bitlinear.linear.default(
+            x, w_packed, w_scale, bias, in_features, eps
+        )
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, w_packed, w_scale, bias, ctx.in_features, _ = inputs
+        ctx.save_for_backward(w_packed, w_scale)
+        ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, _, needs_scale, needs_bias, *_ = ctx.needs_input_grad
+        if needs_scale:
+            raise NotImplementedError(
+                "bitlinear: w_scale has no gradient, as the weights of a deployed layer are "
+                "constants: call undeploy() to train them, or w_scale.requires_grad_(False)"
+            )
+        grad_x = grad_bias = None
+        x_dtype, bias_dtype = ctx.dtypes
+        device_type = grad.device.type
+        with without_autocast(device_type):
+            if needs_x:
+                w_packed, w_scale = ctx.saved_tensors
+                dtype = product_dtype(device_type, grad.dtype)
+                t = torch.ops.bitlinear.expand_weight.default(
+                    w_packed, ctx.in_features, None, dtype
+                )
+                scaled = grad.to(torch.float32) * w_scale.reshape(-1)
+                grad_x = (scaled.to(dtype) @ t).to(x_dtype)
+            if needs_bias:
+                grad_bias = grad.reshape(-1, grad.shape[-1]).to(torch.float32).sum(dim=0)
+                grad_bias = grad_bias.to(bias_dtype)
+        return grad_x, None, None, grad_bias, None, None
 
 
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.in_features = inputs[4]
+_DeployedLinear.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    _DeployedLinear.forward
+)
 
 
-def _backward(ctx: Any, grad: Tensor) -> Any:
-    return inference_only_backward(grad, ctx.in_features), *[None] * 8
+def deployed_linear(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    """:func:`reference_linear` by the compiled kernel, with gradients of ``x`` and ``bias``.
 
+    The gradient passes straight through the activations' quantiser: ``grad_x = (grad * w_scale.T)
+    @ t``, in fp32 (on a GPU, where ``grad`` has 16 bits, the product in its dtype).
 
-def inference_only_backward(grad: Tensor, in_features: int) -> Tensor:
-    """Raises RuntimeError when it runs; as an operator, so that a compiler can trace past it."""
-    result: Tensor = torch.ops.bitlinear.inference_only_backward.default(grad, in_features)
-    return result
+    Args:
+        x: fp32, fp16 or bf16, shape ``(..., K)``.
+        w_packed: uint8, shape ``(N, ceil(K/4))``; see :mod:`bitlinear.packing`.
+        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``.
+        bias: Floating point, shape ``(N,)``, or None.
+        in_features: ``K``.
+        eps: Lower bound of the absmax of a token.
+
+    Returns:
+        Shape ``(..., N)``, in the dtype of ``x``; under autocast, in the dtype of autocast.
+    """
+    arguments = (x, w_packed, w_scale, bias, in_features, eps)
+    needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+    if needs_grad and torch.is_grad_enabled():
+        output: Tensor = _DeployedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        output = torch.ops.bitlinear.linear.default(*arguments)
+    return output

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from . import packing
 
 QUANT_TYPES = ("ai8pc_wpt",)
 """``ai8pc_wpt``: int8 activations, one scale per token; ternary weights, one scale per tensor."""
@@ -52,10 +54,34 @@ def check_quant_type(quant_type: str) -> None:
 
 def check_eps(eps: float) -> None:
     """Raises ValueError unless ``eps`` is between :data:`MIN_EPS` and :data:`MAX_EPS`."""
+    if not isinstance(eps, (int, float)):
+        raise TypeError(
+            f"bitlinear: eps must be a number, but it is {eps!r}: pass device and dtype by name, "
+            f"as eps and quant_type come before them"
+        )
     if not MIN_EPS <= eps <= MAX_EPS:
         raise ValueError(
             f"bitlinear: eps must be between 1e-36 and 1e+18 (127 / eps and eps * eps have to fit "
             f"float32), but it is {eps:g}"
+        )
+
+
+def check_features(in_features: int, out_features: int) -> None:
+    """Raises TypeError or ValueError unless a layer can have so many features."""
+    for name, value in (("in_features", in_features), ("out_features", out_features)):
+        try:
+            operator.index(value)
+        except TypeError:
+            raise TypeError(f"bitlinear: {name} must be an integer, but it is {value!r}") from None
+    if in_features < 1 or out_features < 1:
+        raise ValueError(
+            f"bitlinear: in_features and out_features must be at least 1, but they are "
+            f"{in_features} and {out_features}"
+        )
+    if in_features > MAX_IN_FEATURES:
+        raise ValueError(
+            f"bitlinear: in_features must be at most {MAX_IN_FEATURES} (where int32 sums are "
+            f"exact), but it is {in_features}: split the layer along in_features"
         )
 
 
@@ -65,8 +91,19 @@ def check_strength(strength: float) -> None:
         raise ValueError(f"quantization_strength must be between 0 and 1, not {strength}")
 
 
+def refuse_layout(x: Tensor, *_: Any) -> NoReturn:
+    """Raises the TypeError for a tensor whose values do not lie at strides."""
+    layout = "torch.nested" if x.is_nested else str(x.layout)
+    raise TypeError(
+        f"bitlinear: x must be strided, but it is {layout}: convert it with x.to_dense(), or a "
+        f"nested tensor to layout=torch.jagged"
+    )
+
+
 def check_activations(x: Tensor, in_features: int) -> None:
-    """Raises TypeError for the dtype, ValueError for the shape, of an unsuitable ``x``."""
+    """Raises TypeError for an unsuitable layout or dtype of ``x``, ValueError for its shape."""
+    if x.layout != torch.strided or x.is_nested:
+        refuse_layout(x)
     if x.dtype not in ACTIVATION_DTYPES:
         raise TypeError(
             f"bitlinear: x must be float32, float16 or bfloat16, but it is {dtype_name(x.dtype)}: "
@@ -117,12 +154,23 @@ def quantize_to_absmax(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
 
 def absmean_scale(weight: Tensor, eps: float = 1e-6) -> Tensor:
     """``max(mean(|weight|), eps)``, fp32, shape ``(1,)``; NaN or infinite if a weight is."""
-    # Rows first, then their sums: in float64, so that it hardly matters in which order, and the
-    # same for any number of threads, so that a layer quantises to the same bits whenever it is
-    # looked at. (MPS has no float64.)
+    return scale_of_sums(row_sums(weight), weight.numel(), eps)
+
+
+def row_sums(weight: Tensor) -> Tensor:
+    """The sum of the magnitudes in each row.
+
+    In float64, so that it hardly matters in which order they are added. (MPS has no float64.)
+    """
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
-    mean = weight.abs().sum(dim=-1, dtype=wide).sum() / weight.numel()
-    return mean.to(torch.float32).clamp_min(eps).reshape(1)
+    return weight.abs().sum(dim=-1, dtype=wide)
+
+
+def scale_of_sums(sums: Tensor, count: int, eps: float) -> Tensor:
+    """:func:`absmean_scale` of ``count`` weights with these :func:`row_sums`."""
+    # Rows first, then their sums: the same for any number of threads, so that a layer quantises to
+    # the same bits in every call.
+    return (sums.sum() / count).to(torch.float32).clamp_min(eps).reshape(1)
 
 
 def ternarize(weight: Tensor, scale: Tensor) -> Tensor:
@@ -142,6 +190,72 @@ def quantize_weights(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]
     """
     scale = absmean_scale(weight, eps)
     return ternarize(weight, scale), scale
+
+
+def scale_ternary(weight: Tensor, w_packed: Tensor, w_scale: Tensor) -> None:
+    """Fills ``weight`` with packed weights, scaled so that they quantise to the same ones again.
+
+    The absmean of ``ternary * v`` is ``v * mean|ternary|``, so ``v = w_scale / mean|ternary|``.
+    Where rounding ``v`` would give another absmean than ``w_scale``, ``v`` is rounded up for the
+    first weights and down for the others.
+
+    Args:
+        weight: Floating point, shape ``(N, K)``; overwritten.
+        w_packed: uint8, shape ``(N, ceil(K/4))``.
+        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``.
+
+    Raises:
+        ValueError: A weight would overflow its dtype.
+    """
+    in_features = weight.shape[1]
+    per_row = w_scale.dim() == 2
+
+    def expand(first: int, rows: Tensor) -> Tensor:
+        return packing.expand(w_packed[first : first + len(rows)], in_features)
+
+    chunks = packing.enumerate_chunks(weight)
+    in_rows = torch.cat([expand(*chunk).count_nonzero(dim=1) for chunk in chunks])
+    nonzero = in_rows if per_row else in_rows.sum(dim=0, keepdim=True)
+    size = in_features if per_row else weight.numel()
+    low, step, ups = _magnitudes(w_scale.reshape(-1), nonzero, size, weight.dtype)
+    if not per_row:  # the first weights of the tensor
+        ups = (ups - (in_rows.cumsum(dim=0) - in_rows)).clamp_min(0)
+    ups = ups.minimum(in_rows)[:, None]
+    low, step = (value.reshape(-1, 1).expand(len(weight), 1) for value in (low, step))
+    all_up = ups == in_rows[:, None]
+    for first, rows in chunks:
+        part = slice(first, first + len(rows))
+        t = expand(first, rows)
+        rows.copy_(t * (low[part] + all_up[part] * step[part]).to(torch.float32))
+        for n in ((ups[part] > 0) & ~all_up[part])[:, 0].nonzero()[:, 0]:
+            some = slice(first + n, first + n + 1)
+            up = (t[n] != 0).cumsum(dim=0) <= ups[some]
+            rows[n] = t[n] * (low[some] + up * step[some])[0]
+
+
+def _magnitudes(
+    w_scale: Tensor, nonzero: Tensor, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Magnitudes of ``dtype`` whose sum, over ``nonzero`` weights, is ``w_scale * size``.
+
+    Returns:
+        The lower magnitude and the distance to the next one, fp64, and the number of weights that
+        get the upper one; each in the shape of ``w_scale``, ``(1,)`` or ``(N,)``.
+    """
+    info = torch.finfo(torch.float32 if dtype == torch.float64 else dtype)
+    exact = w_scale.double() * size / nonzero.clamp_min(1)
+    if bool((exact > info.max).any()):
+        raise ValueError(
+            f"the weight would overflow {dtype_name(dtype)}, as few of the ternary weights are not "
+            f"0: call float() on the layer first"
+        )
+    exponent = torch.frexp(exact.clamp_min(info.tiny)).exponent - 1
+    step = torch.ldexp(torch.full_like(exact, info.eps), exponent)
+    nearest = (exact / step).round() * step
+    mean = (nearest * nonzero / size).float()
+    low = torch.where(mean == w_scale, nearest, (exact / step).floor() * step)
+    ups = ((w_scale.double() * size - low * nonzero) / step).round().long()
+    return low, step, torch.where(mean == w_scale, 0, ups)
 
 
 def integer_product(q: Tensor, t: Tensor) -> Tensor:
@@ -173,22 +287,76 @@ def epilogue(product: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None) -> 
     return y if bias is None else y.add_(bias.to(torch.float32))
 
 
+class _Edges(torch.autograd.Function):
+    """Tensors of the shapes and dtypes of the operands, through which gradients reach them.
+
+    They have no memory of their own. A backward pass that will itself be differentiated needs the
+    operands' places in the graph, and saving the operands would keep 4 bytes of each value.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return x.new_empty(()).expand(x.shape), weight.new_empty(()).expand(weight.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        needed = zip(output, ctx.needs_input_grad)
+        ctx.mark_non_differentiable(*[edge for edge, needs_grad in needed if not needs_grad])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+
+class _Attached(torch.autograd.Function):
+    """Values, with the gradient of ``edge``: the straight-through estimator of a backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, edge: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def _attached(values: Tensor, edge: Tensor) -> Tensor:
+    # Under torch.compile there is no second derivative, and torch says so.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return values
+    return cast(Tensor, _Attached.apply(values, edge))  # type: ignore[no-untyped-call]
+
+
 class _StraightThroughLinear(torch.autograd.Function):
-    """Quantised product forward; gradients as if neither operand had been rounded."""
+    """Quantised product forward; gradients as if neither operand had been rounded.
+
+    ``x_edge`` and ``weight_edge`` stand for the operands in the graph (see :class:`_Edges`); the
+    values come from ``x`` and from ``w_packed`` and ``w_scale``.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        x: Tensor,
-        weight: Tensor,
+        x_edge: Tensor,
+        weight_edge: Tensor,
         bias: Tensor | None,
+        x: Tensor,
         eps: float,
         dtype: torch.dtype,
         w_packed: Tensor,
         w_scale: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             # The product quantises x again, into its kernel's own layout: a hundredth of the time.
             q, s_x = torch.ops.bitlinear.quantize_activations.default(x, eps)
             y = packed_linear(x, w_packed, w_scale, bias, eps, dtype)
@@ -196,46 +364,52 @@ class _StraightThroughLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, bias, _, _, w_packed, w_scale = inputs
+        x_edge, weight_edge, bias, _, _, _, w_packed, w_scale = inputs
         _, q, s_x = output
         ctx.mark_non_differentiable(q, s_x)
         ctx.set_materialize_grads(False)  # no zeros in the place of their gradients
         # 1 byte per activation and 2 bits per weight, where nn.Linear keeps 4 bytes of each.
         ctx.save_for_backward(q, s_x, w_packed, w_scale)
-        ctx.device_type = x.device.type
-        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        # Not saved, as hooks of saved tensors (offloading to the CPU) would give them memory.
+        ctx.edges = (x_edge, weight_edge)
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
         expand_weight = torch.ops.bitlinear.expand_weight.default
         expand_activations = torch.ops.bitlinear.expand_activations.default
         q, s_x, w_packed, w_scale = ctx.saved_tensors
+        x_edge, weight_edge = ctx.edges
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        device_type = grad.device.type
         grad_x = grad_weight = grad_bias = None
-        with _without_autocast(ctx.device_type):
-            dtype = _product_dtype(ctx.device_type, grad.dtype)
+        with without_autocast(device_type):
+            dtype = product_dtype(device_type, grad.dtype)
             g = grad.reshape(-1, grad.shape[-1]).to(dtype)
             if needs_x:
                 weight = expand_weight(w_packed, q.shape[-1], w_scale, dtype)
-                grad_x = (g @ weight).to(x_dtype).reshape(q.shape)
+                grad_x = g @ _attached(weight, weight_edge)
+                grad_x = grad_x.to(x_edge.dtype).reshape(q.shape)
             if needs_weight:
-                tokens = expand_activations(q, s_x, dtype).reshape(-1, q.shape[-1])
-                grad_weight = (g.T @ tokens).to(weight_dtype)
+                tokens = _attached(expand_activations(q, s_x, dtype), x_edge)
+                grad_weight = g.T @ tokens.reshape(-1, q.shape[-1])
+                grad_weight = grad_weight.to(weight_edge.dtype)
             if needs_bias:
-                grad_bias = g.sum(dim=0).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+                grad_bias = g.sum(dim=0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
 # apply() asks for it in every call, and finding it out takes as long as a small forward pass.
-_StraightThroughLinear.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
-    _StraightThroughLinear.forward
-)
+for _function in (_Edges, _Attached, _StraightThroughLinear):
+    _function.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+        _function.forward
+    )
 
 
-def _product_dtype(device_type: str, grad_dtype: torch.dtype) -> torch.dtype:
-    """That of the products of a backward pass.
+def product_dtype(device_type: str, grad_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the products of a backward pass.
 
     A GPU multiplies 16 bits many times as fast, and the operands are then rounded as those of
     ``nn.Linear`` are. CPUs gain little, or lose.
@@ -251,17 +425,11 @@ def packed_linear(
     eps: float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The deployed operator; for any ``K``, while its kernels end at 500,000."""
-    in_features = x.shape[-1]
-    if in_features <= MAX_IN_FEATURES:
-        output: Tensor = torch.ops.bitlinear.linear.default(
-            x, w_packed, w_scale, bias, in_features, eps, 0, 8, dtype
-        )
-        return output
-    q, s_x = quantize_activations(x.reshape(-1, in_features), eps)
-    t = torch.ops.bitlinear.expand_weight.default(w_packed, in_features)
-    y = epilogue(integer_product(q.to(torch.float32), t), s_x, w_scale, bias)
-    return y.to(dtype or x.dtype).reshape(*x.shape[:-1], -1)
+    """The deployed operator, with an output of any ``dtype`` that it can write."""
+    output: Tensor = torch.ops.bitlinear.linear.default(
+        x, w_packed, w_scale, bias, x.shape[-1], eps, 0, 8, dtype
+    )
+    return output
 
 
 def straight_through_linear(
@@ -269,23 +437,21 @@ def straight_through_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-6,
-    quantized: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Linear map with quantised operands and straight-through gradients, for training.
 
-    The forward pass computes what the deployed layer computes, to the bit. With ``q, s_x`` and
-    ``t, s_w`` the quantised operands, the gradients are ``grad_x = grad @ (s_w * t)``,
-    ``grad_weight = grad.T @ (s_x * q)`` and ``grad_bias = grad.sum(0)``, computed in fp32 (on a
-    GPU, where ``grad`` has 16 bits, with both operands in its dtype) and returned in the dtypes of
-    the inputs.
+    The forward pass quantises the weight and computes what the deployed layer computes, to the bit.
+    With ``q, s_x`` and ``t, s_w`` the quantised operands, the gradients are
+    ``grad_x = grad @ (s_w * t)``, ``grad_weight = grad.T @ (s_x * q)`` and
+    ``grad_bias = grad.sum(0)``, computed in fp32 (on a GPU, where ``grad`` has 16 bits, with both
+    operands in its dtype) and returned in the dtypes of the inputs. Higher derivatives are those of
+    these formulas, straight through both quantisers.
 
     Args:
         x: fp32, fp16 or bf16, shape ``(..., K)``.
         weight: Floating point, shape ``(N, K)``.
         bias: Floating point, shape ``(N,)``, or None.
         eps: Lower bound of the absmax of a token and of the absmean of the weights.
-        quantized: ``weight``, packed, and its scale, where they are at hand:
-            ``torch.ops.bitlinear.quantize_weight(weight, eps)``.
 
     Returns:
         Shape ``(..., N)``, in the dtype of ``x``; under autocast, in the dtype of autocast.
@@ -294,19 +460,19 @@ def straight_through_linear(
         TypeError: ``x`` is neither fp32, fp16 nor bf16.
         ValueError: Shapes or devices do not fit.
     """
+    compiling = torch.compiler.is_compiling()
     trains = torch.is_grad_enabled()
-    if trains and torch.compiler.is_compiling() and _is_transformed():
+    if trains and compiling and _is_transformed():
         # There torch.compile passes over the backward() of a Function: its gradient would be 0.
         return blended_linear(x, weight, bias, torch.ones(()), eps)
     dtype = _check_operands(x, weight, bias)
-    w_packed, w_scale = quantized or torch.ops.bitlinear.quantize_weight.default(
-        weight.detach(), eps
-    )
+    w_packed, w_scale = torch.ops.bitlinear.quantize_weight.default(weight.detach(), eps)
     if not trains:
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             return packed_linear(x, w_packed, w_scale, bias, eps, dtype)
+    edges = (x, weight) if compiling else _Edges.apply(x, weight)  # type: ignore[no-untyped-call]
     output, *_ = _StraightThroughLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, eps, dtype, w_packed, w_scale
+        *edges, bias, x.detach(), eps, dtype, w_packed, w_scale
     )
     return cast(Tensor, output)
 
@@ -333,7 +499,7 @@ def blended_linear(
         ValueError: Shapes or devices do not fit.
     """
     dtype = _check_operands(x, weight, bias)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         with torch.no_grad():
             q, s_x = quantize_activations(x, eps)
             t, s_w = quantize_weights(weight, eps)
@@ -368,8 +534,8 @@ def _autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    # Autocast would round the products to 16 bits.
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A context in which autocast does not round products to 16 bits."""
     if _autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -29,8 +29,15 @@ import torch
 from torch import Tensor, nn
 
 from .linear import BitLinear
-from .ops import raise_inference_only
-from .quantize import EXACT_K, check_activations, epilogue, output_dtype, quantize_to_absmax
+from .quantize import (
+    EXACT_K,
+    check_activations,
+    epilogue,
+    output_dtype,
+    product_dtype,
+    quantize_to_absmax,
+    without_autocast,
+)
 
 try:
     from torch.distributed.device_mesh import DeviceMesh
@@ -147,11 +154,42 @@ def _forward(
 ) -> DTensor:
     """The forward pass of a divided layer, whose hooks make DTensors of its inputs."""
     check_activations(x, layer.in_features)
-    with torch.no_grad():
-        y = product(layer, x)
     if x.requires_grad and torch.is_grad_enabled():
-        y.requires_grad_().register_hook(lambda grad: raise_inference_only(grad, layer.in_features))
-    return y
+        y: DTensor = _WithGradient.apply(x, layer, product)  # type: ignore[no-untyped-call]
+        return y
+    with torch.no_grad():
+        return product(layer, x)
+
+
+class _WithGradient(torch.autograd.Function):
+    """The product, with the gradient of the input that one process would compute."""
+
+    @staticmethod
+    def forward(ctx: Any, x: DTensor, layer: BitLinear, product: Any) -> DTensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        ctx.save_for_backward(layer.w_packed, layer.w_scale)
+        output: DTensor = product(layer, x)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: DTensor) -> tuple[DTensor, None, None]:
+        w_packed, w_scale = ctx.saved_tensors
+        by_column = w_packed.placements == (Shard(0),)
+        here = Shard(0) if by_column and w_scale.dim() == 2 else Replicate()
+        # Each process has some of the output features of all inputs, or all of some inputs.
+        part = _local(grad, Shard(grad.dim() - 1) if by_column else Replicate())
+        packed = w_packed.to_local()
+        columns = ctx.layer.in_features if by_column else 4 * packed.shape[1]
+        with without_autocast(part.device.type):
+            dtype = product_dtype(part.device.type, part.dtype)
+            t = torch.ops.bitlinear.expand_weight.default(packed, columns, None, dtype)
+            scaled = part.to(torch.float32) * _local(w_scale, here).reshape(-1)
+            product = scaled.to(dtype) @ t
+        placement = Partial() if by_column else Shard(grad.dim() - 1)
+        grad_x = _dtensor(product, grad.device_mesh, placement)
+        if by_column:
+            grad_x = grad_x.redistribute(placements=[Replicate()])
+        return grad_x.to(ctx.dtype), None, None
 
 
 def _colwise(layer: BitLinear, x: DTensor) -> DTensor:

@@ -154,11 +154,22 @@ def test_what_has_no_derivative_says_so():
     layer, x = BitLinear(20, 6), torch.randn(4, 20, requires_grad=True)
     with pytest.raises(NotImplementedError, match="forward mode AD"):
         torch.func.jvp(layer, (x,), (x,))
-    (once,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        once.sum().backward()
-    with pytest.raises(RuntimeError, match=r"deployed \(inference only\)"):
-        grad(lambda x: layer.deploy()(x).sum())(x.detach())
+    with pytest.raises(RuntimeError, match=r"not implemented|no derivative"):
+        LINEAR(x, *layer.deploy().buffers(), 20).sum().backward()
+
+
+def test_hessians():
+    layer, x = BitLinear(20, 6), torch.randn(20)
+    t, s_w = quantize.quantize_weights(layer.weight.detach())
+    weight = t * s_w
+
+    def loss(x):
+        return layer(x).square().sum()
+
+    torch.testing.assert_close(jacrev(grad(loss))(x), 2 * weight.T @ weight)
+    layer.deploy()
+    torch.testing.assert_close(grad(loss)(x), 2 * layer(x) @ weight)
+    torch.testing.assert_close(jacrev(grad(loss))(x), 2 * weight.T @ weight)
 
 
 # --- Weights that are computed from parameters ---
@@ -277,8 +288,6 @@ def test_hooks_of_calls_stay_through_deployment():
         layer.deploy()
         forward()
         layer.undeploy()
-        with torch.no_grad():
-            y = -layer(x)  # undeploy() does not give the scale back
     calls.clear()
     layer(x).sum().backward()
     assert calls == ["forward", "pre", "backward"]  # the hook of the old weight went with it
@@ -467,19 +476,58 @@ def test_a_script_is_refused(make):
         torch.jit.script(nn.Sequential(make(20, 6)))
 
 
-class Tracer(torch.fx.Tracer):
-    def is_leaf_module(self, module, name):
-        return isinstance(module, BitLinear) or super().is_leaf_module(module, name)
+@both
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_a_layer_is_a_leaf_of_a_symbolic_trace(make, mode):
+    model, x = nn.Sequential(nn.Sequential(make(20, 6)), nn.ReLU()), torch.randn(4, 20)
+    with mode():
+        graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0.0", "1"]
+    assert torch.equal(graph(x), model(x))
+    bitlinear.deploy(graph)
+    assert torch.equal(graph(x), model(x))
+
+
+# --- Other kinds of input ---
 
 
 @both
-def test_symbolic_tracing(make):
-    model, x = nn.Sequential(make(20, 6), nn.ReLU()), torch.randn(4, 20)
-    graph = torch.fx.GraphModule(model, Tracer().trace(model))
-    assert torch.equal(graph(x), model(x))
-    bitlinear.deploy(model)
-    with torch.no_grad():  # deployed layers need no tracer of their own
-        assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+def test_jagged_inputs_go_through_their_values(make):
+    layer, parts = make(20, 6), [torch.randn(n, 20) for n in (3, 1, 5)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
+    y = layer(x)
+    assert y.is_nested
+    for actual, part in zip(y.unbind(), parts):
+        assert torch.equal(actual, layer(part))
+    y.values().square().sum().backward()
+    wanted = [p.clone().requires_grad_() for p in parts]
+    sum(layer(p).square().sum() for p in wanted).backward()
+    torch.testing.assert_close(x.grad.values(), torch.cat([p.grad for p in wanted]))
+    assert ((x.detach() @ torch.eye(20)).shape[:2]) == y.shape[:2]  # the same jagged dimension
+    with pytest.raises(ValueError, match="the jagged one of a nested tensor: transpose it"):
+        layer(x.transpose(1, 2))
+
+
+@both
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize(
+    ("kind", "convert"),
+    [
+        ("sparse_coo", lambda x: x.to_sparse()),
+        ("sparse_csr", lambda x: x.to_sparse_csr()),
+        pytest.param(
+            "_mkldnn",
+            lambda x: x.to_mkldnn(),
+            marks=pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no mkldnn"),
+        ),
+        ("nested", lambda x: torch.nested.nested_tensor([x, x[:2]])),
+    ],
+)
+def test_other_layouts_are_refused_by_name(make, kind, convert):
+    x = convert(torch.randn(4, 20))
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(TypeError, match=f"x must be (a )?strided.*{kind}"):
+            make(20, 6)(x)
 
 
 # --- torch.compile and torch.export ---
@@ -512,11 +560,12 @@ def test_compile_deployed():
     for batch in (4, 7):
         x = torch.randn(batch, 20)
         assert torch.equal(compiled(x), model(x))
-    # Something before the layer may want gradients: only the backward pass raises.
-    y = compiled(x.requires_grad_())
+    x.requires_grad_()
+    y = compiled(x)
     assert torch.equal(y, model(x))
-    with pytest.raises(RuntimeError, match=r"deployed \(inference only\)"):
-        y.sum().backward()
+    torch.testing.assert_close(
+        *(torch.autograd.grad(f(x).square().sum(), x) for f in (compiled, model))
+    )
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert compiled(x).dtype == torch.bfloat16
 

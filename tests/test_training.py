@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
+import gc
+import weakref
 
 import numpy as np
 import oracle
@@ -160,88 +160,143 @@ def test_little_is_saved_for_the_backward_pass(features):
     assert ours <= 0.15 * linears
 
 
-# --- What is kept while the weight is unchanged ---
+# --- Nothing is kept between calls ---
 
 
-def quantisations(layer, x):
-    with Calls(OPS.quantize_weight.default) as calls:
-        y = layer(x)
-    return calls.count, y
+def mask_of_rows(layer):
+    mask = torch.ones_like(layer.weight)
+    mask[torch.randperm(len(mask))[:10]] = 0
+    layer.weight.data.mul_(mask)
 
 
-def test_a_weight_that_has_not_changed_is_quantised_once():
+class DataSGD(torch.optim.Optimizer):
+    """Writes through ``.data``, as some optimizers do, past the version counter."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(parameter.grad, alpha=-group["lr"])
+
+
+def step(layer, optimizer=torch.optim.SGD):
+    layer(torch.randn(2, 40)).square().sum().backward()
+    optimizer(layer.parameters(), lr=0.5).step()
+
+
+def vector(layer):
+    flat = nn.utils.parameters_to_vector(layer.parameters()).clone()
+    flat[:40] = 0
+    nn.utils.vector_to_parameters(flat, layer.parameters())
+
+
+def in_another_process(layer):
+    """Writes to shared memory, where nothing in this process can count it."""
+    process = torch.multiprocessing.get_context("spawn").Process(
+        target=torch.Tensor.zero_, args=(layer.weight.detach()[5],)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+EDITS = {
+    "a step": step,
+    "a step through .data": lambda layer: step(layer, DataSGD),
+    "one row of .data": lambda layer: layer.weight.data[5].zero_(),
+    "one column of .data": lambda layer: layer.weight.data[:, 7].zero_(),
+    "one value of .data": lambda layer: layer.weight.data[5, 7].fill_(9),
+    "some rows of .data": mask_of_rows,
+    "all of .data": lambda layer: layer.weight.data.mul_(-1),
+    "another storage": lambda layer: setattr(layer.weight, "data", -layer.weight.data),
+    "a row of a NumPy view": lambda layer: layer.weight.detach().numpy()[5].fill(0),
+    "a row through DLPack": lambda layer: torch.from_dlpack(layer.weight.detach())[5].zero_(),
+    "vector_to_parameters": vector,
+    "load_state_dict": lambda layer: layer.load_state_dict(BitLinear(40, 30).state_dict()),
+    "another parameter": lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(30, 40))),
+    "eps": lambda layer: setattr(layer, "eps", 0.5),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_every_change_is_seen_by_the_next_call(edit, mode):
     layer, x = BitLinear(40, 30), torch.randn(4, 40)
-    assert quantisations(layer, x)[0] == 1
-    for _ in range(3):  # as when gradients are accumulated
-        count, y = quantisations(layer, x)
-        assert count == 0
-        y.sum().backward()
-    with torch.no_grad():
-        assert quantisations(layer.eval(), x)[0] == 0
-    with torch.inference_mode():
-        assert quantisations(layer, x)[0] == 0
-
-
-def test_what_inference_mode_has_kept_serves_training():
-    layer, x = BitLinear(40, 30), torch.randn(4, 40)
-    with torch.inference_mode():
-        assert quantisations(layer, x)[0] == 1
-    count, y = quantisations(layer, x)
-    assert count == 0
-    y.sum().backward()
-    assert layer.weight.grad.isfinite().all()
-
-
-def changes():
-    def step(layer, optimizer=torch.optim.SGD):
-        layer(torch.randn(2, 40)).square().sum().backward()
-        optimizer(layer.parameters(), lr=0.5).step()
-
-    def data(layer):
-        layer.weight.data.mul_(-1)  # no version counter sees this
-
-    def one_step_of_a_storage(layer):
-        layer.weight.data = -layer.weight.data
-
-    def load(layer):
-        layer.load_state_dict(BitLinear(40, 30).state_dict())
-
-    def replace(layer):
-        layer.weight = nn.Parameter(torch.randn(30, 40))
-
-    def numpy(layer):
-        layer.weight.detach().numpy()[:] *= -1
-
-    return [step, data, one_step_of_a_storage, load, replace, numpy]
-
-
-@pytest.mark.parametrize("change", changes(), ids=lambda change: change.__name__)
-def test_a_weight_that_has_changed_is_quantised_again(change):
-    layer, x = BitLinear(40, 30), torch.randn(4, 40)
-    before = layer(x)
-    change(layer)
-    count, after = quantisations(layer, x)
-    assert count == 1
+    with mode():
+        before = layer(x)
+    EDITS[edit](layer)
+    with mode():
+        after = layer(x)
     assert not torch.equal(before, after)
-    assert torch.equal(after, straight_through_linear(x, layer.weight, layer.bias))
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    assert torch.equal(after, straight_through_linear(x, weight, bias, layer.eps))
+    assert torch.equal(layer.deploy()(x), after)
 
 
-def test_what_is_kept_goes_nowhere():
+@pytest.mark.slow
+def test_a_change_by_another_process_is_seen():
+    layer, x = BitLinear(40, 30).share_memory(), torch.randn(4, 40)
+    before = layer(x)
+    in_another_process(layer)
+    after = layer(x)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, copy.deepcopy(layer)(x))
+
+
+def attributes(layer):
+    return {
+        name: (dict(value) if isinstance(value, dict) else value)
+        for name, value in vars(layer).items()
+    }
+
+
+def fake_mode(layer, x):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        layer(mode.from_tensor(x))
+
+
+def dispatch_mode(layer, x):
+    with Calls(OPS.linear.default):
+        layer(x)
+
+
+TRACERS = {
+    "a fake tensor mode": fake_mode,
+    "make_fx": lambda layer, x: torch.fx.experimental.proxy_tensor.make_fx(layer)(x),
+    "vmap": lambda layer, x: torch.vmap(layer)(x),
+    "grad": lambda layer, x: torch.func.grad(lambda x: layer(x).sum())(x),
+    "functional_call": lambda layer, x: torch.func.functional_call(
+        layer, {name: torch.zeros_like(p) for name, p in layer.named_parameters()}, x
+    ),
+    "a dispatch mode": dispatch_mode,
+    "symbolic_trace": lambda layer, x: torch.fx.symbolic_trace(nn.Sequential(layer)),
+}
+
+
+@pytest.mark.parametrize("run", TRACERS)
+@pytest.mark.parametrize("deployed", [True, False])
+def test_a_trace_leaves_nothing_behind(run, deployed):
     layer, x = BitLinear(40, 30), torch.randn(4, 40)
+    if deployed:
+        layer.deploy()
     y = layer(x)
-    assert set(layer.state_dict()) == {"weight", "bias"}
-    buffer = io.BytesIO()
-    pickle.dump(layer, buffer)
-    assert len(buffer.getvalue()) < 2 * 40 * 30 * 4
-    twin = copy.deepcopy(layer)
-    with torch.no_grad():
-        twin.weight.neg_()
+    before = attributes(layer)
+    TRACERS[run](layer, x)
+    assert attributes(layer) == before
     assert torch.equal(layer(x), y)
-    assert torch.equal(twin(x), straight_through_linear(x, twin.weight, twin.bias))
-    swapped = {"weight": -layer.weight.detach(), "bias": layer.bias}
-    assert not torch.equal(torch.func.functional_call(layer, swapped, x), y)
-    assert torch.equal(layer(x), y)
-    assert torch.equal(layer.deploy()(x), y)
+
+
+def test_a_weight_is_not_kept_alive():
+    layer = BitLinear(40, 30)
+    layer(torch.randn(4, 40))
+    weight = weakref.ref(layer.weight)
+    layer.weight = nn.Parameter(torch.randn(30, 40))
+    gc.collect()
+    assert weight() is None
 
 
 @pytest.mark.slow
@@ -296,6 +351,19 @@ def test_dtypes_of_a_blend(dtype):
     assert layer(torch.randn(2, 40, dtype=dtype)).dtype == dtype
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(2, 40)).dtype == torch.bfloat16
+
+
+def test_a_strength_reads_as_it_was_set():
+    layer = BitLinear(40, 30)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        layer.quantization_strength = 0.3
+        assert layer.quantization_strength == 0.3
+        layer.quantization_strength = 0.7
+        assert layer.quantization_strength == 0.7
+    finally:
+        torch.set_default_dtype(default)
 
 
 def test_a_strength_that_was_set_in_inference_mode():

@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import packing
 from ..convert import _CALL_HOOKS
 from ..linear import BitLinear
+from ..state import check_packed
 
 __all__ = ["BitLinearConfig", "BitLinearQuantizer", "NormedBitLinear", "convert"]
 
@@ -225,7 +226,7 @@ class BitLinearQuantizer(HfQuantizer):  # type: ignore[misc]
                         f"incomplete, or of another model"
                     )
                 try:
-                    module._check_deployed_state(state)
+                    check_packed(module, state)
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{name}: {error}") from error
 
