@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.utils import parametrize
 
-from . import packing
+from . import foreign, packing
 from .ops import inference_only_backward
 from .quantize import (
     MAX_IN_FEATURES,
@@ -195,36 +196,42 @@ class BitLinear(nn.Linear):
 
         The parameters are the same objects, so tied weights stay tied and an optimizer that knows
         them keeps working. Device, dtype, ``training`` and ``requires_grad`` are as they were.
+        The ``Conv1D`` of transformers, whose weight is ``(K, N)``, gives a new weight parameter.
 
         Args:
-            linear: The layer to convert; not modified. Its weight must be an ordinary parameter.
+            linear: The layer to convert; not modified. An ``nn.Linear``, a subclass that computes
+                the same (see :func:`bitlinear.convert`), or a ``Conv1D`` of transformers. Its
+                weight must be an ordinary parameter.
             quant_type: As for :class:`BitLinear`.
             eps: As for :class:`BitLinear`.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear``, or its weight is no ordinary parameter
-                (parametrised, pruned, lazy, deployed).
+            TypeError: ``linear`` is no linear layer, computes something else, or its weight is no
+                ordinary parameter (parametrised, pruned, lazy, quantised, deployed).
             ValueError: ``eps`` or ``quant_type`` is not valid.
         """
-        if not isinstance(linear, nn.Linear):
+        if not foreign.is_linear(linear):
             raise TypeError(
                 f"from_linear needs a torch.nn.Linear, but got {type(linear).__name__}: use "
-                f"bitlinear.convert(model) for the layers inside a module"
+                f"bitlinear.convert(model) for the linear layers inside a model"
             )
         reason = why_no_plain_weight(linear)
+        if not isinstance(linear, BitLinear):
+            reason = reason or foreign.why_not_linear(linear)
         if reason:
             raise TypeError(f"from_linear cannot convert this {type(linear).__name__}: {reason}")
+        weight = foreign.linear_weight(linear)
         layer = cls(
-            linear.weight.shape[1],
-            linear.weight.shape[0],
+            weight.shape[1],
+            weight.shape[0],
             bias=linear.bias is not None,
             eps=eps,
             quant_type=quant_type,
             device="meta",  # Draws nothing from the random number generator.
         )
-        layer.weight = linear.weight
+        layer.weight = weight
         layer.bias = linear.bias
-        layer._weight_dtype = linear.weight.dtype
+        layer._weight_dtype = weight.dtype
         return layer.train(linear.training)
 
     @property
@@ -595,7 +602,7 @@ class BitLinear(nn.Linear):
         return tensors
 
 
-def why_no_plain_weight(linear: nn.Linear) -> str:
+def why_no_plain_weight(linear: nn.Module) -> str:
     """Why the weight of ``linear`` cannot be taken as an ordinary parameter, or ``""``."""
     if isinstance(linear, BitLinear) and linear.is_deployed:
         return "it is a deployed BitLinear; call undeploy() first"
@@ -612,11 +619,22 @@ def why_no_plain_weight(linear: nn.Linear) -> str:
         return (
             f"its weight is sharded (a DTensor); convert before sharding, and to deploy, {_GATHER}"
         )
+    if _has_own_operations(weight):
+        return (
+            f"its weight is a {type(weight).__name__}, a tensor subclass with operations of its "
+            f"own: convert the model before it is quantised, or dequantise it first"
+        )
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
     if weight.dim() != 2 or weight.numel() == 0:
         return f"its weight has shape {list(weight.shape)}; (N, K) with N and K >= 1 is needed"
     return ""
+
+
+def _has_own_operations(weight: Tensor) -> bool:
+    """Whether a tensor subclass (of torchao, optimum-quanto, ...) computes in its own way."""
+    own: Any = type(weight).__torch_dispatch__
+    return own is not Tensor.__torch_dispatch__ and not isinstance(weight, FakeTensor)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: list[int]) -> None:
