@@ -6,7 +6,7 @@ import fnmatch
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -168,7 +168,7 @@ def deploy(model: _Model) -> _Model:
     problems = {
         name: _READ_BY_ATTENTION
         if id(layer) in attended
-        else why_offloaded(layer, _ancestors(model, name)) or layer._why_not_deployable()
+        else foreign.why_offloaded(layer, _ancestors(model, name)) or layer._why_not_deployable()
         for name, layer in layers.items()
     }
     refused = [f"{name}: {reason}" for name, reason in problems.items() if reason]
@@ -192,26 +192,6 @@ def deploy(model: _Model) -> _Model:
     if never_called:
         warnings.warn(never_called, UserWarning, stacklevel=2)
     return model
-
-
-def why_offloaded(layer: nn.Module, ancestors: Sequence[nn.Module] = ()) -> str:
-    """Why the weight of a BitLinear is not there to be packed, or ``""``.
-
-    A weight on the meta device is refused only if a hook of accelerate would bring its values
-    later: a model that was built on the meta device deploys, to have a checkpoint loaded into it.
-
-    Args:
-        layer: The layer.
-        ancestors: The modules that contain it.
-    """
-    weight = layer._parameters.get("weight")
-    if weight is None or not weight.is_meta or not foreign.is_offloaded(layer, ancestors):
-        return ""
-    return (
-        "its weight is offloaded by accelerate, which brings it only while the layer runs: call "
-        "accelerate.hooks.remove_hook_from_submodules(model) first, or deploy() the model before "
-        "it is dispatched"
-    )
 
 
 def _check_model(model: Any, function: str) -> None:
@@ -270,6 +250,7 @@ class _Survey:
     """What :func:`convert` has to know of a whole model to judge one layer."""
 
     attended: set[int]
+    adapted: set[int]
     adapters: set[int]
     holders: Counter[int]
 
@@ -277,7 +258,8 @@ class _Survey:
     def of(cls, model: nn.Module) -> _Survey:
         """Surveys a model before it is changed."""
         holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-        return cls(_read_by_attention(model), foreign.adapters(model), holders)
+        adapted, adapters = foreign.adapters(model)
+        return cls(_read_by_attention(model), adapted, adapters, holders)
 
     def why_not_convertible(self, linear: nn.Module) -> str:
         """Why :func:`convert` leaves a layer alone, or ``""``."""
@@ -296,8 +278,14 @@ class _Survey:
         hooks = [name for name in _STATE_HOOKS if vars(linear).get(name)]
         if hooks:
             return f"it has hooks that cannot be moved: {', '.join(hooks)}"
-        if foreign.is_conv1d(linear) and self.holders[id(linear.weight)] > 1:
-            return "another module shares its weight, which would have to be transposed"
+        if foreign.is_conv1d(linear):
+            # Its weight is going to be transposed.
+            if self.holders[id(linear.weight)] > 1:
+                return "another module shares its weight, which would have to be transposed"
+            if id(linear) in self.adapted:
+                return (
+                    "an adapter of PEFT relies on its transposed weight: convert before adding it"
+                )
         return ""
 
 

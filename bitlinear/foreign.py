@@ -71,27 +71,39 @@ def linear_weight(module: nn.Module) -> nn.Parameter:
     return weight
 
 
-def adapters(model: nn.Module) -> set[int]:
-    """The modules, by ``id``, that PEFT has added to the layers of ``model``."""
-    return {
-        id(module)
-        for layer in model.modules()
-        if "base_layer" in layer._modules and hasattr(layer, "adapter_layer_names")
-        for module in set(layer.modules()) - {layer} - set(layer.base_layer.modules())  # type: ignore[union-attr]
-    }
+def adapters(model: nn.Module) -> tuple[set[int], set[int]]:
+    """The layers of ``model`` that PEFT adapts, and the modules that it adds, by ``id``."""
+    adapted: set[int] = set()
+    added: set[int] = set()
+    for module in model.modules():
+        if "base_layer" in module._modules and hasattr(module, "adapter_layer_names"):
+            base: nn.Module = module._modules["base_layer"]  # type: ignore[assignment]
+            adapted.add(id(base))
+            added.update(map(id, set(module.modules()) - {module} - set(base.modules())))
+    return adapted, added
 
 
-def is_offloaded(layer: nn.Module, ancestors: Iterable[nn.Module] = ()) -> bool:
-    """Whether a hook of accelerate brings the weight of ``layer`` from elsewhere in each call.
+def why_offloaded(layer: nn.Module, ancestors: Iterable[nn.Module] = ()) -> str:
+    """Why the weight of a layer is not there to be packed, or ``""``.
+
+    A weight on the meta device is a reason only if a hook of accelerate brings its values in each
+    call: a model that was built on the meta device deploys, to have a checkpoint loaded into it.
 
     Args:
         layer: The layer.
         ancestors: The modules that contain it: a hook of theirs may place all submodules.
     """
-    return any(getattr(hook, "offload", False) for hook in _hooks(layer)) or any(
-        getattr(hook, "offload", False) and getattr(hook, "place_submodules", False)
-        for module in ancestors
-        for hook in _hooks(module)
+    weight = layer._parameters.get("weight")
+    if weight is None or not weight.is_meta:
+        return ""
+    hooks = [hook for module in ancestors for hook in _hooks(module)]
+    placing = [hook for hook in hooks if getattr(hook, "place_submodules", False)]
+    if not any(getattr(hook, "offload", False) for hook in (*_hooks(layer), *placing)):
+        return ""
+    return (
+        "its weight is offloaded by accelerate, which brings it only while the layer runs: call "
+        "accelerate.hooks.remove_hook_from_submodules(model) first, or deploy() the model before "
+        "it is dispatched"
     )
 
 

@@ -21,6 +21,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -120,7 +121,7 @@ def _explore(
         holder = stack.pop()
         for slot, value in _contents(holder):
             kind = type(value)
-            if kind in _ATOMS or issubclass(kind, _CLOSED):
+            if _leads_nowhere(value) or issubclass(kind, _CLOSED):
                 continue
             old = id(value) in replaced
             if old or issubclass(kind, _FROZEN):
@@ -130,6 +131,14 @@ def _explore(
                 visits[id(value)] = _Visit(value, holder, slot)
                 stack.append(value)
     return visits, users
+
+
+def _leads_nowhere(value: Any) -> bool:
+    """Whether it is an atom, or a list or tuple of atoms, as data sets have them by the million."""
+    kind = type(value)
+    return kind in _ATOMS or (
+        (kind is tuple or kind is list) and all(type(element) in _ATOMS for element in value)
+    )
 
 
 def _contents(holder: Any) -> Iterator[tuple[_Slot, Any]]:
@@ -161,6 +170,8 @@ def _contents(holder: Any) -> Iterator[tuple[_Slot, Any]]:
     elif issubclass(kind, functools.partial):
         for name, member in _PARTIAL.items():
             yield _Slot("partial", name), member.__get__(holder)
+    elif kind is np.ndarray and holder.dtype.hasobject:
+        yield from ((_Slot("hidden"), value) for value in holder.ravel())
     elif issubclass(kind, weakref.ref):
         yield _Slot("referent"), weakref.ref.__call__(holder)
     else:
@@ -272,9 +283,10 @@ def _rebuild(frozen: Any, replaced: dict[int, Any]) -> Any:
 
 def _method_of(new: Any, function: Any, old: Any) -> Any:
     """The function of the class of ``new`` that corresponds to one of the class of ``old``."""
-    name = getattr(function, "__name__", "")
-    if inspect.getattr_static(type(old), name, None) is function:
-        return inspect.getattr_static(type(new), name, function)
+    if type(function) is types.FunctionType:
+        name = function.__name__
+        if inspect.getattr_static(type(old), name, None) is function:
+            return inspect.getattr_static(type(new), name, function)
     return function
 
 
