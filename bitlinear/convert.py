@@ -101,37 +101,25 @@ def convert(
     _check_model(model, "convert")
     check_quant_type(quant_type)
     patterns = _checked_patterns(exclude)
+    survey = _Survey.of(model, patterns)
     layers = _find_linears(model)
-    unmatched = _why_unmatched(model, layers, patterns)
-    survey = _Survey.of(model)
-    chosen_out: set[int] = set(survey.adapters)
-    reasons: dict[str, str] = {}
-    pairs: list[tuple[nn.Module, nn.Module]] = []
     for layer in layers:
-        reason = _why_chosen_out(layer, filter_fn, patterns)
-        if reason:
-            chosen_out.add(id(layer.module))
-        reason = reason or survey.why_not_convertible(layer.module)
-        if reason:
-            reasons.update(dict.fromkeys(layer.names or [""], reason))
-            _logger.info("%s: not converted: %s", layer.label, reason)
-            continue
-        new = _converted(layer.module, quant_type)
-        for parent, key in layer.places:
-            parent._modules[key] = new
-        if layer.module is model:
-            model = new
-        pairs.append((layer.module, new))
-        _logger.info("%s: converted to %s", layer.label, new)
-    kept = references.replace(model, pairs)
+        layer.chosen_out = _why_chosen_out(layer, filter_fn, patterns)
+        layer.reason = layer.chosen_out or survey.why_not_convertible(layer.module)
+    pairs = [(layer.module, _replace(layer, quant_type)) for layer in layers if not layer.reason]
+    if pairs and pairs[0][0] is model:
+        model = pairs[0][1]
+    messages = [
+        _why_kept(references.replace(model, pairs)),
+        *survey.why_unmatched(layers),
+        survey.why_incomplete(model, layers),
+    ]
     _keep_off_fast_paths(model)
+    for layer in layers:
+        what = f"not converted: {layer.reason}" if layer.reason else f"converted to {layer.new}"
+        _logger.info("%s: %s", layer.label, what)
     _logger.info("converted %d of %d linear layers to BitLinear", len(pairs), len(layers))
-
-    def is_chosen_out(name: str, module: nn.Module) -> bool:
-        return id(module) in chosen_out or _matching_pattern(name, patterns) is not None
-
-    incomplete = coverage.why_incomplete(model, is_chosen_out, reasons)
-    for message in (*unmatched, _why_kept(kept), incomplete):
+    for message in messages:
         if message:
             warnings.warn(message, UserWarning, stacklevel=2)
     return model
@@ -206,11 +194,20 @@ def _check_model(model: Any, function: str) -> None:
 
 @dataclass
 class _Linear:
-    """One linear layer of a model, with every place where it hangs."""
+    """One linear layer of a model, with every place where it hangs.
+
+    Attributes:
+        chosen_out: Why the caller of :func:`convert` wants it left alone, or ``""``.
+        reason: Why it is left alone, by anybody's decision, or ``""``.
+        new: The layer in its place, once it has been converted.
+    """
 
     module: nn.Module
     names: list[str] = field(default_factory=list)
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    chosen_out: str = ""
+    reason: str = ""
+    new: BitLinear | None = None
 
     @property
     def label(self) -> str:
@@ -247,19 +244,30 @@ def _why_chosen_out(
 
 @dataclass
 class _Survey:
-    """What :func:`convert` has to know of a whole model to judge one layer."""
+    """What :func:`convert` has to know of a whole model, before it is changed.
 
+    Attributes:
+        patterns: What the caller excludes.
+        attended: The layers, by ``id``, of which ``nn.MultiheadAttention`` takes the weight only.
+        adapted: The layers, by ``id``, that PEFT adapts.
+        adapters: The modules, by ``id``, that PEFT has added.
+        holders: How many modules hold a parameter, by its ``id``.
+        matrices: Names of the modules that hold parameters of two or more dimensions.
+    """
+
+    patterns: tuple[str, ...]
     attended: set[int]
     adapted: set[int]
     adapters: set[int]
     holders: Counter[int]
+    matrices: list[str]
 
     @classmethod
-    def of(cls, model: nn.Module) -> _Survey:
-        """Surveys a model before it is changed."""
+    def of(cls, model: nn.Module, patterns: tuple[str, ...]) -> _Survey:
         holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-        adapted, adapters = foreign.adapters(model)
-        return cls(_read_by_attention(model), adapted, adapters, holders)
+        matrices = [name for name, module in model.named_modules() if coverage.has_matrix(module)]
+        attended = _read_by_attention(model)
+        return cls(patterns, attended, *foreign.adapters(model), holders, matrices)
 
     def why_not_convertible(self, linear: nn.Module) -> str:
         """Why :func:`convert` leaves a layer alone, or ``""``."""
@@ -288,13 +296,51 @@ class _Survey:
                 )
         return ""
 
+    def why_unmatched(self, layers: Iterable[_Linear]) -> list[str]:
+        """The messages of warnings about entries of ``exclude`` that exclude nothing."""
+        linears = [name for layer in layers for name in layer.names]
+        # A name of any module with a matrix is of use: it keeps convert() from warning of it.
+        names = [*linears, *self.matrices]
+        return [
+            f"exclude={pattern!r} matches no linear layer of the model: "
+            f"{_what_would_match(pattern, linears)}"
+            for pattern in dict.fromkeys(self.patterns)
+            if pattern not in _DEFAULT_EXCLUDE
+            and not any(_matching_pattern(name, [pattern]) for name in names)
+        ]
 
-def _converted(linear: nn.Module, quant_type: str) -> BitLinear:
-    """The BitLinear that takes the place of ``linear``, hooks and attributes included."""
-    new = BitLinear.from_linear(linear, quant_type=quant_type)  # type: ignore[arg-type]
+    def why_incomplete(self, model: nn.Module, layers: Iterable[_Linear]) -> str:
+        """The message of a warning about a model that is hardly ternary, or ``""``."""
+        chosen_out = self.adapters | {id(layer.module) for layer in layers if layer.chosen_out}
+        reasons = {name: layer.reason for layer in layers for name in layer.names or [""]}
+
+        def is_chosen_out(name: str, module: nn.Module) -> bool:
+            return id(module) in chosen_out or _matching_pattern(name, self.patterns) is not None
+
+        return coverage.why_incomplete(model, is_chosen_out, reasons)
+
+
+def _what_would_match(pattern: str, names: list[str]) -> str:
+    """Advice about a pattern that matches none of the ``names``."""
+    for name in names:
+        parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
+        if any(_matching_pattern(parent, [pattern]) for parent in parents):
+            return (
+                f"it is the name of a module, and layers are excluded by their own names; "
+                f"{pattern + '.*'!r} excludes those inside, such as {name}"
+            )
+    return f"names of layers here are {_listed(names, 3)}" if names else "it has none"
+
+
+def _replace(layer: _Linear, quant_type: str) -> BitLinear:
+    """Puts a BitLinear in all places of a layer, hooks and attributes included."""
+    linear = layer.module
+    layer.new = new = BitLinear.from_linear(linear, quant_type=quant_type)  # type: ignore[arg-type]
     if foreign.is_conv1d(linear):
         _keep_parameter(linear, new)
     _move_extras(linear, new)
+    for parent, key in layer.places:
+        parent._modules[key] = new
     return new
 
 
@@ -384,54 +430,15 @@ def set_quantization_strength(model: nn.Module, strength: float) -> nn.Module:
 
 
 def _checked_patterns(exclude: Iterable[str]) -> tuple[str, ...]:
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    wrong = [pattern for pattern in patterns if not isinstance(pattern, str)]
-    if wrong:
-        raise TypeError(
-            f"exclude must hold names of layers, but it holds {wrong[0]!r:.80} "
-            f"({type(wrong[0]).__name__}): use filter_fn to choose by anything else"
-        )
-    return patterns
-
-
-def _why_unmatched(
-    model: nn.Module, layers: Iterable[_Linear], patterns: Iterable[str]
-) -> list[str]:
-    """The messages of warnings about entries of ``exclude`` that exclude nothing."""
-    linears = [name for layer in layers for name in layer.names]
-    # Modules with other matrices count: to name them keeps convert() from warning of them.
-    others = [
-        name
-        for name, module in model.named_modules()
-        if any(
-            p is not None and not nn.parameter.is_lazy(p) and p.dim() >= 2
-            for p in module._parameters.values()
-        )
-    ]
-    messages = []
-    for pattern in dict.fromkeys(patterns):
-        if pattern in _DEFAULT_EXCLUDE:
-            continue
-        if any(_matching_pattern(name, [pattern]) for name in (*linears, *others)):
-            continue
-        inside = [
-            name
-            for name in linears
-            if any(
-                _matching_pattern(name.rsplit(".", depth)[0], [pattern])
-                for depth in range(1, name.count(".") + 1)
+    several = isinstance(exclude, Iterable) and not isinstance(exclude, str)
+    patterns: tuple[Any, ...] = tuple(exclude) if several else (exclude,)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"exclude must hold names of layers, but it holds {pattern!r:.80} "
+                f"({type(pattern).__name__}): use filter_fn to choose by anything else"
             )
-        ]
-        advice = (
-            f"it is the name of a module, and layers are excluded by their own names: "
-            f"{pattern + '.*'!r} excludes those inside, such as {inside[0]}"
-            if inside
-            else f"names of layers here are {_listed(linears, 3)}"
-            if linears
-            else "there is none"
-        )
-        messages.append(f"exclude={pattern!r} matches no linear layer of the model: {advice}")
-    return messages
+    return patterns
 
 
 def _matching_pattern(name: str, patterns: Iterable[str]) -> str | None:

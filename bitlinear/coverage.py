@@ -73,6 +73,14 @@ def why_incomplete(
     )
 
 
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a module itself holds a parameter with two or more dimensions."""
+    return any(
+        parameter is not None and not nn.parameter.is_lazy(parameter) and parameter.dim() >= 2
+        for parameter in module._parameters.values()
+    )
+
+
 def _matrices(model: nn.Module) -> Iterator[_Matrix]:
     seen = {
         id(parameter)
@@ -109,7 +117,7 @@ def _describe(matrix: _Matrix, reasons: Mapping[str, str]) -> str:
     """``name [shape] (class: reason)``."""
     prefix = matrix.name.rpartition(".")[0]
     parents = [prefix.rsplit(".", depth)[0] for depth in range(prefix.count(".") + 1)]
-    known = next((reasons[parent] for parent in parents if parent in reasons), "")
+    known = next((reasons[parent] for parent in parents if reasons.get(parent)), "")
     reason = known or _why_no_linear(matrix)
     shape = "" if matrix.weight is None else f" {list(matrix.weight.shape)}"
     return f"{matrix.name.lstrip('.')}{shape} ({type(matrix.owner).__name__}: {reason})"

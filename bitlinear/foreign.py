@@ -59,7 +59,9 @@ def why_not_linear(module: nn.Module) -> str:
                 f"defines {', '.join(own[:4])}{', ...' if len(own) > 4 else ''}"
             )
     if "forward" in vars(module):
-        return "its forward has been replaced on the instance"
+        return (
+            "its forward has been replaced on the instance, as accelerate's hooks do: convert first"
+        )
     return ""
 
 

@@ -258,7 +258,7 @@ def test_from_linear_of_what_is_no_layer():
         BitLinear.from_linear(3)
 
 
-@pytest.mark.parametrize("exclude", [(3,), ("lm_head", nn.ReLU)])
+@pytest.mark.parametrize("exclude", [None, (3,), ("lm_head", nn.ReLU)])
 def test_patterns_that_are_no_strings(exclude):
     with pytest.raises(TypeError, match=r"exclude must hold names .* but it holds .*filter_fn"):
         convert(Model(), exclude=exclude)
