@@ -169,8 +169,8 @@ def cached_call(layer):
 
 
 NOT_REPLACED = {
-    "generator": (generator, r"held \(generator\)"),
-    "started generator": (lambda layer: (next(g := generator(layer)), g)[1], "generator"),
+    "generator": (generator, r"held \((generator|frame)\)"),
+    "started generator": (lambda layer: (next(g := generator(layer)), g)[1], "generator|frame"),
     "map": (lambda layer: map(layer, [X]), r"held \(map\)"),
     "array": (lambda layer: np.array([[layer], [0]]), r"held \(ndarray\)"),
     "cache": (cached_call, "lru_cache"),
@@ -193,6 +193,14 @@ def test_references_that_cannot_be_replaced_are_named(kind):
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert type(model[0].layer) is BitLinear
+
+
+def test_attributes_that_are_not_registered_are_replaced():
+    model = nn.Sequential(nn.Linear(8, 8))
+    vars(model)["alias"] = model[0]
+    model[0].owner = Plain(model[0])
+    convert(model)
+    assert vars(model)["alias"] is model[0] is vars(model[0].owner)["layer"]
 
 
 def test_hooks_with_closures_are_followed():
