@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import nn
 
-from .linear import BitLinear, why_no_plain_weight
+from . import coverage, foreign, references
+from .linear import BitLinear
 from .quantize import check_quant_type, check_strength
+from .state import why_no_plain_weight
 
 _logger = logging.getLogger("bitlinear")
 
@@ -36,6 +40,9 @@ _STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 
+# The output layer of a language model, by its name in transformers.
+_DEFAULT_EXCLUDE = ("lm_head",)
+
 _READ_BY_ATTENTION = (
     "its owner (nn.MultiheadAttention) reads its weight and never calls it: it has to be an "
     "nn.Linear"
@@ -46,55 +53,76 @@ def convert(
     model: nn.Module,
     *,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
-    exclude: Iterable[str] = ("lm_head",),
+    exclude: Iterable[str] = _DEFAULT_EXCLUDE,
     quant_type: str = "ai8pc_wpt",
 ) -> nn.Module:
-    """Replaces the ``nn.Linear`` layers of a model by :class:`BitLinear`, in place.
+    """Replaces the linear layers of a model by :class:`BitLinear`, in place.
+
+    Linear layers are ``nn.Linear``; its subclasses that define nothing but ``__init__``,
+    ``reset_parameters`` and how they are printed, so that they compute the same and have the same
+    state; and of transformers ``Conv1D`` and ``FalconLinear``. Left alone are other subclasses,
+    the output projection of ``nn.MultiheadAttention``, which is never called, and the adapters of
+    PEFT, whose base layers are converted.
 
     The new layers share the parameters of the old ones (see :meth:`BitLinear.from_linear`): tied
-    weights stay tied, a module used in several places stays one module, and forward and backward
-    hooks move along. Subclasses of ``nn.Linear`` are left alone, as their forward pass or their
-    owner may do anything with the weight. What was changed, and what was not and why, is logged
-    by the logger ``"bitlinear"`` at level INFO.
+    weights stay tied, an optimizer made before keeps working, a module used in several places
+    stays one module, and forward and backward hooks move along. The weight of a ``Conv1D`` is
+    transposed, in the same parameter: load checkpoints of such a model before it is converted.
+
+    References to the old layers that the model also holds elsewhere (in lists and dictionaries,
+    bound methods, ``functools.partial``, closures, attributes of objects) are replaced too.
+    Variables of your own, outside of the model, keep the old layers.
+
+    What was changed, and what was not and why, is logged by the logger ``"bitlinear"`` at level
+    INFO. A UserWarning tells of
+
+    * references to old layers that cannot be replaced, as in a generator,
+    * an entry of ``exclude`` that matches nothing,
+    * a model that is hardly ternary: more than a tenth of its weights, or half of its weight
+      matrices or more, stay in floating point without having been excluded. Embeddings of tokens
+      and image patches, and what is tied to them, do not count, nor do parameters whose first
+      dimension is 1.
 
     Args:
-        model: The model, or a single ``nn.Linear``.
-        filter_fn: Called with the qualified name and the module of every ``nn.Linear``; only those
+        model: The model, or a single linear layer.
+        filter_fn: Called with the qualified name and the module of every linear layer; only those
             for which it returns True are converted.
         exclude: Layers to leave alone. An entry is a qualified name, or its last components, with
-            the wildcards of :mod:`fnmatch`: ``"lm_head"`` also excludes ``"model.lm_head"``.
+            the wildcards of :mod:`fnmatch`: ``"lm_head"`` also excludes ``"model.lm_head"``, and
+            ``"encoder.*"`` everything inside ``encoder``.
         quant_type: As for :class:`BitLinear`.
 
     Returns:
         ``model``; or the new layer, where ``model`` itself was converted.
 
     Raises:
+        TypeError: ``model`` is no ``nn.Module``, or ``exclude`` holds something else than strings.
         ValueError: ``quant_type`` is not valid.
     """
+    _check_model(model, "convert")
     check_quant_type(quant_type)
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    patterns = _checked_patterns(exclude)
+    survey = _Survey.of(model, patterns)
     layers = _find_linears(model)
-    attended = _read_by_attention(model)
-    converted = 0
     for layer in layers:
-        reason = (
-            _READ_BY_ATTENTION
-            if id(layer.module) in attended
-            else _why_not_convertible(layer, filter_fn, patterns)
-        )
-        if reason:
-            _logger.info("%s: not converted: %s", layer.label, reason)
-            continue
-        new = BitLinear.from_linear(layer.module, quant_type=quant_type)
-        _move_extras(layer.module, new)
-        for parent, key in layer.places:
-            parent._modules[key] = new
-        if layer.module is model:
-            model = new
-        converted += 1
-        _logger.info("%s: converted to %s", layer.label, new)
+        layer.chosen_out = _why_chosen_out(layer, filter_fn, patterns)
+        layer.reason = layer.chosen_out or survey.why_not_convertible(layer.module)
+    pairs = [(layer.module, _replace(layer, quant_type)) for layer in layers if not layer.reason]
+    if pairs and pairs[0][0] is model:
+        model = pairs[0][1]
+    messages = [
+        _why_kept(references.replace(model, pairs)),
+        *survey.why_unmatched(layers),
+        survey.why_incomplete(model, layers),
+    ]
     _keep_off_fast_paths(model)
-    _logger.info("converted %d of %d linear layers to BitLinear", converted, len(layers))
+    for layer in layers:
+        what = f"not converted: {layer.reason}" if layer.reason else f"converted to {layer.new}"
+        _logger.info("%s: %s", layer.label, what)
+    _logger.info("converted %d of %d linear layers to BitLinear", len(pairs), len(layers))
+    for message in messages:
+        if message:
+            warnings.warn(message, UserWarning, stacklevel=2)
     return model
 
 
@@ -111,9 +139,15 @@ def deploy(model: _Model) -> _Model:
         ``model``.
 
     Raises:
-        ValueError: A layer cannot be deployed (see :meth:`BitLinear.deploy`). The message names
-            every such layer; the model is unchanged.
+        TypeError: ``model`` is no ``nn.Module``.
+        ValueError: A layer cannot be deployed (see :meth:`BitLinear.deploy`), or its weight is
+            offloaded. The message names every such layer; the model is unchanged.
+
+    Warns:
+        UserWarning: Some layers have been called since they were made, and others have not: what
+            owns these may use their weights without calling them, which trains in floating point.
     """
+    _check_model(model, "deploy")
     layers = {
         name or "(the model itself)": module
         for name, module in model.named_modules()
@@ -121,13 +155,16 @@ def deploy(model: _Model) -> _Model:
     }
     attended = _read_by_attention(model)
     problems = {
-        name: _READ_BY_ATTENTION if id(layer) in attended else layer._why_not_deployable()
+        name: _READ_BY_ATTENTION
+        if id(layer) in attended
+        else foreign.why_offloaded(layer, _ancestors(model, name)) or layer._why_not_deployable()
         for name, layer in layers.items()
     }
     refused = [f"{name}: {reason}" for name, reason in problems.items() if reason]
     if refused:
         raise ValueError("BitLinear layers cannot be deployed:\n  " + "\n  ".join(refused))
 
+    never_called = _why_never_called(layers)
     elsewhere = _parameters_outside(model, layers.values())
     tied: dict[tuple[int, float], list[str]] = {}
     for name, layer in layers.items():
@@ -141,16 +178,37 @@ def deploy(model: _Model) -> _Model:
             _logger.info("%s: deployed%s", name, note)
     _keep_off_fast_paths(model)
     _logger.info("deployed %d BitLinear layers", len(layers))
+    if never_called:
+        warnings.warn(never_called, UserWarning, stacklevel=2)
     return model
+
+
+def _check_model(model: Any, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"{model!r:.80}"
+        raise TypeError(
+            f"bitlinear.{function}() needs a torch.nn.Module, but got {what} "
+            f"({type(model).__name__}): pass the model itself, as in "
+            f"bitlinear.{function}(pipeline.model)"
+        )
 
 
 @dataclass
 class _Linear:
-    """One ``nn.Linear`` of a model, with every place where it hangs."""
+    """One linear layer of a model, with every place where it hangs.
 
-    module: nn.Linear
+    Attributes:
+        chosen_out: Why the caller of :func:`convert` wants it left alone, or ``""``.
+        reason: Why it is left alone, by anybody's decision, or ``""``.
+        new: The layer in its place, once it has been converted.
+    """
+
+    module: nn.Module
     names: list[str] = field(default_factory=list)
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    chosen_out: str = ""
+    reason: str = ""
+    new: BitLinear | None = None
 
     @property
     def label(self) -> str:
@@ -159,44 +217,183 @@ class _Linear:
 
 def _find_linears(model: nn.Module) -> list[_Linear]:
     found: dict[int, _Linear] = {}
-    if isinstance(model, nn.Linear):
+    if foreign.is_linear(model):
         found[id(model)] = _Linear(model)
     for prefix, parent in model.named_modules():
         for key, child in parent._modules.items():
-            if isinstance(child, nn.Linear):
+            if child is not None and foreign.is_linear(child):
                 linear = found.setdefault(id(child), _Linear(child))
                 linear.names.append(f"{prefix}.{key}" if prefix else key)
                 linear.places.append((parent, key))
     return list(found.values())
 
 
-def _why_not_convertible(
+def _why_chosen_out(
     layer: _Linear, filter_fn: Callable[[str, nn.Module], bool] | None, patterns: Iterable[str]
 ) -> str:
-    """Why :func:`convert` leaves a layer alone, or ``""``."""
-    linear, names = layer.module, layer.names or [""]
-    if isinstance(linear, BitLinear):
-        return "it is a BitLinear already"
-    for name in names:
+    """Why the caller of :func:`convert` wants a layer left alone, or ``""``."""
+    if isinstance(layer.module, BitLinear):
+        return ""
+    for name in layer.names or [""]:
         pattern = _matching_pattern(name, patterns)
         if pattern is not None:
             return f"excluded by {pattern!r}"
-        if filter_fn is not None and not filter_fn(name, linear):
+        if filter_fn is not None and not filter_fn(name, layer.module):
             return "filter_fn returned False"
-    reason = why_no_plain_weight(linear)
-    if reason:
-        return reason
-    if type(linear) is not nn.Linear:
-        return f"it is a {type(linear).__name__}, whose use of the weight is unknown"
-    if "forward" in vars(linear):
-        return "its forward has been replaced on the instance"
-    extras = {*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}
-    if extras:
-        return f"it has tensors or modules that nn.Linear has not: {', '.join(sorted(extras))}"
-    hooks = [name for name in _STATE_HOOKS if vars(linear).get(name)]
-    if hooks:
-        return f"it has hooks that cannot be moved: {', '.join(hooks)}"
     return ""
+
+
+@dataclass
+class _Survey:
+    """What :func:`convert` has to know of a whole model, before it is changed.
+
+    Attributes:
+        patterns: What the caller excludes.
+        attended: The layers, by ``id``, of which ``nn.MultiheadAttention`` takes the weight only.
+        adapted: The layers, by ``id``, that PEFT adapts.
+        adapters: The modules, by ``id``, that PEFT has added.
+        holders: How many modules hold a parameter, by its ``id``.
+        matrices: Names of the modules that hold parameters of two or more dimensions.
+    """
+
+    patterns: tuple[str, ...]
+    attended: set[int]
+    adapted: set[int]
+    adapters: set[int]
+    holders: Counter[int]
+    matrices: list[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, patterns: tuple[str, ...]) -> _Survey:
+        holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+        matrices = [name for name, module in model.named_modules() if coverage.has_matrix(module)]
+        attended = _read_by_attention(model)
+        return cls(patterns, attended, *foreign.adapters(model), holders, matrices)
+
+    def why_not_convertible(self, linear: nn.Module) -> str:
+        """Why :func:`convert` leaves a layer alone, or ``""``."""
+        if isinstance(linear, BitLinear):
+            return "it is a BitLinear already"
+        if id(linear) in self.attended:
+            return _READ_BY_ATTENTION
+        if id(linear) in self.adapters:
+            return "it is part of an adapter of PEFT, which is merged in floating point"
+        reason = why_no_plain_weight(linear) or foreign.why_not_linear(linear)
+        if reason:
+            return reason
+        extras = {*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}
+        if extras:
+            return f"it has tensors or modules that nn.Linear has not: {', '.join(sorted(extras))}"
+        hooks = [name for name in _STATE_HOOKS if vars(linear).get(name)]
+        if hooks:
+            return f"it has hooks that cannot be moved: {', '.join(hooks)}"
+        if foreign.is_conv1d(linear):
+            # Its weight is going to be transposed.
+            if self.holders[id(linear.weight)] > 1:
+                return "another module shares its weight, which would have to be transposed"
+            if id(linear) in self.adapted:
+                return (
+                    "an adapter of PEFT relies on its transposed weight: convert before adding it"
+                )
+        return ""
+
+    def why_unmatched(self, layers: Iterable[_Linear]) -> list[str]:
+        """The messages of warnings about entries of ``exclude`` that exclude nothing."""
+        linears = [name for layer in layers for name in layer.names]
+        # A name of any module with a matrix is of use: it keeps convert() from warning of it.
+        names = [*linears, *self.matrices]
+        return [
+            f"exclude={pattern!r} matches no linear layer of the model: "
+            f"{_what_would_match(pattern, linears)}"
+            for pattern in dict.fromkeys(self.patterns)
+            if pattern not in _DEFAULT_EXCLUDE
+            and not any(_matching_pattern(name, [pattern]) for name in names)
+        ]
+
+    def why_incomplete(self, model: nn.Module, layers: Iterable[_Linear]) -> str:
+        """The message of a warning about a model that is hardly ternary, or ``""``."""
+        chosen_out = self.adapters | {id(layer.module) for layer in layers if layer.chosen_out}
+        reasons = {name: layer.reason for layer in layers for name in layer.names or [""]}
+
+        def is_chosen_out(name: str, module: nn.Module) -> bool:
+            return id(module) in chosen_out or _matching_pattern(name, self.patterns) is not None
+
+        return coverage.why_incomplete(model, is_chosen_out, reasons)
+
+
+def _what_would_match(pattern: str, names: list[str]) -> str:
+    """Advice about a pattern that matches none of the ``names``."""
+    for name in names:
+        parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
+        if any(_matching_pattern(parent, [pattern]) for parent in parents):
+            return (
+                f"it is the name of a module, and layers are excluded by their own names; "
+                f"{pattern + '.*'!r} excludes those inside, such as {name}"
+            )
+    return f"names of layers here are {_listed(names, 3)}" if names else "it has none"
+
+
+def _replace(layer: _Linear, quant_type: str) -> BitLinear:
+    """Puts a BitLinear in all places of a layer, hooks and attributes included."""
+    linear = layer.module
+    layer.new = new = BitLinear.from_linear(linear, quant_type=quant_type)  # type: ignore[arg-type]
+    if foreign.is_conv1d(linear):
+        _keep_parameter(linear, new)
+    _move_extras(linear, new)
+    for parent, key in layer.places:
+        parent._modules[key] = new
+    return new
+
+
+def _keep_parameter(linear: Any, new: BitLinear) -> None:
+    """Makes the parameter of a Conv1D that of ``new``; ``linear`` keeps its values in another.
+
+    An optimizer that was made before holds the parameter, not the layer.
+    """
+    weight: nn.Parameter = linear.weight
+    grad = weight.grad
+    linear.weight = nn.Parameter(weight.data, requires_grad=weight.requires_grad)
+    weight.grad = None
+    weight.data = new.weight.data
+    weight.grad = None if grad is None else grad.t().contiguous()
+    new.weight = weight
+
+
+def _why_kept(paths: list[str]) -> str:
+    """The message of a warning about references to old layers, or ``""``."""
+    if not paths:
+        return ""
+    return (
+        f"convert() replaced layers that the model also holds where it cannot replace them: "
+        f"{_listed(paths)}. These still use the old layers, in floating point: make them anew from "
+        f"the converted model"
+    )
+
+
+def _why_never_called(layers: dict[str, BitLinear]) -> str:
+    """The message of a warning about layers that only others than themselves compute, or ``""``."""
+    idle = [name for name, layer in layers.items() if not vars(layer).get("_called", False)]
+    if not idle or len(idle) == len(layers):
+        return ""
+    return (
+        f"deploy(): {len(idle)} of {len(layers)} BitLinear layers have never been called, while "
+        f"the others have: {_listed(idle)}. If the module around them uses their weights without "
+        f"calling them, they were trained and used in floating point, not ternary: name them in "
+        f"exclude of convert(). If no input has reached them yet, all is well"
+    )
+
+
+def _listed(names: list[str], first: int = 5) -> str:
+    more = f" and {len(names) - first} more" if len(names) > first else ""
+    return ", ".join(names[:first]) + more
+
+
+def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules that contain the one of this qualified name, the model included."""
+    parents = [model]
+    for key in name.split(".")[:-1]:
+        parents.append(parents[-1]._modules[key])  # type: ignore[arg-type]
+    return parents
 
 
 def set_quantization_strength(model: nn.Module, strength: float) -> nn.Module:
@@ -233,6 +430,18 @@ def set_quantization_strength(model: nn.Module, strength: float) -> nn.Module:
     return model
 
 
+def _checked_patterns(exclude: Iterable[str]) -> tuple[str, ...]:
+    several = isinstance(exclude, Iterable) and not isinstance(exclude, str)
+    patterns: tuple[Any, ...] = tuple(exclude) if several else (exclude,)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"exclude must hold names of layers, but it holds {pattern!r:.80} "
+                f"({type(pattern).__name__}): use filter_fn to choose by anything else"
+            )
+    return patterns
+
+
 def _matching_pattern(name: str, patterns: Iterable[str]) -> str | None:
     parts = name.split(".")
     endings = [".".join(parts[first:]) for first in range(len(parts))]
@@ -242,7 +451,7 @@ def _matching_pattern(name: str, patterns: Iterable[str]) -> str | None:
     return None
 
 
-def _move_extras(old: nn.Linear, new: BitLinear) -> None:
+def _move_extras(old: nn.Module, new: BitLinear) -> None:
     """Gives ``new`` the hooks of ``old``, and the attributes that somebody has put on it."""
     for name, value in vars(old).items():
         if name in _CALL_HOOKS or name not in vars(new):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import packing, state
+from . import foreign, packing, state
 from .ops import deployed_linear
 from .packed_weight import PackedWeight, warn_of_values
 from .quantize import (
@@ -122,36 +122,42 @@ class BitLinear(nn.Linear):
 
         The parameters are the same objects, so tied weights stay tied and an optimizer that knows
         them keeps working. Device, dtype, ``training`` and ``requires_grad`` are as they were.
+        The ``Conv1D`` of transformers, whose weight is ``(K, N)``, gives a new weight parameter.
 
         Args:
-            linear: The layer to convert; not modified. Its weight must be an ordinary parameter.
+            linear: The layer to convert; not modified. An ``nn.Linear``, a subclass that computes
+                the same (see :func:`bitlinear.convert`), or a ``Conv1D`` of transformers. Its
+                weight must be an ordinary parameter.
             quant_type: As for :class:`BitLinear`.
             eps: As for :class:`BitLinear`.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear``, or its weight is no ordinary parameter
-                (parametrised, pruned, lazy, deployed).
+            TypeError: ``linear`` is no linear layer, computes something else, or its weight is no
+                ordinary parameter (parametrised, pruned, lazy, quantised, deployed).
             ValueError: ``eps`` or ``quant_type`` is not valid.
         """
-        if not isinstance(linear, nn.Linear):
+        if not foreign.is_linear(linear):
             raise TypeError(
                 f"from_linear needs a torch.nn.Linear, but got {type(linear).__name__}: use "
-                f"bitlinear.convert(model) for the layers inside a module"
+                f"bitlinear.convert(model) for the linear layers inside a model"
             )
         reason = why_no_plain_weight(linear)
+        if not isinstance(linear, BitLinear):
+            reason = reason or foreign.why_not_linear(linear)
         if reason:
             raise TypeError(f"from_linear cannot convert this {type(linear).__name__}: {reason}")
+        weight = foreign.linear_weight(linear)
         layer = cls(
-            linear.weight.shape[1],
-            linear.weight.shape[0],
+            weight.shape[1],
+            weight.shape[0],
             bias=linear.bias is not None,
             eps=eps,
             quant_type=quant_type,
             device="meta",  # Draws nothing from the random number generator.
         )
-        layer.weight = linear.weight
+        layer.weight = weight
         layer.bias = linear.bias
-        layer._weight_dtype = linear.weight.dtype
+        layer._weight_dtype = weight.dtype
         return layer.train(linear.training)
 
     @property
@@ -194,14 +200,14 @@ class BitLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to ``input`` of shape ``(..., K)``; see :class:`BitLinear`."""
         if type(input) is not Tensor:
-            special = self._forward_of_special(input)
+            special: Tensor | None = self._forward_of_special(input)
             if special is not None:
                 return special
         buffers = self._buffers
         if "w_packed" not in buffers:
             return self._forward_in_training(input)
         bias = buffers["bias"]
-        arguments = (
+        arguments: Any = (
             input,
             buffers["w_packed"],
             buffers["w_scale"],
@@ -245,14 +251,15 @@ class BitLinear(nn.Linear):
                 f"example with torch.as_tensor(x)"
             )
         if input.is_nested and input.layout == torch.jagged:
-            if input._ragged_idx == input.dim() - 1:
+            nested: Any = input
+            if nested._ragged_idx == input.dim() - 1:
                 raise ValueError(
                     f"the last dimension of x must be in_features = {self.in_features}, but it is "
                     f"the jagged one of a nested tensor: transpose it first"
                 )
             values = self(input.values())
             return torch.nested.nested_tensor_from_jagged(
-                values, input.offsets(), input.lengths(), jagged_dim=input._ragged_idx
+                values, nested.offsets(), nested.lengths(), jagged_dim=nested._ragged_idx
             )
         return None
 
@@ -281,10 +288,10 @@ class BitLinear(nn.Linear):
 
         Raises:
             ValueError: A weight is NaN or infinite, or the weight is no ordinary parameter
-                (parametrised, pruned, sharded). The layer is unchanged.
+                (parametrised, pruned, sharded, offloaded). The layer is unchanged.
         """
         if not self.is_deployed:
-            reason = self._why_not_deployable()
+            reason = foreign.why_offloaded(self) or self._why_not_deployable()
             if reason:
                 raise ValueError(f"BitLinear cannot be deployed: {reason}")
             self._drop_weight(*self._pack())
@@ -326,8 +333,8 @@ class BitLinear(nn.Linear):
             fp32, shape ``(N, K)``: a new tensor.
         """
         w_packed, w_scale = (self.w_packed, self.w_scale) if self.is_deployed else self._pack()
-        t = torch.ops.bitlinear.expand_weight.default(w_packed, self.in_features)
-        return t.mul_(w_scale)
+        weight: Tensor = torch.ops.bitlinear.expand_weight.default(w_packed, self.in_features)
+        return weight.mul_(w_scale)
 
     def extra_repr(self) -> str:
         """``nn.Linear``'s, with the quantisation and whether the layer is deployed."""
@@ -339,7 +346,7 @@ class BitLinear(nn.Linear):
         return ", ".join(parts)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
             metadata[prefix[:-1]].update(state.metadata_of(self))
@@ -464,10 +471,9 @@ class BitLinear(nn.Linear):
         device = self.w_scale.device
         self._weight_dtype = fn(torch.empty(0, dtype=self._weight_dtype, device=device)).dtype
         for name in state.PACKED:
-            old, new = before[name], self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-            tensor = state.as_buffer(self._buffers[name])
+            old: Any = before[name]
+            new: Any = self._buffers[name]
+            tensor = state.as_buffer(new if new.dtype == old.dtype else old.to(new.device))
             for layer in sharing:
                 layer._buffers[name] = tensor
         return self

@@ -426,6 +426,7 @@ class _DeployedLinear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, None, None
 
 
+# As of the functions in quantize.py.
 _DeployedLinear.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     _DeployedLinear.forward
 )

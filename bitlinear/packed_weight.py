@@ -21,9 +21,7 @@ from torch.utils._pytree import tree_map_only
 _WRITES = (
     Tensor.requires_grad_,
     Tensor.share_memory_,
-    Tensor.data.__set__,  # type: ignore[attr-defined]
-    Tensor.grad.__set__,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
 )
 _READS = (Tensor.tolist, Tensor.__dlpack__, Tensor.storage, Tensor.untyped_storage)
 _NUMPY_READS = (Tensor.numpy, Tensor.__array__)
@@ -55,14 +53,12 @@ class PackedWeight(Tensor):
         values: Callable[[], Tensor],
         linear: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> PackedWeight:
-        weight: PackedWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=dtype, device=device
-        )
+        weight: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         weight._compute_values = values
         weight._compute_linear = linear
         return weight
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape = tuple(self.shape)
         return f"PackedWeight(shape={shape}, dtype={self.dtype}, device={str(self.device)!r})"
 
@@ -91,7 +87,9 @@ class PackedWeight(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         arguments = func._schema.arguments
         given = {argument.name: value for argument, value in zip(arguments, args)} | kwargs

@@ -403,9 +403,7 @@ class _StraightThroughLinear(torch.autograd.Function):
 
 # apply() asks for it in every call, and finding it out takes as long as a small forward pass.
 for _function in (_Edges, _Attached, _StraightThroughLinear):
-    _function.forward.__signature__ = inspect.signature(  # type: ignore[attr-defined]
-        _function.forward
-    )
+    setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010
 
 
 def product_dtype(device_type: str, grad_dtype: torch.dtype) -> torch.dtype:

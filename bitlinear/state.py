@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.utils import parametrize
 
-from . import packing
+from . import foreign, packing
+from .quantize import MAX_IN_FEATURES
 
 if TYPE_CHECKING:
     from .linear import BitLinear
@@ -153,7 +155,7 @@ def as_buffer(tensor: Tensor) -> Tensor:
     return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
 
 
-def why_no_plain_weight(linear: nn.Linear) -> str:
+def why_no_plain_weight(linear: nn.Module) -> str:
     """Why the weight of ``linear`` cannot be taken as an ordinary parameter, or ``""``."""
     if "w_packed" in linear._buffers:
         return "it is a deployed BitLinear; call undeploy() first"
@@ -170,11 +172,25 @@ def why_no_plain_weight(linear: nn.Linear) -> str:
         return (
             f"its weight is sharded (a DTensor); convert before sharding, and to deploy, {GATHER}"
         )
+    if _has_own_operations(weight):
+        return (
+            f"its weight is a {type(weight).__name__}, a tensor subclass with operations of its "
+            f"own: convert the model before it is quantised, or dequantise it first"
+        )
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
     if weight.dim() != 2 or weight.numel() == 0:
         return f"its weight has shape {list(weight.shape)}; (N, K) with N and K >= 1 is needed"
+    in_features = weight.shape[0 if foreign.is_conv1d(linear) else 1]
+    if in_features > MAX_IN_FEATURES:
+        return f"it has {in_features} in_features, more than {MAX_IN_FEATURES}; split it along them"
     return ""
+
+
+def _has_own_operations(weight: Tensor) -> bool:
+    """Whether a tensor subclass (of torchao, optimum-quanto, ...) computes in its own way."""
+    own: Any = type(weight).__torch_dispatch__
+    return own is not Tensor.__torch_dispatch__ and not isinstance(weight, FakeTensor)
 
 
 def _check_version(metadata: dict[str, Any]) -> None:

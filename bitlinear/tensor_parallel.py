@@ -186,7 +186,7 @@ class _WithGradient(torch.autograd.Function):
             scaled = part.to(torch.float32) * _local(w_scale, here).reshape(-1)
             product = scaled.to(dtype) @ t
         placement = Partial() if by_column else Shard(grad.dim() - 1)
-        grad_x = _dtensor(product, grad.device_mesh, placement)
+        grad_x: Any = _dtensor(product, grad.device_mesh, placement)
         if by_column:
             grad_x = grad_x.redistribute(placements=[Replicate()])
         return grad_x.to(ctx.dtype), None, None

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
+import types
+import warnings
 
 import pytest
 import torch
@@ -84,6 +87,7 @@ def test_everything_but_the_head():
         (("head", "p", "blocks", "up.0"), set()),
     ],
 )
+@pytest.mark.filterwarnings("ignore:exclude=")
 def test_exclude_by_qualified_name(exclude, left_alone):
     assert converted(convert(Model(), exclude=exclude)) == ALL - left_alone
     # The same pattern where the model is inside another one.
@@ -133,7 +137,38 @@ def test_wrong_quant_type_changes_nothing():
     assert not converted(model)
 
 
-class Subclass(nn.Linear):
+class Harmless(nn.Linear):
+    """Another way to be made, filled and printed."""
+
+    __constants__ = ("in_features",)
+    note: str
+
+    def __init__(self, width, *_):
+        super().__init__(width, width, bias=False)
+        self.note = "mine"
+
+    def reset_parameters(self):
+        nn.init.ones_(self.weight)
+
+    def extra_repr(self):
+        return f"width={self.in_features}"
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OwnHelper(nn.Linear):
+    def norm(self):
+        return self.weight.norm()
+
+
+class Mixin:
+    scale = 2
+
+
+class Mixed(Harmless, Mixin):
     pass
 
 
@@ -162,7 +197,9 @@ def with_state_hook():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (Subclass, "it is a Subclass"),
+        (OwnForward, "it is a OwnForward, whose use of the weight is unknown: OwnForward defines"),
+        (OwnHelper, "OwnHelper defines norm"),
+        (Mixed, "Mixin defines scale"),
         (lambda *_: nn.LazyLinear(8), "it is lazy"),
         (lambda *_: parametrized(), "it is parametrized"),
         (lambda *_: nn.utils.weight_norm(nn.Linear(8, 8)), "computed, not a parameter"),
@@ -184,6 +221,49 @@ def test_what_is_not_converted_and_why(make, reason, log):
     assert reason in line
 
 
+@pytest.mark.parametrize("make", [Harmless, nn.modules.linear.NonDynamicallyQuantizableLinear])
+def test_harmless_subclasses_are_converted(make):
+    model, x = nn.Sequential(make(8, 8)), torch.randn(3, 8)
+    old = model[0]
+    convert(model)
+    assert type(model[0]) is BitLinear
+    assert model[0].weight is old.weight
+    assert vars(model[0]).get("note") == vars(old).get("note")
+    assert torch.equal(model(x), BitLinear.from_linear(old)(x))
+
+
+@pytest.mark.parametrize("make", [OwnForward, OwnHelper, Mixed])
+def test_from_linear_refuses_what_may_compute_something_else(make):
+    with pytest.raises(TypeError, match=r"from_linear cannot convert this .* defines"):
+        BitLinear.from_linear(make(8, 8))
+
+
+def test_from_linear_refuses_a_forward_of_the_instance():
+    with pytest.raises(TypeError, match="its forward has been replaced on the instance"):
+        BitLinear.from_linear(with_forward_replaced())
+
+
+@pytest.mark.parametrize("value", [3, "model.pt", None, nn.Linear, [nn.Linear(2, 2)]])
+@pytest.mark.parametrize("function", [convert, deploy])
+def test_what_is_no_model(function, value):
+    shown = "the class Linear" if value is nn.Linear else repr(value)[:20]
+    with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module, but got ") as error:
+        function(value)
+    assert shown in str(error.value)
+    assert f"bitlinear.{function.__name__}(pipeline.model)" in str(error.value)
+
+
+def test_from_linear_of_what_is_no_layer():
+    with pytest.raises(TypeError, match=r"needs a torch\.nn\.Linear, but got int: use bitlinear"):
+        BitLinear.from_linear(3)
+
+
+@pytest.mark.parametrize("exclude", [None, (3,), ("lm_head", nn.ReLU)])
+def test_patterns_that_are_no_strings(exclude):
+    with pytest.raises(TypeError, match=r"exclude must hold names .* but it holds .*filter_fn"):
+        convert(Model(), exclude=exclude)
+
+
 def test_every_layer_and_a_summary_are_logged(log):
     convert(Model(), filter_fn=lambda name, _: name != "blocks.1.up")
     lines = log()
@@ -192,6 +272,303 @@ def test_every_layer_and_a_summary_are_logged(log):
     assert "blocks.1.up: not converted: filter_fn returned False" in lines
     assert "lm_head: not converted: excluded by 'lm_head'" in lines
     assert sum(": converted to BitLinear(in_features=" in line for line in lines) == 3
+
+
+# --- Patterns that exclude nothing ---
+
+
+@pytest.mark.parametrize(
+    ("exclude", "advice"),
+    [
+        ("blocks", r"'blocks\.\*' excludes those inside, such as blocks\.0\.up"),
+        ("blocks.1", r"'blocks\.1\.\*' excludes those inside, such as blocks\.1\.up"),
+        ("head", r"names of layers here are .*lm_head, blocks\.0\.up"),
+        (("up", "down.0"), r"'down\.0' matches no linear layer"),
+    ],
+)
+def test_a_pattern_that_matches_nothing(exclude, advice):
+    with pytest.warns(UserWarning, match=advice) as caught:
+        convert(Model(), exclude=exclude)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("exclude", [("lm_head",), "lm_head", (), ("embed",), ("lm_head", "up")])
+def test_patterns_that_are_quiet(exclude):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(Model().blocks if exclude == ("lm_head",) else Model(), exclude=exclude)
+
+
+# --- Models that stay in floating point ---
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        self.up_proj = nn.Parameter(torch.randn(4, 8, 16))
+
+
+class Vision(nn.Module):
+    """A patch embedding, a table of positions and a class token in front of linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.positions = nn.Parameter(torch.zeros(1, 64, 8))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.blocks = nn.Sequential(*(Block() for _ in range(2)))
+        self.gate = nn.Parameter(torch.zeros(2, 8))
+
+
+HARDLY = {
+    "LSTM": (nn.LSTM(8, 8), r"weight_ih_l0 \[32, 8\] \(LSTM: a recurrent layer"),
+    "attention": (nn.MultiheadAttention(8, 2), r"in_proj_weight \[24, 8\] \(MultiheadAttention: "),
+    "encoder layer": (nn.TransformerEncoderLayer(8, 2, 16), r"which hold 50\.0% of the weights"),
+    "1 x 1": (
+        nn.Sequential(nn.Conv2d(8, 8, 1)),
+        r"0\.weight .*kernel of size 1 it is an nn\.Linear",
+    ),
+    "1 x 1 of an image": (nn.Sequential(nn.Conv2d(3, 8, 1)), r"\(Conv2d: a convolution; with"),
+    "CNN": (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4096, 8)),
+        r"1 of 3 weight matrices ternary, which hold 99\.2% of the weights",
+    ),
+    "experts": (Experts(), r"up_proj \[4, 8, 16\] \(Experts: several matrices in one parameter"),
+    "own forward": (nn.Sequential(OwnForward(8, 8)), r"0\.weight .*OwnForward defines forward"),
+    "parametrized": (nn.Sequential(parametrized()), r"original1 .*: it is parametrized; call"),
+    "lazy": (nn.Sequential(nn.LazyLinear(8)), r"0\.weight \(LazyLinear: it is lazy; run it once"),
+    "a parameter": (nn.ParameterList([torch.randn(8, 8)]), r"\(ParameterList: it is no nn\.Linear"),
+}
+
+
+@pytest.mark.parametrize("kind", HARDLY)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_model_that_stays_in_floating_point_warns(kind):
+    model, message = copy.deepcopy(HARDLY[kind][0]), HARDLY[kind][1]
+    with pytest.warns(UserWarning, match=r"(?s)^convert\(\) made .*" + message) as caught:
+        convert(model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert "name their modules in exclude" in str(caught[0].message)
+
+
+def test_the_largest_of_many_are_named():
+    model = nn.Sequential(*(nn.Conv2d(8, width, 3) for width in range(2, 9)))
+    with pytest.warns(
+        UserWarning, match=r"(?s)6\.weight.*5\.weight.*4\.weight.*3\.weight.*and 3 m"
+    ):
+        convert(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (Model, {}),
+        (lambda: Model().embed, {}),
+        (lambda: nn.Sequential(nn.ReLU(), nn.LayerNorm(8)), {}),
+        (Vision, {}),
+        (lambda: convert(Model()), {}),
+        (lambda: deploy(convert(Model())), {}),
+        (Model, {"filter_fn": lambda name, _: False}),
+        (Model, {"exclude": "*"}),
+        (lambda: nn.LSTM(8, 8), {"exclude": "*"}),
+        (lambda: nn.ModuleDict({"lstm": nn.LSTM(8, 8)}), {"exclude": "lstm"}),
+        (lambda: nn.ModuleDict({"a": Experts(), "b": Block()}), {"exclude": ("b.*", "a")}),
+    ],
+)
+def test_models_that_are_quiet(make, arguments):
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(model, **arguments)
+
+
+def test_a_weight_tied_to_an_embedding_does_not_count():
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(99, 8), "decoder": OwnForward(8, 99), "x": Block()}
+    )
+    model["decoder"].weight = model["embed"].weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(model)
+
+
+# --- Layers of other libraries ---
+
+
+@pytest.fixture
+def conv1d(monkeypatch):
+    """A class like that of transformers, which need not be installed."""
+
+    class Conv1D(nn.Module):
+        def __init__(self, nf, nx):
+            super().__init__()
+            self.nf, self.nx = nf, nx
+            self.weight = nn.Parameter(torch.randn(nx, nf))
+            self.bias = nn.Parameter(torch.randn(nf))
+
+        def forward(self, x):
+            return torch.addmm(self.bias, x, self.weight)
+
+    library = types.ModuleType("transformers.pytorch_utils")
+    library.Conv1D = Conv1D
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    return Conv1D
+
+
+def test_a_conv1d_is_converted_and_keeps_its_parameter(conv1d):
+    model, x = nn.Sequential(conv1d(6, 8)), torch.randn(3, 8)
+    old, weight = model[0], model[0].weight
+    values, before = weight.detach().clone(), old(x).detach()
+    old(x).sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    convert(model)
+    layer = model[0]
+    assert (type(layer), layer.in_features, layer.out_features) == (BitLinear, 8, 6)
+    assert (layer.nf, layer.nx) == (6, 8)
+    assert layer.weight is weight
+    assert torch.equal(layer.weight, values.t())
+    assert layer.weight.is_contiguous()
+    assert torch.equal(old(x), before)  # The user may still hold it.
+
+    wanted = nn.Linear(8, 6)
+    with torch.no_grad():
+        wanted.weight.copy_(values.t())
+        wanted.bias.copy_(old.bias)
+    assert torch.equal(layer(x), BitLinear.from_linear(wanted)(x))
+    optimizer.step()
+    assert not torch.equal(layer.weight, values.t())
+    optimizer.zero_grad()
+    layer(x).sum().backward()
+    optimizer.step()
+    deploy(model)(x)
+
+
+def test_from_linear_takes_a_conv1d(conv1d):
+    old = conv1d(6, 8).eval()
+    old.weight.requires_grad_(False)
+    values = old.weight.clone()
+    layer = BitLinear.from_linear(old)
+    assert torch.equal(layer.weight, values.t())
+    assert torch.equal(old.weight, values)
+    assert layer.bias is old.bias
+    assert (layer.training, layer.weight.requires_grad) == (False, False)
+
+
+def test_a_conv1d_that_shares_its_weight_is_left_alone(conv1d, log):
+    model = nn.Sequential(conv1d(8, 8), conv1d(8, 8), Block(), Block())
+    model[1].weight = model[0].weight
+    with pytest.warns(UserWarning, match="another module shares its weight"):
+        convert(model)
+    assert type(model[0]) is type(model[1]) is conv1d
+    assert any("another module shares its weight" in line for line in log())
+
+
+def test_subclasses_of_a_conv1d(conv1d):
+    class Harmless1D(conv1d):
+        pass
+
+    class Own1D(conv1d):
+        def forward(self, x):
+            return x
+
+    assert type(convert(Harmless1D(6, 8))) is BitLinear
+    with pytest.raises(TypeError, match="Own1D defines forward"):
+        BitLinear.from_linear(Own1D(6, 8))
+
+
+def test_layers_of_transformers():
+    falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    x = torch.randn(3, 8)
+    for layer in (falcon.FalconLinear(8, 6), falcon.FalconLinear(8, 6, bias=False), conv1d(6, 8)):
+        weight = layer.weight.t() if type(layer) is conv1d else layer.weight
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, layer.bias))
+        plain = nn.Linear(8, 6, bias=layer.bias is not None)
+        plain.weight = nn.Parameter(weight.detach().clone())
+        plain.bias = layer.bias
+        new = convert(nn.Sequential(layer))[0]
+        assert type(new) is BitLinear
+        assert torch.equal(new(x), BitLinear.from_linear(plain)(x))
+
+
+class Wrapped(torch.Tensor):
+    """A tensor subclass as torchao and optimum-quanto have them."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype)
+
+    def __init__(self, data):
+        self.data_ = data
+
+    @classmethod
+    def __torch_dispatch__(cls, function, kinds, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].data_)
+        raise NotImplementedError(function)
+
+
+def test_weights_that_are_wrapper_subclasses(log):
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(Wrapped(torch.randn(8, 8)), requires_grad=False)
+    with pytest.raises(TypeError, match=r"its weight is a Wrapped, a tensor subclass.*dequantise"):
+        BitLinear.from_linear(layer)
+    with pytest.warns(UserWarning, match=r"Linear: its weight is a Wrapped"):
+        convert(nn.Sequential(layer))
+    assert any("0: not converted: its weight is a Wrapped" in line for line in log())
+    hand_made = BitLinear(8, 8)
+    hand_made.weight = layer.weight
+    with pytest.raises(ValueError, match="its weight is a Wrapped"):
+        deploy(hand_made)
+
+
+def test_fake_weights_are_plain():
+    with torch._subclasses.FakeTensorMode():
+        assert type(convert(nn.Sequential(nn.Linear(8, 8)))[0]) is BitLinear
+
+
+class Tuner(nn.Module):
+    """As a LoRA layer of PEFT."""
+
+    adapter_layer_names = ("lora_A", "lora_B")
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 8, bias=False)})
+        self.router = nn.Linear(8, 8)
+
+
+def test_adapters_are_left_alone(log):
+    model = nn.Sequential(Tuner(nn.Linear(8, 8)), nn.Linear(8, 8), Tuner(Tuner(nn.Linear(8, 8))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(model)
+    assert converted(model) == {"0.base_layer", "1", "2.base_layer.base_layer"}
+    assert sum("part of an adapter of PEFT" in line for line in log()) == 9
+
+
+def test_a_conv1d_under_an_adapter_is_left_alone(conv1d):
+    """Its adapter adds a transposed matrix to the weight when it is merged."""
+    model = nn.Sequential(Tuner(conv1d(8, 8)), Block(), Block())
+    with pytest.warns(UserWarning, match=r"0\.base_layer\.weight .*convert before adding it"):
+        convert(model)
+    assert type(model[0].base_layer) is conv1d
+
+
+def test_adapters_of_peft():
+    peft = pytest.importorskip("peft")
+    base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    model = peft.get_peft_model(base, config)
+    convert(model)
+    names = {"base_model.model.0.base_layer", "base_model.model.2"}
+    assert converted(model) == names
+    model(torch.randn(3, 8)).sum().backward()
 
 
 # --- Sharing ---
@@ -306,6 +683,76 @@ def test_deploy_refuses_by_name_and_changes_nothing():
     assert not any(m.is_deployed for m in model.modules() if isinstance(m, BitLinear))
 
 
+def test_layers_that_were_never_called_are_named():
+    model = convert(Model(), exclude=())
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach())
+    for name in ALL - {"blocks.1.up"}:
+        vars(model.get_submodule(name))["_called"] = True
+    with pytest.warns(
+        UserWarning, match=r"1 of 5 BitLinear .* called, .*: blocks\.1\.up\."
+    ) as caught:
+        deploy(model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert model.blocks[1].up.is_deployed
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_deploy_is_quiet_if_all_layers_were_called_or_none(called):
+    model = convert(Model())
+    for name in converted(model):
+        vars(model.get_submodule(name))["_called"] = called
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        deploy(model)
+
+
+def offload(layer, *wrappers, **attributes):
+    """As accelerate does: the weight goes to the meta device, the hook brings it for each call."""
+    hook = types.SimpleNamespace(**attributes)
+    for _ in wrappers:
+        hook = types.SimpleNamespace(hooks=(types.SimpleNamespace(), hook))
+    layer._hf_hook = hook
+    return layer.to("meta")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: offload(model[0].up, offload=True),
+        lambda model: offload(model[0].up, "SequentialHook", offload=True),
+        lambda model: offload(model[0], offload=True, place_submodules=True),
+        lambda model: offload(model, offload=True, place_submodules=True),
+    ],
+)
+def test_deploy_refuses_offloaded_weights(make):
+    model = convert(nn.Sequential(Block(), Block()))
+    make(model)
+    with pytest.raises(ValueError, match=r"0\.up: its weight is offloaded by accelerate"):
+        deploy(model)
+    assert not any(m.is_deployed for m in model.modules() if isinstance(m, BitLinear))
+
+
+@pytest.mark.parametrize("attributes", [{}, {"offload": False}, {"offload": True}])
+def test_deploy_of_a_model_on_meta_whose_hooks_bring_nothing(attributes):
+    model = convert(nn.Sequential(Block()))
+    offload(model, **attributes)
+    deploy(model)
+
+
+def test_deploy_of_a_model_that_accelerate_offloads():
+    accelerate = pytest.importorskip("accelerate")
+    model = convert(nn.Sequential(Block()))
+    x = torch.randn(3, 8)
+    wanted = model(x)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ValueError, match=r"0\.up: .*remove_hook_from_submodules"):
+        deploy(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    with torch.no_grad():
+        assert torch.equal(deploy(model)(x), wanted)
+
+
 def test_a_deployed_model_loads_into_a_fresh_one(tmp_path):
     source = deploy(convert(Model()))
     torch.save(source.state_dict(), tmp_path / "model.pt")
@@ -344,6 +791,10 @@ def in_python(model, *args, **kwargs):
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+hardly_ternary = pytest.mark.filterwarnings(r"ignore:convert\(\) made")
+
+
+@hardly_ternary
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_encoder_layers_call_their_linears_in_evaluation(norm_first, log):
     layer, x = encoder_layer(norm_first=norm_first).eval(), torch.randn(3, 5, 8)
@@ -359,6 +810,7 @@ def test_encoder_layers_call_their_linears_in_evaluation(norm_first, log):
         torch.testing.assert_close(layer(x), wanted)
 
 
+@hardly_ternary
 @pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
 def test_encoders_with_padding_call_their_linears_in_evaluation():
     model = nn.TransformerEncoder(encoder_layer(), 2).eval()
@@ -382,6 +834,7 @@ def test_a_hand_made_encoder_is_put_right_by_deploy():
         torch.testing.assert_close(layer(x), wanted)
 
 
+@hardly_ternary
 @pytest.mark.parametrize("replaced", [False, True])
 def test_attention_keeps_its_output_projection(replaced, log):
     attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
