@@ -284,6 +284,97 @@ def test_memory_that_was_freed_is_an_error(name):
         OP(*tensors.values(), 12)
 
 
+# --- Packed bytes are checked before they are used ---
+
+
+def spoil(w_packed):
+    w_packed[2, 1] |= 0b00_11_00_00
+
+
+def changes_of_bytes():
+    def average(w_packed):  # as an exponential average over buffers does
+        w_packed.copy_((0.9 * w_packed.float() + 0.1 * w_packed.flip(0).float()).to(torch.uint8))
+
+    return [spoil, average, lambda w: w.fill_(255), lambda w: w.view(-1)[3:4].fill_(3)]
+
+
+@pytest.mark.parametrize("change", changes_of_bytes())
+@pytest.mark.parametrize("call", IMPLEMENTATIONS)
+def test_bytes_that_have_changed_are_checked_again(call, change):
+    _, w_packed, w_scale = operands(40, 70)
+    x = torch.randn(3, 70)
+    wanted = call(x, w_packed, w_scale, None, 70)
+    good = w_packed.clone()
+    for _ in range(2):
+        change(w_packed)
+        for _ in range(2):  # and stay refused
+            with pytest.raises(ValueError, match=r"invalid code 3, first in byte \d+ of row \d+"):
+                call(x, w_packed, w_scale, None, 70)
+        w_packed.copy_(good)
+        assert torch.equal(call(x, w_packed, w_scale, None, 70), wanted)
+
+
+@pytest.mark.parametrize("call", IMPLEMENTATIONS)
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 31, 33, 70, 131])
+def test_the_first_invalid_code_is_found_wherever_it_is(call, k):
+    _, good, w_scale = operands(7, k)
+    for n in (0, 3, 6):
+        for column in {0, k // 2, k - 1}:
+            w_packed = good.clone()
+            w_packed[n, column // 4] |= 3 << (6 - 2 * (column % 4))
+            w_packed[n + 1 :] = 255
+            message = f"invalid code 3, first in byte {column // 4} of row {n}:"
+            with pytest.raises(ValueError, match=message):
+                call(torch.randn(2, k), w_packed, w_scale, None, k)
+
+
+@pytest.mark.parametrize("call", IMPLEMENTATIONS)
+def test_weights_past_the_last_input_are_refused(call):
+    _, w_packed, w_scale = operands(4, 8)
+    with pytest.raises(ValueError, match=r"weights beyond in_features ?= ?7"):
+        call(torch.randn(2, 7), w_packed, w_scale, None, 7)
+
+
+@pytest.mark.skipif(not bitlinear.HAS_BITLINEAR, reason="about the compiled operator")
+def test_slices_and_shapes_are_checked_each_on_its_own():
+    _, w_packed, w_scale = operands(40, 64)
+    x = torch.randn(3, 64)
+    OP(x, w_packed, w_scale, None, 64)
+    spoil(w_packed[20:])
+    OP(x, w_packed[:20], w_scale, None, 64)
+    for bad, k in ((w_packed, 64), (w_packed[20:], 64), (w_packed[:, :8], 32)):
+        with pytest.raises(ValueError, match="code 3"):
+            OP(x[:, :k], bad, w_scale, None, k)
+
+
+@pytest.mark.skipif(not bitlinear.HAS_BITLINEAR, reason="about the compiled operator")
+def test_an_address_that_is_used_again_is_checked():
+    x = torch.randn(3, 64)
+    for _ in range(200):
+        _, w_packed, w_scale = operands(40, 64)
+        w_packed = w_packed.clone()  # NumPy has an allocator of its own
+        OP(x, w_packed, w_scale, None, 64)
+        address = w_packed.data_ptr()
+        del w_packed
+        other = torch.full((40, 16), 255, dtype=torch.uint8)
+        with pytest.raises(ValueError, match="code 3"):
+            OP(x, other, w_scale, None, 64)
+        if other.data_ptr() == address:
+            return
+    pytest.skip("the allocator never gave the same address again")
+
+
+def test_inference_tensors_are_checked_in_every_call():
+    """Nothing counts their changes."""
+    with torch.inference_mode():
+        _, w_packed, w_scale = operands(40, 64)
+        w_packed, x = w_packed.clone(), torch.randn(3, 64)
+        OP(x, w_packed, w_scale, None, 64)
+        spoil(w_packed)
+        with pytest.raises(ValueError, match="code 3"):
+            OP(x, w_packed, w_scale, None, 64)
+
+
 def test_a_sum_of_zero_has_no_sign():
     packed = torch.tensor([[0b01010101], [0b10010101]], dtype=torch.uint8)
     for linear in IMPLEMENTATIONS:

@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -180,13 +181,103 @@ def test_what_is_saved_for_backward_is_int8():
     assert sum(t.numel() * t.element_size() for t in saved) <= 64 * 256 + 128 * 256 + 64 * 4 + 4
 
 
-def test_no_second_derivative():
+# --- Gradients of gradients ---
+
+
+def by_hand(x, weight, bias=None):
+    """As most implementations train: the rounding is a constant. torch differentiates the rest."""
+    q, s_x = quantize.quantize_activations(x.detach())
+    t, s_w = quantize.quantize_weights(weight.detach())
+    return F.linear(x + (q * s_x - x.detach()), weight + (t * s_w - weight.detach()), bias)
+
+
+def penalty(net, x):
+    """Of a critic, as in WGAN-GP: its gradient is trained to have the length 1."""
+    (grad,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return (grad.norm(dim=-1) - 1).square().mean()
+
+
+def force(net, x):
+    """An energy's gradient is trained, as of force fields."""
+    (grad,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+    return (grad + 1).square().mean()
+
+
+def inner_step(net, x):
+    """A loss after a step of gradient descent, as in MAML."""
+    parameters = dict(net.named_parameters())
+    loss = torch.func.functional_call(net, parameters, x).square().mean()
+    grads = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+    moved = {name: p - 0.1 * g for (name, p), g in zip(parameters.items(), grads)}
+    return torch.func.functional_call(net, moved, x).square().mean()
+
+
+def third(net, x):
+    """A third derivative."""
+    y = torch.tanh(net(x)).sum()
+    (once,) = torch.autograd.grad(y, x, create_graph=True)
+    (twice,) = torch.autograd.grad(once.square().sum(), x, create_graph=True)
+    return twice.square().sum()
+
+
+class Linear(torch.nn.Linear):
+    """One of :func:`straight_through_linear`, or of what it has to agree with."""
+
+    function = staticmethod(straight_through_linear)
+
+    def forward(self, x):
+        return self.function(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("loss", [penalty, force, inner_step, third])
+@pytest.mark.parametrize("shape", [(16, 8), (2, 3, 8)])
+def test_higher_derivatives_are_those_of_the_formula(loss, shape):
+    net = torch.nn.Sequential(Linear(8, 32), torch.nn.Tanh(), Linear(32, 4))
+    x, gradients = torch.randn(shape, requires_grad=True), []
+    for function in (straight_through_linear, by_hand):
+        net[0].function = net[2].function = function
+        leaves = [x, *net.parameters()]
+        gradients.append(torch.autograd.grad(loss(net, x), leaves, allow_unused=True))
+    for ours, wanted in zip(*gradients):
+        assert (ours is None) == (wanted is None)
+        if wanted is not None:
+            torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    assert sum(wanted is not None for wanted in gradients[1]) >= 3
+
+
+def test_an_output_without_a_gradient():
+    """A function behind the layer that returns None has its gradient undefined, not 0."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
     x, w = torch.randn(2, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
-    (grad,) = torch.autograd.grad(
-        straight_through_linear(x, w).square().sum(), x, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    Nothing.apply(straight_through_linear(x, w)).sum().backward()
+    assert x.grad is None
+    assert w.grad is None
+
+
+def test_hooks_of_saved_tensors_see_only_what_is_saved():
+    """Offloading would give every tensor that is saved memory of its own."""
+    x, w = torch.randn(64, 256, requires_grad=True), torch.randn(128, 256, requires_grad=True)
+    moved = []
+
+    def pack(tensor):
+        moved.append(tensor.numel() * tensor.element_size())
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = straight_through_linear(x, w)
+    assert sum(moved) <= 64 * 256 + 128 * 256 / 4 + 64 * 4 + 4
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    grad.square().sum().backward()
+    assert w.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
