@@ -422,6 +422,15 @@ def test_dynamic_quantisation_takes_the_plain_layers_only():
     assert torch.equal(result[0](x), model[0](x))
 
 
+def test_a_deployed_layer_cannot_be_replaced_by_its_weight():
+    """As quanto does: it makes a layer of its own and gives it the weight."""
+    linear, layer = nn.Linear(20, 6), deployed()
+    with pytest.raises(TypeError, match="as parameter 'weight'"):
+        linear.weight = layer.weight
+    with pytest.raises(RuntimeError, match="read-only"):
+        nn.Parameter(layer.weight)
+
+
 @both
 @pytest.mark.skipif(
     torch.__version__ < "2.5", reason="torch 2.4 does not find the formulas it is given"
