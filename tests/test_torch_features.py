@@ -527,6 +527,8 @@ def test_compile_deployed():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_a_training_step_is_one_graph(strength):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     # Side by side: of two layers in a row the second would quantise what the first has computed,
     # whose last bit, for a strength of 0.5, depends on how a CPU adds. Here outputs and gradients
     # are sums of at most 20 products, a few units of fp32 apart on every CPU.
@@ -540,7 +542,7 @@ def test_a_training_step_is_one_graph(strength):
     def loss():
         return F.mse_loss(sum(layer(x.relu()) for layer, x in zip(model, inputs)), target)
 
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
     for _ in range(3):
         with torch.no_grad():
