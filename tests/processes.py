@@ -133,6 +133,25 @@ def mesh():
     return init_device_mesh(device_type, (torch.distributed.get_world_size(),))
 
 
+def attention(q, k, v, width=4):
+    """Attention with as many heads as ``q``, ``k`` and ``v`` have columns for.
+
+    Each head is computed alone, on tensors of its own. Its bits then depend neither on how many
+    heads a process has nor on where in a vector register its values come to lie.
+    """
+    heads = zip(*(x.split(width, dim=-1) for x in (q, k, v)))
+    outputs = [
+        F.scaled_dot_product_attention(*(x.contiguous() for x in operands)) for operands in heads
+    ]
+    return torch.cat(outputs, dim=-1)
+
+
+# Every CPU computes it to the same bits: it compares, and halves. torch computes GELU with one
+# function in full vector registers and with another in the rest, so that the last bit of a value
+# depends on how many values the process has.
+EXACT_ACTIVATION = nn.LeakyReLU(0.5)
+
+
 class Block(nn.Module):
     """A block of a transformer. Its attention has as many heads as its projections give it."""
 
@@ -144,9 +163,8 @@ class Block(nn.Module):
 
     def forward(self, x):
         h = self.norm1(x)
-        q, k, v = (p(h).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        x = x + self.o(attention(self.q(h), self.k(h), self.v(h)))
+        return x + self.down(EXACT_ACTIVATION(self.up(self.norm2(x))))
 
 
 class Transformer(nn.Module):

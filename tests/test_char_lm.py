@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import re
 import signal
@@ -103,19 +105,74 @@ def network(kind, depth=2):
     return bitlinear.deploy(model) if kind == "deployed" else model
 
 
+class LayerInputs:
+    """The inputs of the BitLinear layers of a model in one call, and again in others.
+
+    Where the same sum comes out with another last bit, an activation may be quantised to the next
+    integer, and the layers behind it make much of that. So :meth:`compare` compares the inputs of
+    each layer, and then gives it those that it had before.
+    """
+
+    def __init__(self, model):
+        self._layers = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, bitlinear.BitLinear)
+        }
+        self._inputs = {}
+
+    @contextlib.contextmanager
+    def _hooks(self, hook):
+        handles = [
+            layer.register_forward_pre_hook(functools.partial(hook, name))
+            for name, layer in self._layers.items()
+        ]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def record(self):
+        return self._hooks(lambda name, _, args: self._inputs.update({name: args[0]}))
+
+    def compare(self, positions, **tolerance):
+        """In a call with the tokens at ``positions``, a slice."""
+
+        def hook(name, _, args):
+            wanted = self._inputs[name][:, positions]
+            torch.testing.assert_close(args[0], wanted, **tolerance)
+            return wanted
+
+        return self._hooks(hook)
+
+
 @pytest.mark.parametrize("kind", ["linear", "ternary", "deployed"])
 @torch.inference_mode()
 def test_the_cache_changes_nothing(kind):
     model = network(kind)
     tokens = torch.randint(50, (3, 16))
+    inputs, tolerance = LayerInputs(model), {"rtol": 1e-4, "atol": 1e-4}
+    with inputs.record():
+        wanted = model(tokens)
     cache = Cache(model, batch=3)
-    parts = [model(part, cache) for part in (tokens[:, :5], *tokens[:, 5:].split(1, dim=1))]
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), rtol=1e-4, atol=1e-4)
+    for positions in (slice(5), *(slice(i, i + 1) for i in range(5, 16))):
+        # What is compared is a few sums of fp32 away from what was equal to the bit: the outputs
+        # of the layers before. 1e-4 is a thousand units, on every CPU.
+        with inputs.compare(positions, **tolerance):
+            logits = model(tokens[:, positions], cache)
+        torch.testing.assert_close(logits, wanted[:, positions], **tolerance)
 
-    prompt = written = tokens[0, :4]
+
+@pytest.mark.parametrize("kind", ["linear", "ternary", "deployed"])
+@torch.inference_mode()
+def test_the_likeliest_character_goes_on(kind):
+    """The same calls, so the same bits on every CPU."""
+    model, prompt = network(kind), torch.randint(50, (4,))
+    cache, tokens, written = Cache(model), prompt[None], []
     for _ in range(12):
-        written = torch.cat((written, model(written[None])[0, -1].argmax(keepdim=True)))
-    assert torch.equal(generate(model, prompt, 12), written[4:])
+        token = model(tokens, cache)[0, -1].argmax(keepdim=True)
+        written.append(token)
+        tokens = token[None]
+    assert torch.equal(generate(model, prompt, 12), torch.cat(written))
 
 
 @torch.inference_mode()
@@ -148,12 +205,16 @@ def test_drawn_characters_depend_on_the_seed_alone():
 
 
 def test_both_networks_learn(finished):
+    """By a wide margin: with 20 seeds the losses began at 4.5 to 4.9 and fell by 1.3 to 1.9.
+
+    Each version of Python has its own text, so no closer bound holds on all of them.
+    """
     for name in (LINEAR, TERNARY):
         losses = losses_of(finished)[name]
         assert len(losses["train"]) == TINY.steps
         assert [step for step, _ in losses["validation"]] == list(range(8, 81, 8))
         assert losses["train"][0] > 4
-        assert losses["validation"][-1][1] < losses["train"][0] - 1  # each Python has its own text
+        assert losses["validation"][-1][1] < losses["train"][0] - 1
         assert losses["validation"][-1][1] < losses["validation"][0][1]
 
 
@@ -172,6 +233,7 @@ def test_learning_rates_rise_and_fall():
 
 
 def test_stopped_and_killed_it_ends_with_the_same_bits(finished, tmp_path, capsys):
+    """The same operations on tensors of the same shapes, with one thread: bits of any one CPU."""
     command = [sys.executable, SCRIPTS / "char_lm.py", *arguments(tmp_path)]
     checkpoint = tmp_path / "checkpoint.pt"
 

@@ -119,7 +119,9 @@ def test_the_operators_are_what_torch_expects():
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 def test_gradients_are_those_of_the_cpu(dtype):
-    layer = BitLinear(300, 200).to(dtype)
+    # Of a weight that has been ternary, no element lies near the middle between two ternary values.
+    # It quantises to the same ones on every CPU and GPU, whatever the last bit of their scale.
+    layer = BitLinear(300, 200).deploy().undeploy().to(dtype)
     x, grad = torch.randn(40, 300).to(dtype), torch.randn(40, 200).to(dtype)
 
     def gradients(layer, x, grad):
@@ -194,4 +196,7 @@ def test_a_graph_of_a_step():
     found = layer.weight.grad.clone()
     layer.zero_grad(set_to_none=True)
     layer(x).square().sum().backward()
-    torch.testing.assert_close(found, layer.weight.grad)
+    # Both are sums of 32 products, of the same operands to the bit, in any order: each is off by
+    # less than 32 units of 2**-24 of the sum of the magnitudes.
+    magnitudes = 2 * layer(x).detach().abs().T @ x.abs()
+    assert ((found - layer.weight.grad).abs() <= 2 * 32 * 2**-24 * magnitudes).all()

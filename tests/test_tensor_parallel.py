@@ -1,4 +1,8 @@
-"""Deployed layers divided among processes, and what their checkpoints are good for."""
+"""Deployed layers divided among processes, and what their checkpoints are good for.
+
+Bits are compared. They are the same on every CPU: layers add integers, and in between there are
+only functions whose bits do not depend on how many columns a process has (see processes.py).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
-from processes import WORLD_SIZES, Transformer, assert_same_bits, mesh
+from processes import EXACT_ACTIVATION, WORLD_SIZES, Transformer, assert_same_bits, mesh
 from torch import nn
 
 import bitlinear
@@ -110,7 +114,7 @@ def check_layouts_of_rows(scales):
 def check_sharded_inputs():
     """Of sequence parallelism: the whole sequence is gathered, and its parts are given back."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    mlp = nn.Sequential(deployed(32, 64), nn.GELU(), deployed(64, 32))
+    mlp = nn.Sequential(deployed(32, 64), EXACT_ACTIVATION, deployed(64, 32))
     plan = {
         "0": ColwiseParallel(input_layouts=Shard(1)),
         "2": RowwiseParallel(output_layouts=Shard(1)),
@@ -147,7 +151,7 @@ def check_large_sums():
 
 
 def check_a_pair():
-    mlp = nn.Sequential(deployed(50, 64), nn.GELU(), deployed(64, 37, bias=False))
+    mlp = nn.Sequential(deployed(50, 64), EXACT_ACTIVATION, deployed(64, 37, bias=False))
     parts = divided(mlp, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
@@ -311,7 +315,7 @@ def check_loading(directory):
 
 
 def check_compilation():
-    mlp, x = nn.Sequential(deployed(48, 64), nn.GELU(), deployed(64, 37)), torch.randn(5, 48)
+    mlp, x = nn.Sequential(deployed(48, 64), EXACT_ACTIVATION, deployed(64, 37)), torch.randn(5, 48)
     parts = divided(mlp, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     with torch.inference_mode():
         compiled = torch.compile(parts, backend="aot_eager", fullgraph=True)

@@ -397,9 +397,11 @@ def test_strength_and_deployment():
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_schedule_is_compiled_once():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     layer, x = BitLinear(40, 30), torch.randn(4, 40)
     layer.quantization_strength = 0.0
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     for strength in (0.0, 0.1, 0.5, 0.9):
         layer.quantization_strength = strength
