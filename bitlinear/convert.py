@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from . import integrations
 from .linear import BitLinear, why_no_plain_weight
 from .quantize import check_quant_type, check_strength
 
@@ -141,6 +142,7 @@ def deploy(model: _Model) -> _Model:
             _logger.info("%s: deployed%s", name, note)
     _keep_off_fast_paths(model)
     _logger.info("deployed %d BitLinear layers", len(layers))
+    integrations.attach_to_transformers(model)
     return model
 
 

@@ -31,6 +31,26 @@ def register_after_import(name: str, integration: str) -> None:
         sys.meta_path.insert(0, _ImportWatch(name, lambda: _register(integration)))
 
 
+def attach_to_transformers(model: Any) -> None:
+    """Makes the models of transformers inside ``model`` savable: see ``transformers.attach``.
+
+    Does nothing unless transformers is in use. What is wrong with it is logged: the model is
+    deployed all the same.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    kind = getattr(modeling, "PreTrainedModel", None)
+    if kind is None or not any(isinstance(module, kind) for module in model.modules()):
+        return
+    try:
+        importlib.import_module("bitlinear.integrations.transformers").attach(model)
+    except Exception as error:
+        _logger.info(
+            "save_pretrained will not write this model so that from_pretrained can load it: %s: %s",
+            type(error).__name__,
+            error,
+        )
+
+
 def _register(integration: str) -> None:
     try:
         importlib.import_module(integration).register()
