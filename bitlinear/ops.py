@@ -89,7 +89,7 @@ def register(compiled: bool) -> None:
             operator = getattr(torch.ops.bitlinear, name).default
             torch.library.register_vmap(f"bitlinear::{name}", _vmap(operator), lib=library)
     register_flop_formula(torch.ops.bitlinear.linear)(_count_flops)
-    integrations.register_after_import("torch.onnx", "bitlinear.integrations.onnx")
+    integrations.watch_imports()
 
 
 def check_arguments(

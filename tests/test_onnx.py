@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bitlinear import BitLinear, integrations, packing
+from bitlinear.integrations import onnx as bitlinear_onnx
 from bitlinear.quantize import EXACT_K
 
 onnx = pytest.importorskip("onnx")
@@ -217,6 +218,28 @@ def test_the_file_has_the_packed_weights(exporter, tmp_path):
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert size < 1.1 * layer.w_packed.numel()
     assert {node.domain for node in model.graph.node} == {""}  # no operators but ONNX's own
+
+
+def test_models_on_another_device():
+    layer = BitLinear(24, 8, device="meta")
+    x, weight = torch.empty(3, 24, device="meta"), layer.weight
+    w_packed, w_scale = bitlinear_onnx.quantize_weight(weight)
+    assert (w_packed.shape, w_packed.dtype) == ((8, 6), torch.uint8)
+    y = bitlinear_onnx.linear(x, w_packed, w_scale, layer.bias, 24)
+    assert (y.shape, y.device) == ((3, 8), x.device)
+    q, s_x = bitlinear_onnx.quantize_activations(x)
+    assert bitlinear_onnx.expand_activations(q, s_x, torch.bfloat16).device == x.device
+
+
+@both
+def test_reserved_arguments_are_refused(exporter, tmp_path):
+    class Grouped(nn.Module):
+        def forward(self, x):
+            w_packed, w_scale = torch.zeros(8, 6, dtype=torch.uint8), torch.ones(1)
+            return torch.ops.bitlinear.linear(x, w_packed, w_scale, None, 24, 1e-6, 32)
+
+    with pytest.raises(Exception, match="group_size = 32"):
+        export(Grouped(), torch.randn(3, 24), tmp_path / "m.onnx", exporter)
 
 
 # --- Who else sees the decompositions ---

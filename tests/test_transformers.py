@@ -7,6 +7,7 @@ The checkpoints are small and random, but they go through transformers' own file
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import logging
 import subprocess
@@ -196,9 +197,7 @@ def test_memory(kind, bits, tmp_path):
 FRESH = """
 import sys
 import torch
-import bitlinear
-assert "transformers" not in sys.modules
-import bitlinear.integrations.transformers
+{imports}
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -209,6 +208,11 @@ with torch.no_grad():
 """
 
 
+def load_in_a_fresh_process(imports, files):
+    code = FRESH.replace("{imports}", imports)
+    subprocess.run([sys.executable, "-c", code, *files], check=True)
+
+
 def test_a_fresh_process_loads_what_was_saved(tmp_path):
     save_checkpoint(tmp_path / "theirs", "autobitlinear", True, True, torch.bfloat16)
     model = convert(load(tmp_path / "theirs"))
@@ -216,7 +220,7 @@ def test_a_fresh_process_loads_what_was_saved(tmp_path):
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
     torch.save(IDS, tmp_path / "ids.pt")
     files = [tmp_path / name for name in ("ours", "ids.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", FRESH, *files], check=True)
+    load_in_a_fresh_process("import bitlinear.integrations.transformers", files)
     oracle.assert_same_bits(torch.load(tmp_path / "logits.pt"), logits(model))
 
 
@@ -406,12 +410,24 @@ def test_deployed_models_are_saved_and_loaded(make, count, dtype, tmp_path):
     assert_loads_alike(model, tmp_path / "2", device_map="cpu")
 
 
-def test_a_fresh_process_loads_what_was_deployed(tmp_path):
+IMPORTS = {
+    "first": """
+import bitlinear
+assert "transformers" not in sys.modules
+assert "bitlinear.integrations.transformers" not in sys.modules
+""",
+    "last": "from transformers import AutoModelForCausalLM\nimport bitlinear",
+    "part": "import transformers\nimport bitlinear",
+}
+
+
+@pytest.mark.parametrize("order", IMPORTS)
+def test_a_fresh_process_loads_what_was_deployed(order, tmp_path):
     model = bitlinear.deploy(bitlinear.convert(make_llama(mlp_bias=True))).eval()
     model.save_pretrained(tmp_path / "ours")
     torch.save(IDS, tmp_path / "ids.pt")
     files = [tmp_path / name for name in ("ours", "ids.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", FRESH, *files], check=True)
+    load_in_a_fresh_process(IMPORTS[order], files)
     oracle.assert_same_bits(torch.load(tmp_path / "logits.pt"), logits(model))
 
 
@@ -423,7 +439,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
 """
 
 
-def test_a_process_without_the_integration_is_warned(tmp_path):
+def test_a_process_without_bitlinear_is_warned(tmp_path):
     bitlinear.deploy(bitlinear.convert(make_llama())).save_pretrained(tmp_path)
     command = [sys.executable, "-c", WITHOUT, tmp_path]
     stderr = subprocess.run(command, check=True, capture_output=True, text=True).stderr
@@ -519,6 +535,22 @@ def test_layers_of_unknown_classes_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: it is a Other"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_loaded_layers(tmp_path):
+    model = bitlinear.deploy(bitlinear.convert(make_llama())).eval()
+    safetensors.torch.save_model(model, tmp_path / "deployed.safetensors")
+    other = bitlinear.convert(make_llama()).eval()
+    bitlinear.load_deployed(tmp_path / "deployed.safetensors", other)
+    other.save_pretrained(tmp_path)
+    assert_loads_alike(model, tmp_path)
+
+
+def test_an_old_version_is_refused(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    monkeypatch.delitem(sys.modules, "bitlinear.integrations.transformers")
+    with pytest.raises(ImportError, match=r"transformers 5\.23 or later, but this is 4\.57\.1"):
+        importlib.import_module("bitlinear.integrations.transformers")
 
 
 def test_a_deployed_model_is_used_as_before():

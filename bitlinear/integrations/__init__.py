@@ -15,6 +15,12 @@ from typing import Any
 _logger = logging.getLogger("bitlinear")
 
 
+def watch_imports() -> None:
+    """Has each integration registered that its project needs to know of."""
+    register_after_import("torch.onnx", "bitlinear.integrations.onnx")
+    register_after_import("transformers.quantizers.auto", "bitlinear.integrations.transformers")
+
+
 def register_after_import(name: str, integration: str) -> None:
     """Calls ``register()`` of an integration as soon as the module ``name`` is imported.
 

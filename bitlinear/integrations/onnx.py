@@ -79,7 +79,7 @@ def expand_weight(
 ) -> Tensor:
     """``torch.ops.bitlinear.expand_weight``."""
     # The four weights of each byte, computed: a decomposition cannot hold a constant tensor.
-    byte = torch.arange(256, dtype=torch.float32)
+    byte = torch.arange(256, dtype=torch.float32, device=w_packed.device)
     codes = torch.stack([(byte * place).floor() for place in (1 / 64, 1 / 16, 1 / 4, 1)], dim=-1)
     table = codes - (codes * 0.25).floor() * 4.0 - 1.0
     columns = packing.packed_shape(0, in_features)[1]
@@ -193,6 +193,8 @@ class _Value:
 
     It has the methods of a tensor that the decompositions use. Each adds a node to the graph.
     """
+
+    device = torch.device("cpu")  # of the constants, whatever device the model is on
 
     def __init__(self, graph: Any, value: Any, dtype: torch.dtype) -> None:
         self.graph = graph

@@ -1,10 +1,12 @@
 """Models of Hugging Face transformers: BitNet on these kernels, and deployed models on disk.
 
-:func:`convert` replaces the BitNet layers of a loaded model by deployed layers of ours. Importing
-this module also makes ``from_pretrained`` load what ``save_pretrained`` writes of a model with
-deployed layers, by a quantisation method of the name ``"bitlinear"``: of a model from
-:func:`convert`, and of every other after ``bitlinear.convert`` and ``bitlinear.deploy``, which
-calls :func:`attach`.
+:func:`convert` replaces the BitNet layers of a loaded model by deployed layers of ours. And
+``from_pretrained`` loads what ``save_pretrained`` writes of a model with deployed layers, by a
+quantisation method of the name ``"bitlinear"``: of a model from :func:`convert`, and of every
+other after ``bitlinear.convert`` and ``bitlinear.deploy``, which calls :func:`attach`.
+
+``import bitlinear`` has this module loaded as soon as transformers has quantisers. Without that
+import, transformers warns of an "unknown quantization type", and makes up the weights.
 
 Where the numbers differ: transformers computes in the dtype of the model. In bf16 it rounds the
 scales, the scaled activations, the product and the result, each to 8 bits; here the product is
@@ -17,23 +19,32 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.integrations.bitnet import AutoBitLinear
-from transformers.integrations.bitnet import BitLinear as PackedBitLinear
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import packing
 from ..convert import _CALL_HOOKS
 from ..linear import BitLinear
 from ..quantize import dtype_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+if int(transformers.__version__.split(".")[0]) < 5:  # whose from_pretrained was another
+    raise ImportError(
+        f"bitlinear needs transformers 5.23 or later, but this is {transformers.__version__}: "
+        f"upgrade it with pip install -U transformers"
+    )
+
+# This module is loaded with transformers.quantizers.auto. Other parts of transformers may not be
+# there yet, or take long: functions import them.
 
 __all__ = ["BitLinearConfig", "BitLinearQuantizer", "NormedBitLinear", "attach", "convert"]
 
@@ -44,6 +55,10 @@ _Model = TypeVar("_Model", bound=nn.Module)
 _METHOD = "bitlinear"
 # The lower bound that transformers has for the absmax of a token and the absmean of a weight.
 _EPS = 1e-5
+
+
+def register() -> None:
+    """Nothing: to import this module is to register its classes with transformers."""
 
 
 class NormedBitLinear(BitLinear):
@@ -86,13 +101,12 @@ def convert(model: _Model) -> _Model:
             dtype, with a damaged scale, with weights that are not ternary or not finite. The
             message names every such layer; the model is unchanged.
     """
-    if isinstance(model, (PackedBitLinear, AutoBitLinear)):
+    from transformers.integrations import bitnet
+
+    kinds = (bitnet.BitLinear, bitnet.AutoBitLinear)
+    if isinstance(model, kinds):
         raise ValueError("convert needs the model that holds this layer, to replace it there")
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (PackedBitLinear, AutoBitLinear))
-    }
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     if not layers:
         raise ValueError(
             f"this {type(model).__name__} has no BitNet layer of transformers: for nn.Linear "
@@ -123,7 +137,7 @@ def attach(model: _Model) -> _Model:
 
     ``bitlinear.deploy`` and :func:`convert` call it. The layers are described in ``config.json``
     when the model is saved, as they are then: which linear layers are deployed, their ``eps``, and
-    so on. Whoever loads the model imports this module first.
+    so on. Whoever loads the model imports bitlinear first.
 
     Args:
         model: A ``PreTrainedModel``, or a module around one or several. Those without a deployed
@@ -315,7 +329,9 @@ class BitLinearQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _why_not_convertible(layer: Any) -> str:
     """Why :func:`convert` would refuse, or ``""``."""
-    if type(layer) not in (PackedBitLinear, AutoBitLinear):
+    from transformers.integrations import bitnet
+
+    if type(layer) not in (bitnet.BitLinear, bitnet.AutoBitLinear):
         return f"it is a {type(layer).__name__}, whose use of the weight is unknown"
     if "forward" in vars(layer):
         return (
@@ -325,7 +341,7 @@ def _why_not_convertible(layer: Any) -> str:
     if any(tensor.is_meta for tensor in layer.state_dict().values()):
         return "it is on the meta device: load its weights first, without offloading"
     shape = [layer.out_features, layer.in_features]
-    if isinstance(layer, AutoBitLinear) and list(layer.weight.shape) != shape:
+    if not _is_packed(layer) and list(layer.weight.shape) != shape:
         return f"weight must have shape {shape}, but it has {list(layer.weight.shape)}"
     online = getattr(layer, "online_quant", False)
     if not online and layer.weight_scale.numel() != 1:
@@ -339,7 +355,7 @@ def _why_not_convertible(layer: Any) -> str:
             f"damaged"
         )
     try:
-        if isinstance(layer, PackedBitLinear):
+        if _is_packed(layer):
             _check_codes(layer.weight, layer.out_features, layer.in_features)
         elif not online:
             _check_ternary(layer.weight)
@@ -384,9 +400,16 @@ def _check_ternary(weight: Tensor) -> None:
             )
 
 
+def _is_packed(layer: Any) -> bool:
+    """Whether a BitNet layer of transformers is its ``BitLinear``; else it is ``AutoBitLinear``."""
+    from transformers.integrations import bitnet
+
+    return isinstance(layer, bitnet.BitLinear)
+
+
 def _scale(layer: Any) -> Tensor:
     """fp32, shape ``(1,)``: what the ternary weights of ``layer`` are multiplied by."""
-    if isinstance(layer, PackedBitLinear):  # divides by it; in fp32, 1 / it is rounded once
+    if _is_packed(layer):  # divides by it; in fp32, 1 / it is rounded once
         scale = 1.0 / layer.weight_scale.detach().float()
     elif layer.online_quant:  # rounds the quantised weights, and so their magnitude, to their dtype
         scale = (1.0 / _online_factor(layer.weight)).to(layer.weight.dtype).float()
@@ -406,16 +429,16 @@ def _online_factor(weight: Tensor) -> Tensor:
 def _deployed(old: Any) -> BitLinear:
     """The layer that takes the place of ``old``."""
     norm, bias, w_scale = old.rms_norm, old.bias, _scale(old)
-    if isinstance(old, PackedBitLinear):
+    if _is_packed(old):
         w_packed = repack(old.weight, old.out_features, old.in_features)
     else:
         w_packed = _pack_float(old.weight, _online_factor(old.weight) if old.online_quant else None)
     state = {"w_packed": w_packed, "w_scale": w_scale}
     if bias is not None:
         # In fp32: the kernels add it there, and the product with the scale has more than 8 bits.
-        scaled = isinstance(old, AutoBitLinear) and not old.online_quant
+        scaled = not _is_packed(old) and not old.online_quant
         state["bias"] = bias.float() * w_scale if scaled else bias.float().clone()
-    dtype = old.dtype if isinstance(old, PackedBitLinear) else old.weight.dtype
+    dtype = old.dtype if _is_packed(old) else old.weight.dtype
     new = _skeleton(
         old.in_features, old.out_features, bias is not None, norm is not None, _EPS, dtype
     )
@@ -477,6 +500,8 @@ def _skeleton_of(linear: Any, settings: dict[str, Any]) -> BitLinear:
     if "w_scale_shape" in settings:
         layer.w_scale = layer.w_scale.new_empty(settings["w_scale_shape"])
     if norm:
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
         with torch.device("meta"):
             layer.rms_norm = LlamaRMSNorm(in_features, settings["rms_norm_eps"])
     layer.__class__ = type("Loading", (_Loading, type(layer)), {})
@@ -508,6 +533,8 @@ _SETTINGS = ("eps", "use_rms_norm", "rms_norm_eps", "quant_type", "bias_dtype")
 
 def _pretrained_models(model: nn.Module) -> Iterator[PreTrainedModel]:
     """The models of transformers inside ``model``, outer ones first; itself too, if it is one."""
+    from transformers import PreTrainedModel
+
     return (module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
@@ -518,9 +545,9 @@ def _layers(model: nn.Module) -> dict[str, BitLinear]:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether ``bitlinear.convert`` may have made a layer of such a module."""
-    return (isinstance(module, nn.Linear) and not isinstance(module, BitLinear)) or isinstance(
-        module, Conv1D
-    )
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, BitLinear)
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -606,6 +633,7 @@ def _without_shared_buffers(model: PreTrainedModel) -> dict[str, Tensor] | None:
 def _forget_quantizer(model: PreTrainedModel) -> None:
     """Removes the quantiser of BitNet, whose layers are converted."""
     model.hf_quantizer = None
+    model.quantization_method = _METHOD
     # What it did on loading must not be undone on saving.
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is not None:
