@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import coverage, foreign, references
+from . import coverage, foreign, integrations, references
 from .linear import BitLinear
 from .quantize import check_quant_type, check_strength
 from .state import why_no_plain_weight
@@ -178,6 +178,7 @@ def deploy(model: _Model) -> _Model:
             _logger.info("%s: deployed%s", name, note)
     _keep_off_fast_paths(model)
     _logger.info("deployed %d BitLinear layers", len(layers))
+    integrations.attach_to_transformers(model)
     if never_called:
         warnings.warn(never_called, UserWarning, stacklevel=2)
     return model

@@ -194,7 +194,7 @@ class BitLinear(nn.Linear):
 
     @property
     def is_deployed(self) -> bool:
-        """Whether the layer holds packed weights, for inference only."""
+        """Whether the layer holds packed weights, which are constants."""
         return "w_packed" in self._buffers
 
     def forward(self, input: Tensor) -> Tensor:
@@ -242,9 +242,8 @@ class BitLinear(nn.Linear):
         Raises:
             TypeError: ``input`` is no tensor.
         """
-        if isinstance(input, fx.Proxy):  # The layer is a leaf of the graph, as an nn.Linear is.
-            tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        if isinstance(input, fx.Proxy):
+            return self._as_leaf(input)
         if not isinstance(input, Tensor):
             raise TypeError(
                 f"BitLinear needs a torch.Tensor, but got {type(input).__name__}: convert it, for "
@@ -262,6 +261,11 @@ class BitLinear(nn.Linear):
                 values, nested.offsets(), nested.lengths(), jagged_dim=nested._ragged_idx
             )
         return None
+
+    def _as_leaf(self, input: fx.Proxy) -> Any:
+        """A call of the layer in the graph of a symbolic trace, as an ``nn.Linear`` is."""
+        tracer: Any = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
 
     def __prepare_scriptable__(self) -> Any:
         """Called by ``torch.jit.script``, which would fail on the first annotation."""

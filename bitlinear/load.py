@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import integrations
 from .linear import BitLinear
 from .state import find_ties
 
@@ -95,6 +96,7 @@ def load_deployed(path: str | os.PathLike[str], model: _Model, *, strict: bool =
     ):
         if names:
             _logger.warning("%s: %s: %s", path, what, _some(names))
+    integrations.attach_to_transformers(model)
     return model
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import packing
+from . import integrations, packing
 from .quantize import (
     ACTIVATION_DTYPES,
     MAX_IN_FEATURES,
@@ -94,6 +94,7 @@ def register(compiled: bool) -> None:
             operator = getattr(torch.ops.bitlinear, name).default
             torch.library.register_vmap(f"bitlinear::{name}", _vmap(operator), lib=library)
     register_flop_formula(torch.ops.bitlinear.linear)(_count_flops)
+    integrations.watch_imports()
 
 
 def check_arguments(

@@ -357,9 +357,11 @@ class _StraightThroughLinear(torch.autograd.Function):
         w_scale: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with without_autocast(x.device.type):
-            # The product quantises x again, into its kernel's own layout: a hundredth of the time.
-            q, s_x = torch.ops.bitlinear.quantize_activations.default(x, eps)
+            # In the order in which they are returned: torch.onnx.export(dynamo=False) takes outputs
+            # to be those of the order in which they are computed.
             y = packed_linear(x, w_packed, w_scale, bias, eps, dtype)
+            # The product has quantised x, into its kernel's own layout: a hundredth of the time.
+            q, s_x = torch.ops.bitlinear.quantize_activations.default(x, eps)
         return y, q, s_x
 
     @staticmethod

@@ -6,6 +6,8 @@ The checkpoints are small and random, but they go through transformers' own file
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
 import logging
 import subprocess
@@ -195,9 +197,7 @@ def test_memory(kind, bits, tmp_path):
 FRESH = """
 import sys
 import torch
-import bitlinear
-assert "transformers" not in sys.modules
-import bitlinear.integrations.transformers
+{imports}
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -208,6 +208,11 @@ with torch.no_grad():
 """
 
 
+def load_in_a_fresh_process(imports, files):
+    code = FRESH.replace("{imports}", imports)
+    subprocess.run([sys.executable, "-c", code, *files], check=True)
+
+
 def test_a_fresh_process_loads_what_was_saved(tmp_path):
     save_checkpoint(tmp_path / "theirs", "autobitlinear", True, True, torch.bfloat16)
     model = convert(load(tmp_path / "theirs"))
@@ -215,7 +220,7 @@ def test_a_fresh_process_loads_what_was_saved(tmp_path):
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
     torch.save(IDS, tmp_path / "ids.pt")
     files = [tmp_path / name for name in ("ours", "ids.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", FRESH, *files], check=True)
+    load_in_a_fresh_process("import bitlinear.integrations.transformers", files)
     oracle.assert_same_bits(torch.load(tmp_path / "logits.pt"), logits(model))
 
 
@@ -241,6 +246,9 @@ def test_saving_and_loading_keeps_every_bit(kind, norm, bias, tmp_path):
         "eps": 1e-5,
         "use_rms_norm": norm,
         "rms_norm_eps": 1e-6,
+        "quant_type": "ai8pc_wpt",
+        "bias_dtype": "float32",
+        "layers": {},
     }
 
 
@@ -293,6 +301,283 @@ def test_a_damaged_file_is_refused(tmp_path):
     safetensors.torch.save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj: the checkpoint has no w_scale"):
         load(tmp_path / "ours")
+
+
+# --- Other models, deployed by bitlinear.deploy ---
+
+
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def make_llama(**kwargs):
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, **kwargs)
+    return transformers.LlamaForCausalLM(config)
+
+
+def make_bert():  # its last layer has the weight of the embedding, and a bias of its owner
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
+
+
+def make_falcon():  # layers of a subclass of nn.Linear
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**SIZES, bias=True))
+
+
+def make_gpt2():  # layers that are no nn.Linear
+    sizes = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+
+
+def make_t5():  # tied embeddings, and parts that are kept in fp32
+    sizes = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, num_heads=4, decoder_start_token_id=0)
+    )
+
+
+def make_encoder_decoder():  # of two models of transformers
+    encoder = transformers.BertConfig(**SIZES)
+    decoder = transformers.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id = config.pad_token_id = 0
+    return transformers.EncoderDecoderModel(config)
+
+
+def to_bitlinear(model):
+    """bitlinear.convert, and the same for the layers that it leaves alone."""
+    bitlinear.convert(model, exclude=("lm_head", "wo"))  # T5 reads the weight of wo
+    for parent in list(model.modules()):
+        for key, child in list(parent.named_children()):
+            if key == "lm_head" or isinstance(child, BitLinear):
+                continue
+            if type(child).__name__ in ("Conv1D", "FalconLinear"):
+                weight = child.weight.T if type(child).__name__ == "Conv1D" else child.weight
+                linear = nn.Linear(*weight.T.shape, bias=child.bias is not None)
+                linear.weight = nn.Parameter(weight.detach().contiguous())
+                linear.bias = child.bias
+                setattr(parent, key, BitLinear.from_linear(linear))
+    return model
+
+
+def outputs(model):
+    ids = {"input_ids": IDS}
+    if model.config.is_encoder_decoder:
+        ids["decoder_input_ids"] = IDS
+    with torch.no_grad():
+        return model(**ids).logits
+
+
+def assert_loads_alike(model, folder, **kwargs):
+    loaded = type(model).from_pretrained(folder, **kwargs)
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert loaded.state_dict().keys() == wanted.keys()
+    for name, tensor in loaded.state_dict().items():
+        oracle.assert_same_bits(tensor, wanted[name])
+    for name, layer in layers(model).items():
+        assert repr(loaded.get_submodule(name)) == repr(layer)
+    oracle.assert_same_bits(outputs(loaded), outputs(model))
+    return loaded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [
+        (make_llama, 14),
+        (make_bert, 14),
+        (make_falcon, 8),
+        (make_gpt2, 8),
+        (make_t5, 2 * (5 + 9)),
+        (make_encoder_decoder, 2 * 6 + 1 + 2 * 10 + 2),
+    ],
+)
+def test_deployed_models_are_saved_and_loaded(make, count, dtype, tmp_path):
+    model = bitlinear.deploy(to_bitlinear(make().to(dtype))).eval()
+    assert len(layers(model)) == count
+    for layer in layers(model).values():
+        if layer.bias is not None:  # as after training
+            layer.bias.normal_()
+    model.save_pretrained(tmp_path / "1", max_shard_size="8KB")
+    assert len(list((tmp_path / "1").glob("*.safetensors"))) > 1
+    loaded = assert_loads_alike(model, tmp_path / "1")
+    loaded.save_pretrained(tmp_path / "2")
+    assert_loads_alike(model, tmp_path / "2", device_map="cpu")
+
+
+IMPORTS = {
+    "first": """
+import bitlinear
+assert "transformers" not in sys.modules
+assert "bitlinear.integrations.transformers" not in sys.modules
+""",
+    "last": "from transformers import AutoModelForCausalLM\nimport bitlinear",
+    "part": "import transformers\nimport bitlinear",
+}
+
+
+@pytest.mark.parametrize(
+    "order", ["first", *(pytest.param(order, marks=pytest.mark.slow) for order in ("last", "part"))]
+)
+def test_a_fresh_process_loads_what_was_deployed(order, tmp_path):
+    model = bitlinear.deploy(bitlinear.convert(make_llama(mlp_bias=True))).eval()
+    model.save_pretrained(tmp_path / "ours")
+    torch.save(IDS, tmp_path / "ids.pt")
+    files = [tmp_path / name for name in ("ours", "ids.pt", "logits.pt")]
+    load_in_a_fresh_process(IMPORTS[order], files)
+    oracle.assert_same_bits(torch.load(tmp_path / "logits.pt"), logits(model))
+
+
+WITHOUT = """
+import sys
+from transformers import AutoModelForCausalLM
+
+AutoModelForCausalLM.from_pretrained(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_bitlinear_is_warned(tmp_path):
+    bitlinear.deploy(bitlinear.convert(make_llama())).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", WITHOUT, tmp_path]
+    stderr = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "Unknown quantization type, got bitlinear" in stderr
+
+
+def test_layers_that_differ_are_described(tmp_path):
+    model = bitlinear.convert(make_llama(mlp_bias=True))
+    model.model.layers[0].mlp.up_proj.eps = 0.25
+    bitlinear.deploy(model).eval()
+    model.model.layers[1].mlp.up_proj.w_scale = torch.rand(48, 1) + 0.5
+    down = model.model.layers[1].mlp.down_proj
+    down.bias = down.bias.to(torch.float64) + 1e-9
+    model.save_pretrained(tmp_path)
+    assert_loads_alike(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert config["layers"] == {
+        "model.layers.0.mlp.up_proj": {"eps": 0.25},
+        "model.layers.1.mlp.up_proj": {"w_scale_shape": [48, 1]},
+        "model.layers.1.mlp.down_proj": {"bias_dtype": "float64"},
+    }
+
+
+def test_layers_that_share_their_weight(tmp_path):
+    model = bitlinear.convert(make_llama())
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    bitlinear.deploy(model).eval()
+    assert first.up_proj.w_packed is second.up_proj.w_packed
+    model.save_pretrained(tmp_path)
+    assert_loads_alike(model, tmp_path)
+
+
+def test_some_layers_only(tmp_path):
+    model = bitlinear.convert(make_llama(), exclude=["lm_head", "layers.0.*", "down_proj"])
+    bitlinear.deploy(model).eval()
+    model.save_pretrained(tmp_path)
+    assert len(layers(assert_loads_alike(model, tmp_path))) == 6
+
+
+def test_the_models_inside_a_model(tmp_path):
+    model = bitlinear.deploy(bitlinear.convert(make_llama())).eval()
+    model.model.save_pretrained(tmp_path / "body")
+    model.save_pretrained(tmp_path / "whole")
+    loaded = assert_loads_alike(model, tmp_path / "whole")
+    loaded.model.save_pretrained(tmp_path / "loaded body")
+    for folder in ("body", "loaded body"):
+        body = transformers.AutoModel.from_pretrained(tmp_path / folder)
+        with torch.no_grad():
+            wanted = model.model(IDS).last_hidden_state
+            oracle.assert_same_bits(body(IDS).last_hidden_state, wanted)
+
+
+def test_a_model_inside_a_module(tmp_path):
+    model = nn.ModuleDict({"inner": bitlinear.convert(make_llama()), "outer": nn.Linear(4, 4)})
+    bitlinear.deploy(model).eval()
+    model["inner"].save_pretrained(tmp_path)
+    assert_loads_alike(model["inner"], tmp_path)
+
+
+def test_undeployed_layers_are_saved_in_floating_point(tmp_path, caplog):
+    model = bitlinear.deploy(bitlinear.convert(make_llama())).eval()
+    some = model.model.layers[0].mlp.up_proj
+    some.undeploy()
+    model.save_pretrained(tmp_path / "some")
+    assert "1 of 14 BitLinear layers are not deployed (the first is model.layers.0" in caplog.text
+    loaded = type(model).from_pretrained(tmp_path / "some")
+    assert type(loaded.model.layers[0].mlp.up_proj) is nn.Linear
+    assert torch.equal(loaded.model.layers[0].mlp.up_proj.weight, some.weight)
+    assert len(layers(loaded)) == 13
+    for layer in layers(model).values():
+        layer.undeploy()
+    caplog.clear()
+    model.save_pretrained(tmp_path / "none")
+    assert "14 of 14 BitLinear layers are not deployed" in caplog.text
+    assert "quantization_config" not in json.loads((tmp_path / "none" / "config.json").read_text())
+    loaded = type(model).from_pretrained(tmp_path / "none")
+    assert not layers(loaded)
+    assert torch.equal(loaded.model.layers[0].mlp.up_proj.weight, some.weight)
+    caplog.clear()
+    bitlinear.deploy(model).save_pretrained(tmp_path / "all")
+    assert "not deployed" not in caplog.text
+    assert_loads_alike(model, tmp_path / "all")
+
+
+def test_layers_of_unknown_classes_are_not_saved(tmp_path):
+    class Other(BitLinear):
+        pass
+
+    model = bitlinear.convert(make_llama())
+    model.model.layers[1].mlp.up_proj = Other(32, 48)
+    bitlinear.deploy(model)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: it is a Other"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_loaded_layers(tmp_path):
+    model = bitlinear.deploy(bitlinear.convert(make_llama())).eval()
+    safetensors.torch.save_model(model, tmp_path / "deployed.safetensors")
+    other = bitlinear.convert(make_llama()).eval()
+    bitlinear.load_deployed(tmp_path / "deployed.safetensors", other)
+    other.save_pretrained(tmp_path)
+    assert_loads_alike(model, tmp_path)
+
+
+def test_an_old_version_is_refused(monkeypatch):
+    # Another module object than the first one: transformers has replaced it meanwhile.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    monkeypatch.delitem(sys.modules, "bitlinear.integrations.transformers")
+    with pytest.raises(ImportError, match=r"transformers 5\.23 or later, but this is 4\.57\.1"):
+        importlib.import_module("bitlinear.integrations.transformers")
+
+
+def test_a_deployed_model_is_used_as_before():
+    model = bitlinear.deploy(bitlinear.convert(make_llama()))
+    model.half().float().to(torch.bfloat16)
+    copied = copy.deepcopy(model.eval())
+    oracle.assert_same_bits(logits(copied), logits(model))
+    transformers.LlamaForCausalLM(model.config)
+
+
+def test_a_model_of_another_quantiser_is_warned_of(caplog):
+    model = bitlinear.convert(make_llama())
+    model.hf_quantizer = object()
+    bitlinear.deploy(model)
+    assert "this LlamaForCausalLM is quantised by transformers, with object" in caplog.text
+
+
+def test_deploying_survives_what_is_wrong_with_transformers(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="bitlinear")
+    monkeypatch.setitem(sys.modules, "bitlinear.integrations.transformers", None)
+    model = bitlinear.deploy(bitlinear.convert(make_llama()))
+    assert all(layer.is_deployed for layer in layers(model).values())
+    assert "save_pretrained will not write this model" in caplog.text
 
 
 # --- Layers ---
@@ -526,8 +811,6 @@ def test_models_that_are_none():
         convert(nn.Linear(8, 8))
     with pytest.raises(ValueError, match="convert needs the model that holds this layer"):
         convert(packed_layer(oracle.ternary(8, 8)))
-    with pytest.raises(ValueError, match="must have the same rms_norm"):
-        convert(nn.Sequential(*(packed_layer(oracle.ternary(8, 8), norm=n) for n in (True, False))))
 
 
 def test_bitlinear_leaves_the_layers_of_transformers_alone():

@@ -1,0 +1,302 @@
+"""``torch.onnx.export``, both of its exporters, for models with BitLinear layers.
+
+``import bitlinear`` has :func:`register` called as soon as ``torch.onnx`` is imported; nothing here
+is for users to call. The operators are written out once, in plain torch operations: the exporter of
+``torch.export`` (``dynamo=True``) finds them as decompositions, and the one of TorchScript
+(``dynamo=False``) runs the same functions on :class:`_Value`, which writes ONNX nodes.
+
+The packed weights of a deployed layer are initializers of the file, uint8, and are unpacked in the
+graph. A runtime that folds constants does so once, when it loads the file; onnxruntime then holds
+fp32 weights in memory. The integer product is a ``MatMul`` in fp32, in parts whose sums are exact,
+and every other operation is rounded as in the layer, so that a runtime that computes in fp32 gives
+the bits of the layer. ONNX does not say what ``ReduceMax``, ``Clip`` and casts to integers make of
+NaN: comparisons keep it away from them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .. import packing
+from ..quantize import EXACT_K
+
+_MIN_OPSET = 13
+
+
+def _scale_activations(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``q`` as fp32, and the absmax and the scale of each token: infinite and NaN where one is."""
+    x = x.to(torch.float32)
+    magnitude = x.abs()
+    magnitude = torch.where(magnitude < math.inf, magnitude, math.inf)
+    absmax = magnitude.amax(dim=-1, keepdim=True)
+    absmax = torch.where(absmax < eps, eps, absmax)  # Clip would make infinity finite
+    qmax = absmax.new_full((), 127.0)
+    # No clamp: |x * (127 / absmax)| exceeds 127 by two roundings at most.
+    q = (x * (qmax / absmax)).round()
+    return q, absmax, torch.where(absmax < math.inf, absmax / qmax, math.nan)
+
+
+def quantize_activations(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """``torch.ops.bitlinear.quantize_activations``."""
+    q, absmax, s_x = _scale_activations(x, eps)
+    return torch.where(absmax < math.inf, q, 0.0).to(torch.int8), s_x
+
+
+def expand_activations(q: Tensor, s_x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``torch.ops.bitlinear.expand_activations``."""
+    return (q.to(torch.float32) * s_x).to(dtype or torch.float32)
+
+
+def quantize_weight(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """``torch.ops.bitlinear.quantize_weight``."""
+    out_features, in_features = weight.shape
+    weight = weight.to(torch.float32)
+    rows = weight.abs().to(torch.float64).sum(dim=-1)
+    mean = (rows.sum(dim=-1) / rows.new_full((1,), out_features * in_features)).to(torch.float32)
+    w_scale = torch.where(mean < eps, eps, mean)
+    ratio = weight / w_scale
+    # clamp(rint(ratio), -1, 1) + 1; and 1 for NaN
+    codes = (ratio > 0.5).to(torch.float32) - (ratio < -0.5).to(torch.float32) + 1.0
+    columns = packing.packed_shape(0, in_features)[1]
+    codes = torch.constant_pad_nd(codes, (0, 4 * columns - in_features), 1.0)
+    codes = codes.reshape((out_features, columns, 4))
+    parts = [codes.select(-1, i) * place for i, place in enumerate((64.0, 16.0, 4.0, 1.0))]
+    return functools.reduce(operator.add, parts).to(torch.uint8), w_scale
+
+
+def expand_weight(
+    w_packed: Tensor,
+    in_features: int,
+    w_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``torch.ops.bitlinear.expand_weight``."""
+    # The four weights of each byte, computed: a decomposition cannot hold a constant tensor.
+    byte = torch.arange(256, dtype=torch.float32, device=w_packed.device)
+    codes = torch.stack([(byte * place).floor() for place in (1 / 64, 1 / 16, 1 / 4, 1)], dim=-1)
+    table = codes - (codes * 0.25).floor() * 4.0 - 1.0
+    columns = packing.packed_shape(0, in_features)[1]
+    weight = torch.embedding(table, w_packed.to(torch.int32)).reshape((-1, 4 * columns))
+    weight = weight.narrow(1, 0, in_features)
+    if w_scale is not None:
+        weight = weight * w_scale
+    return weight.to(dtype or torch.float32)
+
+
+def linear(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    eps: float = 1e-6,
+    group_size: int = 0,
+    act_bits: int = 8,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``torch.ops.bitlinear.linear``.
+
+    Raises:
+        NotImplementedError: ``group_size`` or ``act_bits`` has a value that is not written here.
+    """
+    if group_size != 0 or act_bits != 8:
+        raise NotImplementedError(
+            f"bitlinear: a layer with group_size = {group_size} and act_bits = {act_bits} cannot "
+            f"be exported to ONNX: only group_size = 0 and act_bits = 8 can"
+        )
+    q, _, s_x = _scale_activations(x, eps)
+    t = expand_weight(w_packed, in_features)
+    if in_features <= EXACT_K:
+        product = q @ t.T
+    else:
+        starts = range(0, in_features, EXACT_K)
+        sizes = [min(EXACT_K, in_features - start) for start in starts]
+        parts = [
+            (q.narrow(-1, start, size) @ t.narrow(1, start, size).T).to(torch.int32)
+            for start, size in zip(starts, sizes)
+        ]
+        product = functools.reduce(operator.add, parts).to(torch.float32)
+    y = product * (s_x * w_scale.reshape((-1,)))
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(out_dtype or x.dtype)
+
+
+_DECOMPOSITIONS: tuple[Callable[..., Any], ...] = (
+    linear,
+    quantize_weight,
+    expand_weight,
+    quantize_activations,
+    expand_activations,
+)
+
+
+def register() -> None:
+    """Makes the operators known to ``torch.onnx``, which has been imported."""
+    from torch._decomp import decomposition_table, meta_table
+
+    exporter: Any = torch.onnx
+    for decomposition in _DECOMPOSITIONS:
+        overload = getattr(torch.ops.bitlinear, decomposition.__name__).default
+        # The exporter takes all of this table; compilers ask it for operators by name. Only fake
+        # tensors of unknown sizes prefer a decomposition to the operator's own fake implementation,
+        # unless the operator is in the other table.
+        decomposition_table.setdefault(overload, decomposition)
+        meta_table.setdefault(overload, overload)
+        exporter.register_custom_op_symbolic(
+            overload._schema.name, _symbolic(overload, decomposition), _MIN_OPSET
+        )
+
+
+def _symbolic(overload: Any, decomposition: Callable[..., Any]) -> Callable[..., Any]:
+    """What the exporter of TorchScript calls for a node of ``overload``."""
+    from torch.onnx import symbolic_helper
+
+    def to_argument(graph: Any, value: Any, name: str, kind: str) -> Any:
+        if symbolic_helper._is_none(value):
+            return None
+        if "Tensor" in kind:
+            return _Value(graph, value, _scalar_type(value).dtype())
+        constant = symbolic_helper._get_const(value, "f" if kind == "float" else "i", name)
+        return _scalar_type(constant).dtype() if name.endswith("dtype") else constant
+
+    def symbolic(graph: Any, *values: Any) -> Any:
+        arguments = [
+            to_argument(graph, value, formal.name, str(formal.type))
+            for value, formal in zip(values, overload._schema.arguments)
+        ]
+        results = decomposition(*arguments)
+        if isinstance(results, tuple):
+            return tuple(result.value for result in results)
+        return results.value
+
+    return symbolic
+
+
+def _scalar_type(source: Any) -> Any:
+    """The ``torch.onnx.JitScalarType`` of a value, a dtype, or the number of a dtype."""
+    kind = cast(Any, torch.onnx).JitScalarType
+    if isinstance(source, torch.dtype):
+        return kind.from_dtype(source)
+    return kind(source) if isinstance(source, int) else kind.from_value(source)
+
+
+class _Value:
+    """A tensor of the graph that the exporter of TorchScript writes.
+
+    It has the methods of a tensor that the decompositions use. Each adds a node to the graph.
+    """
+
+    device = torch.device("cpu")  # of the constants, whatever device the model is on
+
+    def __init__(self, graph: Any, value: Any, dtype: torch.dtype) -> None:
+        self.graph = graph
+        self.value = value
+        self.dtype = dtype
+
+    def _node(
+        self, kind: str, *operands: Any, dtype: torch.dtype | None = None, **attributes: Any
+    ) -> _Value:
+        """The output of a node of which this is the first input."""
+        others = [self._to_value(operand) for operand in operands]
+        value = self.graph.op(kind, self.value, *others, **attributes)
+        return _Value(self.graph, value, dtype or self.dtype)
+
+    def _to_value(self, operand: Any) -> Any:
+        """That of an operand; numbers have the dtype of this tensor, and indices are int64."""
+        if isinstance(operand, _Value):
+            return operand.value
+        dtype = torch.int64 if isinstance(operand, (list, tuple)) else self.dtype
+        constant = operand if isinstance(operand, Tensor) else torch.tensor(operand, dtype=dtype)
+        return self.graph.op("Constant", value_t=constant)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """The functions of torch that the decompositions use."""
+        if function is torch.where:
+            condition, chosen, other = args
+            first = chosen if isinstance(chosen, cls) else other
+            operands = [first._to_value(operand) for operand in (chosen, other)]
+            value = condition.graph.op("Where", condition.value, *operands)
+            return cls(condition.graph, value, first.dtype)
+        if function is torch.embedding:
+            table, index = args
+            value = index.graph.op("Gather", index._to_value(table), index.value)
+            return cls(index.graph, value, table.dtype)
+        if function is torch.constant_pad_nd:
+            tensor, (before, after), value = args
+            return tensor._node("Pad", [0, before, 0, after], value)
+        return NotImplemented
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.value.type().sizes())
+
+    @property
+    def T(self) -> _Value:
+        return self._node("Transpose", perm_i=[1, 0])
+
+    def to(self, dtype: torch.dtype) -> _Value:
+        if dtype == self.dtype:
+            return self
+        # The exporter computes the Cast of a constant, and would write the packed weights with four
+        # bytes for one. It does not compute Abs.
+        source = self.abs() if self.dtype == torch.uint8 else self
+        return source._node("Cast", dtype=dtype, to_i=_scalar_type(dtype).onnx_type())
+
+    def new_full(self, size: tuple[int, ...], value: float) -> _Value:
+        constant = torch.full(size, value, dtype=self.dtype)
+        return _Value(self.graph, self._to_value(constant), self.dtype)
+
+    def abs(self) -> _Value:
+        return self._node("Abs")
+
+    def round(self) -> _Value:
+        return self._node("Round")
+
+    def amax(self, dim: int, keepdim: bool) -> _Value:
+        if self.graph.opset < 18:
+            return self._node("ReduceMax", axes_i=[dim], keepdims_i=int(keepdim))
+        return self._node("ReduceMax", [dim], keepdims_i=int(keepdim))
+
+    def sum(self, dim: int) -> _Value:
+        return self._node("ReduceSum", [dim], keepdims_i=0)
+
+    def reshape(self, shape: tuple[int, ...]) -> _Value:
+        return self._node("Reshape", list(shape))
+
+    def select(self, dim: int, index: int) -> _Value:
+        return self._node("Gather", torch.tensor(index), axis_i=dim)
+
+    def narrow(self, dim: int, start: int, length: int) -> _Value:
+        return self._node("Slice", [start], [start + length], [dim])
+
+    def __add__(self, other: Any) -> _Value:
+        return self._node("Add", other)
+
+    def __sub__(self, other: Any) -> _Value:
+        return self._node("Sub", other)
+
+    def __mul__(self, other: Any) -> _Value:
+        return self._node("Mul", other)
+
+    def __truediv__(self, other: Any) -> _Value:
+        return self._node("Div", other)
+
+    def __matmul__(self, other: Any) -> _Value:
+        return self._node("MatMul", other)
+
+    def __lt__(self, other: Any) -> _Value:
+        return self._node("Less", other, dtype=torch.bool)
+
+    def __gt__(self, other: Any) -> _Value:
+        return self._node("Greater", other, dtype=torch.bool)
