@@ -30,8 +30,8 @@ MAX_IN_FEATURES = 500_000
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-MIN_EPS, MAX_EPS = 1e-36, 1e18
-"""Between these, rounded, 127 / eps and eps * eps are finite in fp32."""
+MIN_EPS, MAX_EPS = 2e-36, 1e18
+"""Between these, eps / 127 is a normal number of fp32, and 127 / eps and eps * eps are finite."""
 
 _QMAX = 127
 
@@ -54,8 +54,8 @@ def check_eps(eps: float) -> None:
     """Raises ValueError unless ``eps`` is between :data:`MIN_EPS` and :data:`MAX_EPS`."""
     if not MIN_EPS <= eps <= MAX_EPS:
         raise ValueError(
-            f"bitlinear: eps must be between 1e-36 and 1e+18 (127 / eps and eps * eps have to fit "
-            f"float32), but it is {eps:g}"
+            f"bitlinear: eps must be between 2e-36 and 1e+18 (eps / 127, 127 / eps and eps * eps "
+            f"have to fit float32), but it is {eps:g}"
         )
 
 
