@@ -15,7 +15,8 @@ int bitlinear_selftest(char* message, int64_t message_size) {
   uint64_t seed = 0;
   for (const int64_t K : {1, 5, 67, 130, 255, 256, 515, 1100}) {
     for (const int64_t M : {1, 3, 11, 35}) {
-      for (const Data data : {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite}) {
+      for (const Data data :
+           {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite, Data::kSubnormal}) {
         ++seed;
         const Case c = {M,
                         7 + static_cast<int64_t>(seed % 63),
@@ -24,7 +25,8 @@ int bitlinear_selftest(char* message, int64_t message_size) {
                         seed % 2 == 0,
                         seed % 5 == 0,
                         data,
-                        static_cast<int64_t>(seed % 4)};
+                        static_cast<int64_t>(seed % 4),
+                        seed / 2 % 2 == 1};
         const std::string difference = bitlinear::selftest::check_case(*kernels, c, seed);
         if (!difference.empty()) {
           snprintf(message, static_cast<size_t>(message_size), "%s: %s", kernels->name,
