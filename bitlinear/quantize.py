@@ -112,7 +112,24 @@ def quantize_activations(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
 def quantize_to_absmax(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`quantize_activations`, of fp32, where the absmax of the tokens is known."""
     qmax = torch.full_like(absmax, _QMAX)
-    return _round_to_int8(x * (qmax / absmax), _QMAX), absmax / qmax
+    return _round_to_int8(_multiply(x, qmax / absmax), _QMAX), absmax / qmax
+
+
+# Before torch 2.13 vmap has no rule for a view of another dtype; for a copy it has a loop.
+_reinterpret = Tensor.view if torch.__version__ >= "2.13" else torch.view_copy
+
+
+def _multiply(x: Tensor, factor: Tensor) -> Tensor:
+    """``x * factor`` in fp32, subnormal ``x`` included where torch.set_flush_denormal is on."""
+    product = x * factor
+    if x.device.type != "cpu":
+        return product
+    # A subnormal number is an integer, its low bits, times 2**-149. Both factors here are normal,
+    # and powers of two do not round; where inv * 2**-24 is not, the product rounds to 0 anyway.
+    bits = _reinterpret(x, torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    signed = torch.where(bits < 0, -magnitude, magnitude).to(torch.float32)
+    return torch.where(magnitude < 0x00800000, (signed * 2.0**-125) * (factor * 2.0**-24), product)
 
 
 def absmean_scale(weight: Tensor, eps: float = 1e-6) -> Tensor:
