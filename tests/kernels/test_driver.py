@@ -60,6 +60,15 @@ def test_driver_under_sanitizers(variant, tmp_path):
     check(*runner, driver, *(["quick"] if runner else []), env=NO_LEAK_DETECTOR if runner else None)
 
 
+@pytest.mark.parametrize("flag", ["-Os", "-fno-inline"])
+def test_amx_does_not_depend_on_what_is_inlined(flag, tmp_path):
+    """Where it is not, GCC drops what it does not know that the instructions of AMX read."""
+    variant = next(variant for variant in VARIANTS if variant.name == "amx_int8")
+    runners(variant)
+    compile_variant("g++", variant, tmp_path / "driver", flag)
+    check(tmp_path / "driver", "quick")
+
+
 @pytest.mark.parametrize(
     ("name", "file", "correct", "wrong"),
     [
