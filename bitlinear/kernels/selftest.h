@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "abi.h"
-#include "convert.h"
 #include "float_environment.h"
 
 namespace bitlinear {
@@ -44,29 +43,40 @@ struct Random {
   float uniform() { return static_cast<float>(next()) * 0x1p-30f - 1.0f; }  // [-1, 1)
 };
 
-// Written out bit by bit, unlike the kernels' conversions: search by rounding to 11 significant
-// bits.
-inline uint16_t reference_fp16(float x) {
-  const uint16_t sign = signbit(x) ? 0x8000 : 0;
-  if (isnan(x)) return sign | 0x7E00;
+// A 16-bit format: a sign, an exponent and a fraction.
+struct Half {
+  int fraction_bits, bias;
+};
+inline Half half_of(int dtype) { return dtype == BITLINEAR_F16 ? Half{10, 15} : Half{7, 127}; }
+
+// Written out in real numbers, unlike the kernels' conversions: a search for the nearest multiple
+// of the last place.
+inline uint16_t reference_half(float x, Half format) {
+  const int infinity = 0x7FFF >> format.fraction_bits << format.fraction_bits;
+  const int sign = signbit(x) ? 0x8000 : 0;
+  if (isnan(x)) return static_cast<uint16_t>(sign | infinity | 1 << (format.fraction_bits - 1));
+  if (isinf(x)) return static_cast<uint16_t>(sign | infinity);
   const double magnitude = fabs(static_cast<double>(x));
-  if (magnitude >= 65520.0) return sign | 0x7C00;
+  if (magnitude == 0.0) return static_cast<uint16_t>(sign);
   int exponent = 0;
   frexp(magnitude, &exponent);
-  const int ulp = (exponent < -13 ? -13 : exponent) - 11;
-  const double steps = nearbyint(ldexp(magnitude, -ulp));  // exact scaling, ties to even
-  const double value = ldexp(steps, ulp);
-  if (value < 0x1p-14) return sign | static_cast<uint16_t>(ldexp(value, 24));
-  frexp(value, &exponent);
-  const uint16_t fraction = static_cast<uint16_t>(ldexp(value, 11 - exponent)) & 0x3FF;
-  return sign | static_cast<uint16_t>((exponent + 14) << 10) | fraction;
+  // Below the smallest normal number the last place stays the same.
+  const int lowest = 1 - format.bias;
+  const int leading = exponent - 1 < lowest ? lowest : exponent - 1;
+  const double places = nearbyint(ldexp(magnitude, format.fraction_bits - leading));
+  // A carry into the next binade is a carry into the exponent.
+  const int bits = ((leading - lowest) << format.fraction_bits) + static_cast<int>(places);
+  return static_cast<uint16_t>(sign | (bits < infinity ? bits : infinity));
 }
 
-inline float reference_float_from_fp16(uint16_t h) {
-  const int exponent = h >> 10 & 0x1F;
-  const int fraction = h & 0x3FF;
-  double value = exponent == 0 ? ldexp(fraction, -24) : ldexp(fraction + 1024, exponent - 25);
-  if (exponent == 31) value = fraction == 0 ? HUGE_VAL : static_cast<double>(NAN);
+inline float reference_float(uint16_t h, Half format) {
+  const int largest = 0x7FFF >> format.fraction_bits;
+  const int exponent = h >> format.fraction_bits & largest;
+  const int fraction = h & ((1 << format.fraction_bits) - 1);
+  const int whole = exponent == 0 ? fraction : fraction + (1 << format.fraction_bits);
+  const int power = (exponent == 0 ? 1 : exponent) - format.bias - format.fraction_bits;
+  double value = ldexp(whole, power);
+  if (exponent == largest) value = fraction == 0 ? HUGE_VAL : static_cast<double>(NAN);
   return static_cast<float>((h & 0x8000) != 0 ? -value : value);
 }
 
@@ -79,7 +89,7 @@ class Buffer {
     if (dtype_ == BITLINEAR_F32) {
       memcpy(bytes_.data() + 4 * i, &x, 4);
     } else {
-      const uint16_t h = dtype_ == BITLINEAR_F16 ? reference_fp16(x) : bf16_from_float(x);
+      const uint16_t h = reference_half(x, half_of(dtype_));
       memcpy(bytes_.data() + 2 * i, &h, 2);
     }
   }
@@ -91,7 +101,7 @@ class Buffer {
     }
     uint16_t h;
     memcpy(&h, bytes_.data() + 2 * i, 2);
-    return dtype_ == BITLINEAR_F16 ? reference_float_from_fp16(h) : float_from_bf16(h);
+    return reference_float(h, half_of(dtype_));
   }
   int dtype() const { return dtype_; }
   uint8_t* data() { return bytes_.data(); }
@@ -200,7 +210,7 @@ class Expected {
   // "" if `got`, row m of y, is right in column n.
   std::string compare(int64_t m, int64_t n, float got) const { return compare(m, n, got, y(n)); }
   std::string compare(int64_t m, int64_t n, float got, float want) const {
-    if (isnan(want) ? isnan(got) : float_bits(got) == float_bits(want)) return "";
+    if (isnan(want) ? isnan(got) : memcmp(&got, &want, sizeof(got)) == 0) return "";
     return "y[" + std::to_string(m) + ", " + std::to_string(n) + "] = " + std::to_string(got) +
            ", expected " + std::to_string(want) + " at " + describe(operands_.shape);
   }
