@@ -63,8 +63,9 @@ class AmxTiles {
       config.row_bytes[tile] = 64;
       config.rows[tile] = rows[tile];
     }
-    // Not _tile_loadconfig: GCC 12 declares that it reads eight bytes, and may drop the others.
-    __asm__ volatile("ldtilecfg %0" : : "m"(config));
+    // GCC 12 declares that this reads eight bytes: the others, too, have to be stored by now.
+    __asm__ volatile("" : : "r"(&config) : "memory");
+    _tile_loadconfig(&config);
   }
 
   template <bool kTwo, int kStrips>
@@ -73,7 +74,7 @@ class AmxTiles {
     constexpr int64_t kStep = kStrips * 64;
     constexpr int64_t kSumsStride = Panel<AmxInt8>::kBlockRows * 4;
     int32_t* below = sums + 16 * Panel<AmxInt8>::kBlockRows;
-    // GCC does not declare that the loads of tiles read memory: their operands are stored by now.
+    // GCC does not declare that the loads of tiles read memory.
     __asm__ volatile("" : : : "memory");
     if (accumulate) {
       _tile_loadd(0, sums, kSumsStride);
