@@ -109,6 +109,22 @@ def test_adversarial_rows(k, dtype):
     oracle.assert_same_bits(y.cpu(), wanted)
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 33, 512), (3, 33, 6), (16, 300, 2048), (70, 33, 512)]
+)
+def test_subnormal_inputs_count(m, n, k, dtype):
+    t, w_packed, w_scale = operands(n, k)
+    tiny = torch.finfo(dtype).tiny
+    x, bias = (torch.rand(m, k) * 2 - 1) * tiny, ((torch.rand(n) * 2 - 1) * tiny).to(dtype)
+    x[:, ::4] *= 100  # normal ones beside them
+    x = x.to(dtype)
+    wanted = oracle.expected(x, t, w_scale, bias, 2e-36)
+    for linear in IMPLEMENTATIONS:
+        y = linear(*on_gpu(x, w_packed, w_scale, bias), k, 2e-36)
+        oracle.assert_same_bits(y.cpu(), wanted)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("m", [2, 40])
 def test_a_row_that_is_not_finite_touches_no_other(value, m):
