@@ -32,8 +32,8 @@ MAX_IN_FEATURES = 500_000
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-MIN_EPS, MAX_EPS = 1e-36, 1e18
-"""Between these, rounded, 127 / eps and eps * eps are finite in fp32."""
+MIN_EPS, MAX_EPS = 2e-36, 1e18
+"""Between these, eps / 127 is a normal number of fp32, and 127 / eps and eps * eps are finite."""
 
 _QMAX = 127
 
@@ -61,8 +61,8 @@ def check_eps(eps: float) -> None:
         )
     if not MIN_EPS <= eps <= MAX_EPS:
         raise ValueError(
-            f"bitlinear: eps must be between 1e-36 and 1e+18 (127 / eps and eps * eps have to fit "
-            f"float32), but it is {eps:g}"
+            f"bitlinear: eps must be between 2e-36 and 1e+18 (eps / 127, 127 / eps and eps * eps "
+            f"have to fit float32), but it is {eps:g}"
         )
 
 
@@ -149,7 +149,24 @@ def quantize_activations(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
 def quantize_to_absmax(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`quantize_activations`, of fp32, where the absmax of the tokens is known."""
     qmax = torch.full_like(absmax, _QMAX)
-    return _round_to_int8(x * (qmax / absmax), _QMAX), absmax / qmax
+    return _round_to_int8(_multiply(x, qmax / absmax), _QMAX), absmax / qmax
+
+
+# Before torch 2.13 vmap has no rule for a view of another dtype; for a copy it has a loop.
+_reinterpret = Tensor.view if torch.__version__ >= "2.13" else torch.view_copy
+
+
+def _multiply(x: Tensor, factor: Tensor) -> Tensor:
+    """``x * factor`` in fp32, subnormal ``x`` included where torch.set_flush_denormal is on."""
+    product = x * factor
+    if x.device.type != "cpu":
+        return product
+    # A subnormal number is an integer, its low bits, times 2**-149. Both factors here are normal,
+    # and powers of two do not round; where inv * 2**-24 is not, the product rounds to 0 anyway.
+    bits = _reinterpret(x, torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    signed = torch.where(bits < 0, -magnitude, magnitude).to(torch.float32)
+    return torch.where(magnitude < 0x00800000, (signed * 2.0**-125) * (factor * 2.0**-24), product)
 
 
 def absmean_scale(weight: Tensor, eps: float = 1e-6) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import oracle
@@ -105,6 +107,22 @@ def test_adversarial_rows(k, dtype):
         y = OP(*tensors, k)
     wanted = oracle.expected(x, t, w_scale, bias, dtype=torch.bfloat16)
     oracle.assert_same_bits(y.cpu(), wanted)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 33, 512), (3, 33, 6), (16, 300, 2048), (70, 33, 512)]
+)
+def test_subnormal_inputs_count(m, n, k, dtype):
+    t, w_packed, w_scale = operands(n, k)
+    tiny = torch.finfo(dtype).tiny
+    x, bias = (torch.rand(m, k) * 2 - 1) * tiny, ((torch.rand(n) * 2 - 1) * tiny).to(dtype)
+    x[:, ::4] *= 100  # normal ones beside them
+    x = x.to(dtype)
+    wanted = oracle.expected(x, t, w_scale, bias, 2e-36)
+    for linear in IMPLEMENTATIONS:
+        y = linear(*on_gpu(x, w_packed, w_scale, bias), k, 2e-36)
+        oracle.assert_same_bits(y.cpu(), wanted)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -245,6 +263,41 @@ def test_a_captured_graph(m):
         x.copy_(sample)
         graph.replay()
         assert torch.equal(y.cpu(), its)
+
+
+# In a process of its own, so that no kernel has been loaded, and nothing asked of the driver.
+CAPTURE = """
+import torch
+from torch import nn
+import bitlinear
+from bitlinear import BitLinear
+
+assert next(v for v in bitlinear.available_kernels() if v.variant == "cuda").ok
+layers = bitlinear.deploy(nn.Sequential(*(BitLinear(k, n) for k, n in {sizes})))
+samples = [torch.randn({m}, layers[0].in_features) for _ in range(3)]
+wanted = [layers(sample) for sample in samples]
+layers.cuda()
+x = torch.zeros_like(samples[0], device="cuda")
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y = layers(x)
+for sample, its in zip(samples, wanted):
+    x.copy_(sample)
+    graph.replay()
+    assert torch.equal(y.cpu(), its)
+"""
+
+
+# The kernels of few tokens, of small layers, and of many with clusters of blocks.
+@pytest.mark.parametrize("m", [1, 16, 64])
+@pytest.mark.parametrize("sizes", [[(256, 512), (512, 64)], [(4096, 4096)]], ids=str)
+def test_a_graph_captured_without_a_warm_up(m, sizes):
+    script = CAPTURE.format(sizes=sizes, m=m)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -26,6 +26,25 @@ def test_activations_equal_the_oracle_to_the_bit(k, dtype):
     np.testing.assert_array_equal(s_x[finite].numpy(), s_wanted[finite.numpy()])
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_subnormal_activations_count_whatever_torch_flushes(dtype):
+    """As on every kernel: tests/kernels/test_variants.py has the same test."""
+    x = (torch.rand(5, 300) * 2 - 1) * torch.finfo(dtype).tiny
+    x[:, ::4] *= 100  # normal ones beside them
+    x = x.to(dtype)
+    q_wanted, s_wanted = oracle.quantize_activations(x.float().numpy(), 2e-36)
+    try:
+        torch.set_flush_denormal(True)
+        q, s_x = quantize.quantize_activations(x, 2e-36)
+        q_kernel, s_kernel = torch.ops.bitlinear.quantize_activations(x, 2e-36)
+    finally:
+        torch.set_flush_denormal(False)
+    assert np.abs(q_wanted).max() > (100 if dtype == torch.float16 else 0)
+    for q_actual, s_actual in ((q, s_x), (q_kernel, s_kernel)):
+        np.testing.assert_array_equal(q_actual.numpy(), q_wanted)
+        np.testing.assert_array_equal(s_actual.numpy(), s_wanted)
+
+
 # No subnormals: code that torch 2.4 compiles turns them off for the whole process, which hypothesis
 # notices. oracle.adversarial_rows has some.
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
@@ -33,7 +52,7 @@ FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnor
 
 @given(
     st.lists(FLOATS, min_size=1, max_size=20),
-    st.sampled_from([1e-36, 1e-6, 1e-2, 5.0]),
+    st.sampled_from([2e-36, 1e-6, 1e-2, 5.0]),
 )
 def test_activations_equal_the_oracle_for_any_floats(values, eps):
     x = np.array([values], np.float32)
@@ -357,12 +376,13 @@ def test_wrong_device():
         straight_through_linear(x, w, bias.to("meta"))
 
 
-@pytest.mark.parametrize("eps", [0.0, -1.0, 1e-37, 1e19, float("nan"), float("inf")])
-def test_eps_must_leave_its_reciprocal_finite(eps):
-    with pytest.raises(ValueError, match=r"between 1e-36 and 1e\+18 \(127 / eps"):
+@pytest.mark.parametrize("eps", [0.0, -1.0, 1e-37, 1e-36, 1e19, float("nan"), float("inf")])
+def test_eps_must_leave_its_scale_normal_and_its_reciprocal_finite(eps):
+    with pytest.raises(ValueError, match=r"between 2e-36 and 1e\+18 \(eps / 127, 127 / eps"):
         quantize.check_eps(eps)
-    quantize.check_eps(1e-36)
-    assert np.isfinite(np.float32(127) / np.float32(1e-36))
+    quantize.check_eps(2e-36)
+    assert np.float32(2e-36) / np.float32(127) >= np.finfo(np.float32).tiny
+    assert np.isfinite(np.float32(127) / np.float32(2e-36))
 
 
 def test_quant_types():

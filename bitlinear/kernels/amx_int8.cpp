@@ -63,6 +63,8 @@ class AmxTiles {
       config.row_bytes[tile] = 64;
       config.rows[tile] = rows[tile];
     }
+    // GCC 12 declares that this reads eight bytes: the others, too, have to be stored by now.
+    __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
 
@@ -72,6 +74,8 @@ class AmxTiles {
     constexpr int64_t kStep = kStrips * 64;
     constexpr int64_t kSumsStride = Panel<AmxInt8>::kBlockRows * 4;
     int32_t* below = sums + 16 * Panel<AmxInt8>::kBlockRows;
+    // GCC does not declare that the loads of tiles read memory.
+    __asm__ volatile("" : : : "memory");
     if (accumulate) {
       _tile_loadd(0, sums, kSumsStride);
       if (kStrips > 1) _tile_loadd(1, sums + 16, kSumsStride);

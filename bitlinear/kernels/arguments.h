@@ -60,9 +60,9 @@ inline void check_device(const at::Tensor& x, const char* name, const at::Tensor
 }
 
 inline void check_eps(double eps) {
-  TORCH_CHECK_VALUE(eps >= 1e-36 && eps <= 1e18,
-                    "bitlinear: eps must be between 1e-36 and 1e+18 (127 / eps and eps * eps have "
-                    "to fit float32), but it is ",
+  TORCH_CHECK_VALUE(eps >= 2e-36 && eps <= 1e18,
+                    "bitlinear: eps must be between 2e-36 and 1e+18 (eps / 127, 127 / eps and "
+                    "eps * eps have to fit float32), but it is ",
                     eps);
 }
 

@@ -4,18 +4,21 @@
 
 #include <stdio.h>
 
-int bitlinear_selftest(char* message, int64_t message_size) {
-  using bitlinear::selftest::Case;
-  using bitlinear::selftest::Data;
-  const bitlinear_kernel_table* kernels = bitlinear_kernels();
-  if (kernels == nullptr) {
-    snprintf(message, static_cast<size_t>(message_size), "the system refuses what they need");
-    return 1;
-  }
+#include <exception>
+#include <string>
+
+namespace {
+
+using bitlinear::selftest::Case;
+using bitlinear::selftest::Data;
+
+// The first difference, or "".
+std::string check_kernels(const bitlinear_kernel_table& kernels) {
   uint64_t seed = 0;
   for (const int64_t K : {1, 5, 67, 130, 255, 256, 515, 1100}) {
     for (const int64_t M : {1, 3, 11, 35}) {
-      for (const Data data : {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite}) {
+      for (const Data data :
+           {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite, Data::kSubnormal}) {
         ++seed;
         const Case c = {M,
                         7 + static_cast<int64_t>(seed % 63),
@@ -24,15 +27,31 @@ int bitlinear_selftest(char* message, int64_t message_size) {
                         seed % 2 == 0,
                         seed % 5 == 0,
                         data,
-                        static_cast<int64_t>(seed % 4)};
-        const std::string difference = bitlinear::selftest::check_case(*kernels, c, seed);
-        if (!difference.empty()) {
-          snprintf(message, static_cast<size_t>(message_size), "%s: %s", kernels->name,
-                   difference.c_str());
-          return 1;
-        }
+                        static_cast<int64_t>(seed % 4),
+                        seed / 2 % 2 == 1};
+        const std::string difference = bitlinear::selftest::check_case(kernels, c, seed);
+        if (!difference.empty()) return difference;
       }
     }
   }
-  return 0;
+  return "";
+}
+
+}  // namespace
+
+int bitlinear_selftest(char* message, int64_t message_size) {
+  const size_t size = static_cast<size_t>(message_size);
+  const bitlinear_kernel_table* kernels = bitlinear_kernels();
+  if (kernels == nullptr) {
+    snprintf(message, size, "the system refuses what they need");
+    return 1;
+  }
+  try {
+    const std::string difference = check_kernels(*kernels);
+    if (difference.empty()) return 0;
+    snprintf(message, size, "%s: %s", kernels->name, difference.c_str());
+  } catch (const std::exception& error) {  // none may cross the C interface
+    snprintf(message, size, "%s: %s", kernels->name, error.what());
+  }
+  return 1;
 }

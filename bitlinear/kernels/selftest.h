@@ -16,12 +16,12 @@
 #include <vector>
 
 #include "abi.h"
-#include "convert.h"
+#include "float_environment.h"
 
 namespace bitlinear {
 namespace selftest {
 
-enum class Data { kRandom, kExtreme, kZero, kNonFinite };
+enum class Data { kRandom, kExtreme, kZero, kNonFinite, kSubnormal };
 
 struct Case {
   int64_t M, N, K;
@@ -29,7 +29,8 @@ struct Case {
   bool bias;
   bool per_channel;
   Data data;
-  int64_t n_begin;  // the variant computes [n_begin, N); columns before must stay untouched
+  int64_t n_begin;       // the variant computes [n_begin, N); columns before must stay untouched
+  bool flushes = false;  // the thread flushes subnormal numbers to zero when it calls the variant
 };
 
 // A small generator of our own: the same cases on every machine.
@@ -42,29 +43,40 @@ struct Random {
   float uniform() { return static_cast<float>(next()) * 0x1p-30f - 1.0f; }  // [-1, 1)
 };
 
-// Written out bit by bit, unlike the kernels' conversions: search by rounding to 11 significant
-// bits.
-inline uint16_t reference_fp16(float x) {
-  const uint16_t sign = signbit(x) ? 0x8000 : 0;
-  if (isnan(x)) return sign | 0x7E00;
+// A 16-bit format: a sign, an exponent and a fraction.
+struct Half {
+  int fraction_bits, bias;
+};
+inline Half half_of(int dtype) { return dtype == BITLINEAR_F16 ? Half{10, 15} : Half{7, 127}; }
+
+// Written out in real numbers, unlike the kernels' conversions: a search for the nearest multiple
+// of the last place.
+inline uint16_t reference_half(float x, Half format) {
+  const int infinity = 0x7FFF >> format.fraction_bits << format.fraction_bits;
+  const int sign = signbit(x) ? 0x8000 : 0;
+  if (isnan(x)) return static_cast<uint16_t>(sign | infinity | 1 << (format.fraction_bits - 1));
+  if (isinf(x)) return static_cast<uint16_t>(sign | infinity);
   const double magnitude = fabs(static_cast<double>(x));
-  if (magnitude >= 65520.0) return sign | 0x7C00;
+  if (magnitude == 0.0) return static_cast<uint16_t>(sign);
   int exponent = 0;
   frexp(magnitude, &exponent);
-  const int ulp = (exponent < -13 ? -13 : exponent) - 11;
-  const double steps = nearbyint(ldexp(magnitude, -ulp));  // exact scaling, ties to even
-  const double value = ldexp(steps, ulp);
-  if (value < 0x1p-14) return sign | static_cast<uint16_t>(ldexp(value, 24));
-  frexp(value, &exponent);
-  const uint16_t fraction = static_cast<uint16_t>(ldexp(value, 11 - exponent)) & 0x3FF;
-  return sign | static_cast<uint16_t>((exponent + 14) << 10) | fraction;
+  // Below the smallest normal number the last place stays the same.
+  const int lowest = 1 - format.bias;
+  const int leading = exponent - 1 < lowest ? lowest : exponent - 1;
+  const double places = nearbyint(ldexp(magnitude, format.fraction_bits - leading));
+  // A carry into the next binade is a carry into the exponent.
+  const int bits = ((leading - lowest) << format.fraction_bits) + static_cast<int>(places);
+  return static_cast<uint16_t>(sign | (bits < infinity ? bits : infinity));
 }
 
-inline float reference_float_from_fp16(uint16_t h) {
-  const int exponent = h >> 10 & 0x1F;
-  const int fraction = h & 0x3FF;
-  double value = exponent == 0 ? ldexp(fraction, -24) : ldexp(fraction + 1024, exponent - 25);
-  if (exponent == 31) value = fraction == 0 ? HUGE_VAL : static_cast<double>(NAN);
+inline float reference_float(uint16_t h, Half format) {
+  const int largest = 0x7FFF >> format.fraction_bits;
+  const int exponent = h >> format.fraction_bits & largest;
+  const int fraction = h & ((1 << format.fraction_bits) - 1);
+  const int whole = exponent == 0 ? fraction : fraction + (1 << format.fraction_bits);
+  const int power = (exponent == 0 ? 1 : exponent) - format.bias - format.fraction_bits;
+  double value = ldexp(whole, power);
+  if (exponent == largest) value = fraction == 0 ? HUGE_VAL : static_cast<double>(NAN);
   return static_cast<float>((h & 0x8000) != 0 ? -value : value);
 }
 
@@ -77,7 +89,7 @@ class Buffer {
     if (dtype_ == BITLINEAR_F32) {
       memcpy(bytes_.data() + 4 * i, &x, 4);
     } else {
-      const uint16_t h = dtype_ == BITLINEAR_F16 ? reference_fp16(x) : bf16_from_float(x);
+      const uint16_t h = reference_half(x, half_of(dtype_));
       memcpy(bytes_.data() + 2 * i, &h, 2);
     }
   }
@@ -89,7 +101,7 @@ class Buffer {
     }
     uint16_t h;
     memcpy(&h, bytes_.data() + 2 * i, 2);
-    return dtype_ == BITLINEAR_F16 ? reference_float_from_fp16(h) : float_from_bf16(h);
+    return reference_float(h, half_of(dtype_));
   }
   int dtype() const { return dtype_; }
   uint8_t* data() { return bytes_.data(); }
@@ -106,7 +118,7 @@ inline std::string describe(const Case& c) {
          " dtype=" + std::to_string(c.dtype) + " bias=" + std::to_string(c.bias) +
          " per_channel=" + std::to_string(c.per_channel) +
          " data=" + std::to_string(static_cast<int>(c.data)) +
-         " n_begin=" + std::to_string(c.n_begin);
+         " n_begin=" + std::to_string(c.n_begin) + " flushes=" + std::to_string(c.flushes);
 }
 
 // The operands of a case: the same for every kernel, as they follow from the seed.
@@ -131,10 +143,15 @@ inline Operands::Operands(const Case& c, uint64_t seed)
       w(static_cast<size_t>(c.N * row_bytes)),
       s_w(static_cast<size_t>(c.per_channel ? c.N : 1)) {
   Random random{seed * 2654435761u + 1};
+  // The smallest normal number of the dtype.
+  const float tiny = c.dtype == BITLINEAR_F16 ? 0x1p-14f : 0x1p-126f;
+  if (c.data == Data::kSubnormal) eps = 2e-36f;
   for (int64_t i = 0; i < c.M * c.K; ++i) {
     float value = random.uniform() * 3.0f;
     if (c.data == Data::kExtreme) value = 1.0f;  // every q is 127
     if (c.data == Data::kZero) value = 0.0f;
+    // Some are normal: beside them, too, the others count.
+    if (c.data == Data::kSubnormal) value *= i % 4 == 0 ? 100 * tiny : 0.3f * tiny;
     x.set(i, value);
   }
   if (c.data == Data::kNonFinite) {
@@ -157,7 +174,9 @@ inline Operands::Operands(const Case& c, uint64_t seed)
     }
   }
   for (float& scale : s_w) scale = 0.01f + fabsf(random.uniform());
-  for (int64_t n = 0; n < c.N; ++n) bias.set(n, random.uniform());
+  for (int64_t n = 0; n < c.N; ++n) {
+    bias.set(n, random.uniform() * (c.data == Data::kSubnormal ? tiny : 1.0f));
+  }
 }
 
 // What must become of token m.
@@ -191,7 +210,7 @@ class Expected {
   // "" if `got`, row m of y, is right in column n.
   std::string compare(int64_t m, int64_t n, float got) const { return compare(m, n, got, y(n)); }
   std::string compare(int64_t m, int64_t n, float got, float want) const {
-    if (isnan(want) ? isnan(got) : float_bits(got) == float_bits(want)) return "";
+    if (isnan(want) ? isnan(got) : memcmp(&got, &want, sizeof(got)) == 0) return "";
     return "y[" + std::to_string(m) + ", " + std::to_string(n) + "] = " + std::to_string(got) +
            ", expected " + std::to_string(want) + " at " + describe(operands_.shape);
   }
@@ -230,7 +249,11 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
     values[k] = row.get(k);
     sum += fabs(static_cast<double>(values[k]));
   }
-  const double got_sum = kernels.sum_magnitudes(row.data(), c.dtype, c.K);
+  const Subnormals mode = c.flushes ? Subnormals::kFlush : Subnormals::kCount;
+  const double got_sum = [&] {
+    const SubnormalScope scope(mode);
+    return kernels.sum_magnitudes(row.data(), c.dtype, c.K);
+  }();
   const bool same = isfinite(sum) ? fabs(got_sum - sum) <= 1e-12 * sum
                     : isnan(sum)  ? isnan(got_sum)
                                   : isinf(got_sum);
@@ -239,21 +262,25 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
   const float s_w = static_cast<float>(sum / static_cast<double>(c.K)) + operands.eps;
   std::vector<uint8_t> packed(static_cast<size_t>(operands.row_bytes), 99);
   std::vector<float> w(static_cast<size_t>(c.K));
-  kernels.pack_row(row.data(), c.dtype, c.K, s_w, packed.data());
-  kernels.expand_row(packed.data(), c.K, 0.3f, w.data());
+  const float scale = c.data == Data::kSubnormal ? 0x1p-140f : 0.3f;
+  std::vector<int8_t> q(static_cast<size_t>(c.K), 99);
+  float s_x = 0.0f;
+  {
+    const SubnormalScope scope(mode);
+    kernels.pack_row(row.data(), c.dtype, c.K, s_w, packed.data());
+    kernels.expand_row(packed.data(), c.K, scale, w.data());
+    kernels.quantize_in_order(row.data(), c.dtype, c.K, operands.eps, q.data(), &s_x);
+  }
   for (int64_t k = 0; k < 4 * operands.row_bytes; ++k) {
     const int code = packed[k / 4] >> (6 - 2 * (k % 4)) & 3;
     const volatile float quotient = k < c.K ? values[k] / s_w : 0.0f;
     const float rounded = nearbyintf(quotient);
     const float wanted = isnan(rounded) ? 0 : rounded > 1 ? 1 : rounded < -1 ? -1 : rounded;
-    if (code - 1 != wanted || (k < c.K && w[k] != 0.3f * wanted)) {
+    if (code - 1 != wanted || (k < c.K && w[k] != scale * wanted)) {
       return "weight " + std::to_string(k) + " is packed as " + std::to_string(code) + where;
     }
   }
 
-  std::vector<int8_t> q(static_cast<size_t>(c.K), 99);
-  float s_x = 0.0f;
-  kernels.quantize_in_order(row.data(), c.dtype, c.K, operands.eps, q.data(), &s_x);
   for (int64_t k = 0; k < c.K; ++k) {
     if (q[k] != expected.q(k)) return "q in order, " + std::to_string(k) + where;
   }
@@ -270,7 +297,9 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   std::vector<float> s_x(static_cast<size_t>(c.M));
   std::vector<int32_t> q_sum(static_cast<size_t>(c.M));
   const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
+  const Subnormals mode = c.flushes ? Subnormals::kFlush : Subnormals::kCount;
   for (int64_t m = 0; m < c.M; ++m) {
+    const SubnormalScope scope(mode);
     kernels.quantize_row(operands.x.data() + m * c.K * element, c.dtype, c.K, operands.eps,
                          q.data() + m * q_stride, &s_x[m], &q_sum[m]);
   }
@@ -300,7 +329,10 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   if (posix_memalign(&scratch, 64, static_cast<size_t>(scratch_bytes)) != 0) return "no memory";
   memset(scratch, 99, static_cast<size_t>(scratch_bytes));
   task.scratch = scratch;
-  kernels.linear(&task);
+  {
+    const SubnormalScope scope(mode);
+    kernels.linear(&task);
+  }
   free(scratch);
 
   Buffer never_written(c.dtype, 1);

@@ -23,6 +23,7 @@
 #include <limits.h>
 
 #include "abi.h"
+#include "float_environment.h"
 #include "gemv.h"
 #include "heuristics.h"
 #include "quantize.h"
@@ -53,9 +54,17 @@ int64_t scratch_bytes(int64_t M, int64_t row_bytes) {
 
 template <class V, class Gemm>
 constexpr bitlinear_kernel_table make_table(const char* name) {
-  return {BITLINEAR_ABI_VERSION,  name,         V::kWidth,         quantize_row<V>, linear<V, Gemm>,
-          scratch_bytes<V, Gemm>, Gemm::kCosts, sum_magnitudes<V>, pack_row<V>,     expand_row<V>,
-          quantize_in_order<V>};
+  return {BITLINEAR_ABI_VERSION,
+          name,
+          V::kWidth,
+          CountingSubnormals<quantize_row<V>>::run,
+          CountingSubnormals<linear<V, Gemm>>::run,
+          scratch_bytes<V, Gemm>,
+          Gemm::kCosts,
+          CountingSubnormals<sum_magnitudes<V>>::run,
+          CountingSubnormals<pack_row<V>>::run,
+          CountingSubnormals<expand_row<V>>::run,
+          CountingSubnormals<quantize_in_order<V>>::run};
 }
 
 }  // namespace bitlinear

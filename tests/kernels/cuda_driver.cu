@@ -27,7 +27,8 @@ using bitlinear::selftest::Data;
 
 namespace {
 
-constexpr Data kKinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite};
+constexpr Data kKinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite,
+                           Data::kSubnormal};
 constexpr int kKernels = 7, kPlans = kKernels, kTraining = kKernels + 1, kTallies = 9;
 const char* const kNames[kTallies] = {"auto",  "dp4a",        "gemv",  "small_batch", "mma",
                                       "wgmma", "small_layer", "plans", "training"};
@@ -114,7 +115,7 @@ class Driver {
       for (const int64_t N : kTails) {
         if (quick && (M * N % 5 != 0 || M * N > 5000)) continue;
         // With rows that are aligned, and not.
-        check(M, N, 64, kKinds[N % 4]);
+        check(M, N, 64, kKinds[N % 5]);
         check(M, N, 70, Data::kRandom);
       }
     }
@@ -123,8 +124,8 @@ class Driver {
   void check_depths(bool quick) {
     for (int64_t K = 1; K <= 530; K += quick ? 13 : 1) {
       for (const int64_t M : {1, 3, 10, 33, 70}) {
-        check(M, 1 + K % 80, K, kKinds[(K + M) % 4]);
-        check_training(M, K, kKinds[(K + M) % 4]);
+        check(M, 1 + K % 80, K, kKinds[(K + M) % 5]);
+        check_training(M, K, kKinds[(K + M) % 5]);
       }
     }
     // Whole slices and nearly: what is loaded in vectors, and in stages.

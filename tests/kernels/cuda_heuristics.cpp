@@ -63,9 +63,12 @@ void plan_small_layer(int capability, int multiprocessors, const int64_t* shape,
   out[3] = device.shared_bytes;
 }
 
-void plan_wgmma(int multiprocessors, const int64_t* shape, int* out) {
+// most_cluster: of the clusters that the device runs.
+void plan_wgmma(int multiprocessors, int most_cluster, const int64_t* shape, int* out) {
+  using bitlinear::cuda::WgmmaPlan;
   const Device device = device_of(90, multiprocessors);
-  const bitlinear::cuda::WgmmaPlan plan = bitlinear::cuda::plan_wgmma(device, shape_of(shape));
+  const auto runs_clusters = [&](const WgmmaPlan& plan) { return plan.splits <= most_cluster; };
+  const WgmmaPlan plan = bitlinear::cuda::plan_wgmma(device, shape_of(shape), runs_clusters);
   out[0] = plan.rows;
   out[1] = plan.tokens;
   out[2] = plan.splits;

@@ -60,13 +60,18 @@ def _has_headers(*command: str) -> bool:
 
 
 def compile_variant(
-    compiler: str, variant: Variant, output: Path, *arguments: str, directory: Path = DIRECTORY
+    compiler: str,
+    variant: Variant,
+    output: Path,
+    *arguments: str,
+    directory: Path = DIRECTORY,
+    driver: Path = DRIVER,
 ) -> None:
     """Runs the compiler on the kernel alone (``-c``), or on kernel, self-test and driver."""
     command = compiler_command(compiler, variant)
     sources = [directory / variant.sources[0]]
     if "-c" not in arguments:
-        sources = [directory / source for source in variant.sources] + [DRIVER]
+        sources = [directory / source for source in variant.sources] + [driver]
     command += ["-std=c++17", "-Wall", "-Wextra", "-Werror", *variant.cflags]
     # GCC 12 takes the deliberately undefined vectors of its own AVX-512 header for a mistake.
     command += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if compiler == "g++" else []

@@ -42,8 +42,8 @@ class Heuristics:
     def plan_small_layer(self, shape, multiprocessors: int = 132, capability: int = 90):
         return self._plan("plan_small_layer", 4, capability, multiprocessors, self._shape(shape))
 
-    def plan_wgmma(self, shape: tuple[int, ...], multiprocessors: int = 132):
-        return self._plan("plan_wgmma", 3, multiprocessors, self._shape(shape))
+    def plan_wgmma(self, shape: tuple[int, ...], multiprocessors: int = 132, cluster: int = 8):
+        return self._plan("plan_wgmma", 3, multiprocessors, cluster, self._shape(shape))
 
     def _plan(self, name: str, fields: int, *arguments):
         out = (ctypes.c_int * fields)()
@@ -263,6 +263,25 @@ def test_the_plan_of_wgmma(heuristics, shape, multiprocessors):
     assert splits == 1 or 2 * splits * 256 < shape[2] + 256  # each has something to do
     # Whole tiles are copied.
     assert heuristics.padded_tokens(shape[0]) >= -(-shape[0] // tokens) * tokens
+
+
+@given(shape=shapes, multiprocessors=st.integers(1, 200), cluster=st.sampled_from([0, 1, 2, 4, 8]))
+def test_the_plan_of_wgmma_where_the_device_refuses_clusters(
+    heuristics, shape, multiprocessors, cluster
+):
+    """As a part of a device (MIG), or a share of it (MPS), does."""
+    best = heuristics.plan_wgmma(shape, multiprocessors)
+    plan = heuristics.plan_wgmma(shape, multiprocessors, cluster)
+    if best[2] == 1 or best[2] <= cluster:
+        assert plan == best
+    else:
+        assert plan[2] == 1
+        assert heuristics.padded_tokens(shape[0]) >= -(-shape[0] // plan[1]) * plan[1]
+
+
+def test_the_plan_of_wgmma_without_clusters_on_an_h100(heuristics):
+    assert heuristics.plan_wgmma((64, 4096, 4096, True, True)) == [64, 64, 2]
+    assert heuristics.plan_wgmma((64, 4096, 4096, True, True), cluster=0)[2] == 1
 
 
 @pytest.mark.parametrize(

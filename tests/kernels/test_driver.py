@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 from native import (
+    DRIVER,
     EMULATED_CPUS,
     SANITIZE,
     compile_variant,
@@ -60,6 +61,15 @@ def test_driver_under_sanitizers(variant, tmp_path):
     check(*runner, driver, *(["quick"] if runner else []), env=NO_LEAK_DETECTOR if runner else None)
 
 
+@pytest.mark.parametrize("flag", ["-Os", "-fno-inline"])
+def test_amx_does_not_depend_on_what_is_inlined(flag, tmp_path):
+    """Where it is not, GCC drops what it does not know that the instructions of AMX read."""
+    variant = next(variant for variant in VARIANTS if variant.name == "amx_int8")
+    runners(variant)
+    compile_variant("g++", variant, tmp_path / "driver", flag)
+    check(tmp_path / "driver", "quick")
+
+
 @pytest.mark.parametrize(
     ("name", "file", "correct", "wrong"),
     [
@@ -92,6 +102,40 @@ def test_sanitizers_see_a_byte_beyond_the_buffer(name, file, correct, wrong, tmp
     result = run(*runner, driver, "quick", env=NO_LEAK_DETECTOR)
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("correct", "wrong"),
+    [
+        ("bits + 0x7FFFu + ((bits >> 16) & 1u)", "bits"),
+        ("static_cast<uint32_t>(h) << 16", "static_cast<uint32_t>(h | 1) << 16"),
+    ],
+    ids=["to bf16", "from bf16"],
+)
+def test_a_wrong_conversion_is_found(correct, wrong, tmp_path):
+    """The reference has conversions of its own."""
+    variant = next(variant for variant in VARIANTS if variant.name == "scalar")
+    shutil.copytree(DIRECTORY, tmp_path / "kernels")
+    source = tmp_path / "kernels" / "convert.h"
+    text = source.read_text()
+    assert correct in text
+    source.write_text(text.replace(correct, wrong))
+    driver = tmp_path / "driver"
+    compile_variant("g++", variant, driver, directory=tmp_path / "kernels")
+    result = run(driver, "quick")
+    assert result.returncode == 1
+    assert "dtype=2" in result.stdout
+
+
+def test_the_self_test_reports_that_it_is_out_of_memory(tmp_path):
+    """An exception that crosses the C interface ends the process."""
+    variant = next(variant for variant in VARIANTS if variant.name == "scalar")
+    program = tmp_path / "out_of_memory"
+    source = DRIVER.with_name("out_of_memory.cpp")
+    compile_variant("g++", variant, program, driver=source)
+    result = run(program)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "scalar: std::bad_alloc" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,13 @@ def kernel(request):
 
 
 @pytest.fixture
+def flush():
+    """``flush(True)`` has this thread flush subnormal numbers to zero, until ``flush(False)``."""
+    yield torch.set_flush_denormal
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
 def threads():
     """``threads(n)`` sets the number of threads for the length of a test."""
     before = torch.get_num_threads()
@@ -125,6 +132,22 @@ def test_every_value_of_the_16_bit_types(kernel):
         bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
         x = bits.view(dtype).unsqueeze(1)
         check(x, t, (1.0,))
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_subnormal_inputs_count_whatever_torch_flushes(kernel, dtype, flush):
+    eps = 2e-36
+    tiny = torch.finfo(dtype).tiny
+    for m, k in ((1, 64), (3, 300), (40, 1100)):
+        x = (torch.rand(m, k) * 2 - 1) * tiny
+        x[:, ::4] *= 100  # normal ones beside them
+        x = x.to(dtype)
+        t, bias = oracle.ternary(9, k), (random_bias(9) * tiny).to(dtype)
+        wanted = oracle.expected(x, t, 0.37, bias, eps)
+        flush(True)
+        y = run(x, t, (0.37,), bias, eps)
+        flush(False)
+        oracle.assert_same_bits(y, wanted)
 
 
 def test_a_scale_per_output_channel(kernel):

@@ -256,7 +256,7 @@ constexpr bool has_room(const WgmmaTile& tile, int64_t M) {
 // so much to start and to end, so much per slice of K (256 values), which the tensor cores or the
 // way of the operands to them take, and so much between two tiles. Multiprocessors that a whole
 // number of clusters does not fill stay idle.
-constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape) {
+constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape, int most_splits = 8) {
   constexpr int64_t kClusterCost = 2460, kNextTileCost = 510;
   const int64_t slices = ceil_div(shape.K, kSliceValues);
   WgmmaPlan best = {64, 32, 1};
@@ -264,7 +264,8 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape) {
   for (const WgmmaTile& tile : kWgmmaTiles) {
     if (!has_room(tile, shape.M)) continue;
     const int64_t tiles = ceil_div(shape.N, tile.rows) * ceil_div(shape.M, tile.tokens);
-    for (int splits = 1; splits <= 8 && (splits == 1 || 2 * splits <= slices); splits *= 2) {
+    for (int splits = 1; splits <= most_splits && (splits == 1 || 2 * splits <= slices);
+         splits *= 2) {
       const int64_t usable = splits <= 2   ? device.multiprocessors
                              : splits == 4 ? device.multiprocessors * 10 / 11
                                            : device.multiprocessors * 4 / 5;
@@ -281,6 +282,15 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape) {
     }
   }
   return best;
+}
+
+// The same where the device may refuse clusters, as a part of one (MIG) or a share of it (MPS)
+// does: `runs_clusters(plan)` says whether it runs those of a plan.
+template <class RunsClusters>
+constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape,
+                               const RunsClusters& runs_clusters) {
+  const WgmmaPlan plan = plan_wgmma(device, shape);
+  return plan.splits == 1 || runs_clusters(plan) ? plan : plan_wgmma(device, shape, 1);
 }
 
 // ------------------------------------------------------------------------------------- choice

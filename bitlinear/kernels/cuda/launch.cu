@@ -90,8 +90,12 @@ cudaError_t run(int kernel, Call call) {
   switch (kernel) {
     case BITLINEAR_CUDA_SMALL_BATCH:
       return small_batch(call, q, plan_small_batch(call.device, shape));
-    case BITLINEAR_CUDA_WGMMA:
-      return wgmma(call, q, plan_wgmma(call.device, shape));
+    case BITLINEAR_CUDA_WGMMA: {
+      const auto runs_clusters = [&](const WgmmaPlan& plan) {
+        return wgmma_runs_clusters(call.device, plan);
+      };
+      return wgmma(call, q, plan_wgmma(call.device, shape, runs_clusters));
+    }
     case BITLINEAR_CUDA_MMA:
       return mma(call, q);
     default:

@@ -30,24 +30,61 @@ struct Launch {
   int cluster = 1;  // neighbouring blocks that share their memory
 };
 
+// Lets the kernel have as much shared memory as the launch needs, if the device does.
+template <auto kKernel>
+cudaError_t allow_shared_bytes(const Launch& how, const Device& device) {
+  if (how.shared_bytes == 0) return cudaSuccess;
+  // The limit belongs to the kernel, not to this call: other threads are launching it too.
+  static std::atomic<int> allowed[kKnownDevices];
+  const int index = device.index;
+  if (index < kKnownDevices && allowed[index].load() >= how.shared_bytes) return cudaSuccess;
+  cudaFuncAttributes declared;
+  cudaError_t error = cudaFuncGetAttributes(&declared, kKernel);
+  if (error != cudaSuccess) return error;
+  const int most = device.shared_bytes - static_cast<int>(declared.sharedSizeBytes);
+  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess && index < kKnownDevices) allowed[index].store(most);
+  return error;
+}
+
+// The configuration of a launch; both arguments must outlive it.
+inline cudaLaunchConfig_t configuration_of(const Launch& how, cudaStream_t stream,
+                                           cudaLaunchAttribute* attributes, unsigned count) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = how.grid;
+  config.blockDim = how.threads;
+  config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = count;
+  return config;
+}
+
+inline cudaLaunchAttribute cluster_attribute(int blocks) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  return attribute;
+}
+
+// Whether the device has room for a cluster of this launch at all. An error counts as no.
+template <auto kKernel>
+bool has_room_for_cluster(const Launch& how, const Device& device) {
+  cudaLaunchAttribute attribute = cluster_attribute(how.cluster);
+  const cudaLaunchConfig_t config = configuration_of(how, nullptr, &attribute, 1);
+  int clusters = 0;
+  cudaError_t error = allow_shared_bytes<kKernel>(how, device);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config);
+  if (error != cudaSuccess) cudaGetLastError();  // taken back: nobody reports it
+  return error == cudaSuccess && clusters > 0;
+}
+
 // Launches a kernel which, where w_settled and the device allow it, starts before its predecessor
 // in the stream has ended: before wait_for_predecessor() it may touch nothing but w.
 template <auto kKernel, class... Arguments>
 cudaError_t launch_kernel(const Launch& how, const Call& call, Arguments&&... arguments) {
-  if (how.shared_bytes > 0) {
-    // The limit belongs to the kernel, not to this call: other threads are launching it too.
-    static std::atomic<int> allowed[kKnownDevices];
-    const int index = call.device.index;
-    if (index >= kKnownDevices || allowed[index].load() < how.shared_bytes) {
-      cudaFuncAttributes declared;
-      cudaError_t error = cudaFuncGetAttributes(&declared, kKernel);
-      if (error != cudaSuccess) return error;
-      const int most = call.device.shared_bytes - static_cast<int>(declared.sharedSizeBytes);
-      error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-      if (error != cudaSuccess) return error;
-      if (index < kKnownDevices) allowed[index].store(most);
-    }
-  }
+  const cudaError_t error = allow_shared_bytes<kKernel>(how, call.device);
+  if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
   // Older devices know neither attribute.
@@ -55,17 +92,8 @@ cudaError_t launch_kernel(const Launch& how, const Call& call, Arguments&&... ar
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (how.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = how.grid;
-  config.blockDim = how.threads;
-  config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
-  config.stream = call.stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
+  if (how.cluster > 1) attributes[count++] = cluster_attribute(how.cluster);
+  const cudaLaunchConfig_t config = configuration_of(how, call.stream, attributes, count);
   return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
 }
 
@@ -102,6 +130,8 @@ cudaError_t mma(const Call& call, const Activations& q);
 cudaError_t small_batch(const Call& call, const Activations& q, const SmallBatchPlan& plan);
 cudaError_t small_layer(const Call& call, const SmallLayerPlan& plan);
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan);
+// Whether the device runs the clusters of this plan.
+bool wgmma_runs_clusters(const Device& device, const WgmmaPlan& plan);
 
 }  // namespace cuda
 }  // namespace bitlinear

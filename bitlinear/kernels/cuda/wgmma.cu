@@ -290,7 +290,6 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     publish_barriers();
   }
   __syncthreads();
-  allow_successor();
 
   // Writes a tile of y, or every step-th of its tokens.
   const auto write = [&](const auto& rows, int tile, int first, int step) {
@@ -435,29 +434,59 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 }
 
 template <class T>
+Launch launch_of(int64_t blocks, int splits) {
+  return {dim3(static_cast<unsigned>(blocks)), T::kThreads, T::kSharedBytes, splits};
+}
+
+template <class T>
 cudaError_t launch(const Call& call, const Activations& q, int splits) {
   const bitlinear_cuda_task& task = call.task;
   int64_t tiles = ceil_div<int64_t>(task.N, T::kRows) * ceil_div<int64_t>(task.M, T::kTokens);
   // A block takes one tile after the other; a cluster only one.
   if (splits == 1) tiles = least<int64_t>(tiles, call.device.multiprocessors);
-  const dim3 grid(static_cast<unsigned>(tiles * splits));
-  const Launch how = {grid, T::kThreads, T::kSharedBytes, splits};
-  return launch_kernel<wgmma_kernel<T>>(how, call, task, q, splits);
+  return launch_kernel<wgmma_kernel<T>>(launch_of<T>(tiles * splits, splits), call, task, q,
+                                        splits);
+}
+
+// Asked once per device, tile and number of splits.
+template <class T>
+bool runs_clusters(const Device& device, int splits) {
+  enum Answer { kUnknown, kYes, kNo };
+  static std::atomic<int> answers[kKnownDevices][9];
+  const auto ask = [&] {
+    return has_room_for_cluster<wgmma_kernel<T>>(launch_of<T>(splits, splits), device);
+  };
+  if (device.index >= kKnownDevices) return ask();
+  std::atomic<int>& answer = answers[device.index][splits];
+  if (answer.load() == kUnknown) answer.store(ask() ? kYes : kNo);
+  return answer.load() == kYes;
+}
+
+// Calls `f` with the tile of a plan.
+template <class Result, class F>
+Result with_tile(const WgmmaPlan& plan, Result unknown, const F& f) {
+  const auto is = [&](int rows, int tokens) { return plan.rows == rows && plan.tokens == tokens; };
+  if (is(64, 32)) return f(Tile<1, 1, 32>{});
+  if (is(64, 64)) return f(Tile<1, 1, 64>{});
+  if (is(128, 32)) return f(Tile<2, 1, 32>{});
+  if (is(128, 64)) return f(Tile<2, 1, 64>{});
+  if (is(128, 96)) return f(Tile<2, 1, 96>{});
+  if (is(128, 128)) return f(Tile<2, 1, 128>{});
+  if (is(256, 96)) return f(Tile<2, 2, 96>{});
+  if (is(256, 128)) return f(Tile<2, 2, 128>{});
+  return unknown;
 }
 
 }  // namespace
 
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan) {
-  const auto is = [&](int rows, int tokens) { return plan.rows == rows && plan.tokens == tokens; };
-  if (is(64, 32)) return launch<Tile<1, 1, 32>>(call, q, plan.splits);
-  if (is(64, 64)) return launch<Tile<1, 1, 64>>(call, q, plan.splits);
-  if (is(128, 32)) return launch<Tile<2, 1, 32>>(call, q, plan.splits);
-  if (is(128, 64)) return launch<Tile<2, 1, 64>>(call, q, plan.splits);
-  if (is(128, 96)) return launch<Tile<2, 1, 96>>(call, q, plan.splits);
-  if (is(128, 128)) return launch<Tile<2, 1, 128>>(call, q, plan.splits);
-  if (is(256, 96)) return launch<Tile<2, 2, 96>>(call, q, plan.splits);
-  if (is(256, 128)) return launch<Tile<2, 2, 128>>(call, q, plan.splits);
-  return cudaErrorInvalidValue;
+  return with_tile(plan, cudaErrorInvalidValue,
+                   [&](auto tile) { return launch<decltype(tile)>(call, q, plan.splits); });
+}
+
+bool wgmma_runs_clusters(const Device& device, const WgmmaPlan& plan) {
+  return with_tile(plan, false,
+                   [&](auto tile) { return runs_clusters<decltype(tile)>(device, plan.splits); });
 }
 
 }  // namespace cuda

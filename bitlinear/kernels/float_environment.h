@@ -1,0 +1,70 @@
+// Whether a thread counts subnormal numbers or flushes them to zero. torch.set_flush_denormal(True)
+// makes the calling thread flush them, and threads that it starts inherit that.
+#pragma once
+
+#include <stdint.h>
+
+namespace bitlinear {
+
+#if defined(__x86_64__)
+constexpr uint32_t kFlushBits = 0x8040;  // MXCSR.FTZ for results, .DAZ for operands
+inline uint32_t read_float_control() {
+  uint32_t control;
+  __asm__ volatile("stmxcsr %0" : "=m"(control) : : "memory");
+  return control;
+}
+inline void write_float_control(uint32_t control) {
+  __asm__ volatile("ldmxcsr %0" : : "m"(control) : "memory");
+}
+#elif defined(__aarch64__)
+constexpr uint64_t kFlushBits = 1u << 24 | 1u << 19;  // FPCR.FZ, and .FZ16 for fp16
+inline uint64_t read_float_control() {
+  uint64_t control;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(control) : : "memory");
+  return control;
+}
+inline void write_float_control(uint64_t control) {
+  __asm__ volatile("msr fpcr, %0" : : "r"(control) : "memory");
+}
+#else
+constexpr uint32_t kFlushBits = 0;
+inline uint32_t read_float_control() { return 0; }
+inline void write_float_control(uint32_t) {}
+#endif
+
+enum class Subnormals { kCount, kFlush };
+
+// The mode of this thread until the end of the scope. A compiler may move float operations across
+// both ends: what the mode is for has to be a call that is not inlined.
+class SubnormalScope {
+ public:
+  explicit SubnormalScope(Subnormals mode) : before_(read_float_control()) {
+    write_float_control(mode == Subnormals::kCount ? before_ & ~kFlushBits : before_ | kFlushBits);
+  }
+  ~SubnormalScope() { write_float_control(before_); }
+  SubnormalScope(const SubnormalScope&) = delete;
+  SubnormalScope& operator=(const SubnormalScope&) = delete;
+
+ private:
+  const decltype(read_float_control()) before_;
+};
+
+// A function of the kernels that counts subnormal numbers on every thread.
+template <auto kFunction>
+struct CountingSubnormals;
+
+template <class Result, class... Arguments, Result (*kFunction)(Arguments...)>
+struct CountingSubnormals<kFunction> {
+  static Result run(Arguments... arguments) {
+    if ((read_float_control() & kFlushBits) == 0) return call(arguments...);
+    const SubnormalScope scope(Subnormals::kCount);
+    return call(arguments...);
+  }
+
+ private:
+  __attribute__((noinline)) static Result call(Arguments... arguments) {
+    return kFunction(arguments...);
+  }
+};
+
+}  // namespace bitlinear
