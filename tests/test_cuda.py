@@ -420,3 +420,84 @@ def test_moves_and_state_dicts_carry_the_same_bytes():
             assert torch.equal(fresh.w_packed.cpu(), state["w_packed"])
             y = fresh(torch.ones(2, 100, device=target))
             assert torch.equal(y.cpu(), layer.cpu()(torch.ones(2, 100)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deploying_takes_the_packed_weight_and_a_few_megabytes(dtype):
+    layer = BitLinear(8192, 8192, bias=False, dtype=dtype, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    layer.deploy()
+    assert torch.cuda.max_memory_allocated() - before <= 8192 * 8192 / 4 + 2**22
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_the_gradient_of_the_input_of_a_deployed_layer(dtype):
+    layer = BitLinear(70, 33).cuda().deploy()
+    x = torch.randn(5, 70, device="cuda").to(dtype).requires_grad_()
+    grad = torch.randn(5, 33, device="cuda").to(dtype)
+    layer(x).backward(grad)
+    wanted = grad.float() @ layer.dequantize()
+    torch.testing.assert_close(x.grad.float(), wanted, rtol=0.02, atol=0.02)  # 16-bit products
+
+
+def test_higher_derivatives():
+    """Of fp32, whose products are those of the CPU up to the order of their sums."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    layer, x = BitLinear(70, 33), torch.randn(5, 70)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        twin = copy.deepcopy(layer).to(device)
+        operand = x.to(device).requires_grad_()
+        y = torch.tanh(twin(operand)).sum()
+        (grad,) = torch.autograd.grad(y, operand, create_graph=True)
+        grad.square().sum().backward()
+        gradients.append([operand.grad.cpu(), *(p.grad.cpu() for p in twin.parameters())])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_undeploying_keeps_the_function():
+    layer, x = BitLinear(512, 256).cuda().deploy(), torch.randn(5, 512, device="cuda")
+    y = layer(x)
+    assert torch.equal(layer.undeploy()(x), y)
+
+
+# --- Packed bytes are checked before they are used ---
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (7, 70), (64, 1024), (4099, 515)])
+def test_bytes_that_have_changed_are_checked_again(n, k):
+    _, w_packed, w_scale = operands(n, k)
+    w_packed, w_scale, x = on_gpu(w_packed, w_scale, torch.randn(3, k))
+    wanted = OP(x, w_packed, w_scale, None, k)
+    good = w_packed.clone()
+    for row, column in {(0, 0), (n - 1, k - 1), (n // 2, k // 2)}:
+        w_packed[row, column // 4] |= 3 << (6 - 2 * (column % 4))
+        w_packed[row + 1 :] = 255
+        message = f"invalid code 3, first in byte {column // 4} of row {row}:"
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                OP(x, w_packed, w_scale, None, k)
+        w_packed.copy_(good)
+        assert torch.equal(OP(x, w_packed, w_scale, None, k), wanted)
+
+
+def test_weights_past_the_last_input_are_refused():
+    _, w_packed, w_scale = operands(4, 8)
+    with pytest.raises(ValueError, match="weights beyond in_features = 7"):
+        OP(*on_gpu(torch.randn(2, 7), w_packed, w_scale), None, 7)
+
+
+def test_an_average_over_buffers_is_noticed():
+    model = nn.Sequential(BitLinear(64, 128), nn.BatchNorm1d(128)).cuda()
+    bitlinear.deploy(model)
+    x = torch.randn(8, 64, device="cuda")
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+    )
+    model(x)
+    for _ in range(2):
+        average.update_parameters(model)
+    with pytest.raises(ValueError, match="code 3"):
+        average(x)
