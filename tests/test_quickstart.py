@@ -24,6 +24,7 @@ def test_script():
     accuracy = {name: float(percent) for name, percent, _ in rows}
     size = {name: int(count.replace(",", "")) for name, _, count in rows}
     assert set(accuracy) == {"nn.Linear", "BitLinear (QAT)", "BitLinear (deployed)"}
+    # With 8 seeds it was 98.2 to 98.9: another CPU's path is far above this bound, too.
     assert accuracy["BitLinear (QAT)"] >= 96
     assert accuracy["BitLinear (deployed)"] == accuracy["BitLinear (QAT)"]
     assert size["BitLinear (deployed)"] < 0.07 * size["nn.Linear"]

@@ -185,6 +185,13 @@ class LowRank(nn.Module):
         return weight + self.b @ self.a
 
 
+def old_spectral_norm(layer):
+    """With the norm estimated: that of its random vectors may be near 0, and is divided by."""
+    nn.utils.spectral_norm(layer.train(), n_power_iterations=15)
+    layer(torch.randn(1, layer.in_features))
+    layer.eval()
+
+
 def remove_parametrizations(layer):
     parametrize.remove_parametrizations(layer, "weight")
 
@@ -198,7 +205,7 @@ PARAMETRISED = {
         remove_parametrizations,
     ),
     "old_weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
-    "old_spectral_norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+    "old_spectral_norm": (old_spectral_norm, nn.utils.remove_spectral_norm),
     "pruning": (
         lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
         lambda layer: prune.remove(layer, "weight"),
@@ -232,7 +239,10 @@ def test_a_computed_weight_is_what_is_quantised(name):
             )
             for output in (y, wanted)
         ]
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+        for gradient, its in zip(*gradients):
+            # Relative to the largest element: others may be what is left of sums that cancel. The
+            # quantised operands are the same to the bit, so that nothing else differs on any CPU.
+            torch.testing.assert_close(gradient, its, rtol=0, atol=1e-4 * float(its.abs().max()))
         with torch.no_grad():
             for parameter in parameters:
                 parameter.mul_(1 + torch.rand_like(parameter))
@@ -366,17 +376,16 @@ OPTIMIZERS = {
     "adamw, foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
     "sgd, fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
-    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=1),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_of_any_optimizer_is_seen(name):
     layer, x = BitLinear(20, 6), torch.randn(4, 20)
-    optimizer = OPTIMIZERS[name](layer.parameters())
 
     def loss():
-        optimizer.zero_grad()
+        layer.zero_grad()
         value = layer(x).square().mean()
         value.backward()
         nn.utils.clip_grad_norm_(layer.parameters(), 0.5)
@@ -384,7 +393,10 @@ def test_a_step_of_any_optimizer_is_seen(name):
 
     for _ in range(3):
         before = layer.weight.detach().clone()
-        optimizer.step(loss)
+        # A new one for each step. Its first step follows the gradient, so that it is short and not
+        # 0 on every CPU; with the curvature that it estimates from the steps before, L-BFGS ends in
+        # infinity for one seed in three, as straight-through gradients are of no function.
+        OPTIMIZERS[name](layer.parameters()).step(loss)
         assert not torch.equal(layer.weight, before)
         assert torch.equal(layer(x), straight_through_linear(x, layer.weight, layer.bias))
 
