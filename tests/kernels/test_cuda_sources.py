@@ -102,18 +102,6 @@ def test_float_operations_round_on_their_own(compiled, source):
 
 
 @pytest.mark.slow
-@sources
-def test_no_successor_starts_before_the_wait_for_the_predecessor(compiled, source):
-    """A successor that is not ours would overlap the kernel before ours, too."""
-    result, output = compiled[source]
-    assert result.returncode == 0
-    listing = "".join(path.read_text() for path in output.parent.glob(f"{source.stem}*90a*.ptx"))
-    calls = re.findall(r"griddepcontrol\.(\w+)", listing)
-    assert calls == ["wait", "launch_dependents"] * (len(calls) // 2)
-    assert bool(calls) == ("wait_for_predecessor" in source.read_text())
-
-
-@pytest.mark.slow
 def test_the_operator_compiles(tmp_path):
     """Against the headers of this torch, be it built for CUDA or not."""
     # The only header of torch's that a build for the CPU lacks says how torch itself was built.

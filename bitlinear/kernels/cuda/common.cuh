@@ -147,16 +147,14 @@ __device__ inline float dequantize(int32_t codes, int32_t q_sum, float s_x, floa
 
 // Programmatic dependent launch (sm_90): a kernel may start while its predecessor in the stream
 // still runs; what that one wrote may be read, and what it reads overwritten, after the wait.
-//
-// Only then may the successor start, also one that is not ours: whatever it does before a wait of
-// its own, it overlaps this kernel alone, as all work before this one has ended. A block allows it
-// with the first of its threads that gets here, so no thread may allow it before its wait.
+__device__ inline void allow_successor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 __device__ inline void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "griddepcontrol.wait;\n"
-      "griddepcontrol.launch_dependents;\n" ::
-          : "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 // Has weights brought into L2 (sm_90).

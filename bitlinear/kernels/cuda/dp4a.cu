@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(kThreads)
     dp4a_gemv(const bitlinear_cuda_task task, const Activations in, bool aligned) {
   const int lane = threadIdx.x % 32;
   const int64_t n = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
+  allow_successor();
   wait_for_predecessor();
   if (n >= task.N) return;
 
@@ -106,6 +107,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t m_begin = blockIdx.x / row_tiles * kTileTokens;
   const int64_t row_bytes = ceil_div<int64_t>(task.K, 4);
   const int64_t slices = ceil_div<int64_t>(row_bytes, kSliceBytes);
+  allow_successor();
   wait_for_predecessor();
 
   // What this thread fetches of every slice. Rows and tokens that are not there count as zeros.

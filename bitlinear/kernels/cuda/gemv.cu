@@ -140,6 +140,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (threadIdx.x < kGemvTokens) shared.q_sum[threadIdx.x] = 0;
   __syncthreads();
+  allow_successor();
 
   if (warp == kWarps) {
     RingPosition at(stages);

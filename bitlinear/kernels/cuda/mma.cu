@@ -246,6 +246,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
   if (kAligned && threadIdx.x == 0 && at.m == 0) {
     prefetch_l2(from.w, static_cast<uint32_t>(least(at.rows * from.row_bytes, 256 * 1024)));
   }
+  allow_successor();
   wait_for_predecessor();
 
 #pragma unroll

@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
   const int first = static_cast<int>(threadIdx.x) * kGroup;
   const int step = static_cast<int>(blockDim.x) * kGroup;
   const auto load = [&](int k) { return load_group(row + k, K - k, aligned); };
+  allow_successor();
   wait_for_predecessor();
 
   Group<X> held[kQuantizerGroups];

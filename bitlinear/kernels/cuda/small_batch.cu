@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
     publish_barriers();
   }
   __syncthreads();
+  allow_successor();
 
   RingPosition at(stages);
   if (warp == kWarps) {

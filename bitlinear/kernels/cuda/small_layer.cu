@@ -152,7 +152,10 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
     }
   }
   commit_copies();
+  // In this order, as blocks of several kernels that wait would crowd on some multiprocessors, and
+  // then slow each other down.
   wait_for_predecessor();
+  allow_successor();
 
   with_type(task.x_dtype, [&](auto zero) {
     const auto* const x = static_cast<const decltype(zero)*>(task.x) + m * task.K;

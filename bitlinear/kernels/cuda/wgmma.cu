@@ -290,6 +290,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     publish_barriers();
   }
   __syncthreads();
+  allow_successor();
 
   // Writes a tile of y, or every step-th of its tokens.
   const auto write = [&](const auto& rows, int tile, int first, int step) {
