@@ -102,6 +102,18 @@ def test_float_operations_round_on_their_own(compiled, source):
 
 
 @pytest.mark.slow
+@sources
+def test_a_kernel_that_lets_its_successor_start_waits_for_its_predecessor(compiled, source):
+    """So it completes after it, and a successor that waits for this kernel waits for both."""
+    result, output = compiled[source]
+    assert result.returncode == 0
+    listing = "".join(path.read_text() for path in output.parent.glob(f"{source.stem}*90a*.ptx"))
+    kernels = [re.findall(r"griddepcontrol\.(\w+)", text) for text in listing.split(".entry")]
+    assert all("wait" in calls for calls in kernels if "launch_dependents" in calls)
+    assert any(kernels) == ("wait_for_predecessor" in source.read_text())
+
+
+@pytest.mark.slow
 def test_the_operator_compiles(tmp_path):
     """Against the headers of this torch, be it built for CUDA or not."""
     # The only header of torch's that a build for the CPU lacks says how torch itself was built.

@@ -147,6 +147,14 @@ __device__ inline float dequantize(int32_t codes, int32_t q_sum, float s_x, floa
 
 // Programmatic dependent launch (sm_90): a kernel may start while its predecessor in the stream
 // still runs; what that one wrote may be read, and what it reads overwritten, after the wait.
+//
+// A kernel lets its successor start before it waits itself, so the successor may overlap the kernel
+// before this one too. That is safe for any successor, also one that is not ours: PTX promises it
+// nothing about the memory of earlier kernels before its own griddepcontrol.wait, and that returns
+// when all prerequisite grids in flight have completed, the one before this kernel included: every
+// kernel here waits, so it completes after its predecessor. Ours touch nothing but w before the
+// wait, and w only if it is settled (see ops.cpp). To allow the successor after the wait costs 15 %
+// on an H100: 3.4 us instead of 2.95 for one token of 4096 x 4096.
 __device__ inline void allow_successor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -241,11 +241,11 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_find_invalid_byte(const uint8_t* pac
     auto* const first = static_cast<unsigned long long*>(workspace);
     cudaError_t error = cudaMemsetAsync(first, 0xFF, sizeof(*first), call.stream);
     if (error != cudaSuccess) return error;
-    error = launch_kernel<find_invalid_byte>(by_rows(N), call, packed, N, static_cast<int>(K),
-                                             first);
+    error =
+        launch_kernel<find_invalid_byte>(by_rows(N), call, packed, N, static_cast<int>(K), first);
     if (error != cudaSuccess) return error;
-    error = cudaMemcpyAsync(position, first, sizeof(*position), cudaMemcpyDeviceToHost,
-                            call.stream);
+    error =
+        cudaMemcpyAsync(position, first, sizeof(*position), cudaMemcpyDeviceToHost, call.stream);
     if (error != cudaSuccess) return error;
     error = cudaStreamSynchronize(call.stream);
     if (error != cudaSuccess || *position < 0) return error;
