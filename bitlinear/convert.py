@@ -380,7 +380,8 @@ def _why_never_called(layers: dict[str, BitLinear]) -> str:
         f"deploy(): {len(idle)} of {len(layers)} BitLinear layers have never been called, while "
         f"the others have: {_listed(idle)}. If the module around them uses their weights without "
         f"calling them, they were trained and used in floating point, not ternary: name them in "
-        f"exclude of convert(). If no input has reached them yet, all is well"
+        f"exclude of convert(). If no input has reached them yet, or they only ran inside of "
+        f"torch.compile, all is well"
     )
 
 

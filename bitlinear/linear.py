@@ -534,7 +534,7 @@ class BitLinear(nn.Linear):
         """
         assigns = local_metadata.get("assign_to_params_buffers", False)
         tied = [] if assigns else state.tied_layers(self, missing_keys)
-        tensors, kind = state.check(self, state_dict, prefix, local_metadata)
+        tensors, kind = state.check(self, state_dict, prefix, local_metadata, strict)
         # The dictionary is this module's own copy: load_state_dict has made it.
         state_dict.update({prefix + name: tensor for name, tensor in tensors.items()})
         if kind == "packed":

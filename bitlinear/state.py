@@ -70,9 +70,15 @@ def metadata_of(layer: BitLinear) -> dict[str, Any]:
 
 
 def check(
-    layer: BitLinear, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    layer: BitLinear,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool = True,
 ) -> Checked:
     """The tensors that a load is to put into ``layer``.
+
+    ``strict`` is what ``_load_from_state_dict`` was told: ``load_state_dict`` always says True.
 
     Raises:
         TypeError, ValueError: The state is newer, damaged, or does not fit the layer.
@@ -102,7 +108,8 @@ def check(
         if tensor.is_meta and not assigns and _device(layer).type != "meta":
             raise ValueError(f"{name} is on the meta device, so it has no values to load")
     _check_metadata(layer, metadata)
-    _check_names(layer, found, kind)
+    if strict:
+        _check_names(layer, found, kind)
     return Checked(tensors, kind)
 
 
