@@ -144,10 +144,12 @@ def deploy(model: _Model) -> _Model:
             offloaded. The message names every such layer; the model is unchanged.
 
     Warns:
-        UserWarning: Some layers have been called since they were made, and others have not: what
-            owns these may use their weights without calling them, which trains in floating point.
+        UserWarning: There is no BitLinear inside; or some layers have been called since they were
+            made, and others have not: what owns these may use their weights without calling them,
+            which trains in floating point.
     """
     _check_model(model, "deploy")
+    _warn_without_layers(model, "deploy")
     layers = {
         name or "(the model itself)": module
         for name, module in model.named_modules()
@@ -157,7 +159,7 @@ def deploy(model: _Model) -> _Model:
     problems = {
         name: _READ_BY_ATTENTION
         if id(layer) in attended
-        else foreign.why_offloaded(layer, _ancestors(model, name)) or layer._why_not_deployable()
+        else _why_held_elsewhere(layer, _ancestors(model, name)) or layer._why_not_deployable()
         for name, layer in layers.items()
     }
     refused = [f"{name}: {reason}" for name, reason in problems.items() if reason]
@@ -184,6 +186,10 @@ def deploy(model: _Model) -> _Model:
     return model
 
 
+def _why_held_elsewhere(layer: BitLinear, ancestors: list[nn.Module]) -> str:
+    return foreign.why_offloaded(layer, ancestors) or foreign.why_sharded(layer, ancestors)
+
+
 def _check_model(model: Any, function: str) -> None:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"{model!r:.80}"
@@ -191,6 +197,16 @@ def _check_model(model: Any, function: str) -> None:
             f"bitlinear.{function}() needs a torch.nn.Module, but got {what} "
             f"({type(model).__name__}): pass the model itself, as in "
             f"bitlinear.{function}(pipeline.model)"
+        )
+
+
+def _warn_without_layers(model: nn.Module, function: str) -> None:
+    if not any(isinstance(module, BitLinear) for module in model.modules()):
+        warnings.warn(
+            f"{function}() did nothing: this {type(model).__name__} has no BitLinear inside; call "
+            f"bitlinear.convert(model) first",
+            UserWarning,
+            stacklevel=3,
         )
 
 
@@ -317,7 +333,11 @@ class _Survey:
         reasons = {name: layer.reason for layer in layers for name in layer.names or [""]}
 
         def is_chosen_out(name: str, module: nn.Module) -> bool:
-            return id(module) in chosen_out or _matching_pattern(name, self.patterns) is not None
+            parts = name.split(".")
+            owners = [".".join(parts[: n + 1]) for n in range(len(parts))]  # itself included
+            return id(module) in chosen_out or any(
+                _matching_pattern(owner, self.patterns) is not None for owner in owners
+            )
 
         return coverage.why_incomplete(model, is_chosen_out, reasons)
 
@@ -419,6 +439,7 @@ def set_quantization_strength(model: nn.Module, strength: float) -> nn.Module:
         ValueError: ``strength`` is not between 0 and 1, or is below 1 while a layer is deployed.
             No layer was changed.
     """
+    _warn_without_layers(model, "set_quantization_strength")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BitLinear)}
     deployed = [name for name, layer in layers.items() if layer.is_deployed]
     check_strength(strength)

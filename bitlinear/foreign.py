@@ -85,6 +85,33 @@ def adapters(model: nn.Module) -> tuple[set[int], set[int]]:
     return adapted, added
 
 
+def why_sharded(layer: nn.Module, ancestors: Iterable[nn.Module] = ()) -> str:
+    """Why a layer is not its own to change, or ``""``: FSDP holds its parameters.
+
+    Between a forward pass and the next resharding they look like ordinary ones.
+
+    Args:
+        layer: The layer.
+        ancestors: The modules that contain it.
+    """
+    if not any(_is_fsdp(module) for module in (layer, *ancestors)):
+        return ""
+    return (
+        "its weight is sharded by FSDP, which keeps the one in floating point: gather the state "
+        "with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+        "options=StateDictOptions(full_state_dict=True)), load it into a model that is not "
+        "sharded, and deploy that"
+    )
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    names = {"FSDPModule", "FullyShardedDataParallel"}
+    return any(
+        cls.__name__ in names and cls.__module__.startswith("torch.distributed.")
+        for cls in type(module).__mro__
+    )
+
+
 def why_offloaded(layer: nn.Module, ancestors: Iterable[nn.Module] = ()) -> str:
     """Why the weight of a layer is not there to be packed, or ``""``.
 

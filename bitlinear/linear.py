@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import foreign, packing, state
 from .ops import deployed_linear
@@ -93,6 +95,8 @@ class BitLinear(nn.Linear):
     # Whether other layers have the same w_packed.
     _shares_packed = False
     _has_warned_of_values = False
+    # Whether it was made of transformers' Conv1D, whose weight is (K, N).
+    _was_conv1d = False
 
     def __init__(
         self,
@@ -108,6 +112,8 @@ class BitLinear(nn.Linear):
         check_eps(eps)
         check_quant_type(quant_type)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        if not self.weight.is_floating_point():
+            raise TypeError(f"bitlinear: dtype must be floating point, but it is {dtype}")
         self.eps = float(eps)
         self.quant_type = quant_type
         # The dtype that the weight of a deployed layer had, and gets back from undeploy().
@@ -158,6 +164,7 @@ class BitLinear(nn.Linear):
         layer.weight = weight
         layer.bias = linear.bias
         layer._weight_dtype = weight.dtype
+        layer._was_conv1d = foreign.is_conv1d(linear)
         return layer.train(linear.training)
 
     @property
@@ -182,15 +189,13 @@ class BitLinear(nn.Linear):
                 f"{strength}: call undeploy() first"
             )
         self._strength = float(strength)
-        if strength == 1:
-            self._blend = None
-        elif self._blend is None:
+        self._blend = None
+        if strength < 1:
             # A tensor, whose value a compiled model reads in every call; for a number it would be
-            # compiled again.
-            with torch.inference_mode(False):  # or it could be set again in that mode only
+            # compiled again. A new one, as a copy of the layer may have the old one; and an
+            # ordinary one, whatever mode is on.
+            with _disable_current_modes(), torch.inference_mode(False):
                 self._blend = torch.tensor(self._strength, dtype=torch.float32, device="cpu")
-        else:
-            self._blend.fill_(self._strength)
 
     @property
     def is_deployed(self) -> bool:
@@ -206,7 +211,7 @@ class BitLinear(nn.Linear):
         buffers = self._buffers
         if "w_packed" not in buffers:
             return self._forward_in_training(input)
-        bias = buffers["bias"]
+        bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401
         arguments: Any = (
             input,
             buffers["w_packed"],
@@ -215,9 +220,7 @@ class BitLinear(nn.Linear):
             self.in_features,
             self.eps,
         )
-        if torch.is_grad_enabled() and (
-            input.requires_grad or (bias is not None and bias.requires_grad)
-        ):
+        if torch.is_grad_enabled():
             return deployed_linear(*arguments)
         output: Tensor = _linear(*arguments)
         return output
@@ -265,6 +268,11 @@ class BitLinear(nn.Linear):
     def _as_leaf(self, input: fx.Proxy) -> Any:
         """A call of the layer in the graph of a symbolic trace, as an ``nn.Linear`` is."""
         tracer: Any = input.tracer
+        if tracer.root is self:
+            raise TypeError(
+                "a BitLinear is a leaf of a symbolic trace, so it cannot be traced alone: trace a "
+                "module that holds it, such as torch.nn.Sequential(layer)"
+            )
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
 
     def __prepare_scriptable__(self) -> Any:
@@ -295,7 +303,11 @@ class BitLinear(nn.Linear):
                 (parametrised, pruned, sharded, offloaded). The layer is unchanged.
         """
         if not self.is_deployed:
-            reason = foreign.why_offloaded(self) or self._why_not_deployable()
+            reason = (
+                foreign.why_offloaded(self)
+                or foreign.why_sharded(self)
+                or self._why_not_deployable()
+            )
             if reason:
                 raise ValueError(f"BitLinear cannot be deployed: {reason}")
             self._drop_weight(*self._pack())
@@ -319,8 +331,9 @@ class BitLinear(nn.Linear):
             The layer.
 
         Raises:
-            ValueError: The layer is divided among processes (:mod:`bitlinear.tensor_parallel`), or
-                the weight would overflow its dtype. The layer is unchanged.
+            ValueError: The layer is divided among processes (:mod:`bitlinear.tensor_parallel`), a
+                packed byte is not valid, or the weight would overflow its dtype. The layer is
+                unchanged.
         """
         if self.is_deployed:
             layers = self._sharing_layers()
@@ -337,6 +350,11 @@ class BitLinear(nn.Linear):
             fp32, shape ``(N, K)``: a new tensor.
         """
         w_packed, w_scale = (self.w_packed, self.w_scale) if self.is_deployed else self._pack()
+        return self._expanded(w_packed, w_scale)
+
+    def _expanded(self, w_packed: Tensor, w_scale: Tensor) -> Tensor:
+        """Packed weights times their scale, fp32; raises ValueError for an invalid code."""
+        packing.check_packed(w_packed, self.in_features)
         weight: Tensor = torch.ops.bitlinear.expand_weight.default(w_packed, self.in_features)
         return weight.mul_(w_scale)
 
@@ -345,6 +363,8 @@ class BitLinear(nn.Linear):
         parts = [super().extra_repr(), f"quant_type={self.quant_type}"]
         if self.eps != _DEFAULT_EPS:
             parts.append(f"eps={self.eps}")
+        if self.quantization_strength < 1:
+            parts.append(f"quantization_strength={self.quantization_strength:g}")
         if self.is_deployed:
             parts.append("deployed=True")
         return ", ".join(parts)
@@ -379,11 +399,9 @@ class BitLinear(nn.Linear):
         def values() -> Tensor:
             if not self._has_warned_of_values:
                 self._has_warned_of_values = True
-                warn_of_values()
+                warn_of_values(f"{self.out_features} x {self.in_features}")
             with torch.no_grad():
-                t = torch.ops.bitlinear.expand_weight.default(w_packed, self.in_features)
-                weight: Tensor = t.mul_(w_scale).to(dtype)
-                return weight
+                return self._expanded(w_packed, w_scale).to(dtype)
 
         def linear(x: Tensor, bias: Tensor | None) -> Tensor:
             return deployed_linear(x, w_packed, w_scale, bias, self.in_features, self.eps)
@@ -402,8 +420,15 @@ class BitLinear(nn.Linear):
         if reason:
             return reason
         weight = self.weight.detach()
+        shape = (self.out_features, self.in_features)
+        if weight.shape != shape:
+            return (
+                f"its weight has shape {list(weight.shape)}, but out_features and in_features are "
+                f"{list(shape)}: set these to the shape of the weight"
+            )
         # Both bounds are NaN if any weight is; nothing as large as the weight is made.
-        if not weight.is_meta and not bool(torch.stack(weight.aminmax()).float().isfinite().all()):
+        has_values = not (weight.is_meta or isinstance(weight, FakeTensor))
+        if has_values and not bool(torch.stack(weight.aminmax()).float().isfinite().all()):
             return "its weight has values that are NaN, infinite, or too large for float32"
         return ""
 
@@ -419,6 +444,8 @@ class BitLinear(nn.Linear):
 
         ``shared`` says whether other layers get the same buffers.
         """
+        if self.is_deployed:  # by way of a shallow copy, which has the same dictionaries
+            return
         weight, bias = self.weight, self.bias
         del self.weight, self.bias
         self.register_buffer("w_packed", w_packed)
@@ -432,6 +459,8 @@ class BitLinear(nn.Linear):
 
     def _take_weight(self, weight: nn.Parameter) -> None:
         """Turns the buffers of a deployed layer into parameters."""
+        if not self.is_deployed:  # by way of a shallow copy, which has the same dictionaries
+            return
         bias = self.bias
         if bias is not None:
             # Outside of inference mode, where a tensor could never require gradients.
@@ -461,6 +490,13 @@ class BitLinear(nn.Linear):
             (self.out_features, self.in_features), dtype=self._weight_dtype, device=w_packed.device
         )
         if not weight.is_meta:
+            least = float(w_scale.min())
+            if least < torch.tensor(self.eps, dtype=torch.float32):
+                raise ValueError(
+                    f"w_scale is {least:g}, but no weight in training has a scale below eps = "
+                    f"{self.eps:g}: set layer.eps to at most w_scale first"
+                )
+            packing.check_packed(w_packed, self.in_features)
             scale_ternary(weight, w_packed, w_scale)
         return nn.Parameter(weight)
 

@@ -39,6 +39,8 @@ def load_deployed(path: str | os.PathLike[str], model: _Model, *, strict: bool =
             model = Model()
         model = bitlinear.load_deployed("model.safetensors", bitlinear.convert(model)).eval()
 
+    The file names neither ``eps`` nor ``quant_type``: make the layers with those that were saved.
+
     Everything in the file is loaded, as ``load_state_dict(..., assign=True)`` does it: what is not
     a BitLinear's as well, with the dtypes of the file. A tensor goes to the device of the one that
     it replaces; in place of one on the meta device, to the CPU, from where ``model.cuda()`` copies

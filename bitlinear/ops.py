@@ -433,6 +433,11 @@ _DeployedLinear.forward.__signature__ = inspect.signature(  # type: ignore[attr-
 )
 
 
+def _is_in_a_transform() -> bool:
+    """Whether a transform of torch.func is active: a tensor within may hide that it wants one."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def deployed_linear(
     x: Tensor,
     w_packed: Tensor,
@@ -458,8 +463,9 @@ def deployed_linear(
         Shape ``(..., N)``, in the dtype of ``x``; under autocast, in the dtype of autocast.
     """
     arguments = (x, w_packed, w_scale, bias, in_features, eps)
-    needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-    if needs_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad) or _is_in_a_transform()
+    ):
         output: Tensor = _DeployedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         output = torch.ops.bitlinear.linear.default(*arguments)

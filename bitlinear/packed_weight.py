@@ -8,6 +8,7 @@ gets the dequantised values. Writing raises, as the values would be lost.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
@@ -17,13 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-# Setters and methods that reach no operator, so that __torch_dispatch__ does not see them.
+# Setters and methods that reach no operator, so that __torch_dispatch__ does not see them. There is
+# no storage, and one could be written to.
 _WRITES = (
     Tensor.requires_grad_,
     Tensor.share_memory_,
+    Tensor.apply_,
+    Tensor.map_,
+    Tensor.storage,
+    Tensor.untyped_storage,
     *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
 )
-_READS = (Tensor.tolist, Tensor.__dlpack__, Tensor.storage, Tensor.untyped_storage)
+_READS = (Tensor.tolist, Tensor.__dlpack__)
 _NUMPY_READS = (Tensor.numpy, Tensor.__array__)
 
 
@@ -36,6 +42,7 @@ class PackedWeight(Tensor):
         device: The device of the packed bytes.
         values: Computes the dequantised values, of this shape, dtype and device.
         linear: Called with ``x`` and ``bias`` in the place of ``F.linear``; None for a view.
+        strides: Of a view; else those of a contiguous tensor.
     """
 
     # transformers initialises the weights that do not have this attribute.
@@ -52,8 +59,11 @@ class PackedWeight(Tensor):
         device: torch.device,
         values: Callable[[], Tensor],
         linear: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+        strides: Any = None,
     ) -> PackedWeight:
-        weight: PackedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        weight: PackedWeight = Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=dtype, device=device
+        )
         weight._compute_values = values
         weight._compute_linear = linear
         return weight
@@ -92,13 +102,20 @@ class PackedWeight(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         arguments = func._schema.arguments
-        given = {argument.name: value for argument, value in zip(arguments, args)} | kwargs
+        given = {**{argument.name: value for argument, value in zip(arguments, args)}, **kwargs}
+        aliased = None  # a weight that the result is a view of
         for argument in arguments:
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and _holds_packed_weight(given.get(argument.name)):
+            value = given.get(argument.name)
+            if argument.alias_info is None or not _holds_packed_weight(value):
+                continue
+            if argument.alias_info.is_write:
                 _raise_read_only()
-        if any(result.alias_info is not None for result in func._schema.returns):
-            views = _views(func, args, kwargs)
+            aliased = value
+        name = func._schema.name.partition("::")[2]
+        if name.endswith("_like") or name.startswith("new_"):
+            return func(*_without_values(args), **_without_values(kwargs))
+        if isinstance(aliased, PackedWeight):
+            views = _views(aliased, func, args, kwargs)
             if views is not None:
                 return views
         return func(*_dequantized(args), **_dequantized(kwargs))
@@ -118,12 +135,20 @@ def _dequantized(arguments: Any) -> Any:
     return tree_map_only(PackedWeight, lambda weight: weight._compute_values(), arguments)
 
 
-def _views(func: Any, args: Any, kwargs: Any) -> Any:
+def _without_values(arguments: Any) -> Any:
+    """For functions that make a new tensor and read no values."""
+    return tree_map_only(
+        PackedWeight,
+        lambda w: torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device),
+        arguments,
+    )
+
+
+def _views(weight: PackedWeight, func: Any, args: Any, kwargs: Any) -> Any:
     """Views of a packed weight are packed weights, so that writing to a view raises too.
 
     None if the function makes a copy of this weight, as ``to`` and ``reshape`` sometimes do.
     """
-    (weight,) = (value for value in args if isinstance(value, PackedWeight))
 
     def view_of(values: Tensor) -> Any:
         return func(*(values if value is weight else value for value in args), **kwargs)
@@ -136,7 +161,7 @@ def _views(func: Any, args: Any, kwargs: Any) -> Any:
             result: Any = view_of(weight._compute_values())
             return cast(Tensor, result if index is None else result[index])
 
-        return PackedWeight(meta.shape, meta.dtype, weight.device, values)
+        return PackedWeight(meta.shape, meta.dtype, weight.device, values, strides=meta.stride())
 
     if not isinstance(metas, Tensor):
         return [view(meta, index) for index, meta in enumerate(metas)]
@@ -150,10 +175,16 @@ def _raise_read_only() -> NoReturn:
     )
 
 
-def warn_of_values() -> None:
-    """Warns that packed weights were dequantised."""
+def warn_of_values(what: str) -> None:
+    """Warns, where the caller's code stands, that the weight of ``what`` was dequantised."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+        ("bitlinear.", "torch.")
+    ):
+        level, frame = level + 1, frame.f_back
     warnings.warn(
-        "the weight of a deployed BitLinear was dequantised, as it was used in another computation "
-        "than torch.nn.functional.linear: this takes the memory and the time that deploy() saves",
-        stacklevel=2,
+        f"the weight of a deployed BitLinear was dequantised ({what}), as it was used in another "
+        f"computation than torch.nn.functional.linear: this takes the memory and the time that "
+        f"deploy() saves",
+        stacklevel=level,
     )

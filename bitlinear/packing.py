@@ -124,9 +124,9 @@ def check_packed(packed: Tensor, in_features: int) -> None:
         if bool(invalid.any()):
             row, byte = (int(i) for i in invalid.nonzero()[0])
             raise ValueError(
-                f"w_packed holds the invalid code 3, first in byte {byte} of row {first + row}: "
-                f"the bytes were changed (averaged, for example) or damaged, or are not in packed "
-                f"format version {FORMAT_VERSION}"
+                f"w_packed holds the invalid code 3, first in byte {byte} of row {first + row} "
+                f"(0x{int(rows[row, byte]):02x}): the bytes were changed (averaged, for example) "
+                f"or damaged, or are not in packed format version {FORMAT_VERSION}"
             )
     # The slots past K in the last byte of a row hold weight 0, code 1.
     unused = (1 << 2 * (4 * columns - in_features)) - 1

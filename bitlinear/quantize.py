@@ -86,7 +86,9 @@ def check_features(in_features: int, out_features: int) -> None:
 
 
 def check_strength(strength: float) -> None:
-    """Raises ValueError unless the quantisation strength is between 0 and 1."""
+    """Raises ValueError (or TypeError) unless the strength is a number between 0 and 1."""
+    if not isinstance(strength, (int, float)):
+        raise TypeError(f"quantization_strength must be a number, but it is {strength!r}")
     if not 0 <= strength <= 1:
         raise ValueError(f"quantization_strength must be between 0 and 1, not {strength}")
 
@@ -159,7 +161,7 @@ _reinterpret = Tensor.view if torch.__version__ >= "2.13" else torch.view_copy
 def _multiply(x: Tensor, factor: Tensor) -> Tensor:
     """``x * factor`` in fp32, subnormal ``x`` included where torch.set_flush_denormal is on."""
     product = x * factor
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._is_tracing():
         return product
     # A subnormal number is an integer, its low bits, times 2**-149. Both factors here are normal,
     # and powers of two do not round; where inv * 2**-24 is not, the product rounds to 0 anyway.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -97,14 +98,18 @@ def check(
         tensors = check_packed(layer, tensors)
     elif "weight" in tensors:
         kind = "float"
+        _check_orientation(layer, tensors["weight"], metadata)
         _check_shape("weight", tensors["weight"], [layer.out_features, layer.in_features])
     if "bias" in tensors and layer.bias is not None:
         _check_shape("bias", tensors["bias"], [layer.out_features])
     for name in ("weight", "bias"):
         if name in tensors and not tensors[name].is_floating_point():
             raise TypeError(f"{name} must be floating point, but it is {tensors[name].dtype}")
+    _check_other_tensors(layer, {name: found[name] for name in found if name not in tensors})
     assigns = metadata.get("assign_to_params_buffers", False)
     for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be strided, but it is {tensor.layout}: use to_dense()")
         if tensor.is_meta and not assigns and _device(layer).type != "meta":
             raise ValueError(f"{name} is on the meta device, so it has no values to load")
     _check_metadata(layer, metadata)
@@ -217,6 +222,38 @@ def _check_metadata(layer: BitLinear, metadata: dict[str, Any]) -> None:
                 f"it was saved by a layer with {name}={saved!r}, but this one has "
                 f"{name}={value!r}: make the layer with the {name} of the state"
             )
+
+
+def _check_other_tensors(layer: BitLinear, found: dict[str, Any]) -> None:
+    """Raises ValueError for what a subclass has beside the tensors of a BitLinear."""
+    own = {**layer._parameters, **layer._buffers}
+    for name, value in found.items():
+        mine = own.get(name)
+        if mine is not None and torch.overrides.is_tensor_like(value):
+            _check_shape(name, value, list(mine.shape))
+
+
+def _check_orientation(layer: BitLinear, weight: Tensor, metadata: dict[str, Any]) -> None:
+    """Tells of a weight that may be the transposed one of the Conv1D that the layer was.
+
+    Raises:
+        ValueError: It is, by its shape.
+    """
+    shape = (layer.out_features, layer.in_features)
+    if not layer._was_conv1d or "in_features" in metadata:  # which a BitLinear has written
+        return
+    remedy = "load checkpoints of such a model before bitlinear.convert()"
+    if weight.shape != shape and weight.shape == shape[::-1]:
+        raise ValueError(
+            f"size mismatch for weight: it has shape {list(weight.shape)}, which is that of a "
+            f"Conv1D, and this layer needs {list(shape)}: {remedy}"
+        )
+    if weight.shape == shape == shape[::-1]:
+        warnings.warn(
+            f"a square weight is loaded into a BitLinear that was a Conv1D, and nothing says which "
+            f"of them it was saved by: it is taken for that of a BitLinear, (N, K); {remedy}",
+            stacklevel=2,
+        )
 
 
 def _check_names(layer: BitLinear, found: Iterable[str], kind: str) -> None:

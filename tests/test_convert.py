@@ -886,3 +886,34 @@ def test_attention_that_calls_its_output_projection_is_deployed():
 
 def test_the_package_exports_them():
     assert (bitlinear.convert, bitlinear.deploy) == (convert, deploy)
+
+
+# --- Loads into what was a Conv1D; nothing to do ---
+
+
+@pytest.mark.filterwarnings("ignore:.*convert.*floating point")
+def test_checkpoints_of_a_conv1d_are_not_taken_for_those_of_a_bitlinear():
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    for n, k in ((32, 16), (16, 16)):
+        model = nn.Sequential(pytorch_utils.Conv1D(n, k))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        converted = convert(model)
+        state = {name: value.clone() for name, value in converted.state_dict().items()}
+        if n == k:
+            with pytest.warns(UserWarning, match=r"square weight .* was a Conv1D.*before"):
+                converted.load_state_dict(before)
+        else:
+            with pytest.raises(RuntimeError, match=r"that of a Conv1D.*before bitlinear"):
+                converted.load_state_dict(before)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            converted.load_state_dict(convert(nn.Sequential(nn.Linear(k, n))).state_dict())
+        assert state.keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    "function", [deploy, lambda m: bitlinear.set_quantization_strength(m, 0.5)]
+)
+def test_a_model_without_layers_is_reported(function):
+    with pytest.warns(UserWarning, match=r"did nothing: this Sequential has no BitLinear inside"):
+        function(nn.Sequential(nn.Linear(4, 4)))

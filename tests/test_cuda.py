@@ -475,7 +475,7 @@ def test_bytes_that_have_changed_are_checked_again(n, k):
     for row, column in {(0, 0), (n - 1, k - 1), (n // 2, k // 2)}:
         w_packed[row, column // 4] |= 3 << (6 - 2 * (column % 4))
         w_packed[row + 1 :] = 255
-        message = f"invalid code 3, first in byte {column // 4} of row {row}:"
+        message = f"invalid code 3, first in byte {column // 4} of row {row} "
         for _ in range(2):
             with pytest.raises(ValueError, match=message):
                 OP(x, w_packed, w_scale, None, k)

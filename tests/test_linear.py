@@ -80,6 +80,8 @@ def test_wrong_arguments(arguments, message):
 def test_arguments_of_a_wrong_type(arguments, message):
     with pytest.raises(TypeError, match=message):
         BitLinear(*arguments)
+    with pytest.raises(TypeError, match="dtype must be floating point"):
+        BitLinear(4, 4, dtype=torch.complex64)
 
 
 @pytest.mark.parametrize("make", [BitLinear, deployed])
@@ -219,6 +221,15 @@ def test_layers_in_front_of_a_deployed_one_are_trained():
     assert (model(x).argmax(1) == target).float().mean() > 0.9
 
 
+def test_the_bias_of_a_deployed_layer_may_become_a_parameter():
+    layer, x, grad = deployed(), torch.randn(5, 20), torch.randn(5, 6)
+    y = layer(x)
+    layer.bias = nn.Parameter(layer.bias.clone())
+    assert torch.equal(layer(x), y)
+    layer(x).backward(grad)
+    torch.testing.assert_close(layer.bias.grad, grad.sum(0))
+
+
 def test_the_bias_of_a_deployed_layer_may_want_a_gradient():
     layer, x, grad = deployed(), torch.randn(5, 20), torch.randn(5, 6)
     layer.bias.requires_grad_()
@@ -320,6 +331,27 @@ def test_undeploy_with_a_scale_per_output_feature():
     t = packing.unpack_ternary(layer.w_packed, 20)
     wanted = (t * magnitudes(t, state["w_scale"])).float()
     torch.testing.assert_close(layer.undeploy().weight.detach(), wanted, rtol=2**-23, atol=0)
+
+
+def test_undeploy_refuses_a_scale_below_eps():
+    """Training would raise it to eps, and the function would be another one."""
+    layer, x = deployed(), torch.randn(3, 20)
+    layer.w_scale.fill_(5e-7)
+    with unchanged(layer), pytest.raises(ValueError, match=r"w_scale is 5e-07, .* eps = 1e-06"):
+        layer.undeploy()
+    layer.eps = 1e-7
+    y = layer(x)
+    oracle.assert_same_bits(layer.undeploy()(x), y)
+
+
+def test_deploy_refuses_a_weight_of_another_shape():
+    layer, x = BitLinear(20, 6), torch.randn(3, 12)
+    layer.weight = nn.Parameter(torch.randn(6, 12))  # as after pruning by hand
+    y = layer(x)
+    with pytest.raises(ValueError, match=r"shape \[6, 12\], but .* are \[6, 20\]: set these"):
+        layer.deploy()
+    layer.in_features = 12
+    oracle.assert_same_bits(layer.deploy()(x), y)
 
 
 def test_undeploy_refuses_what_would_overflow():

@@ -114,4 +114,4 @@ def test_deploying_by_the_reference_implementation(monkeypatch, tmp_path):
 
 @on_linux
 def test_undeploying_takes_the_weight_and_a_few_megabytes():
-    assert growth(UNDEPLOY) < 2**28 + 2**25
+    assert growth(UNDEPLOY) < 2**28 + 2**26

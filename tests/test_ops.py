@@ -323,7 +323,7 @@ def test_the_first_invalid_code_is_found_wherever_it_is(call, k):
             w_packed = good.clone()
             w_packed[n, column // 4] |= 3 << (6 - 2 * (column % 4))
             w_packed[n + 1 :] = 255
-            message = f"invalid code 3, first in byte {column // 4} of row {n}:"
+            message = f"invalid code 3, first in byte {column // 4} of row {n} "
             with pytest.raises(ValueError, match=message):
                 call(torch.randn(2, k), w_packed, w_scale, None, k)
 
@@ -340,6 +340,12 @@ def test_slices_and_shapes_are_checked_each_on_its_own():
     _, w_packed, w_scale = operands(40, 64)
     x = torch.randn(3, 64)
     OP(x, w_packed, w_scale, None, 64)
+    spaced = torch.full((4, 8), 0x55, dtype=torch.uint8)
+    spaced[:, 4] = 255
+    for _ in range(2):  # the same address, rows and distance of rows
+        OP(x[:, :8], spaced[:, :2], w_scale, None, 8)
+        with pytest.raises(ValueError, match="code 3"):
+            OP(x[:, :8], spaced[:, ::4], w_scale, None, 8)
     spoil(w_packed[20:])
     OP(x, w_packed[:20], w_scale, None, 64)
     for bad, k in ((w_packed, 64), (w_packed[20:], 64), (w_packed[:, :8], 32)):

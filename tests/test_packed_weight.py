@@ -19,6 +19,9 @@ from bitlinear import BitLinear
 LINEAR = torch.ops.bitlinear.linear.default
 
 
+X = torch.ones(2, 20)
+
+
 def deployed(in_features=20, out_features=6, **kwargs):
     return BitLinear(in_features, out_features, **kwargs).deploy()
 
@@ -128,6 +131,7 @@ def test_an_owner_that_reads_the_weight():
 
 # --- Any other computation gets the values ---
 
+
 COMPUTATIONS = {
     "x @ w.T": lambda w, x: x @ w.T,
     "w + 1": lambda w, x: w + 1,
@@ -151,6 +155,15 @@ COMPUTATIONS = {
     "deepcopy": lambda w, x: copy.deepcopy(w),
     "pickle": lambda w, x: pickle.loads(pickle.dumps(w)),
     "convolution": lambda w, x: F.conv1d(x[:, :, None], w[:, :, None]),
+    "an operand in place": lambda w, x: torch.zeros(6, 20).copy_(w),
+    "an operand of addmm_": lambda w, x: torch.zeros(4, 6).addmm_(x, w.t()),
+    "an operand of lerp_": lambda w, x: torch.ones(6, 20).lerp_(w, 0.5),
+    "assigned": lambda w, x: torch.ones(6, 20).index_copy_(0, torch.arange(6), w),
+    "with out=": lambda w, x: torch.sum(w, 1, out=torch.empty(6)),
+    "two of them": lambda w, x: torch.stack([w, w[:, :]]),
+    "the transposed, reshaped": lambda w, x: w.T.reshape(-1) * 1,
+    "columns, flattened": lambda w, x: w.chunk(2, dim=1)[0].flatten(),
+    "expanded": lambda w, x: w.expand(2, 6, 20).reshape(12, 20) + 0,
 }
 
 
@@ -172,6 +185,32 @@ def test_one_warning_for_a_layer():
         for _ in range(3):
             layer.weight.sum()
     assert len(caught) == 1
+
+
+def test_new_tensors_of_its_kind_need_no_values():
+    weight = deployed(dtype=torch.bfloat16).weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for new in (torch.zeros_like(weight), weight.new_ones(3), torch.empty_like(weight.T)):
+            assert type(new) is torch.Tensor
+            assert new.dtype == torch.bfloat16
+    assert torch.zeros_like(weight).shape == (6, 20)
+    assert weight.T.stride() == (1, 20)
+
+
+def test_the_warning_points_to_the_code_that_computes():
+    with pytest.warns(UserWarning, match="6 x 20") as caught:
+        deployed().weight.sum()
+    assert caught[0].filename == __file__
+
+
+def test_damaged_bytes_are_not_computed_with():
+    layer = deployed()
+    layer.w_packed[2, 1] = 255
+    for read in (layer.dequantize, layer.undeploy, lambda: layer.weight + 0, lambda: layer(X)):
+        with pytest.raises(ValueError, match="code 3, first in byte 1 of row 2"):
+            read()
+    assert layer.is_deployed
 
 
 def test_gradients_pass_the_values():
@@ -207,6 +246,8 @@ WRITES = {
     "a parameter": nn.Parameter,
     "set_": lambda w: w.set_(torch.zeros(6, 20)),
     "share_memory_": lambda w: w.share_memory_(),
+    "apply_": lambda w: w.apply_(lambda value: 0),
+    "its storage": lambda w: w.untyped_storage().fill_(0),
     "vector_to_parameters": lambda w: nn.utils.vector_to_parameters(torch.zeros(120), [w]),
 }
 

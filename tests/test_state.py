@@ -178,6 +178,56 @@ def test_a_refused_load_leaves_both_as_they_were():
     assert are_tied(model)
 
 
+class Extended(BitLinear):
+    """With tensors of its own."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.extra = nn.Parameter(torch.ones(4))
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("extra", torch.ones(3), r"size mismatch for extra: .*\[3\], but this layer needs \[4\]"),
+        ("bias", torch.ones(16).to_sparse(), "bias must be strided, but it is torch.sparse_coo"),
+        ("weight", torch.ones(16, 16).to_sparse(), "weight must be strided"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_leaves_the_layer_as_it_was(deployed, name, value, message):
+    layer, source, x = Extended(16, 16), Extended(16, 16), torch.randn(4, 16)
+    for each in (layer, source) if deployed else (layer,):
+        each.deploy()
+    state = (Extended(16, 16) if name == "weight" else source.deploy()).state_dict()
+    y, is_deployed = layer(x), layer.is_deployed
+    state[name] = value
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state)
+    assert layer.is_deployed == is_deployed
+    assert torch.equal(layer(x), y)
+
+
+def test_shallow_copies():
+    """They have the dictionaries of the layer, not only its tensors."""
+    layer, x = BitLinear(16, 8), torch.randn(4, 16)
+    source = BitLinear(16, 8).deploy()
+    copied = copy.copy(layer)
+    layer.load_state_dict(source.state_dict())
+    assert torch.equal(layer(x), source(x))
+    assert torch.equal(copied(x), source(x))
+    copied.undeploy()
+    assert torch.equal(layer(x), source(x))
+    bitlinear.deploy(nn.Sequential(layer, nn.Linear(8, 16), copied))
+    assert torch.equal(layer(x), source(x))
+
+    layer.undeploy().quantization_strength = 0.5
+    y, copied = layer(x), copy.copy(layer)
+    copied.quantization_strength = 0.0
+    assert layer.quantization_strength == 0.5
+    assert torch.equal(layer(x), y)
+
+
 def test_loads_in_many_threads():
     """Each thread has a load of its own."""
     from concurrent.futures import ThreadPoolExecutor

@@ -158,6 +158,16 @@ def test_what_has_no_derivative_says_so():
         LINEAR(x, *layer.deploy().buffers(), 20).sum().backward()
 
 
+def test_vmap_and_gradients_of_a_deployed_layer():
+    layer, x = deployed(), torch.randn(4, 20, requires_grad=True)
+    wanted = torch.ones(4, 6) @ layer.dequantize()
+    (actual,) = torch.autograd.grad(vmap(layer)(x).sum(), x)
+    torch.testing.assert_close(actual, wanted)
+    torch.testing.assert_close(grad(lambda x: vmap(layer)(x).sum())(x.detach()), wanted)
+    by_hand = vmap(lambda row: F.linear(row, layer.weight))
+    torch.testing.assert_close(grad(lambda x: by_hand(x).sum())(x.detach()), wanted)
+
+
 def test_hessians():
     layer, x = BitLinear(20, 6), torch.randn(20)
     t, s_w = quantize.quantize_weights(layer.weight.detach())
@@ -497,6 +507,12 @@ def test_a_trace_follows_the_weights(make):
 def test_a_script_is_refused(make):
     with pytest.raises(NotImplementedError, match=r"cannot compile a BitLinear: use torch\.export"):
         torch.jit.script(nn.Sequential(make(20, 6)))
+
+
+@both
+def test_a_layer_alone_is_not_traced(make):
+    with pytest.raises(TypeError, match=r"trace a module that holds it"):
+        torch.fx.symbolic_trace(make(20, 6))
 
 
 @both

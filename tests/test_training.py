@@ -366,6 +366,18 @@ def test_a_strength_reads_as_it_was_set():
         torch.set_default_dtype(default)
 
 
+def test_a_strength_that_was_set_in_a_fake_tensor_mode():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer = BitLinear(40, 30)
+    with FakeTensorMode():
+        layer.quantization_strength = 0.5
+    assert "quantization_strength=0.5" in repr(layer)
+    layer(torch.randn(2, 40))
+    with pytest.raises(TypeError, match="must be a number, but it is 'x'"):
+        bitlinear.set_quantization_strength(layer, "x")
+
+
 def test_a_strength_that_was_set_in_inference_mode():
     layer = BitLinear(40, 30)
     with torch.inference_mode():

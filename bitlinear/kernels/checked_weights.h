@@ -39,10 +39,10 @@ class CheckedWeights {
  private:
   struct Place {
     const void* data;
-    int64_t rows, stride, in_features;
+    int64_t rows, row_stride, byte_stride, in_features;
     bool operator==(const Place& other) const {
-      return data == other.data && rows == other.rows && stride == other.stride &&
-             in_features == other.in_features;
+      return data == other.data && rows == other.rows && row_stride == other.row_stride &&
+             byte_stride == other.byte_stride && in_features == other.in_features;
     }
   };
   struct Hash {
@@ -54,7 +54,7 @@ class CheckedWeights {
   };
 
   static Place place_of(const at::Tensor& w, int64_t in_features) {
-    return {w.const_data_ptr(), w.size(0), w.stride(0), in_features};
+    return {w.const_data_ptr(), w.size(0), w.stride(0), w.stride(1), in_features};
   }
 
   void sweep() {
@@ -95,9 +95,10 @@ inline int64_t find_invalid_byte(const uint8_t* row, int64_t K) {
 // Raises ValueError for the first invalid byte of the weights. packing.py says the same.
 [[noreturn]] inline void report_invalid_byte(uint8_t byte, int64_t n, int64_t b, int64_t K) {
   const bool code3 = (byte & byte >> 1 & 0x55) != 0;
+  const char* const digits = "0123456789abcdef";
   TORCH_CHECK_VALUE(!code3, "bitlinear: w_packed holds the invalid code 3, first in byte ", b,
-                    " of row ", n,
-                    ": the bytes were changed (averaged, for example) or damaged, or are not in "
+                    " of row ", n, " (0x", digits[byte >> 4], digits[byte & 15],
+                    "): the bytes were changed (averaged, for example) or damaged, or are not in "
                     "packed format version 1");
   TORCH_CHECK_VALUE(false, "bitlinear: w_packed has weights beyond in_features = ", K,
                     ": it was packed for a layer with up to ", 4 * ((K + 3) / 4));
