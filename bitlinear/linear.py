@@ -189,13 +189,16 @@ class BitLinear(nn.Linear):
                 f"{strength}: call undeploy() first"
             )
         self._strength = float(strength)
-        self._blend = None
-        if strength < 1:
-            # A tensor, whose value a compiled model reads in every call; for a number it would be
-            # compiled again. A new one, as a copy of the layer may have the old one; and an
-            # ordinary one, whatever mode is on.
-            with _disable_current_modes(), torch.inference_mode(False):
+        if strength == 1:
+            self._blend = None
+            return
+        # One tensor, whose value a compiled model reads in every call: for a number it would be
+        # compiled again. An ordinary one, whatever mode is on.
+        with _disable_current_modes(), torch.inference_mode(False):
+            if self._blend is None:
                 self._blend = torch.tensor(self._strength, dtype=torch.float32, device="cpu")
+            else:
+                self._blend.fill_(self._strength)
 
     @property
     def is_deployed(self) -> bool:
@@ -284,6 +287,8 @@ class BitLinear(nn.Linear):
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         super().__setstate__(saved)  # type: ignore[no-untyped-call]
+        if self._blend is not None:  # of copy.copy, which would share it
+            self._blend = self._blend.clone()
         state.remember(self)
 
     def deploy(self) -> BitLinear:
