@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from processes import Processes
+
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    # torch's cache of compiled graphs does not tell one capability from another.
+    folder = f"inductor-{os.getuid()}-{os.environ['ATEN_CPU_CAPABILITY']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
 settings.register_profile("bitlinear", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("bitlinear")
