@@ -69,15 +69,6 @@ bitlinear.BitLinear(256, 1024).deploy()  # code, threads and their stacks
 print(growth_of(lambda: bitlinear.deploy(layer) if {whole} else layer.deploy()))
 """
 
-UNDEPLOY = """
-layer = bitlinear.BitLinear(8192, 8192, bias=False, device="meta").deploy()
-layer.to_empty(device="cpu")
-layer.w_packed.fill_(0b10010110)
-layer.w_scale.fill_(0.01)
-bitlinear.BitLinear(256, 1024).deploy().undeploy()
-print(growth_of(layer.undeploy))
-"""
-
 on_linux = pytest.mark.skipif(
     sys.platform != "linux", reason="ru_maxrss is in other units elsewhere"
 )
@@ -110,8 +101,3 @@ def test_deploying_takes_the_packed_weight_and_a_few_megabytes(dtype, whole):
 def test_deploying_by_the_reference_implementation(monkeypatch, tmp_path):
     monkeypatch.setenv("BITLINEAR_BUILD", "off")
     assert growth(DEPLOY.format(dtype="bfloat16", whole=False)) < 2**24 + 2**24
-
-
-@on_linux
-def test_undeploying_takes_the_weight_and_a_few_megabytes():
-    assert growth(UNDEPLOY) < 2**28 + 2**26
