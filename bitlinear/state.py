@@ -335,19 +335,29 @@ def remember(layer: BitLinear) -> None:
 
 def layers_with(w_packed: Tensor) -> list[BitLinear]:
     """Every layer whose ``w_packed`` is this very tensor."""
-    with _lock:
-        layers = list(_layers)
-    return [layer for layer in layers if layer._buffers.get("w_packed") is w_packed]
+    return [layer for layer in _all_layers() if layer._buffers.get("w_packed") is w_packed]
 
 
 def find_ties(layers: Iterable[BitLinear]) -> None:
     """Has those of ``layers`` that hold one packed weight know that they share it."""
+    for group in _tied_groups(layers):
+        for layer in group:
+            layer._shares_packed = layer.is_deployed
+
+
+def _all_layers() -> list[BitLinear]:
+    with _lock:
+        return list(_layers)
+
+
+def _tied_groups(layers: Iterable[BitLinear]) -> list[list[BitLinear]]:
+    """Those of ``layers`` that share their weight with others of them, together."""
     holders: dict[int, list[BitLinear]] = {}
     for layer in layers:
-        holders.setdefault(id(layer._buffers.get("w_packed")), []).append(layer)
-    for group in holders.values():
-        for layer in group:
-            layer._shares_packed = layer.is_deployed and len(group) > 1
+        weight = _weight_of(layer)
+        if weight is not None:  # as it is where the weight is computed (pruning)
+            holders.setdefault(id(weight), []).append(layer)
+    return [group for group in holders.values() if len(group) > 1]
 
 
 class _Load(threading.local):
@@ -360,17 +370,11 @@ class _Load(threading.local):
         if self.missing_keys is missing_keys:
             return
         self.missing_keys = missing_keys
-        holders: dict[int, list[BitLinear]] = {}
-        with _lock:
-            layers = list(_layers)
-        for layer in layers:
-            holders.setdefault(id(_weight_of(layer)), []).append(layer)
         # Weak references: nothing tells when the load has ended.
         self.tied = {
             id(layer): [weakref.ref(other) for other in group if other is not layer]
-            for group in holders.values()
+            for group in _tied_groups(_all_layers())
             for layer in group
-            if len(group) > 1
         }
         self.former_names: dict[int, tuple[str, ...]] = {}
 

@@ -234,6 +234,9 @@ def check_deployment():
     step(model, optimizer, x, target)
     with torch.no_grad():
         y = model(x)
+    model.unshard()  # its weights look like ordinary parameters now
+    with pytest.raises(ValueError, match=r"its weight is sharded by FSDP.*full_state_dict"):
+        bitlinear.deploy(model)
     model.reshard()
     with pytest.raises(ValueError, match=r"blocks\.0\.q: its weight is sharded.*full_state_dict"):
         bitlinear.deploy(model)
