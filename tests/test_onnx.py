@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -284,6 +285,28 @@ def test_fake_tensors_of_unknown_sizes_take_the_fake_implementation():
         assert layer(x).shape == (x.shape[0], 8)
         with pytest.raises(ValueError, match="in_features = 24"):
             layer(mode.from_tensor(torch.randn(5, 23)))
+
+
+COMPILE = """
+import bitlinear
+from torch import nn
+model = nn.Sequential(bitlinear.BitLinear(24, 24), bitlinear.BitLinear(24, 8).deploy())
+x = torch.randn(4, 24, requires_grad=True)
+y = torch.compile(model)(x)
+assert torch.equal(y, model(x))
+y.sum().backward()
+assert "bitlinear.integrations.onnx" in sys.modules
+lowerings = torch._inductor.lowering.lowerings
+operators = {getattr(torch.ops.bitlinear, name).default for name in torch.ops.bitlinear}
+assert operators <= lowerings.keys(), operators - lowerings.keys()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["torch.onnx", "torch._inductor.lowering", "bitlinear"])
+def test_inductor_compiles_in_ci_whatever_has_been_imported(first):
+    code = f"import sys, torch, {first}, torch.onnx\n{COMPILE}"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CI": "true"})
 
 
 # --- Imports ---

@@ -18,6 +18,7 @@ _logger = logging.getLogger("bitlinear")
 def watch_imports() -> None:
     """Has each integration registered that its project needs to know of."""
     register_after_import("torch.onnx", "bitlinear.integrations.onnx")
+    register_after_import("torch._inductor.lowering", "bitlinear.integrations.inductor")
     register_after_import("transformers.quantizers.auto", "bitlinear.integrations.transformers")
 
 
