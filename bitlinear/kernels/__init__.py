@@ -103,7 +103,7 @@ def _variant(
 ) -> Variant:
     return Variant(
         name=name,
-        sources=(f"{name}.cpp", "selftest.cpp"),
+        sources=(f"cpu/{name}.cpp", "cpu/selftest.cpp"),
         cflags=("-O3", *_COMMON, *isa),
         ldflags=_LDFLAGS,
         arch=arch,
@@ -175,7 +175,7 @@ VARIANTS: tuple[Variant, ...] = (
 # The operator: the only library that includes torch's headers and the only one with threads.
 OPS = Library(
     name="ops",
-    sources=("ops.cpp",),
+    sources=("cpu/ops.cpp",),
     # Reading torch's headers is most of a cold import; -O1 costs nothing, the loops are elsewhere.
     # No -fopenmp: parallel.h says how the threads come from torch's own runtime.
     cflags=("-O1", *_COMMON),

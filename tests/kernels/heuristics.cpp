@@ -1,5 +1,5 @@
 // The heuristics as a library that ctypes can load.
-#include "heuristics.h"
+#include "cpu/heuristics.h"
 
 extern "C" {
 

@@ -75,13 +75,13 @@ def test_amx_does_not_depend_on_what_is_inlined(flag, tmp_path):
     [
         (
             "scalar",
-            "scalar.cpp",
+            "cpu/scalar.cpp",
             "memcpy(w.byte, p, static_cast<size_t>(n))",
             "memcpy(w.byte, p, kWidth + 0 * n)",
         ),
         (
             "neon",
-            "neon.h",
+            "cpu/neon.h",
             "memcpy(bytes, p, static_cast<size_t>(n))",
             "memcpy(bytes, p, kWidth + 0 * n)",
         ),
@@ -116,7 +116,7 @@ def test_a_wrong_conversion_is_found(correct, wrong, tmp_path):
     """The reference has conversions of its own."""
     variant = next(variant for variant in VARIANTS if variant.name == "scalar")
     shutil.copytree(DIRECTORY, tmp_path / "kernels")
-    source = tmp_path / "kernels" / "convert.h"
+    source = tmp_path / "kernels" / "cpu" / "convert.h"
     text = source.read_text()
     assert correct in text
     source.write_text(text.replace(correct, wrong))

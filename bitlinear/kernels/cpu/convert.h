@@ -5,7 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "abi.h"
+#include "../abi.h"
 
 namespace bitlinear {
 

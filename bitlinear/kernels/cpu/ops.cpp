@@ -15,9 +15,9 @@
 #include <tuple>
 #include <vector>
 
-#include "abi.h"
-#include "arguments.h"
-#include "checked_weights.h"
+#include "../abi.h"
+#include "../arguments.h"
+#include "../checked_weights.h"
 #include "heuristics.h"
 #include "parallel.h"
 

@@ -1,6 +1,6 @@
 // The self-test that every variant passes, in the process that built it, before it may be used:
 // over 100 small cases, a few milliseconds.
-#include "selftest.h"
+#include "../selftest.h"
 
 #include <stdio.h>
 

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "abi.h"
+#include "../abi.h"
 
 namespace bitlinear {
 

@@ -22,8 +22,8 @@
 
 #include <limits.h>
 
-#include "abi.h"
-#include "float_environment.h"
+#include "../abi.h"
+#include "../float_environment.h"
 #include "gemv.h"
 #include "heuristics.h"
 #include "quantize.h"
