@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import jit, ops
-from .select import Verdict
+from . import ops, runtime
+from .runtime.verdicts import Verdict
 
-_runtime = jit.load()
+_loaded = runtime.load()
 
-HAS_BITLINEAR: bool = any(verdict.status == "chosen" for verdict in _runtime.verdicts)
+HAS_BITLINEAR: bool = any(verdict.status == "chosen" for verdict in _loaded.verdicts)
 """True where a compiled kernel is in use; False on the reference implementation."""
 
-ops.register(compiled=_runtime.kernel is not None)
+ops.register(compiled=_loaded.kernel is not None)
 
 # These modules look the operator up, so it has to exist first.
 from .convert import convert, deploy, set_quantization_strength  # noqa: E402
 from .linear import BitLinear  # noqa: E402
-from .load import load_deployed  # noqa: E402
+from .mapped import load_deployed  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,7 @@ __all__ = [
 
 def available_kernels() -> list[Verdict]:
     """What was chosen, and why the rest was not: one verdict per kernel variant, best first."""
-    return list(jit.runtime().verdicts)
+    return list(runtime.current().verdicts)
 
 
 def __getattr__(name: str) -> Any:

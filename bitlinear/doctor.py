@@ -1,6 +1,6 @@
 """``python -m bitlinear.doctor``: which kernel runs here, why not a better one, and how to mend it.
 
-It shows what ``select`` and ``jit`` report and runs the operator once; it decides nothing itself.
+It shows what the runtime reports and runs the operator once; it decides nothing itself.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from . import cache, jit
-from .architectures import targets
-from .cache import Artifact
-from .hardware import Hardware, detect
 from .kernels import OPS, VARIANTS
-from .select import Verdict
+from .runtime import Runtime, artifacts, current, parallel_threads
+from .runtime.artifacts import Artifact
+from .runtime.cuda_arch import targets
+from .runtime.hardware import Hardware, detect
+from .runtime.verdicts import Verdict
 
 OK, FALLBACK, BROKEN = 0, 1, 2
 """Exit codes: the kernel passed its self-test; it works, but slower than it could; it is broken."""
@@ -46,7 +46,7 @@ class Report:
     """The findings; ``str()`` of it is for people and bug reports, a notebook shows a table.
 
     Attributes:
-        runtime: What jit reports.
+        runtime: What the runtime reports.
         hardware: As ``runtime.hardware``, with GPUs and nvcc looked for.
         operator: What is wrong with the operator's result; empty if nothing is.
         devices: Those that the operator ran on.
@@ -55,7 +55,7 @@ class Report:
         verbose: Show build logs, paths and the environment too.
     """
 
-    runtime: jit.Runtime
+    runtime: Runtime
     hardware: Hardware
     operator: str
     threads: int | None
@@ -167,13 +167,13 @@ class Report:
 
 def report(verbose: bool = False) -> Report:
     """Examine this process; in a notebook the result is shown as a table."""
-    runtime = jit.runtime()
+    runtime = current()
     devices = ("cpu", *_cuda_devices(runtime))
     return Report(
         runtime=runtime,
         hardware=detect(runtime.cache.path, everything=True),
         operator="; ".join(filter(None, map(_run_operator, devices))),
-        threads=jit.parallel_threads(),
+        threads=parallel_threads(),
         openmp=_openmp_runtimes(),
         devices=devices,
         verbose=verbose,
@@ -194,13 +194,13 @@ def main(arguments: list[str] | None = None) -> int:
     action.add_argument("--clean", action="store_true", help="delete what was compiled, and stop")
     action.add_argument("--no-build", action="store_true", help="look only, compile nothing")
     options = parser.parse_args(arguments)
-    # What --no-build, --clean and --rebuild keep the import from doing is up to jit.load.
+    # What --no-build, --clean and --rebuild keep the import from doing is up to runtime.load.
     if options.clean or options.rebuild:
-        if jit.runtime().cache.refused:  # the import has said why
+        if current().cache.refused:  # the import has said why
             print("nothing deleted: that is not the directory asked for", file=sys.stderr)
             return BROKEN
-        roots = jit.runtime().cache.readable
-        count = sum(map(cache.clean, roots))
+        roots = current().cache.readable
+        count = sum(map(artifacts.clean, roots))
         if options.clean:
             places = _redact(", ".join(map(str, roots))) or "no cache directory"
             print(json.dumps({"deleted": count}) if options.json else f"{count} deleted: {places}")
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
 # --- What is looked at ---------------------------------------------------------------------------
 
 
-def _cuda_devices(runtime: jit.Runtime) -> list[str]:
+def _cuda_devices(runtime: Runtime) -> list[str]:
     """Those that CUDA's kernels were compiled for, if they are in use."""
     if runtime.cuda.status != "chosen":
         return []
@@ -274,7 +274,7 @@ def _versions(hardware: Hardware) -> list[str]:
     ]
 
 
-def _cpu(runtime: jit.Runtime) -> str:
+def _cpu(runtime: Runtime) -> str:
     cpu = runtime.hardware.cpu
     text = f"{cpu.brand or cpu.machine}, {torch.get_num_threads()} threads"
     if cpu.flags is None:
@@ -301,7 +301,7 @@ def _identical(devices: tuple[str, ...]) -> str:
     return text if devices == ("cpu",) else f"{text} on {' and '.join(devices)}"
 
 
-def _row(verdict: Verdict, runtime: jit.Runtime) -> list[str]:
+def _row(verdict: Verdict, runtime: Runtime) -> list[str]:
     artifact = runtime.artifacts.get(verdict.variant)
     text = verdict.reason
     if verdict.status == "chosen" and artifact is not None:
@@ -330,14 +330,14 @@ def _toolchain(hardware: Hardware) -> str:
     return "; ".join(texts)
 
 
-def _cache(runtime: jit.Runtime) -> list[str]:
+def _cache(runtime: Runtime) -> list[str]:
     directory = runtime.cache
     lines = []
     if directory.path is None:
         lines.append("there is no directory to write to")
     else:
         mode = stat.S_IMODE(os.stat(directory.path).st_mode)
-        count, size = len(cache.artifacts(directory.path)), cache.size(directory.path)
+        count, size = len(artifacts.artifacts(directory.path)), artifacts.size(directory.path)
         lines.append(f"{directory.path}  {mode:04o}  {count} artifacts, {size / 1e6:.1f} MB")
     if directory.temporary:
         lines.append("temporary: every process compiles again; set BITLINEAR_CACHE_DIR")
@@ -370,7 +370,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _summary(runtime: jit.Runtime, exit_code: int) -> str:
+def _summary(runtime: Runtime, exit_code: int) -> str:
     if runtime.kernel is None:
         return f"the slow reference implementation runs: {runtime.problem}"
     chosen = [verdict.variant for verdict in runtime.verdicts if verdict.status == "chosen"]
@@ -388,7 +388,7 @@ def _log(artifact: Artifact) -> list[str]:
     if artifact.directory is None:
         return [artifact.reason or "nothing was built"]
     try:
-        log = (artifact.directory / cache.LOG).read_text(encoding="utf-8", errors="replace")
+        log = (artifact.directory / artifacts.LOG).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         log = str(error)
     return [f"{artifact.directory}, {artifact.seconds} s", *log.splitlines()]

@@ -1,6 +1,6 @@
 """Trains a ternary language model and its float twin side by side, deploys it, has both write.
 
-    python scripts/char_lm.py [--out runs/char_lm] [--restart]
+    python -m scripts.char_lm [--out runs/char_lm] [--restart]
 
 The text is Python's language reference, which every Python brings (``help("topics")``). Stopped or
 killed, the same command goes on from the last checkpoint. The output directory gets
@@ -29,16 +29,13 @@ import torch
 from torch import nn
 
 import bitlinear
-import char_training
-import charts
-import machine
-import report
-import timing
-from bench import parse_count, parse_seconds
-from bitlinear import jit
-from char_model import CharModel, generate
-from char_training import LINEAR, TERNARY, Settings, Training
-from report import Record
+from bitlinear import runtime
+from scripts import char_training
+from scripts.bench import charts, machine, report, timing
+from scripts.bench.benchmark import parse_count, parse_seconds
+from scripts.bench.report import Record
+from scripts.char_model import CharModel, generate
+from scripts.char_training import LINEAR, TERNARY, Settings, Training
 
 DEPLOYED = "BitLinear, deployed"
 PROMPT = "An object "
@@ -90,9 +87,9 @@ def measure(training: Training, models: Mapping[str, CharModel], budget: float =
         networks[name]["losses"] = {part: curve[part] for part in ("train", "validation")}
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine.describe(jit.runtime().hardware, "cpu"),
+        "machine": machine.describe(runtime.current().hardware, "cpu"),
         "versions": machine.versions(),
-        "kernel": jit.runtime().kernel,
+        "kernel": runtime.current().kernel,
         "threads": torch.get_num_threads(),
         "settings": asdict(training.settings),
         "characters": {

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import bitlinear
-from char_model import CharModel
+from scripts.char_model import CharModel
 
 # The networks' names.
 LINEAR, TERNARY = "nn.Linear", "BitLinear"

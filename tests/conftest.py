@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from processes import Processes
+
+from tests.processes import Processes
 
 if "ATEN_CPU_CAPABILITY" in os.environ:
     # torch's cache of compiled graphs does not tell one capability from another.

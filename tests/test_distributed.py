@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import WORLD_SIZES, Transformer, assert_same_bits, mesh
 from torch import nn
 
 import bitlinear
 from bitlinear import BitLinear
+from tests.processes import WORLD_SIZES, Transformer, assert_same_bits, mesh
 
 try:
     import torch.distributed.checkpoint as dcp

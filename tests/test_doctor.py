@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 import bitlinear
-from bitlinear import doctor, jit
-from bitlinear.cache import Artifact, CacheDirectory
-from bitlinear.hardware import Compiler, Driver, Gpu
-from bitlinear.select import Verdict, select
+from bitlinear import doctor, runtime
+from bitlinear.runtime.artifacts import Artifact, CacheDirectory
+from bitlinear.runtime.hardware import Compiler, Driver, Gpu
+from bitlinear.runtime.verdicts import Verdict, select
 
 ROOT = Path(bitlinear.__file__).parents[1]
 CODES = {
@@ -43,12 +43,12 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 @pytest.fixture
 def warm(tmp_path: Path) -> Path:
     """A copy of the cache that importing the package has filled."""
-    runtime = jit.runtime()
-    if runtime.kernel is None or runtime.cache.path is None:
-        pytest.skip(f"no compiled kernel: {runtime.problem}")
+    loaded = runtime.current()
+    if loaded.kernel is None or loaded.cache.path is None:
+        pytest.skip(f"no compiled kernel: {loaded.problem}")
     target = tmp_path / "cache"
     target.mkdir(mode=0o700)
-    for artifact in runtime.artifacts.values():
+    for artifact in loaded.artifacts.values():
         if artifact.directory is not None:
             shutil.copytree(artifact.directory, target / artifact.name / artifact.key)
     return target
@@ -59,7 +59,7 @@ def warm(tmp_path: Path) -> Path:
 
 def healthy() -> doctor.Report:
     """As on a machine where everything went well, whatever this machine is."""
-    here = jit.runtime().hardware
+    here = runtime.current().hardware
     cpu_build = replace(here.torch, cuda=None)
     hardware = replace(here, torch=cpu_build, driver=None, driver_reason="no NVIDIA driver")
     verdicts = [
@@ -72,8 +72,8 @@ def healthy() -> doctor.Report:
         "avx2": Artifact("avx2", "3f9a2c01" * 4, None, "cached", "bit-exact with scalar"),
         "ops": Artifact("ops", "11111111" * 4, None, "cached", "ran on 2 of 2 threads"),
     }
-    runtime = jit.Runtime("avx2", tuple(verdicts), CacheDirectory(None), artifacts, "", hardware)
-    return doctor.Report(runtime, hardware, "", 2, ("/usr/lib/libgomp.so.1",))
+    loaded = runtime.Runtime("avx2", tuple(verdicts), CacheDirectory(None), artifacts, "", hardware)
+    return doctor.Report(loaded, hardware, "", 2, ("/usr/lib/libgomp.so.1",))
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_json_and_text_redact_the_home_directory(monkeypatch: pytest.MonkeyPatch
     directory = CacheDirectory(
         None, "/home/änne/.cache/bitlinear cannot be created; /home/ännelise"
     )
-    runtime = replace(report.runtime, cache=directory, problem="/home/änne")
-    report = replace(report, runtime=runtime)
+    loaded = replace(report.runtime, cache=directory, problem="/home/änne")
+    report = replace(report, runtime=loaded)
     data = json.dumps(report.to_json(), ensure_ascii=False)
     for text in (str(report), repr(report), report._repr_html_(), data):
         assert "/home/änne/" not in text
@@ -166,8 +166,8 @@ def with_gpus(cuda: Verdict, *gpus: Gpu) -> doctor.Report:
     )
     artifact = Artifact("cuda", "22222222" * 4, None, "cached", "bit-exact with ... on 1 GPU")
     artifacts = {**report.runtime.artifacts, **({"cuda": artifact} if cuda.ok else {})}
-    runtime = replace(report.runtime, hardware=hardware, artifacts=artifacts).with_cuda(cuda)
-    return replace(report, runtime=runtime, hardware=hardware)
+    loaded = replace(report.runtime, hardware=hardware, artifacts=artifacts).with_cuda(cuda)
+    return replace(report, runtime=loaded, hardware=hardware)
 
 
 CHOSEN = Verdict("cuda", True, "NVIDIA H100 80GB HBM3 (sm_90a)", "nvcc is of 13.1", status="chosen")
@@ -266,10 +266,10 @@ def test_the_operator_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_verdicts_are_those_of_select() -> None:
-    runtime = jit.runtime()
-    if not runtime.kernel or runtime.cuda_problem or os.environ.get("BITLINEAR_KERNEL"):
+    loaded = runtime.current()
+    if not loaded.kernel or loaded.cuda_problem or os.environ.get("BITLINEAR_KERNEL"):
         pytest.skip("something is in the way of the ordinary choice")
-    assert list(runtime.verdicts) == bitlinear.available_kernels() == select(runtime.hardware)
+    assert list(loaded.verdicts) == bitlinear.available_kernels() == select(loaded.hardware)
 
 
 # --- The command ---------------------------------------------------------------------------------
@@ -279,10 +279,10 @@ def test_a_machine_where_all_is_well(warm: Path) -> None:
     done = run("--json", BITLINEAR_CACHE_DIR=str(warm))
     data = json.loads(done.stdout)
     assert (done.returncode, data["exit_code"], done.stderr) == (0, 0, "")
-    runtime = jit.runtime()
-    assert data["kernel"] == runtime.kernel
-    assert data["versions"]["torch"] == runtime.hardware.torch.version
-    assert [row["variant"] for row in data["kernels"]] == [v.variant for v in runtime.verdicts]
+    loaded = runtime.current()
+    assert data["kernel"] == loaded.kernel
+    assert data["versions"]["torch"] == loaded.hardware.torch.version
+    assert [row["variant"] for row in data["kernels"]] == [v.variant for v in loaded.verdicts]
     for row in data["kernels"]:
         assert bool(row["code"]) == (row["status"] == "rejected")
         assert row["code"] in {"", *CODES}

@@ -6,7 +6,6 @@ import io
 import pickle
 
 import numpy as np
-import oracle
 import pytest
 import safetensors.torch
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from bitlinear import BitLinear, packing, quantize
+from tests import oracle
 
 
 def deployed(in_features=20, out_features=6, bias=True, **kwargs):

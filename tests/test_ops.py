@@ -6,12 +6,12 @@ import functools
 import warnings
 
 import numpy as np
-import oracle
 import pytest
 import torch
 
 import bitlinear
 from bitlinear import ops, packing
+from tests import oracle
 
 OP = torch.ops.bitlinear.linear
 IMPLEMENTATIONS = (OP, ops.reference_linear)

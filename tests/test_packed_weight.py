@@ -7,14 +7,14 @@ import pickle
 import warnings
 
 import numpy as np
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import Calls
 from torch import nn
 
 from bitlinear import BitLinear
+from tests import oracle
+from tests.calls import Calls
 
 LINEAR = torch.ops.bitlinear.linear.default
 

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlinear import packing
+from tests import oracle
 
 
 @given(n=st.integers(1, 9), k=st.integers(1, 70), seed=st.integers(0, 2**16))

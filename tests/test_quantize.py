@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from bitlinear import quantize
 from bitlinear.quantize import straight_through_linear
+from tests import oracle
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 import math
 
-import oracle
 import pytest
 import torch
 import torch.distributed as dist
-from processes import EXACT_ACTIVATION, WORLD_SIZES, Transformer, assert_same_bits, mesh
 from torch import nn
 
 import bitlinear
 from bitlinear import BitLinear, packing
+from tests import oracle
+from tests.processes import EXACT_ACTIVATION, WORLD_SIZES, Transformer, assert_same_bits, mesh
 
 try:
     import torch.distributed.checkpoint as dcp

@@ -8,12 +8,9 @@ import os
 import subprocess
 import sys
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import Calls
-from test_linear import deployed
 from torch import nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -24,6 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import bitlinear
 from bitlinear import BitLinear, quantize
 from bitlinear.quantize import straight_through_linear
+from tests import oracle
+from tests.calls import Calls
+from tests.test_linear import deployed
 
 LINEAR = torch.ops.bitlinear.linear
 

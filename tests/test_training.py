@@ -7,10 +7,8 @@ import gc
 import weakref
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from calls import Calls
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -18,7 +16,9 @@ from torch import nn
 import bitlinear
 from bitlinear import BitLinear, ops, quantize
 from bitlinear.quantize import straight_through_linear
-from train_step import saved_bytes
+from scripts.bench.train_step import saved_bytes
+from tests import oracle
+from tests.calls import Calls
 
 OPS = torch.ops.bitlinear
 WEIGHT_DTYPES = [*oracle.DTYPES, torch.float64]

@@ -36,7 +36,7 @@ class Library:
     cflags: tuple[str, ...]
     ldflags: tuple[str, ...] = ()
 
-    self_test: ClassVar[str] = "operator"  # which one of builder.py
+    self_test: ClassVar[str] = "operator"  # which one of runtime/build_worker.py
 
     def __str__(self) -> str:
         return "the operator"

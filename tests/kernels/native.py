@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bitlinear import hardware, select
 from bitlinear.kernels import DIRECTORY, VARIANTS, Variant
+from bitlinear.runtime import hardware, verdicts
 
 DRIVER = Path(__file__).with_name("driver.cpp")
 COMPILERS = ("g++", "clang++")
@@ -94,7 +94,7 @@ def this_machine() -> hardware.Hardware:
 @functools.lru_cache(maxsize=1)
 def usable_variants() -> frozenset[str]:
     """The variants that this machine's CPU can run."""
-    return frozenset(v.variant for v in select.select(this_machine()) if v.ok)
+    return frozenset(v.variant for v in verdicts.select(this_machine()) if v.ok)
 
 
 def runners(variant: Variant) -> list[list[str]]:

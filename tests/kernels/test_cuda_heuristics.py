@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native import require
 
 from bitlinear.kernels import DIRECTORY
+from tests.kernels.native import require
 
 SOURCE = Path(__file__).with_name("cuda_heuristics.cpp")
 AUTO, DP4A, GEMV, SMALL_BATCH, MMA, WGMMA, SMALL_LAYER = range(7)  # as in task.h

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from native import require
 from torch.utils import cpp_extension
 
 from bitlinear.kernels import CUDA, DIRECTORY
+from tests.kernels.native import require
 
 SOURCES = [DIRECTORY / name for name in CUDA.sources if name.endswith(".cu")]
 DRIVER = Path(__file__).with_name("cuda_driver.cu")
 # The oldest that nvcc 13 knows, the oldest with all that mma.cu needs, and the one with wgmma.
 ARCHITECTURES = ("75", "80", "90a")
-# As builder.py has it: what the table says, and what torch adds of its own.
+# As build_worker.py has it: what the table says, and what torch adds of its own.
 FLAGS = (*CUDA.cuda_cflags, *cpp_extension.COMMON_NVCC_FLAGS, f"-I{DIRECTORY}")
 WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra")
 

@@ -6,9 +6,9 @@ import re
 import subprocess
 
 import pytest
-from native import compile_variant, compilers, objdump
 
 from bitlinear.kernels import VARIANTS
+from tests.kernels.native import compile_variant, compilers, objdump
 
 # variant: (must appear, must not appear), as regular expressions over objdump's lines
 EXPECTED = {

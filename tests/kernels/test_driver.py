@@ -8,7 +8,9 @@ import signal
 import subprocess
 
 import pytest
-from native import (
+
+from bitlinear.kernels import DIRECTORY, VARIANTS
+from tests.kernels.native import (
     DRIVER,
     EMULATED_CPUS,
     SANITIZE,
@@ -19,8 +21,6 @@ from native import (
     this_machine,
     variants,
 )
-
-from bitlinear.kernels import DIRECTORY, VARIANTS
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from native import require
 
 from bitlinear.kernels import DIRECTORY
+from tests.kernels.native import require
 
 SOURCE = Path(__file__).with_name("heuristics.cpp")
 # token_unit, row_unit, per_row, per_token: like avx512_vnni, amx_int8 and avx2

@@ -8,11 +8,11 @@ memory behind them.
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 
 import bitlinear  # noqa: F401  (registers the operators)
+from tests import oracle
 
 pytestmark = [
     pytest.mark.huge,

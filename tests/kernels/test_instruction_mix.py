@@ -6,11 +6,11 @@ import json
 import shutil
 
 import pytest
-from native import compiler_command, emulator, objdump
 
-import instruction_count
-import instruction_mix as mix
 from bitlinear.kernels import VARIANTS
+from scripts.dev import instruction_count
+from scripts.dev import instruction_mix as mix
+from tests.kernels.native import compiler_command, emulator, objdump
 
 LISTING = """
 0000000000000000 <f>:

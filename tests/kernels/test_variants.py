@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from native import require_usable
 
-from bitlinear import jit
+from bitlinear import runtime
 from bitlinear.kernels import VARIANTS
+from tests import oracle
+from tests.kernels.native import require_usable
 
 EPS = 1e-6
 
@@ -20,11 +20,11 @@ EPS = 1e-6
 def kernel(request):
     """Makes the operator run one variant; afterwards the one that was chosen runs again."""
     require_usable(request.param)
-    if jit.runtime().kernel is None:
-        pytest.skip(jit.runtime().problem)
-    jit.activate(request.param.name)
+    if runtime.current().kernel is None:
+        pytest.skip(runtime.current().problem)
+    runtime.activate(request.param.name)
     yield request.param.name
-    jit.activate(None)
+    runtime.activate(None)
 
 
 @pytest.fixture

@@ -1,0 +1,132 @@
+"""For which GPU architectures to compile the CUDA kernels. Pure, like ``verdicts``, which asks it.
+
+An architecture is written as nvcc writes it: ``sm_90a`` is machine code for one, ``compute_90`` is
+PTX, which the driver translates for that one or any later one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .hardware import Gpu, Hardware
+
+Version = tuple[int, int]
+
+_OLDEST: Version = (6, 1)  # the first with the dot product of bytes (dp4a)
+
+# From which CUDA release on, the oldest and the newest capability that nvcc compiles for.
+_SPANS: tuple[tuple[Version, Version, Version], ...] = (
+    ((11, 0), (3, 5), (8, 0)),
+    ((11, 8), (3, 5), (8, 9)),  # it knows 9.0, but not its matrix instructions
+    ((12, 0), (5, 0), (9, 0)),
+    ((12, 8), (5, 0), (12, 0)),
+    ((12, 9), (5, 0), (12, 1)),
+    ((13, 0), (7, 5), (12, 1)),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to compile for one GPU.
+
+    Attributes:
+        gpu: The GPU.
+        architecture: Empty if there is none.
+        reason: Why there is none.
+        fix: One line on how to mend that, empty where nothing can be done.
+    """
+
+    gpu: Gpu
+    architecture: str = ""
+    reason: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    capability: Version
+    ptx: bool = False
+
+    def __str__(self) -> str:
+        major, minor = self.capability
+        # Only "90a" has the matrix instructions of 9.0, and no other GPU runs "90".
+        suffix = "a" if self.capability == (9, 0) and not self.ptx else ""
+        return f"{'compute' if self.ptx else 'sm'}_{major}{minor}{suffix}"
+
+    def runs_on(self, capability: Version) -> bool:
+        related = self.ptx or self.capability[0] == capability[0]
+        return related and self.capability <= capability
+
+
+def version(text: str) -> Version:
+    """Major and minor of ``"13.0"``."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def toolkit(hardware: Hardware) -> str:
+    """The CUDA release that kernels are compiled with, such as ``"13.0"``; empty without CUDA.
+
+    Where nvcc is missing or does not fit, it is that of torch: somebody else may have compiled.
+    """
+    torch, nvcc = hardware.torch.cuda or "", hardware.nvcc
+    if torch and nvcc and nvcc.release and version(nvcc.release)[0] == version(torch)[0]:
+        return nvcc.release
+    return torch
+
+
+def targets(hardware: Hardware, listed: str = "") -> list[Target]:
+    """What to compile for each GPU that torch can see.
+
+    Args:
+        hardware: The machine.
+        listed: ``TORCH_CUDA_ARCH_LIST``: what may be compiled, as torch spells it
+            (``"8.0;8.6+PTX"``); each GPU gets the best of it. Empty or ``"native"``: whatever the
+            toolkit can compile for.
+    """
+    cuda = toolkit(hardware)
+    if hardware.driver is None or not cuda:
+        return []
+    return [_target(gpu, cuda, listed) for gpu in hardware.driver.gpus]
+
+
+def _target(gpu: Gpu, cuda: str, listed: str) -> Target:
+    capability = "{}.{}".format(*gpu.capability)
+    if gpu.capability < _OLDEST:
+        return Target(gpu, reason="requires compute capability {}.{} or newer".format(*_OLDEST))
+    if listed.lower() in ("", "native"):
+        candidates = [_newest(gpu.capability, cuda)]
+        reason = f"CUDA {cuda} no longer compiles for compute capability {capability}"
+        fix = "install an older CUDA toolkit, and a torch that is built for it"
+    else:
+        candidates = list(_parse(listed))
+        reason = f"TORCH_CUDA_ARCH_LIST={listed!r} has nothing for compute capability {capability}"
+        fix = f"add {capability} to TORCH_CUDA_ARCH_LIST, or unset it"
+    usable = [candidate for candidate in candidates if candidate.runs_on(gpu.capability)]
+    if not usable:
+        return Target(gpu, reason=reason, fix=fix)
+    best = max(usable, key=lambda candidate: (not candidate.ptx, candidate.capability))
+    return Target(gpu, str(best))
+
+
+def _newest(capability: Version, cuda: str) -> _Architecture:
+    """For a GPU that is newer than the toolkit: PTX of the newest that the toolkit knows."""
+    rows = [row for row in _SPANS if row[0] <= version(cuda)]
+    _, oldest, newest = rows[-1] if rows else _SPANS[0]
+    inside = oldest <= capability <= newest
+    return _Architecture(capability) if inside else _Architecture(newest, ptx=True)
+
+
+def _parse(listed: str) -> Iterator[_Architecture]:
+    """What is understood of a list; names such as "Ampere" are not."""
+    for name in re.split(r"[;,\s]+", listed):
+        match = re.fullmatch(r"(\d+)\.(\d+)[af]?(\+PTX)?", name)
+        if match:
+            capability = int(match.group(1)), int(match.group(2))
+            yield _Architecture(capability)
+            if match.group(3):
+                yield _Architecture(capability, ptx=True)

@@ -1,0 +1,245 @@
+"""What is timed: a deployed BitLinear with each kernel, and whatever else computes x @ w.T.
+
+A contestant is made in two steps, as the weights of a shape serve every batch size: from an
+``nn.Linear`` to the layer (``build``), and from an input to a call without arguments (``bind``).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+import bitlinear
+from bitlinear import runtime
+from scripts.bench.devices import Device, Mode
+from scripts.bench.timing import Call, Contestant, nothing
+
+# What a contestant computes with: a layer, or the tensors that stand for one.
+Weights = Any
+
+PEER, OTHER = "peer", "other"
+
+# How torch says that this build or version has no such operation, or not for this shape.
+_UNAVAILABLE = (RuntimeError, AttributeError, ImportError)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of layer that is no deployed BitLinear.
+
+    Attributes:
+        label: Its name for people.
+        roles: By device, where it exists, ``PEER``, if one would use it for want of a BitLinear, or
+            ``OTHER``.
+        build: The first step; gets an fp32 layer of the shape, on the device.
+        bind: The second one, for some copies of the weights at once, as they share the input. That
+            comes in the dtype of BitLinear's.
+        note: What one must know in order to compare it fairly.
+    """
+
+    label: str
+    roles: Mapping[str, str]
+    build: Callable[[nn.Linear], Weights]
+    bind: Callable[[Sequence[Weights], Tensor], list[Call]]
+    note: str = ""
+
+
+def _bind(layers: Sequence[nn.Module], x: Tensor) -> list[Call]:
+    return [partial(layer, x) for layer in layers]
+
+
+def _float(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(linear).to(dtype)
+
+
+def _bind_float(layers: Sequence[nn.Linear], x: Tensor) -> list[Call]:
+    return _bind(layers, x.to(layers[0].weight.dtype))
+
+
+def _int8_dynamic(linear: nn.Linear) -> nn.Module:
+    with warnings.catch_warnings():
+        # Deprecated in favour of another package; but it is what torch itself has.
+        warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor, .* are deprecated")
+        quantize = torch.ao.quantization.quantize_dynamic
+        return quantize(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)[0]
+
+
+def _random_int8(rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=device)
+
+
+def _int_mm(linear: nn.Linear) -> Tensor:
+    return _random_int8(*linear.weight.shape, linear.weight.device).t()
+
+
+def _bind_int_mm(weights: Sequence[Tensor], x: Tensor) -> list[Call]:
+    q = _random_int8(*x.shape, x.device)
+    return [partial(torch._int_mm, q, weight) for weight in weights]
+
+
+def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(q, scale)``, one scale for the whole of ``x``."""
+    dtype = torch.float8_e4m3fn
+    scale = x.abs().amax().float() / torch.finfo(dtype).max
+    return (x / scale).to(dtype), scale
+
+
+def _scaled_mm(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    q, scale = _fp8(linear.weight.detach())
+    return q.t(), scale
+
+
+def _bind_scaled_mm(weights: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> list[Call]:
+    # Some versions take nothing but multiples of 16 rows. Tiles of the product are no smaller.
+    q, scale = _fp8(nn.functional.pad(x, (0, 0, 0, -len(x) % 16)))
+    options = {"scale_a": scale, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return [
+        partial(torch._scaled_mm, q, weight, scale_b=weight_scale, **options)
+        for weight, weight_scale in weights
+    ]
+
+
+def _bitlinear(linear: nn.Linear) -> nn.Module:
+    return bitlinear.BitLinear.from_linear(linear)
+
+
+def _deployed(linear: nn.Linear) -> nn.Module:
+    return bitlinear.BitLinear.from_linear(linear).deploy()
+
+
+OTHERS: dict[str, Kind] = {
+    "fp32": Kind(
+        "nn.Linear fp32", {"cpu": PEER}, partial(_float, dtype=torch.float32), _bind_float
+    ),
+    "fp16": Kind(
+        "nn.Linear fp16", {"cuda": PEER}, partial(_float, dtype=torch.float16), _bind_float
+    ),
+    "bf16": Kind(
+        "nn.Linear bf16",
+        {"cpu": PEER, "cuda": PEER},
+        partial(_float, dtype=torch.bfloat16),
+        _bind_float,
+    ),
+    "int8_dynamic": Kind("dynamic int8 Linear", {"cpu": PEER}, _int8_dynamic, _bind),
+    "fp8": Kind(
+        "torch._scaled_mm fp8",
+        {"cuda": OTHER},
+        _scaled_mm,
+        _bind_scaled_mm,
+        note="the fp8 product alone, with a scale for each tensor: it quantises nothing, adds no "
+        "bias, and gets M rounded up to a multiple of 16",
+    ),
+    "int_mm": Kind(
+        "torch._int_mm",
+        {"cpu": PEER, "cuda": OTHER},
+        _int_mm,
+        _bind_int_mm,
+        note="the int8 product alone: it quantises nothing and leaves int32 sums",
+    ),
+    "undeployed": Kind(
+        "BitLinear, undeployed",
+        {"cpu": OTHER},
+        _bitlinear,
+        _bind,
+        note="in eval mode, in which it quantises its weights anew in every call",
+    ),
+}
+
+
+def available_kernels(device: str) -> list[str]:
+    """What a deployed layer can run on, best first."""
+    names = [verdict.variant for verdict in bitlinear.available_kernels() if verdict.ok]
+    if device == "cuda":
+        return ["cuda" if "cuda" in names else "reference"]
+    return [name for name in names if name != "cuda"]
+
+
+def chosen_kernel(device: str) -> str | None:
+    """What a deployed layer runs on, unless told otherwise; None if no CPU kernel is compiled."""
+    return available_kernels(device)[0] if device == "cuda" else runtime.current().kernel
+
+
+def build_kernels(names: Iterable[str]) -> dict[str, str]:
+    """Has CPU kernels compiled that have not been yet; which ones cannot be, and why."""
+    failed = {}
+    for name in names:
+        try:
+            runtime.activate(name)
+        except RuntimeError as error:
+            failed[name] = one_line(error)
+    return failed
+
+
+class Layers:
+    """The layers of one shape: N outputs, K inputs.
+
+    Of every contestant there are ``copies``, each with weights of its own.
+    """
+
+    def __init__(
+        self,
+        N: int,
+        K: int,
+        others: Iterable[str],
+        kernels: Iterable[str],
+        device: Device,
+        copies: int = 1,
+    ) -> None:
+        self._K = K
+        self._device = device
+        self._kernels = list(kernels)
+        self._copies = copies
+        self._others: dict[str, list[Weights]] = {}
+        self._failed: dict[str, str] = {}
+        # Models are loaded outside of inference mode, in which they then run.
+        with torch.inference_mode(False), torch.no_grad():
+            linear = nn.Linear(K, N, device=device.place).eval()
+            self._deployed = self._copied(_deployed(linear))
+            for name in others:
+                try:
+                    self._others[name] = self._copied(OTHERS[name].build(linear))
+                except _UNAVAILABLE as error:
+                    self._failed[name] = one_line(error)
+
+    def contestants(self, M: int, mode: Mode) -> tuple[list[Contestant], dict[str, str]]:
+        """Those for batches of M tokens, each of which has run once; who is missing, and why."""
+        x = torch.randn(M, self._K, device=self._device.place).to(self._device.dtype)
+        field = []
+        failed = dict(self._failed)
+        runners = [
+            *((name, self._switch(name), _bind, self._deployed) for name in self._kernels),
+            *((name, nothing, OTHERS[name].bind, its) for name, its in self._others.items()),
+        ]
+        for name, enter, bind, copies in runners:
+            try:
+                enter()
+                calls = bind(copies, x)
+                calls[0]()
+                call, repeats = mode.arrange(calls)
+            except _UNAVAILABLE as error:
+                failed[name] = one_line(error)
+            else:
+                field.append(Contestant(name, call, enter, repeats))
+        return field, failed
+
+    def _copied(self, weights: Weights) -> list[Weights]:
+        return [weights, *(copy.deepcopy(weights) for _ in range(self._copies - 1))]
+
+    def _switch(self, kernel: str) -> Call:
+        # A GPU has one implementation, and the operator finds it by the device of its input.
+        return nothing if self._device.name == "cuda" else partial(runtime.activate, kernel)
+
+
+def one_line(error: Exception) -> str:
+    """The first line of a message, without the paths of this machine."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"(?<!\w)(/[\w.+@-]+){2,}", "<path>", first)

@@ -1,0 +1,359 @@
+"""torch.onnx.export, both exporters: onnxruntime gives the bits of the layers."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from bitlinear import BitLinear, integrations, packing
+from bitlinear.integrations import onnx as bitlinear_onnx
+from bitlinear.quantize import EXACT_K
+from tests import oracle
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+if torch.__version__ >= "2.7":
+    pytest.importorskip("onnxscript")
+
+ONNXRUNTIME = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+
+# Before torch 2.7 the exporter of torch.export was a preview: its decompositions were others.
+needs_dynamo = pytest.mark.skipif(torch.__version__ < "2.7", reason="dynamo=True is of torch 2.7")
+both = pytest.mark.parametrize(
+    "exporter", [pytest.param("dynamo", marks=needs_dynamo), "torchscript"]
+)
+
+INF, NAN = float("inf"), float("nan")
+
+
+def export(model, x, path, exporter, any_batch=True):
+    """Exports with one argument and nothing but torch's own means; the file, loaded by onnx."""
+    options = {"dynamo": exporter == "dynamo"} if torch.__version__ >= "2.5" else {}
+    if any_batch and exporter == "dynamo":
+        options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
+    elif any_batch:
+        options["dynamic_axes"] = {"x": {0: "batch"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (x,), str(path), input_names=["x"], **options)
+    return onnx.load(str(path))
+
+
+def run(path, x):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": x.detach().numpy()})
+    return torch.from_numpy(y)
+
+
+def assert_runs_alike(model, path, *batches):
+    with torch.no_grad():
+        for x in batches:
+            oracle.assert_same_bits(run(path, x), model(x))
+
+
+def rows(k):
+    """Tokens that are hard on a quantiser, and some that are not finite."""
+    x = torch.from_numpy(oracle.adversarial_rows(k))
+    bad = torch.randn(4, k)
+    bad[0, 0], bad[1, -1], bad[2, k // 2] = NAN, INF, -INF
+    return torch.cat([x, bad])
+
+
+def deployed(n, k, bias=True, per_feature=False, dtype=torch.float32):
+    layer = BitLinear(k, n, bias=bias, dtype=dtype).deploy()
+    if per_feature:
+        layer.w_scale = torch.rand(n, 1) + 0.5
+    return layer.eval()
+
+
+@both
+@pytest.mark.parametrize(
+    ("n", "k", "bias", "per_feature"),
+    [
+        (33, 70, True, True),
+        pytest.param(5, 1, True, False, marks=pytest.mark.slow),
+        pytest.param(8, 64, False, False, marks=pytest.mark.slow),
+        pytest.param(130, 1031, False, True, marks=pytest.mark.slow),
+    ],
+)
+def test_deployed_layers(exporter, n, k, bias, per_feature, tmp_path):
+    layer, x = deployed(n, k, bias, per_feature), rows(k)
+    export(layer, x, tmp_path / "m.onnx", exporter)
+    assert_runs_alike(layer, tmp_path / "m.onnx", x, x[:1], torch.randn(40, k))
+    if ONNXRUNTIME >= (1, 32):  # 1.19 cannot multiply tensors of shapes (0, 1) and (N,)
+        assert_runs_alike(layer, tmp_path / "m.onnx", x[:0])
+
+
+@both
+@pytest.mark.parametrize("grad", [True, False])
+def test_models_in_training(exporter, grad, tmp_path):
+    model = nn.Sequential(BitLinear(70, 33), nn.ReLU(), BitLinear(33, 130, bias=False)).eval()
+    with torch.set_grad_enabled(grad):
+        export(model, rows(70), tmp_path / "m.onnx", exporter)
+    assert_runs_alike(model, tmp_path / "m.onnx", rows(70), torch.randn(3, 70))
+
+
+@pytest.mark.slow
+@both
+def test_weights_that_are_zero_or_not_finite(exporter, tmp_path):
+    model = nn.Sequential(BitLinear(16, 8), BitLinear(8, 4))
+    model[0].weight.data.zero_()
+    export(model, torch.randn(3, 16), tmp_path / "zero.onnx", exporter)
+    assert_runs_alike(model, tmp_path / "zero.onnx", torch.randn(3, 16))
+    model[1].weight.data[1, 2] = NAN
+    export(model, torch.randn(3, 16), tmp_path / "nan.onnx", exporter)
+    assert run(tmp_path / "nan.onnx", torch.randn(3, 16)).isnan().all()
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("is_deployed", [True, False])
+def test_a_product_whose_fp32_sums_would_round(exporter, is_deployed, tmp_path):
+    k = 2 * EXACT_K + 7
+    layer = BitLinear(k, 3)
+    with torch.no_grad():
+        layer.weight[0].fill_(1.0)
+        layer.weight[1:] = layer.weight[1:].sign()
+    if is_deployed:
+        layer.deploy()
+    x = torch.randint(-127, 128, (2, k)).float()
+    x[0] = 127
+    export(layer.eval(), x, tmp_path / "m.onnx", exporter)
+    assert_runs_alike(layer, tmp_path / "m.onnx", x)
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("shape", [(24,), (2, 24), (2, 3, 24), (2, 3, 4, 24)])
+def test_any_number_of_dimensions(exporter, shape, tmp_path):
+    layer, x = deployed(6, 24), torch.randn(shape)
+    export(layer, x, tmp_path / "m.onnx", exporter, any_batch=len(shape) > 1)
+    batches = [x] if len(shape) == 1 else [x, torch.randn(5, *shape[1:])]
+    assert_runs_alike(layer, tmp_path / "m.onnx", *batches)
+
+
+class InDtype(nn.Module):
+    """A layer with inputs in 16 bits, inside a model with fp32 ones: NumPy has no bf16."""
+
+    def __init__(self, layer, dtype):
+        super().__init__()
+        self.layer = layer
+        self.dtype = dtype
+
+    def forward(self, x):
+        return self.layer(x.to(self.dtype)).float()
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_deployed", [True, False])
+def test_inputs_and_parameters_in_16_bits(exporter, dtype, is_deployed, tmp_path):
+    layer = BitLinear(70, 33, dtype=dtype)
+    model = InDtype(layer.deploy() if is_deployed else layer, dtype).eval()
+    export(model, rows(70), tmp_path / "m.onnx", exporter)
+    assert_runs_alike(model, tmp_path / "m.onnx", rows(70), torch.randn(3, 70))
+
+
+@pytest.mark.slow
+@both
+def test_fp16_files(exporter, tmp_path):
+    layer, x = deployed(33, 70, dtype=torch.float16), torch.randn(4, 70).half()
+    export(layer, x, tmp_path / "m.onnx", exporter)
+    assert_runs_alike(layer, tmp_path / "m.onnx", x)
+
+
+@pytest.mark.slow
+@both
+def test_under_autocast(exporter, tmp_path):
+    class Autocast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = deployed(33, 70)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.layer(x)
+            return y.float()
+
+    model, x = Autocast(), rows(70)
+    export(model, x, tmp_path / "m.onnx", exporter)
+    assert_runs_alike(model, tmp_path / "m.onnx", x)
+
+
+@pytest.mark.slow
+@both
+def test_a_layer_behind_parameters_that_require_gradients(exporter, tmp_path):
+    model = nn.Sequential(nn.Linear(12, 8), deployed(4, 8))
+    export(model, torch.randn(3, 12), tmp_path / "m.onnx", exporter)
+    x = torch.randn(5, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "m.onnx", x), model(x))
+
+
+@pytest.mark.slow
+@both
+def test_a_quantisation_strength_below_one(exporter, tmp_path):
+    layer = BitLinear(40, 12).eval()
+    layer.quantization_strength = 0.5
+    x = torch.randn(6, 40)
+    export(layer, x, tmp_path / "m.onnx", exporter)
+    with torch.no_grad():
+        torch.testing.assert_close(run(tmp_path / "m.onnx", x), layer(x))
+
+
+@both
+def test_the_file_has_the_packed_weights(exporter, tmp_path):
+    layer = deployed(1024, 1022, bias=False)
+    model = export(layer, torch.randn(2, 1022), tmp_path / "m.onnx", exporter)
+    packed = [i for i in model.graph.initializer if i.data_type == onnx.TensorProto.UINT8]
+    assert [list(i.dims) for i in packed] == [list(packing.packed_shape(1024, 1022))]
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert size < 1.1 * layer.w_packed.numel()
+    assert {node.domain for node in model.graph.node} == {""}  # no operators but ONNX's own
+
+
+def test_models_on_another_device():
+    layer = BitLinear(24, 8, device="meta")
+    x, weight = torch.empty(3, 24, device="meta"), layer.weight
+    w_packed, w_scale = bitlinear_onnx.quantize_weight(weight)
+    assert (w_packed.shape, w_packed.dtype) == ((8, 6), torch.uint8)
+    y = bitlinear_onnx.linear(x, w_packed, w_scale, layer.bias, 24)
+    assert (y.shape, y.device) == ((3, 8), x.device)
+    q, s_x = bitlinear_onnx.quantize_activations(x)
+    assert bitlinear_onnx.expand_activations(q, s_x, torch.bfloat16).device == x.device
+
+
+@both
+def test_reserved_arguments_are_refused(exporter, tmp_path):
+    class Grouped(nn.Module):
+        def forward(self, x):
+            w_packed, w_scale = torch.zeros(8, 6, dtype=torch.uint8), torch.ones(1)
+            return torch.ops.bitlinear.linear(x, w_packed, w_scale, None, 24, 1e-6, 32)
+
+    with pytest.raises(Exception, match="group_size = 32"):
+        export(Grouped(), torch.randn(3, 24), tmp_path / "m.onnx", exporter)
+
+
+# --- Who else sees the decompositions ---
+
+
+def test_nothing_else_decomposes_the_operators():
+    import torch.onnx
+    from torch._inductor.decomposition import select_decomp_table
+
+    ours = {"linear", "quantize_weight", "expand_weight", "quantize_activations"}
+    overloads = {getattr(torch.ops.bitlinear, name).default for name in ours}
+    assert overloads <= torch._decomp.decomposition_table.keys()
+    assert overloads.isdisjoint(select_decomp_table())
+    assert overloads.isdisjoint(torch._decomp.core_aten_decompositions())
+
+
+@pytest.mark.parametrize("is_deployed", [True, False])
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="exported otherwise by torch 2.4")
+def test_exported_programs_keep_the_operators(is_deployed):
+    import torch.onnx
+
+    layer = BitLinear(24, 8)
+    model = nn.Sequential(layer.deploy() if is_deployed else layer).eval()
+    shapes = ({0: torch.export.Dim("batch")},)
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(4, 24),), dynamic_shapes=shapes)
+    for each in (program, program.run_decompositions()):
+        called = [str(node.target) for node in each.graph.nodes if node.op == "call_function"]
+        wanted = ["bitlinear.quantize_weight.default"] * (not is_deployed)
+        kept = [name for name in called if name.startswith("bitlinear")]
+        assert kept == [*wanted, "bitlinear.linear.default"]
+
+
+def test_fake_tensors_of_unknown_sizes_take_the_fake_implementation():
+    import torch.onnx
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    layer = deployed(8, 24)
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
+        x = mode.from_tensor(torch.randn(5, 24))
+        assert layer(x).shape == (x.shape[0], 8)
+        with pytest.raises(ValueError, match="in_features = 24"):
+            layer(mode.from_tensor(torch.randn(5, 23)))
+
+
+COMPILE = """
+import bitlinear
+from torch import nn
+model = nn.Sequential(bitlinear.BitLinear(24, 24), bitlinear.BitLinear(24, 8).deploy())
+x = torch.randn(4, 24, requires_grad=True)
+y = torch.compile(model)(x)
+assert torch.equal(y, model(x))
+y.sum().backward()
+assert "bitlinear.integrations.onnx" in sys.modules
+lowerings = torch._inductor.lowering.lowerings
+operators = {getattr(torch.ops.bitlinear, name).default for name in torch.ops.bitlinear}
+assert operators <= lowerings.keys(), operators - lowerings.keys()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["torch.onnx", "torch._inductor.lowering", "bitlinear"])
+def test_inductor_compiles_in_ci_whatever_has_been_imported(first):
+    code = f"import sys, torch, {first}, torch.onnx\n{COMPILE}"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CI": "true"})
+
+
+# --- Imports ---
+
+
+def test_the_import_of_bitlinear_does_not_import_torch_onnx():
+    code = """
+import sys, torch
+early = "torch.onnx" in sys.modules  # in old versions
+import bitlinear
+assert early or "torch.onnx" not in sys.modules
+assert early or "bitlinear.integrations.onnx" not in sys.modules
+import torch.onnx
+assert "bitlinear.integrations.onnx" in sys.modules
+assert torch.onnx.__spec__.name == "torch.onnx"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    """Modules ``stranger`` and ``stranger_integration``, not imported yet."""
+    (tmp_path / "stranger.py").write_text("value = 1\n")
+    (tmp_path / "stranger_integration.py").write_text(
+        "import stranger\ncalls = []\ndef register():\n    calls.append(stranger.value)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = list(sys.meta_path)
+    yield
+    assert sys.meta_path == before
+    for name in ("stranger", "stranger_integration"):
+        sys.modules.pop(name, None)
+
+
+def test_an_integration_follows_the_import(stranger):
+    integrations.register_after_import("stranger", "stranger_integration")
+    assert "stranger" not in sys.modules
+    importlib.import_module("stranger")
+    assert sys.modules["stranger_integration"].calls == [1]
+    importlib.reload(sys.modules["stranger"])
+    assert sys.modules["stranger_integration"].calls == [1]
+    integrations.register_after_import("stranger", "stranger_integration")
+    assert sys.modules["stranger_integration"].calls == [1, 1]
+
+
+def test_an_integration_that_fails_breaks_no_import(stranger, caplog):
+    caplog.set_level(logging.INFO, logger="bitlinear")
+    integrations.register_after_import("stranger", "no_such_integration")
+    assert importlib.import_module("stranger").value == 1
+    assert "no_such_integration cannot be used: ModuleNotFoundError" in caplog.text

@@ -1,0 +1,202 @@
+"""Training on an NVIDIA GPU: the CPU's bits from its operators, gradients, what is saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from bitlinear import BitLinear, ops
+from scripts.bench.train_step import saved_bytes
+from tests import oracle
+from tests.test_training import check_operators
+
+pytestmark = pytest.mark.cuda
+
+OPS = torch.ops.bitlinear
+DTYPES = [*oracle.DTYPES, torch.float64]
+
+
+def check_weight(w):
+    w_packed, w_scale = OPS.quantize_weight(w.cuda(), 1e-6)
+    wanted, scale = OPS.quantize_weight(w, 1e-6)
+    torch.testing.assert_close(w_scale.cpu(), scale, rtol=1.2e-7, atol=0)  # a bit: another order
+    if torch.equal(w_scale.cpu(), scale):
+        assert torch.equal(w_packed.cpu(), wanted)
+    again = OPS.quantize_weight(w.cuda(), 1e-6)
+    assert torch.equal(again[0], w_packed)
+    assert torch.equal(again[1], w_scale)
+    for dtype in (None, *oracle.DTYPES):
+        for its_scale in (None, w_scale):
+            expanded = OPS.expand_weight(w_packed, w.shape[1], its_scale, dtype)
+            its_scale_here = None if its_scale is None else its_scale.cpu()
+            reference = ops.reference_expand_weight(
+                w_packed.cpu(), w.shape[1], its_scale_here, dtype
+            )
+            assert torch.equal(expanded.cpu(), reference)
+
+
+def check_tokens(x, eps=1e-6):
+    q, s_x = OPS.quantize_activations(x.cuda(), eps)
+    wanted, scale = OPS.quantize_activations(x, eps)
+    oracle.assert_same_bits(s_x.cpu(), scale)
+    assert torch.equal(q.cpu(), wanted)
+    for dtype in (None, *oracle.DTYPES):
+        reference = ops.reference_expand_activations(wanted, scale, dtype)
+        oracle.assert_same_bits(OPS.expand_activations(q, s_x, dtype).cpu(), reference)
+
+
+@settings(max_examples=200)
+@given(
+    n=st.integers(1, 300),
+    k=st.one_of(st.integers(1, 140), st.integers(1000, 2100), st.sampled_from([1024, 4096])),
+    dtype=st.sampled_from(DTYPES),
+    spread=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
+    seed=st.integers(0, 2**16),
+)
+def test_weights_of_any_shape(n, k, dtype, spread, seed):
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) * spread
+    check_weight(w.to(dtype))
+
+
+@settings(max_examples=200)
+@given(
+    m=st.one_of(st.integers(1, 40), st.integers(1000, 1400)),
+    k=st.one_of(st.integers(1, 140), st.integers(500, 2100)),
+    dtype=st.sampled_from(oracle.DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_tokens_of_any_shape(m, k, dtype, seed):
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed))
+    check_tokens((x * torch.logspace(-3, 3, m)[:, None]).to(dtype))
+
+
+def test_large_and_empty_operands():
+    check_weight(torch.randn(4096, 4096).bfloat16())
+    check_tokens(torch.randn(9, 40_000))
+    for shape in [(0, 5), (3, 0), (2, 0, 9)]:
+        q, s_x = OPS.quantize_activations(torch.empty(shape, device="cuda"))
+        assert (q.shape, s_x.shape) == (shape, (*shape[:-1], 1))
+        assert OPS.expand_activations(q, s_x).shape == shape
+    assert OPS.expand_weight(torch.empty(0, 2, dtype=torch.uint8, device="cuda"), 8).shape == (0, 8)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite(value):
+    w, x = torch.randn(3, 50), torch.randn(6, 100)
+    w[1, 20] = x[2, 50] = value
+    w_packed, w_scale = OPS.quantize_weight(w.cuda())
+    assert not w_scale.isfinite()
+    assert not OPS.expand_weight(w_packed, 50).any()
+    check_tokens(x)
+
+
+def test_views():
+    w, x = torch.randn(70, 300), torch.randn(300, 64)
+    shifted = torch.empty(70 * 300 + 1, device="cuda")[1:].view(70, 300).copy_(w)
+    wanted = OPS.quantize_weight(w.cuda())
+    for view in (shifted, w.T.contiguous().cuda().T):
+        assert all(map(torch.equal, OPS.quantize_weight(view), wanted))
+    tokens = OPS.quantize_activations(x.cuda())
+    shifted = torch.empty(300 * 64 + 1, device="cuda")[1:].view(300, 64).copy_(x)
+    for view in (shifted, x.T.contiguous().cuda().T):
+        assert all(map(torch.equal, OPS.quantize_activations(view), tokens))
+    shifted = torch.empty(300 * 64 + 1, dtype=torch.int8, device="cuda")[1:].view(300, 64)
+    expanded = OPS.expand_activations(*tokens)
+    assert torch.equal(OPS.expand_activations(shifted.copy_(tokens[0]), tokens[1]), expanded)
+    packed = wanted[0]
+    shifted = torch.empty(packed.numel() + 1, dtype=torch.uint8, device="cuda")[1:]
+    shifted = shifted.view_as(packed).copy_(packed)
+    for view in (shifted, packed.T.contiguous().T):
+        assert torch.equal(OPS.expand_weight(view, 300), OPS.expand_weight(packed, 300))
+
+
+def test_the_operators_are_what_torch_expects():
+    check_operators("cuda")
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_gradients_are_those_of_the_cpu(dtype):
+    # Of a weight that has been ternary, no element lies near the middle between two ternary values.
+    # It quantises to the same ones on every CPU and GPU, whatever the last bit of their scale.
+    layer = BitLinear(300, 200).deploy().undeploy().to(dtype)
+    x, grad = torch.randn(40, 300).to(dtype), torch.randn(40, 200).to(dtype)
+
+    def gradients(layer, x, grad):
+        x = x.requires_grad_()
+        return torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), grad)
+
+    wanted = gradients(layer, x, grad)
+    found = gradients(layer.cuda(), x.detach().cuda(), grad.cuda())
+    assert [its.dtype for its in found] == [dtype] * 3
+    # The products of 16-bit gradients are rounded, as those of nn.Linear are.
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for one, other in zip(found, wanted):
+        error = (one.cpu().float() - other.float()).norm() / other.float().norm()
+        assert error < tolerance
+
+
+def test_sums_beyond_fp16_on_the_way_to_a_gradient():
+    layer = BitLinear(64, 4096, bias=False).half().cuda()
+    with torch.no_grad():
+        layer.weight.fill_(0.02)
+    x = torch.full((8, 64), 0.01, device="cuda", dtype=torch.half, requires_grad=True)
+    layer(x).backward(torch.full((8, 4096), 100.0, device="cuda", dtype=torch.half))
+    torch.testing.assert_close(x.grad, torch.full_like(x, 4096 * 100 * 0.02), rtol=2e-3, atol=0)
+    torch.testing.assert_close(
+        layer.weight.grad, torch.full_like(layer.weight, 8.0), rtol=2e-3, atol=0
+    )
+
+
+def test_errors_name_what_is_wrong():
+    q, s_x = OPS.quantize_activations(torch.randn(3, 8, device="cuda"))
+    for tokens, scale in ((q.float(), s_x), (q, s_x[:2]), (q, s_x.cpu()), (q, s_x.half())):
+        with pytest.raises(ValueError, match=r"q must be int8, of shape \(\.\.\., K\)"):
+            OPS.expand_activations(tokens, scale)
+    with pytest.raises(ValueError, match=r"w_scale must be float32, of shape \(1,\), on cuda"):
+        OPS.expand_weight(torch.zeros(3, 2, dtype=torch.uint8, device="cuda"), 8, torch.ones(1))
+
+
+def test_gradients_of_16_bits_are_multiplied_in_16_bits():
+    layer, x = BitLinear(64, 64).cuda(), torch.randn(8, 64, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = layer(x)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        y.sum().backward()
+    names = [event.name for event in profile.events() if "gemm" in event.name.lower()]
+    assert not any("sgemm" in name or "f32f32" in name for name in names), names
+    assert (layer.weight.grad.dtype, x.grad.dtype) == (torch.float32, torch.float32)
+
+
+def test_little_is_saved_for_the_backward_pass():
+    with torch.device("cuda"):
+        x = torch.randn(512, 1024, requires_grad=True)
+        assert saved_bytes(BitLinear(1024, 1024), x) <= 0.15 * saved_bytes(nn.Linear(1024, 1024), x)
+
+
+def test_a_graph_of_a_step():
+    """What is quantised lies in the graph's own memory, and is found anew in every replay."""
+    layer = BitLinear(128, 64).cuda()
+    x = torch.randn(32, 128, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            layer(x).square().sum().backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    layer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(x).square().sum().backward()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn_like(layer.weight))
+    graph.replay()
+    found = layer.weight.grad.clone()
+    layer.zero_grad(set_to_none=True)
+    layer(x).square().sum().backward()
+    # Both are sums of 32 products, of the same operands to the bit, in any order: each is off by
+    # less than 32 units of 2**-24 of the sum of the magnitudes.
+    magnitudes = 2 * layer(x).detach().abs().T @ x.abs()
+    assert ((found - layer.weight.grad).abs() <= 2 * 32 * 2**-24 * magnitudes).all()
