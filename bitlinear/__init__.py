@@ -25,7 +25,7 @@ from .convert import convert, deploy, set_quantization_strength  # noqa: E402
 from .linear import BitLinear  # noqa: E402
 from .mapped import load_deployed  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "HAS_BITLINEAR",

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands; its shell commands are run by CI (see .ci/run)."""
+"""Every README: its links, the tests that it names, its Python. CI runs the shell commands (.ci/run)."""
 
 from __future__ import annotations
 
@@ -6,35 +6,98 @@ import importlib.util
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("bitlinear", "scripts", "tests")
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(path for name in FOLDERS for path in (ROOT / name).rglob("*.md")),
+]
+
+documents = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 
 
-def test_the_python_examples_run(tmp_path, monkeypatch):
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+def without_code(text):
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def headings(text):
+    """The anchors of a document, as forges make them of its headings."""
+    titles = re.findall(r"^#+ (.*)$", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@documents
+def test_links_lead_somewhere(document):
+    links = re.findall(r"\]\(([^)\s]+)\)", without_code(read(document)))
+    for link in links:
+        if link.startswith(("http:", "https:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path) if path else document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in headings(read(target)), link
+
+
+@documents
+def test_named_tests_exist(document):
+    """A name counts for the files that are linked before it in the same cell or line."""
+    for cell in re.split(r"[|\n]", without_code(read(document))):
+        _, *parts = re.split(r"\]\(([\w./]+\.py)\)", cell)
+        for file, names in zip(parts[::2], parts[1::2]):
+            source = read(document.parent / file)
+            for name in re.findall(r"`(test_\w+)`", names):
+                assert f"def {name}(" in source, (file, name)
+
+
+@documents
+def test_named_files_exist(document):
+    """A source file that is named in running text, with or without its folder."""
+    names = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")}
+    for name in re.findall(r"`[\w./]*?(\w+\.(?:py|cpp|cuh?|h|ipynb|png|json))`", read(document)):
+        assert name in names or name in ("config.json", "meta.json"), name
+
+
+@documents
+def test_python_examples_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 4
+    blocks = re.findall(r"^```python\n(.*?)^```", read(document), re.MULTILINE | re.DOTALL)
+    if not blocks:
+        pytest.skip("no examples")
     namespace: dict[str, object] = {}
     for block in blocks:
         if "from transformers" in block and importlib.util.find_spec("transformers") is None:
             continue  # an extra, which needs a newer Python than the package
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert all(layer.is_deployed for layer in (namespace["layer"], namespace["fresh"][0]))
+        exec(compile(block, str(document), "exec"), namespace)
+
+
+def test_the_features_have_tests():
+    table = read(ROOT / "tests" / "README.md").split("## What works with BitLinear")[1]
+    rows = [line for line in table.split("\n## ")[0].splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    for row in rows:
+        assert re.search(r"\]\([\w./]+\.py\): `test_\w+`", row), row
+
+
+def test_the_front_page_is_short():
+    assert len(read(ROOT / "README.md").splitlines()) <= 200
 
 
 def test_there_are_exactly_two_set_up_commands():
-    section = README.split("## Set-up")[1].split("\n## ")[0]
+    section = read(ROOT / "README.md").split("## Set-up")[1].split("\n## ")[0]
     assert len(re.findall(r"^```sh\n(.*)\n```", section, re.MULTILINE)) == 2
 
 
-def test_every_test_that_the_table_of_features_names_exists():
-    section = README.split("## What works with BitLinear")[1].split("\n## ")[0]
-    *_, table = section.partition("|---|---|---|\n")
-    rows = [line.split(" | ")[-1] for line in table.splitlines() if line.startswith("| ")]
-    assert len(rows) > 20
-    for row in rows:
-        _, *files = re.split(r"\[[\w.]+\]\(([\w/.]+)\)", row)
-        assert files, row
-        for file, names in zip(files[::2], files[1::2]):
-            for name in re.findall(r"`(\w+)`", names):
-                assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), (file, name)
+def test_nobody_is_sent_to_the_package_of_somebody_else():
+    """The name `bitlinear` on the package index belongs to a different project."""
+    files = [*DOCUMENTS, *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
+    for file in files:
+        assert not re.search(r"pip install\s+['\"]?bitlinear\b", read(file)), file
