@@ -14,6 +14,7 @@ import copy
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,12 @@ def run(epochs: int = 40) -> dict[str, nn.Module]:
     return models
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=40, help="passes over the data (default: 40)")
-    run(parser.parse_args().epochs)
+    run(parser.parse_args(argv).epochs)
+
+
+if __name__ == "__main__":
+    main()

@@ -176,7 +176,9 @@ def log_ticks(axes: Axes, values: Sequence[int]) -> None:
 def plain_y_ticks(axes: Axes) -> None:
     """Label a logarithmic y axis with plain numbers."""
     low, high = axes.get_ylim()
-    if high < 100 * low:  # there may be no power of ten
+    if high < 10 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    elif high < 100 * low:  # powers of ten alone would be too few
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
