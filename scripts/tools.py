@@ -1,13 +1,15 @@
-"""Tools that a machine can lack. A script ends with one line that names the tool, and with 2."""
+"""The one line about a missing tool, and texts without the paths of this machine."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
+# The exit code of a script that lacks a tool.
 MISSING = 2
 
 
@@ -31,3 +33,8 @@ def importing(extra: str) -> Iterator[None]:
         exit_without(
             f"the Python module {error.name}", f"run pip install '.[{extra}]' in the checkout"
         )
+
+
+def without_paths(text: str) -> str:
+    """Replace absolute paths of two or more parts; text can be HTML."""
+    return re.sub(r"(?<![\w.</])~?(/[\w.+@-]+){2,}/?", "[path]", text)

@@ -7,7 +7,6 @@ makes a layer of an ``nn.Linear``, and ``bind`` makes a call without arguments o
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 import bitlinear
 from bitlinear import runtime
+from scripts import tools
 from scripts.bench.devices import Device, Mode
 from scripts.bench.timing import Call, Contestant, do_nothing
 
@@ -209,7 +209,7 @@ class Layers:
         self._failed: dict[str, str] = {}
         # As models are loaded: outside of inference mode, in which they then run.
         with torch.inference_mode(False), torch.no_grad():
-            linear = nn.Linear(K, N, device=device.place).eval()
+            linear = nn.Linear(K, N, device=device.torch_device).eval()
             self._deployed = self._copied(_deployed(linear))
             for name in others:
                 try:
@@ -222,7 +222,7 @@ class Layers:
 
         Each of them has run once.
         """
-        x = torch.randn(M, self._K, device=self._device.place).to(self._device.dtype)
+        x = torch.randn(M, self._K, device=self._device.torch_device).to(self._device.dtype)
         field = []
         failed = dict(self._failed)
         runners = [
@@ -255,4 +255,4 @@ class Layers:
 def one_line(error: Exception) -> str:
     """Return the first line of a message, without the paths of this machine."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"(?<!\w)(/[\w.+@-]+){2,}", "<path>", first)
+    return tools.without_paths(first)

@@ -66,7 +66,7 @@ def capture(calls: Sequence[Call]) -> Call:
     recorded = torch.cuda.CUDAGraph()
     # torch.cuda.graph switches streams by itself, but not back if the capture fails.
     with torch.cuda.stream(stream):
-        for call in dict.fromkeys(calls):  # a graph must not hold what only a first call does
+        for call in dict.fromkeys(calls):  # the graph must not hold the set-up of a first call
             call()
         with torch.cuda.graph(recorded, stream=stream):
             for call in calls:

@@ -85,7 +85,7 @@ class Constant(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, device: Device) -> None:
         super().__init__()
-        self._y = torch.randn(1, out_features, device=device.place, dtype=device.dtype)
+        self._y = torch.randn(1, out_features, device=device.torch_device, dtype=device.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._y
@@ -93,7 +93,7 @@ class Constant(nn.Module):
 
 def _float(in_features: int, out_features: int, device: Device) -> nn.Linear:
     return nn.Linear(
-        in_features, out_features, bias=False, device=device.place, dtype=device.dtype
+        in_features, out_features, bias=False, device=device.torch_device, dtype=device.dtype
     ).eval()
 
 
@@ -112,7 +112,7 @@ def measure(sizes: Architecture, device: Device, budget: float) -> dict[str, Rec
             blocks = nn.Sequential(
                 *(Block(sizes, partial(linear, device=device)) for _ in range(sizes.layers))
             )
-        token = torch.randn(1, sizes.hidden, device=device.place, dtype=device.dtype)
+        token = torch.randn(1, sizes.hidden, device=device.torch_device, dtype=device.dtype)
         step = _step(blocks, token)
         memory[name] = {
             "weight_bytes": sum(t.nbytes for t in (*blocks.parameters(), *blocks.buffers())),
@@ -137,12 +137,12 @@ def _step(blocks: nn.Module, token: Tensor) -> timing.Call:
 
 
 def _allocated(device: Device) -> int:
-    return torch.cuda.memory_allocated() if device.place == "cuda" else 0
+    return torch.cuda.memory_allocated() if device.torch_device == "cuda" else 0
 
 
 def _peak_memory(device: Device, step: timing.Call, before: int) -> int | None:
     """Return the peak memory of the model and a token; ``before`` is subtracted. None on a CPU."""
-    if device.place != "cuda":
+    if device.torch_device != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()
     step()

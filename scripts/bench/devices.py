@@ -44,7 +44,7 @@ class Device:
 
     Attributes:
         name: Its name on the command line and in the results.
-        place: The device of torch's tensors.
+        torch_device: The device of torch's tensors.
         dtype: The dtype of BitLinear's input and output.
         baseline: The contestant that speed-ups refer to.
         budget: The default number of seconds for each cell.
@@ -54,7 +54,7 @@ class Device:
     """
 
     name: str
-    place: str
+    torch_device: str
     dtype: torch.dtype
     baseline: str
     budget: float
@@ -82,7 +82,7 @@ def _graph_of_first_call(calls: Sequence[Call]) -> tuple[Call, int]:
 DEVICES = {
     "cpu": Device(
         name="cpu",
-        place="cpu",
+        torch_device="cpu",
         dtype=torch.float32,
         baseline="fp32",
         budget=2.0,
@@ -92,7 +92,7 @@ DEVICES = {
     ),
     "cuda": Device(
         name="cuda",
-        place="cuda",
+        torch_device="cuda",
         dtype=torch.bfloat16,
         baseline="bf16",
         budget=0.3,

@@ -17,8 +17,8 @@ from bitlinear.kernels import VARIANTS
 from bitlinear.runtime.build import available_cpus
 from bitlinear.runtime.hardware import Hardware
 
-# The peers use these, and our kernels do not need them.
-_FLAGS_OF_PEERS = frozenset({"amx_int8", "amx_bf16", "avx512_bf16", "avx512_fp16", "bf16", "i8mm"})
+# Other layers use these flags, and our kernels do not need them.
+_FLAGS_OF_OTHERS = frozenset({"amx_int8", "amx_bf16", "avx512_bf16", "avx512_fp16", "bf16", "i8mm"})
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 # The generation of a CPU by its vendor, family and model, as Linux prints them (Arm: implementer,
@@ -43,7 +43,7 @@ _GENERATIONS = {
     ("0x41", "8", "0xd49"): "Neoverse N2",
     ("0x41", "8", "0xd4f"): "Neoverse V2",
 }
-# What a flag says if the numbers say nothing: the first CPUs that have it.
+# The first CPUs that have a flag, for numbers that the table lacks.
 _FIRST_WITH_FLAG = {
     "amx_fp16": "Granite Rapids",
     "amx_int8": "Sapphire Rapids",
@@ -65,7 +65,7 @@ def describe(hardware: Hardware, device: str) -> dict[str, Any]:
     """Return the machine's properties, those that it tells; ``name`` is for people."""
     cpu = hardware.cpu
     flags = cpu.flags or frozenset()
-    relevant = _FLAGS_OF_PEERS.union(*(variant.requires for variant in VARIANTS))
+    relevant = _FLAGS_OF_OTHERS.union(*(variant.requires for variant in VARIANTS))
     machine = {
         "name": cpu_name(cpu.brand, flags, cpu.vendor, cpu.family, cpu.model),
         "cpu": cpu.brand,
@@ -105,8 +105,8 @@ def cpu_name(
         family and f"family {family} model {model}",
         next((name for flag, name in _INSTRUCTIONS.items() if flag in flags), None),
     ]
-    known = "; ".join(filter(None, details))
-    return f"{short} ({known})" if known else short
+    details = list(filter(None, details))
+    return f"{short} ({'; '.join(details)})" if details else short
 
 
 def display_name(machine: dict[str, Any]) -> str:

@@ -109,16 +109,15 @@ def speedup(results: Record, threads: int) -> Figure:
     cells = [cell for cell in _cells(results, threads) if chosen in cell["contestants"]]
     shapes = sorted({shape_of(cell) for cell in cells}, key=weight_count)
     tokens = sorted({cell["M"] for cell in cells})
-    panels = [(f"over nn.Linear {baseline}", f"speedup_over_{baseline}", lambda _: baseline)]
+    # By title, the other contestant of the ratio, or the field of a cell that names it.
+    panels = {f"over nn.Linear {baseline}": baseline}
     for role, text in (
         (LAYER, "complete layer"),
         (PRODUCT, "bare product, which quantises nothing"),
     ):
         labels = [_label(results, name) for name in records.names_of(results, role)]
         if labels:
-            fastest = f"fastest_{role}"
-            title = f"over the fastest {text} ({', '.join(labels)})"
-            panels.append((title, f"speedup_over_{fastest}", lambda cell, key=fastest: cell[key]))
+            panels[f"over the fastest {text} ({', '.join(labels)})"] = f"fastest_{role}"
     figure, rows = charts.canvas(
         f"Speed-up of {_label(results, chosen)}",
         _subtitle(results, threads, f"{report.UNSTEADY} {UNSTEADY}"),
@@ -128,16 +127,17 @@ def speedup(results: Record, threads: int) -> Figure:
         right=0.2,
         between=0.65,
     )
-    for axes, (title, key, reference) in zip(rows, panels):
+    for axes, (title, reference) in zip(rows, panels.items()):
         ratios = np.full((len(shapes), len(tokens)), np.nan)
         prefixes = {}
         for cell in cells:
-            index = shapes.index(shape_of(cell)), tokens.index(cell["M"])
-            ratio = cell["contestants"][chosen][key]
+            contestants = cell["contestants"]
+            ratio = contestants[chosen][f"speedup_over_{reference}"]
             if ratio is not None:
+                index = shapes.index(shape_of(cell)), tokens.index(cell["M"])
                 ratios[index] = ratio
-                compared = (cell["contestants"][name] for name in (chosen, reference(cell)))
-                prefixes[index] = report.marked("", *compared)
+                compared = contestants[cell.get(reference, baseline)]
+                prefixes[index] = report.marked("", contestants[chosen], compared)
         charts.heat_map(axes, ratios, prefixes)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xticks(range(len(tokens)), [str(M) for M in tokens])

@@ -108,7 +108,9 @@ def _heading(results: Record) -> str:
         f"{versions}; chosen kernel: {results['chosen_kernel']}",
     ]
     for role, name in ((LAYER, "complete layers"), (PRODUCT, "bare products")):
-        labels = [results["contestants"][peer]["label"] for peer in records.names_of(results, role)]
+        labels = [
+            results["contestants"][other]["label"] for other in records.names_of(results, role)
+        ]
         lines.append(f"{name}: {', '.join(labels) or 'none'}")
     for peaks in results["peaks"]:
         unit, scale = rate_unit(results)
@@ -162,7 +164,12 @@ def marked(text: str, *figures: Mapping[str, Any]) -> str:
 def _targets(results: Record) -> list[str]:
     """Return the table of a GPU's targets."""
     rows = [
-        (verdict.what, verdict.wanted, f"{verdict.figure:.4g}", "met" if verdict.met else "missed")
+        (
+            verdict.product,
+            verdict.wanted,
+            f"{verdict.figure:.4g}",
+            "met" if verdict.met else "missed",
+        )
         for verdict in targets.judge(results)
     ]
     header = ("target (for an H100, cold)", "wanted", "measured", "verdict")

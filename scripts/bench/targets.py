@@ -23,9 +23,9 @@ ONE_TOKEN = {
 }
 # By the number of tokens: the longest time, in times of one token.
 FEW_TOKENS = {16: 1.3, 64: 2.0}
-# By the number of tokens: the least speed-up over nn.Linear bf16.
+# By the number of tokens: the smallest speed-up over nn.Linear bf16.
 MANY_TOKENS = {1024: 1.5, 4096: 1.5}
-# N, K, M of a product, and its least Top/s.
+# N, K, M of a product, and its smallest Top/s.
 PRODUCT, PRODUCT_TOPS = (8192, 8192, 4096), 1000.0
 
 
@@ -34,13 +34,13 @@ class Verdict:
     """A target beside its measured figure.
 
     Attributes:
-        what: The layer and its tokens.
+        product: The layer and its tokens.
         wanted: The limit and its unit, for people.
         figure: The measured figure, in that unit.
         met: Whether the figure is within the limit.
     """
 
-    what: str
+    product: str
     wanted: str
     figure: float
     met: bool
@@ -65,8 +65,8 @@ def judge(results: Mapping[str, Any]) -> list[Verdict]:
         for shape in ONE_TOKEN
     ]
     verdicts += [
-        _at_least(shape, M, us(shape, M, "bf16") / us(shape, M), least, "x bf16")
-        for M, least in MANY_TOKENS.items()
+        _at_least(shape, M, us(shape, M, "bf16") / us(shape, M), minimum, "x bf16")
+        for M, minimum in MANY_TOKENS.items()
         for shape in ONE_TOKEN
     ]
     *shape, M = PRODUCT

@@ -92,7 +92,7 @@ def plan(call_seconds: float, share: float) -> Plan:
 
 
 def divide(calls_seconds: Sequence[float], budget: float) -> list[float]:
-    """Divide ``budget`` seconds among calls: first what ``MIN_SAMPLES`` visits of each take.
+    """Divide ``budget`` seconds among calls: first the time of ``MIN_SAMPLES`` visits of each.
 
     The shortest calls come first, so that a call that takes the whole budget costs the others no
     sample. The rest is divided equally.

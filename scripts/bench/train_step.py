@@ -69,10 +69,11 @@ def build_layers(shape: Shape, compiled: bool, device: Device) -> dict[str, nn.M
     N, K = shape
     kinds = {"nn.Linear": nn.Linear, "BitLinear": BitLinear, "expression": Expression}
     layers: dict[str, nn.Module] = {
-        name: kind(K, N, device=device.place, dtype=device.dtype) for name, kind in kinds.items()
+        name: kind(K, N, device=device.torch_device, dtype=device.dtype)
+        for name, kind in kinds.items()
     }
     if compiled:
-        expression = Expression(K, N, device=device.place, dtype=device.dtype)
+        expression = Expression(K, N, device=device.torch_device, dtype=device.dtype)
         expression.compile()
         layers["expression, compiled"] = expression
     return layers
@@ -90,9 +91,9 @@ def measure(
 ) -> list[dict[str, str]]:
     """Return a row for each layer: its step, its saved bytes and one token in evaluation."""
     layers = build_layers(shape, compiled, device)
-    on_gpu = device.place == "cuda"
+    on_gpu = device.torch_device == "cuda"
     timer = cuda_timing.stream_timer if on_gpu else timing.cpu_timer
-    x = torch.randn(M, shape[1], device=device.place, dtype=device.dtype, requires_grad=True)
+    x = torch.randn(M, shape[1], device=device.torch_device, dtype=device.dtype, requires_grad=True)
     steps = {name: training_step(layer, x) for name, layer in layers.items()}
     kinds = {"step": compare(steps, budget, timer)}
     if on_gpu:  # the GPU's time alone: Python can be slower to queue the work

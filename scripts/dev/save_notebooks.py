@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,10 +68,10 @@ def merged(outputs: Sequence[Any]) -> list[Any]:
 def cleaned(output: Any) -> Any:
     """Remove paths and overwritten text from an output."""
     if output.output_type == "stream":
-        output.text = without_paths(last_states(output.text))
+        output.text = tools.without_paths(last_states(output.text))
     for kind, text in output.get("data", {}).items():
         if kind.startswith("text/"):
-            output.data[kind] = without_paths(text)
+            output.data[kind] = tools.without_paths(text)
     return output
 
 
@@ -80,11 +79,6 @@ def last_states(text: str) -> str:
     """Return ``text`` as a terminal shows it: a carriage return overwrites its line."""
     lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
     return "\n".join(lines)
-
-
-def without_paths(text: str) -> str:
-    """Replace absolute paths of two or more parts."""
-    return re.sub(r"(?<![\w.</])~?(/[\w.+@-]+){2,}/?", "[path]", text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -33,7 +33,7 @@ def no_gpu(monkeypatch, one_thread):
     monkeypatch.setattr(machine, "gpu", lambda: {"name": "Imaginary GPU", "l2_bytes": 2000})
     cuda = DEVICES["cuda"]
     modes = {name: replace(mode, timer=timing.cpu_timer) for name, mode in cuda.modes.items()}
-    here = replace(cuda, place="cpu", is_available=lambda: True, modes=modes)
+    here = replace(cuda, torch_device="cpu", is_available=lambda: True, modes=modes)
     monkeypatch.setitem(DEVICES, "cuda", here)
     measured = Peaks(1, {1 << 30: 3e12}, {"bf16": 7e14})
     monkeypatch.setattr(peaks, "measure_gpu", lambda *_: measured)

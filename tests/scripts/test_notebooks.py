@@ -14,6 +14,7 @@ pytest.importorskip("nbclient")
 
 import nbformat
 
+from scripts import tools
 from scripts.dev import save_notebooks
 from scripts.dev.save_notebooks import NOTEBOOKS, SCRIPTS
 
@@ -39,7 +40,7 @@ def test_saved_notebooks_have_clean_output(path):
     assert all(cell.get("execution_count") for cell in notebook["cells"] if "outputs" in cell)
     assert any("image/png" in output.get("data", {}) for output in outputs)
     for text in map(text_of, outputs):
-        assert save_notebooks.without_paths(text) == text
+        assert tools.without_paths(text) == text
         assert "\r" not in text
         bars = re.findall(r"^(training[^:]*):", text, re.MULTILINE)
         assert len(bars) == len(set(bars))
@@ -93,4 +94,4 @@ def test_overwritten_progress_is_removed():
     ],
 )
 def test_paths_of_the_machine_are_removed(text, clean):
-    assert save_notebooks.without_paths(text) == clean
+    assert tools.without_paths(text) == clean

@@ -88,7 +88,7 @@ def test_one_reason_is_one_entry_of_skipped():
 
 def test_messages_lose_their_paths():
     error = RuntimeError("cannot open /home/somebody/x.cpp, N/A\nmore")
-    assert contestants.one_line(error) == "cannot open <path>, N/A"
+    assert contestants.one_line(error) == "cannot open [path], N/A"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_targets_are_met_or_missed():
     ]
     warm = [{**cell, "mode": "warm", "contestants": {"cuda": {"median_us": 1}}} for cell in cells]
     verdicts = targets.judge({"chosen_kernel": "cuda", "cells": [*cells, *warm]})
-    assert [(v.what, v.wanted, v.figure, v.met) for v in verdicts] == [
+    assert [(v.product, v.wanted, v.figure, v.met) for v in verdicts] == [
         ("2560 x 2560, M = 1", "<= 3 us", 2, True),
         ("8192 x 8192, M = 1", "<= 8 us", 9, False),
         ("2560 x 2560, M = 16", "<= 1.3 x M = 1", 1.25, True),
