@@ -26,8 +26,8 @@ def single_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def one_thread():
+@pytest.fixture(autouse=True)
+def _one_thread():
     with single_thread():
         yield
 

@@ -25,7 +25,7 @@ GPU = ("--device", "cuda", "--shapes", "64x32", "--tokens", "1", "20", "--budget
 
 
 @pytest.fixture
-def no_gpu(monkeypatch, one_thread):
+def no_gpu(monkeypatch):
     """A "GPU" that runs on the CPU: in place of graphs, lists of calls."""
     monkeypatch.setattr(contestants, "available_kernels", lambda device: ["reference"])
     monkeypatch.setattr(cuda_timing, "capture", lambda calls: lambda: [call() for call in calls])

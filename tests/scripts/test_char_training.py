@@ -19,8 +19,6 @@ from scripts import char_lm, char_training
 from scripts.char_training import LINEAR, TERNARY, Stopped, UnusableCheckpoint
 from tests.scripts.small_char_lm import TINY, arguments, losses_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_the_text_is_split_by_topics_that_share_nothing(text):
     train, validation = text.decode(text.train), text.decode(text.validation)

@@ -47,7 +47,7 @@ def test_saved_notebooks_have_clean_output(path):
 
 
 @pytest.mark.slow
-def test_the_quickstart_runs(one_thread, tmp_path):
+def test_the_quickstart_runs(tmp_path):
     pytest.importorskip("sklearn")
     notebook = nbformat.read(SCRIPTS / "quickstart.ipynb", as_version=4)
     set_parameters(notebook, "epochs = 2")
@@ -58,7 +58,7 @@ def test_the_quickstart_runs(one_thread, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_language_model_runs(one_thread, tmp_path):
+def test_the_language_model_runs(tmp_path):
     notebook = nbformat.read(SCRIPTS / "char_lm.ipynb", as_version=4)
     set_parameters(notebook, f"settings, budget = {TINY}, {BUDGET}")
     save_notebooks.run(notebook, tmp_path)

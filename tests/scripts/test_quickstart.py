@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "quickstart.py"
 
 
 @pytest.mark.slow
-def test_the_script_trains_deploys_and_compares(one_thread):
+def test_the_script_trains_deploys_and_compares():
     command = [sys.executable, SCRIPT]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -34,7 +34,7 @@ def test_the_script_trains_deploys_and_compares(one_thread):
     assert "training BitLinear: 100%" in result.stderr
 
 
-def test_one_epoch_goes_through_all_steps(one_thread, monkeypatch, capsys):
+def test_one_epoch_goes_through_all_steps(monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "WIDTH", 32)
     models = quickstart.run(epochs=1)
     assert list(models) == ["nn.Linear", "BitLinear (QAT)", "BitLinear (deployed)"]
@@ -43,7 +43,7 @@ def test_one_epoch_goes_through_all_steps(one_thread, monkeypatch, capsys):
     assert "predict the same classes: yes" in printed
 
 
-def test_different_predictions_fail(one_thread, monkeypatch, capsys):
+def test_different_predictions_fail(monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "train", lambda *_: [])
     monkeypatch.setattr(quickstart, "predict", lambda *_: torch.randn(450))
     with pytest.raises(SystemExit) as end:
