@@ -1,10 +1,11 @@
-"""Trains a ternary language model and its float twin side by side, deploys it, has both write.
+"""Train a ternary language model and its float twin side by side, deploy it, and let both write.
 
     python -m scripts.char_lm [--out runs/char_lm] [--restart]
 
-The text is Python's language reference, which every Python brings (``help("topics")``). Stopped or
-killed, the same command goes on from the last checkpoint. The output directory gets
-``results.json``, ``losses.png`` and ``checkpoint.pt``. Takes some minutes on two idle cores.
+The text is Python's language reference, which is part of every Python (``help("topics")``). If the
+training is stopped or killed, the same command resumes it from the last checkpoint. The output
+directory gets ``results.json``, ``losses.png`` and ``checkpoint.pt``. Takes about five minutes on
+two idle cores.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,22 +20,20 @@ from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
-try:
-    import matplotlib as mpl
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: pip install 'bitlinear[bench]'") from error
-
 import torch
 from torch import nn
 
 import bitlinear
 from bitlinear import runtime
-from scripts import char_training
-from scripts.bench import charts, machine, report, timing
-from scripts.bench.benchmark import parse_count, parse_seconds
-from scripts.bench.report import Record
+from scripts import char_training, tools
+from scripts.bench import charts, machine, records, report, timing
+from scripts.bench.arguments import parse_count, parse_seconds
+from scripts.bench.records import Record
 from scripts.char_model import CharModel, generate
 from scripts.char_training import LINEAR, TERNARY, Settings, Training
+
+with tools.importing("bench"):
+    import matplotlib as mpl
 
 DEPLOYED = "BitLinear, deployed"
 PROMPT = "An object "
@@ -47,17 +45,17 @@ LOOKS: dict[str, charts.Look] = {
 
 
 def deploy(training: Training) -> dict[str, CharModel]:
-    """The trained networks by name, and the ternary one deployed."""
+    """Return the trained networks by name, and the ternary one deployed."""
     models = {name: model.eval() for name, model in training.models.items()}
     return {**models, DEPLOYED: bitlinear.deploy(copy.deepcopy(models[TERNARY]))}
 
 
 def measure(training: Training, models: Mapping[str, CharModel], budget: float = 10.0) -> Record:
-    """What each network has learnt, and what it takes to write with it.
+    """Return the losses of each network, the time of a character, and a sample of its text.
 
     Args:
-        training: Where the networks come from.
-        models: They, and the deployed one.
+        training: The training of the networks.
+        models: The networks, as :func:`deploy` returns them.
         budget: Seconds of timing.
     """
     text, context = training.text, training.settings.context
@@ -78,8 +76,8 @@ def measure(training: Training, models: Mapping[str, CharModel], budget: float =
             "validation_loss": loss,
             "bits_per_character": loss / math.log(2),
             "bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
-            "character": report.quartiles(writing[name]),
-            "its_linear_layers": report.quartiles(alone[name]),
+            "character": records.quartiles(writing[name]),
+            "linear_layers": records.quartiles(alone[name]),
             "sample": PROMPT + text.decode(sample),
         }
     for name, curve in training.curves.items():
@@ -102,53 +100,56 @@ def measure(training: Training, models: Mapping[str, CharModel], budget: float =
 
 
 def _writer(model: CharModel, count: int) -> timing.Call:
-    """Writes ``count`` characters, one after the other."""
+    """Return a call that writes ``count`` characters, one after the other."""
     first = torch.zeros(1, dtype=torch.int64)
     return lambda: generate(model, first, count)
 
 
 def _linear_layers(model: nn.Module) -> timing.Call:
-    """What a character needs of the linear layers, and nothing between them."""
+    """Return a call of all linear layers for one character, without the operations between them."""
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     inputs = [torch.randn(1, 1, layer.in_features) for layer in layers]
     return lambda: [layer(x) for layer, x in zip(layers, inputs)]
 
 
 @mpl.rc_context(charts.STYLE)
-def draw(results: Record, path: Path) -> None:
-    """A picture of the losses of both networks: of every batch, and of the validation text."""
-    settings = results["settings"]
-    parts = (
-        re.sub(r"\((R|TM)\)", "", results["machine"]["cpu"]),
-        report.plural(results["threads"], "thread"),
-        *(f"{name} {results['versions'][name]}" for name in ("bitlinear", "torch", "python")),
-        results["time"][:10],
+def draw(results: Record, path: Path, dpi: int | None = None) -> None:
+    """Draw the losses of both networks, of every batch and of the validation text, to ``path``."""
+    settings, versions = results["settings"], results["versions"]
+    lines = (
+        (machine.display_name(results["machine"]), report.plural(results["threads"], "thread")),
+        (
+            *(f"{name} {versions[name]}" for name in ("bitlinear", "torch", "python")),
+            results["time"][:10],
+        ),
     )
     figure, axes = charts.canvas(
         f"Learning Python's language reference, {settings['depth']} blocks of {settings['width']}",
-        "   ·   ".join(parts),
-        size=(9.5, 5.2),
-        left=0.6,
+        "\n".join("   ·   ".join(parts) for parts in lines),
+        size=(9.5, 5.4),
+        left=0.7,
         right=1.1,
     )
     axes.set_title(
-        "nats per character; thin: each batch, thick: validation", loc="left", fontsize=11
+        f"nats per character; thin: each of {settings['steps']} batches, thick: validation text",
+        loc="left",
+        fontsize=11,
     )
     axes.set_xlabel("step")
-    ends, first = [], []
+    axes.set_yscale("log")  # shows the fast fall at first, and the slow one later
+    ends = []
     for name, look in LOOKS.items():
         losses = results["networks"][name]["losses"]
         steps = range(1, 1 + len(losses["train"]))
-        axes.plot(steps, losses["train"], color=look["color"], linewidth=0.6, alpha=0.4)
+        axes.plot(steps, losses["train"], color=look["color"], linewidth=0.7, alpha=0.5)
         ends.append(charts.line(axes, dict(losses["validation"]), {**look, "linewidth": 2}, name))
-        first.append(losses["validation"][0][1])
-    axes.set_ylim(top=1.05 * max(first))  # what comes before would flatten the rest
+    charts.plain_y_ticks(axes)
     charts.label_ends(axes, ends)
-    figure.savefig(path)
+    figure.savefig(path, dpi=dpi)
 
 
 def table(results: Record) -> str:
-    """What was measured, for people, in Markdown."""
+    """Return the results as a table, in Markdown."""
     header = (
         "network",
         "validation, nats",
@@ -162,30 +163,32 @@ def table(results: Record) -> str:
     rows = [
         (
             name,
-            f"{its['validation_loss']:.4f}",
-            f"{its['bits_per_character']:.3f}",
-            f"{1 / its['step_s']:.2f}" if "step_s" in its else "",
-            f"{1e6 / its['character']['median_us']:.0f}",
-            f"{its['character']['median_us']:.0f}",
-            f"{its['its_linear_layers']['median_us']:.0f}",
-            f"{its['bytes'] / 1e6:.2f} MB",
+            f"{network['validation_loss']:.4f}",
+            f"{network['bits_per_character']:.3f}",
+            f"{1 / network['step_s']:.2f}" if "step_s" in network else "",
+            f"{1e6 / network['character']['median_us']:.0f}",
+            *(
+                report.marked(f"{network[part]['median_us']:.0f}", network[part])
+                for part in ("character", "linear_layers")
+            ),
+            f"{network['bytes'] / 1e6:.2f} MB",
         )
-        for name, its in results["networks"].items()
+        for name, network in results["networks"].items()
     ]
     return report.markdown(header, rows, words=("network",))
 
 
 def same_bits(results: Record) -> bool:
-    """Whether deploying has changed nothing that the network computes."""
-    one, other = (results["networks"][name] for name in (TERNARY, DEPLOYED))
-    return all(one[key] == other[key] for key in ("validation_loss", "sample"))
+    """Whether the deployed network computes the same bits as before."""
+    trained, deployed = (results["networks"][name] for name in (TERNARY, DEPLOYED))
+    return all(trained[key] == deployed[key] for key in ("validation_loss", "sample"))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, metavar="DIRECTORY", default=Path("runs/char_lm"))
-    add("--restart", action="store_true", help="do not go on from the checkpoint")
+    add("--restart", action="store_true", help="do not resume from the checkpoint")
     add("--save-every", type=parse_count, metavar="STEPS", default=50, help="default: 50")
     add("--budget", type=parse_seconds, default=10.0, help="seconds of timing (default: 10)")
     settings = parser.add_argument_group("settings (see char_training.Settings)")
@@ -201,12 +204,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = _parser()
     options = parser.parse_args(argv)
     checkpoint = options.out / "checkpoint.pt"
     try:
-        settings = Settings(**{its.name: getattr(options, its.name) for its in fields(Settings)})
+        settings = Settings(
+            **{field.name: getattr(options, field.name) for field in fields(Settings)}
+        )
     except ValueError as error:
         parser.error(str(error))
     if options.restart:
@@ -219,13 +224,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except char_training.Stopped as stopped:
         sys.exit(str(stopped))
     results = measure(training, deploy(training), options.budget)
-    report.write(options.out / "results.json", results)
+    records.write(options.out / "results.json", results)
     draw(results, options.out / "losses.png")
     for name in (LINEAR, DEPLOYED):
         print(f"{name} writes:\n\n{results['networks'][name]['sample']}\n")
     print(table(results))
     same = same_bits(results)
-    print(f"deployed, it computes the same bits: {'yes' if same else 'NO'}")
+    print(f"the deployed network computes the same bits: {'yes' if same else 'NO'}")
     if not same:
         sys.exit(1)
 

@@ -1,6 +1,6 @@
 """A small transformer that predicts the next character, of ordinary ``nn.Linear`` layers.
 
-``bitlinear.convert(CharModel(...))`` makes all of them ternary but the last, ``lm_head``.
+``bitlinear.convert(CharModel(...))`` makes all of them ternary except the last, ``lm_head``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from torch.nn import functional as F
 class Cache:
     """The keys and values of the last ``context`` characters, by block, for generation.
 
-    Keys are rotated before they come here, so their places tell nothing, and new ones take those
-    of the oldest.
+    It is a ring buffer: keys are rotated before they are stored, so their order does not matter.
     """
 
     def __init__(self, model: CharModel, batch: int = 1) -> None:
@@ -24,7 +23,7 @@ class Cache:
         self.length = 0
 
     def extend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes in those of new characters; all that are kept."""
+        """Store the keys and values of new characters; return all that the cache holds."""
         entries = self._entries[block]
         context, new = entries.shape[-2], k.shape[-2]
         first = self.length % context
@@ -71,8 +70,8 @@ class CharModel(nn.Module):
         characters: Size of the vocabulary.
         width: Size of a character's vector; a multiple of twice ``heads``.
         depth: Number of blocks.
-        heads: Of the attention of a block.
-        context: How many characters back generation looks; training should use as many.
+        heads: Attention heads of a block.
+        context: The number of characters that generation looks back; training should use as many.
     """
 
     def __init__(self, characters: int, width: int, depth: int, heads: int, context: int) -> None:
@@ -87,9 +86,14 @@ class CharModel(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits ``(batch, length, characters)`` of what follows each of ``(batch, length)``.
+        """Return the logits of the next character after each token.
 
-        With a cache, ``tokens`` go on from what it holds, and are one, or the first ones.
+        Args:
+            tokens: Shape ``(batch, length)``. With a cache that holds characters, the length is 1.
+            cache: The keys and values of the characters before ``tokens``.
+
+        Returns:
+            Shape ``(batch, length, characters)``.
         """
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + tokens.shape[1])
@@ -104,7 +108,7 @@ class CharModel(nn.Module):
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns pairs of ``x`` by angles that grow with the position (RoPE, arXiv 2104.09864)."""
+    """Rotate pairs of ``x`` by angles that grow with the position (RoPE, arXiv 2104.09864)."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
@@ -114,14 +118,15 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 def generate(
     model: CharModel, prompt: Tensor, count: int, temperature: float = 0.0, seed: int = 0
 ) -> Tensor:
-    """``count`` more characters, one after the other.
+    """Generate ``count`` characters, one after the other.
 
     Args:
-        model: In evaluation mode.
-        prompt: Shape ``(length,)``, at least one; of more than ``context`` the last count.
-        count: How many to generate.
-        temperature: 0 takes the most likely one, more draws from softmax(logits / temperature).
-        seed: Of the draws.
+        model: A model in evaluation mode.
+        prompt: Shape ``(length,)``, at least one; only the last ``context`` count.
+        count: The number of characters to generate.
+        temperature: 0 takes the most likely character; above 0, each one is sampled from
+            softmax(logits / temperature).
+        seed: The seed of the samples.
 
     Returns:
         Shape ``(count,)``.

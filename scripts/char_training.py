@@ -1,9 +1,9 @@
-"""Trains two networks side by side on Python's language reference, character by character.
+"""Train two networks side by side on Python's language reference, character by character.
 
-One is of ``nn.Linear`` layers, the other of ternary ones. They begin with the same parameters and
-see the same batches in the same order. Where the work is stopped, or killed, it goes on from its
-last checkpoint and ends with the same bits: a batch is drawn from the seed and its step, and
-nothing else is random.
+One has ``nn.Linear`` layers, the other ternary ones. They begin with the same parameters and see
+the same batches in the same order. If training is stopped or killed, it resumes from its last
+checkpoint and ends with the same bits: a batch depends on the seed and its step, and nothing else
+is random.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ from tqdm import tqdm
 import bitlinear
 from scripts.char_model import CharModel
 
-# The networks' names.
+# The names of the networks.
 LINEAR, TERNARY = "nn.Linear", "BitLinear"
 
 VALIDATION_WINDOWS = 96
 EVALUATIONS = 10
-WARM_UP = 0.1  # of the steps, in which the learning rate rises
+WARM_UP = 0.1  # the share of the steps in which the learning rate rises
 
 
 class Stopped(Exception):
-    """Training was asked to stop, and can go on."""
+    """A signal stopped the training; it can be resumed."""
 
 
 class UnusableCheckpoint(Exception):
-    """It is damaged, or of other settings or another text."""
+    """The checkpoint is damaged, or it belongs to other settings or another text."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the result depends on.
+    """The settings that the result depends on.
 
     Attributes:
         width: Size of a character's vector; a multiple of twice ``heads``.
         depth: Number of blocks.
-        heads: Of the attention of a block.
+        heads: Attention heads of a block.
         context: Characters in a sequence.
         batch: Sequences in a batch.
         steps: Number of batches.
-        linear_rate: Highest learning rate of the network of ``nn.Linear`` layers.
-        ternary_rate: That of the ternary one.
-        seed: Of the first parameters and of the batches.
+        linear_rate: Highest learning rate of the network with ``nn.Linear`` layers.
+        ternary_rate: Highest learning rate of the ternary network.
+        seed: The seed of the initial parameters and of the batches.
     """
 
     width: int = 384
@@ -96,7 +96,7 @@ class Text(NamedTuple):
     validation: Tensor
 
     def encode(self, text: str) -> Tensor:
-        """Leaves out what is not among ``characters``."""
+        """Return the indices of the characters in ``text``; unknown ones are left out."""
         return _encode(text, self.characters)
 
     def decode(self, tokens: Tensor) -> str:
@@ -104,10 +104,10 @@ class Text(NamedTuple):
 
 
 def load_text() -> Text:
-    """The language reference that ``help()`` shows; its last topics, up to a tenth, to validate.
+    """Return the language reference of ``help()``; up to a tenth, its last topics, validates.
 
-    Topics repeat each other. Of paragraphs that are the same the first stays, so that none is in
-    both parts.
+    Topics repeat each other. Only the first of equal paragraphs stays, so that none is in both
+    parts.
     """
     seen: set[str] = set()
     chapters = []
@@ -131,7 +131,11 @@ def _encode(text: str, characters: str) -> Tensor:
 
 
 def draw_batch(text: Text, settings: Settings, step: int) -> tuple[Tensor, Tensor]:
-    """The characters of some random sequences, and those that follow each."""
+    """Return random sequences, and for each of their characters the next one.
+
+    Returns:
+        Two tensors of the shape ``(batch, context)``.
+    """
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     first = torch.randint(
         len(text.train) - settings.context, (settings.batch, 1), generator=generator
@@ -142,7 +146,7 @@ def draw_batch(text: Text, settings: Settings, step: int) -> tuple[Tensor, Tenso
 
 @torch.inference_mode()
 def validation_loss(model: nn.Module, text: Text, context: int) -> float:
-    """Of sequences that are spread evenly over the validation text, in nats per character."""
+    """Return the mean loss, in nats per character, of sequences spread evenly over the text."""
     first = torch.linspace(0, len(text.validation) - context - 1, VALIDATION_WINDOWS).long()
     sequences = text.validation[first[:, None] + torch.arange(context + 1)]
     losses = [_loss(model, part[:, :-1], part[:, 1:]).item() for part in sequences.split(16)]
@@ -157,13 +161,13 @@ def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 class Training:
-    """Both networks at some step.
+    """Both networks, their optimizers and their losses.
 
     Attributes:
-        models: By name.
+        models: The networks by name.
         step: Number of batches that they have seen.
         curves: By name, ``train`` (the loss of every batch), ``validation`` (pairs of a step and
-            the loss after it) and ``seconds`` (what every step took).
+            the loss after it) and ``seconds`` (the time of every step).
     """
 
     def __init__(self, settings: Settings, text: Text) -> None:
@@ -180,7 +184,7 @@ class Training:
         }
 
     def advance(self) -> None:
-        """A step of both, in turns of who goes first."""
+        """Train both on one batch. They take turns in going first, so that neither gains by it."""
         x, y = draw_batch(self.text, self.settings, self.step)
         names = list(self.models)
         for name in names if self.step % 2 == 0 else reversed(names):
@@ -207,7 +211,7 @@ class Training:
         return loss.item()
 
     def save(self, path: Path) -> None:
-        """Writes the checkpoint whole or not at all."""
+        """Write the checkpoint whole or not at all."""
         part = path.with_name(f"{path.name}.part")
         torch.save(
             {
@@ -215,21 +219,23 @@ class Training:
                 "step": self.step,
                 "curves": self.curves,
                 "models": {name: model.state_dict() for name, model in self.models.items()},
-                "optimizers": {name: its.state_dict() for name, its in self._optimizers.items()},
+                "optimizers": {
+                    name: optimizer.state_dict() for name, optimizer in self._optimizers.items()
+                },
             },
             part,
         )
         os.replace(part, path)
 
     def load(self, path: Path) -> None:
-        """Goes on from a checkpoint.
+        """Resume from a checkpoint.
 
         Raises:
-            UnusableCheckpoint: See there; nothing was changed.
+            UnusableCheckpoint: Nothing has changed.
         """
         remedy = "start over with --restart, or name another --out"
         try:
-            with ZipFile(path) as archive:  # torch.load checks no sum
+            with ZipFile(path) as archive:  # torch.load does not check checksums
                 if archive.testzip() is not None:
                     raise BadZipFile("a checksum is wrong")
             state = torch.load(path, weights_only=True)
@@ -237,7 +243,7 @@ class Training:
         except (OSError, KeyError, RuntimeError, UnpicklingError, BadZipFile) as error:
             reason = str(error).partition("\n")[0]
             raise UnusableCheckpoint(
-                f"{path} is damaged, or no checkpoint ({reason}): {remedy}"
+                f"{path} is damaged, or not a checkpoint ({reason}): {remedy}"
             ) from error
         differences = [
             f"{name} is {identity.get(name)} there and {value} here"
@@ -246,7 +252,7 @@ class Training:
         ]
         if differences:
             raise UnusableCheckpoint(
-                f"{path} is of another training: {'; '.join(differences)}; {remedy}"
+                f"{path} belongs to another training: {'; '.join(differences)}; {remedy}"
             )
         self.step, self.curves = state["step"], state["curves"]
         for name, model in self.models.items():
@@ -254,7 +260,7 @@ class Training:
             self._optimizers[name].load_state_dict(state["optimizers"][name])
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must have been made with: the text is another in every Python."""
+        """Return the settings and a digest of the text, which differs between Python versions."""
         content = self.text.decode(torch.cat((self.text.train, self.text.validation)))
         digest = hashlib.sha256(content.encode()).hexdigest()
         return {**asdict(self.settings), "digest of the text": digest[:12]}
@@ -268,7 +274,7 @@ def _build(settings: Settings, text: Text) -> CharModel:
 
 
 def share_of_rate(step: int, steps: int) -> float:
-    """Of the highest learning rate: up in a line, then down to a twentieth along a cosine."""
+    """Return the share of the highest learning rate: linear warm-up, then cosine decay to 5 %."""
     warm_up = math.ceil(WARM_UP * steps)
     if step < warm_up:
         return (step + 1) / warm_up
@@ -277,19 +283,20 @@ def share_of_rate(step: int, steps: int) -> float:
 
 
 def train(settings: Settings, text: Text, path: Path, save_every: int = 50) -> Training:
-    """Trains to the end, from the checkpoint in ``path`` if there is one.
+    """Train to the end, from the checkpoint in ``path`` if there is one.
 
-    SIGINT and SIGTERM let the step be finished and write the checkpoint.
+    After SIGINT or SIGTERM the current step ends, and the checkpoint is written.
 
     Args:
-        settings: Of the training; those of the checkpoint must be the same.
-        text: What to learn.
-        path: Of the checkpoint. It stays when training has ended.
+        settings: The settings of the training; a checkpoint must have the same.
+        text: The text to learn.
+        path: The path of the checkpoint, which stays after the training.
         save_every: Steps from one checkpoint to the next.
 
     Raises:
-        UnusableCheckpoint: It is damaged, or of other settings or another text.
-        Stopped: A signal has come.
+        UnusableCheckpoint: The checkpoint is damaged, or it belongs to other settings or another
+            text.
+        Stopped: A signal stopped the training.
     """
     training = Training(settings, text)
     if path.exists():
@@ -300,7 +307,7 @@ def train(settings: Settings, text: Text, path: Path, save_every: int = 50) -> T
         while training.step < settings.steps:
             training.advance()
             bar.set_postfix(
-                {name: f"{its['train'][-1]:.3f}" for name, its in training.curves.items()}
+                {name: f"{curve['train'][-1]:.3f}" for name, curve in training.curves.items()}
             )
             bar.update()
             if received or training.step == settings.steps or training.step % save_every == 0:
@@ -308,14 +315,14 @@ def train(settings: Settings, text: Text, path: Path, save_every: int = 50) -> T
             if received:
                 raise Stopped(
                     f"stopped by {received[0].name} after step {training.step} of "
-                    f"{settings.steps}: run the same again to go on"
+                    f"{settings.steps}: run the same command to resume"
                 )
     return training
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGINT and SIGTERM; after the first one they act as they did before."""
+    """Collect SIGINT and SIGTERM; after the first one they act as they did before."""
     received: list[signal.Signals] = []
 
     def restore() -> None:

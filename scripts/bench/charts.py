@@ -1,4 +1,4 @@
-"""What pictures are made of: headings, lines with labels, heat maps. Nothing about benchmarks."""
+"""Parts of pictures: headings, lines with labels, heat maps. Nothing about benchmarks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import CenteredNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from scripts import tools
+
+with tools.importing("bench"):
+    from matplotlib.axes import Axes
+    from matplotlib.colors import CenteredNorm
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # matplotlib brings it: pictures look the same everywhere
+    "font.family": "DejaVu Sans",  # part of matplotlib, so pictures look the same everywhere
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -27,15 +31,17 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 160,
 }
 _GREY = "#666666"
-# What is in this colour is what the picture is about.
+# The colour of the subject of a picture.
 EMPHASIS = "#D55E00"
 
 # Keyword arguments of Axes.plot; "color" is always among them.
 Look = dict[str, Any]
+# (row, column) of a cell.
+Index = tuple[int, int]
 
 
 class End(NamedTuple):
-    """Where a line ends, and what to write there."""
+    """The end of a line, and its label."""
 
     label: str
     x: float
@@ -50,20 +56,22 @@ def canvas(
     size: tuple[float, float],
     rows: int = 1,
     columns: int = 1,
-    top: float = 1.2,
+    top: float = 1.4,
     left: float = 1.0,
     right: float = 2.3,
     bottom: float = 0.65,
     between: float = 0.0,
 ) -> tuple[Figure, Any]:
-    """A figure with its headings, and its axes: one, or an array of them.
+    """Return a figure with its headings, and its axes: one, or an array of them.
 
-    Everything is in inches, so that headings and margins look the same on all pictures.
+    The subtitle has room for two lines.
+
+    All sizes are in inches, so that headings and margins look the same on all pictures.
     """
     width, height = size
     figure = Figure(figsize=size)
     figure.text(0.15 / width, 1 - 0.36 / height, title, fontsize=15, weight="bold")
-    figure.text(0.15 / width, 1 - 0.64 / height, subtitle, fontsize=10, color=_GREY)
+    figure.text(0.15 / width, 1 - 0.5 / height, subtitle, va="top", fontsize=10, color=_GREY)
     # subplots_adjust wants gaps in units of a panel.
     wide = (width - left - right - (columns - 1) * between) / columns
     high = (height - top - bottom - (rows - 1) * between) / rows
@@ -79,15 +87,28 @@ def canvas(
 
 
 def line(axes: Axes, points: Mapping[int, float], look: Look, label: str) -> End:
-    """Draws a line; what its label needs."""
+    """Draw a line and return its end, for :func:`label_ends`."""
     x, y = zip(*sorted(points.items()))
     axes.plot(x, y, **look)
     return End(label, x[-1], y[-1], look["color"])
 
 
+def hollow_points(axes: Axes, points: Mapping[int, float], look: Look) -> None:
+    """Draw markers with a white face over a line, on points that are uncertain."""
+    marker = {"marker": look.get("marker", "o"), "markersize": look.get("markersize", 5)}
+    axes.plot(
+        list(points),
+        list(points.values()),
+        linestyle="none",
+        color=look["color"],
+        markerfacecolor="white",
+        **marker,
+    )
+
+
 def label_ends(axes: Axes, ends: Sequence[End]) -> None:
-    """Writes each label beside the end of its line, and moves apart those that would overlap."""
-    axes.set_xlim(axes.get_xlim())  # or they would move with what is drawn now
+    """Write each label beside the end of its line, and move apart labels that would overlap."""
+    axes.set_xlim(axes.get_xlim())  # the labels must not change the limits
     axes.set_ylim(axes.get_ylim())
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(to_axes.transform((end.x, end.y))[1]) for end in ends]
@@ -114,8 +135,14 @@ def label_ends(axes: Axes, ends: Sequence[End]) -> None:
         )
 
 
-def heat_map(axes: Axes, ratios: np.ndarray[Any, Any]) -> None:
-    """Ratios as colours and numbers; faster is orange, slower is purple."""
+def heat_map(axes: Axes, ratios: np.ndarray[Any, Any], prefixes: Mapping[Index, str]) -> None:
+    """Draw ratios as colours and numbers; faster is orange, slower is purple.
+
+    Args:
+        axes: The axes.
+        ratios: A ratio in each cell, or NaN.
+        prefixes: Text in front of the number, by (row, column).
+    """
     logs = np.log2(ratios)
     widest = max(1.0, float(np.nanmax(np.abs(logs)))) if np.isfinite(logs).any() else 1.0
     axes.imshow(logs, cmap="PuOr_r", norm=CenteredNorm(0, widest), aspect="auto")
@@ -124,7 +151,8 @@ def heat_map(axes: Axes, ratios: np.ndarray[Any, Any]) -> None:
     for (row, column), ratio in np.ndenumerate(ratios):
         strong = abs(logs[row, column]) > 0.6 * widest
         decimals = 2 if ratio < 2 else 1 if ratio < 10 else 0
-        text = "" if np.isnan(ratio) else f"{ratio:.{decimals}f}"
+        prefix = prefixes.get((row, column), "")
+        text = "" if np.isnan(ratio) else f"{prefix}{ratio:.{decimals}f}"
         axes.text(
             column,
             row,
@@ -139,20 +167,28 @@ def heat_map(axes: Axes, ratios: np.ndarray[Any, Any]) -> None:
 
 
 def log_ticks(axes: Axes, values: Sequence[int]) -> None:
-    """On logarithmic axes: those values and no others on x, plain numbers on y."""
+    """Label logarithmic axes: with ``values`` and no others on x, with plain numbers on y."""
     axes.set_xticks(values, [str(value) for value in values])
     axes.xaxis.set_minor_locator(NullLocator())
+    plain_y_ticks(axes)
+
+
+def plain_y_ticks(axes: Axes) -> None:
+    """Label a logarithmic y axis with plain numbers."""
     low, high = axes.get_ylim()
-    if high < 100 * low:  # there may be no power of ten
+    if high < 10 * low:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    elif high < 100 * low:  # powers of ten alone would be too few
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Positions at least ``gap`` apart, in the same order, as near to the wanted ones as can be."""
+    """Return the positions closest to ``wanted``, in the same order, at least ``gap`` apart."""
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
-    # Less i gaps, positions have only to ascend: pool neighbours that do not, into their mean.
+    # With rank gaps subtracted, positions need only ascend: neighbours that do not are pooled into
+    # their mean (isotonic regression).
     pools: list[list[float]] = []
     for rank, index in enumerate(order):
         pools.append([wanted[index] - rank * gap])

@@ -1,15 +1,14 @@
-"""What is timed: a deployed BitLinear with each kernel, and whatever else computes x @ w.T.
+"""Contestants: a deployed BitLinear on each kernel, and everything else that computes x @ w.T.
 
-A contestant is made in two steps, as the weights of a shape serve every batch size: from an
-``nn.Linear`` to the layer (``build``), and from an input to a call without arguments (``bind``).
+A contestant is made in two steps, because the weights of a shape serve every batch size: ``build``
+makes a layer of an ``nn.Linear``, and ``bind`` makes a call without arguments of it and an input.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable
@@ -19,34 +18,38 @@ from torch import Tensor, nn
 
 import bitlinear
 from bitlinear import runtime
+from scripts import tools
 from scripts.bench.devices import Device, Mode
-from scripts.bench.timing import Call, Contestant, nothing
+from scripts.bench.timing import Call, Contestant, do_nothing
 
-# What a contestant computes with: a layer, or the tensors that stand for one.
+# A layer, or the tensors of a bare product.
 Weights = Any
 
-PEER, OTHER = "peer", "other"
+# Roles in the results. A complete layer has floating-point inputs and outputs, as a BitLinear has;
+# a bare product gets operands that are quantised already, and leaves the sums as they are.
+KERNEL, LAYER, PRODUCT, OTHER = "kernel", "layer", "product", "other"
 
-# How torch says that this build or version has no such operation, or not for this shape.
+# torch raises one of these if its build lacks an operation, or if the operation rejects a shape.
 _UNAVAILABLE = (RuntimeError, AttributeError, ImportError)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of layer that is no deployed BitLinear.
+    """A contestant that is not a deployed BitLinear.
 
     Attributes:
         label: Its name for people.
-        roles: By device, where it exists, ``PEER``, if one would use it for want of a BitLinear, or
-            ``OTHER``.
-        build: The first step; gets an fp32 layer of the shape, on the device.
-        bind: The second one, for some copies of the weights at once, as they share the input. That
-            comes in the dtype of BitLinear's.
-        note: What one must know in order to compare it fairly.
+        role: ``LAYER``, ``PRODUCT`` or ``OTHER``.
+        devices: The names of the devices that have it.
+        build: Makes the weights of an fp32 layer of the shape, on the device.
+        bind: Makes the calls of some copies of the weights, which share the input. The input has
+            the dtype of BitLinear's.
+        note: What a fair comparison must take into account.
     """
 
     label: str
-    roles: Mapping[str, str]
+    role: str
+    devices: tuple[str, ...]
     build: Callable[[nn.Linear], Weights]
     bind: Callable[[Sequence[Weights], Tensor], list[Call]]
     note: str = ""
@@ -66,7 +69,7 @@ def _bind_float(layers: Sequence[nn.Linear], x: Tensor) -> list[Call]:
 
 def _int8_dynamic(linear: nn.Linear) -> nn.Module:
     with warnings.catch_warnings():
-        # Deprecated in favour of another package; but it is what torch itself has.
+        # Deprecated in favour of another package, but torch itself has no other.
         warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor, .* are deprecated")
         quantize = torch.ao.quantization.quantize_dynamic
@@ -87,7 +90,7 @@ def _bind_int_mm(weights: Sequence[Tensor], x: Tensor) -> list[Call]:
 
 
 def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(q, scale)``, one scale for the whole of ``x``."""
+    """Return ``(q, scale)``, with one scale for the whole of ``x``."""
     dtype = torch.float8_e4m3fn
     scale = x.abs().amax().float() / torch.finfo(dtype).max
     return (x / scale).to(dtype), scale
@@ -99,7 +102,7 @@ def _scaled_mm(linear: nn.Linear) -> tuple[Tensor, Tensor]:
 
 
 def _bind_scaled_mm(weights: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> list[Call]:
-    # Some versions take nothing but multiples of 16 rows. Tiles of the product are no smaller.
+    # Some versions take multiples of 16 rows only. Tiles of the product are not smaller.
     q, scale = _fp8(nn.functional.pad(x, (0, 0, 0, -len(x) % 16)))
     options = {"scale_a": scale, "out_dtype": torch.bfloat16, "use_fast_accum": True}
     return [
@@ -118,45 +121,49 @@ def _deployed(linear: nn.Linear) -> nn.Module:
 
 OTHERS: dict[str, Kind] = {
     "fp32": Kind(
-        "nn.Linear fp32", {"cpu": PEER}, partial(_float, dtype=torch.float32), _bind_float
+        "nn.Linear fp32", LAYER, ("cpu",), partial(_float, dtype=torch.float32), _bind_float
     ),
     "fp16": Kind(
-        "nn.Linear fp16", {"cuda": PEER}, partial(_float, dtype=torch.float16), _bind_float
+        "nn.Linear fp16", LAYER, ("cuda",), partial(_float, dtype=torch.float16), _bind_float
     ),
     "bf16": Kind(
         "nn.Linear bf16",
-        {"cpu": PEER, "cuda": PEER},
+        LAYER,
+        ("cpu", "cuda"),
         partial(_float, dtype=torch.bfloat16),
         _bind_float,
     ),
-    "int8_dynamic": Kind("dynamic int8 Linear", {"cpu": PEER}, _int8_dynamic, _bind),
+    "int8_dynamic": Kind("dynamic int8 Linear", LAYER, ("cpu",), _int8_dynamic, _bind),
     "fp8": Kind(
         "torch._scaled_mm fp8",
-        {"cuda": OTHER},
+        PRODUCT,
+        ("cuda",),
         _scaled_mm,
         _bind_scaled_mm,
-        note="the fp8 product alone, with a scale for each tensor: it quantises nothing, adds no "
+        note="the bare fp8 product, with a scale for each tensor: it quantises nothing, adds no "
         "bias, and gets M rounded up to a multiple of 16",
     ),
     "int_mm": Kind(
         "torch._int_mm",
-        {"cpu": PEER, "cuda": OTHER},
+        PRODUCT,
+        ("cpu", "cuda"),
         _int_mm,
         _bind_int_mm,
-        note="the int8 product alone: it quantises nothing and leaves int32 sums",
+        note="the bare int8 product: it quantises nothing and leaves int32 sums",
     ),
     "undeployed": Kind(
         "BitLinear, undeployed",
-        {"cpu": OTHER},
+        OTHER,
+        ("cpu",),
         _bitlinear,
         _bind,
-        note="in eval mode, in which it quantises its weights anew in every call",
+        note="in eval mode without deploy(): every call quantises the weights",
     ),
 }
 
 
 def available_kernels(device: str) -> list[str]:
-    """What a deployed layer can run on, best first."""
+    """Return the kernels that a deployed layer can run on, best first."""
     names = [verdict.variant for verdict in bitlinear.available_kernels() if verdict.ok]
     if device == "cuda":
         return ["cuda" if "cuda" in names else "reference"]
@@ -164,12 +171,12 @@ def available_kernels(device: str) -> list[str]:
 
 
 def chosen_kernel(device: str) -> str | None:
-    """What a deployed layer runs on, unless told otherwise; None if no CPU kernel is compiled."""
+    """Return the kernel that ``import bitlinear`` chose; None if no CPU kernel is compiled."""
     return available_kernels(device)[0] if device == "cuda" else runtime.current().kernel
 
 
 def build_kernels(names: Iterable[str]) -> dict[str, str]:
-    """Has CPU kernels compiled that have not been yet; which ones cannot be, and why."""
+    """Compile the CPU kernels that are not in the cache; return why the others fail, by kernel."""
     failed = {}
     for name in names:
         try:
@@ -182,7 +189,7 @@ def build_kernels(names: Iterable[str]) -> dict[str, str]:
 class Layers:
     """The layers of one shape: N outputs, K inputs.
 
-    Of every contestant there are ``copies``, each with weights of its own.
+    Every contestant has ``copies`` layers, each with weights of its own.
     """
 
     def __init__(
@@ -200,9 +207,9 @@ class Layers:
         self._copies = copies
         self._others: dict[str, list[Weights]] = {}
         self._failed: dict[str, str] = {}
-        # Models are loaded outside of inference mode, in which they then run.
+        # As models are loaded: outside of inference mode, in which they then run.
         with torch.inference_mode(False), torch.no_grad():
-            linear = nn.Linear(K, N, device=device.place).eval()
+            linear = nn.Linear(K, N, device=device.torch_device).eval()
             self._deployed = self._copied(_deployed(linear))
             for name in others:
                 try:
@@ -211,13 +218,19 @@ class Layers:
                     self._failed[name] = one_line(error)
 
     def contestants(self, M: int, mode: Mode) -> tuple[list[Contestant], dict[str, str]]:
-        """Those for batches of M tokens, each of which has run once; who is missing, and why."""
-        x = torch.randn(M, self._K, device=self._device.place).to(self._device.dtype)
+        """Return the contestants for batches of M tokens, and why the missing ones are missing.
+
+        Each of them has run once.
+        """
+        x = torch.randn(M, self._K, device=self._device.torch_device).to(self._device.dtype)
         field = []
         failed = dict(self._failed)
         runners = [
             *((name, self._switch(name), _bind, self._deployed) for name in self._kernels),
-            *((name, nothing, OTHERS[name].bind, its) for name, its in self._others.items()),
+            *(
+                (name, do_nothing, OTHERS[name].bind, copies)
+                for name, copies in self._others.items()
+            ),
         ]
         for name, enter, bind, copies in runners:
             try:
@@ -236,10 +249,10 @@ class Layers:
 
     def _switch(self, kernel: str) -> Call:
         # A GPU has one implementation, and the operator finds it by the device of its input.
-        return nothing if self._device.name == "cuda" else partial(runtime.activate, kernel)
+        return do_nothing if self._device.name == "cuda" else partial(runtime.activate, kernel)
 
 
 def one_line(error: Exception) -> str:
-    """The first line of a message, without the paths of this machine."""
+    """Return the first line of a message, without the paths of this machine."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"(?<!\w)(/[\w.+@-]+){2,}", "<path>", first)
+    return tools.without_paths(first)

@@ -1,10 +1,11 @@
-"""Times the linear layers of a whole model, one token after the other: BitNet b1.58 2B's.
+"""Time the linear layers of a whole model, BitNet b1.58 2B, one token after the other.
 
     python -m scripts.bench.decode --device cuda [--json scripts/bench/results/NAME.json]
 
-In ``bench.py`` no call needs the result of another; here each does, as in a model. What lies
-between the linear layers is as little as keeps them in that order, it is the same for all, and it
-is timed alone, too. There is no attention to earlier tokens and no vocabulary. Weights are random.
+In ``python -m scripts.bench`` no call needs the result of another; here each call does, as in a
+model. The operations between the linear layers are the fewest that keep the layers in this order.
+They are the same for all contestants, and they are timed alone, too. There is no attention to
+earlier tokens and no vocabulary. Weights are random.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 from typing import Callable
 
 import torch
@@ -23,10 +23,10 @@ from torch.nn import functional as F
 
 import bitlinear
 from bitlinear import runtime
-from scripts.bench import contestants, machine, report, timing
-from scripts.bench.benchmark import parse_count, parse_seconds
+from scripts.bench import contestants, machine, records, report, timing
+from scripts.bench.arguments import parse_count, parse_output_path, parse_seconds
 from scripts.bench.devices import DEVICES, Device
-from scripts.bench.report import Record
+from scripts.bench.records import Record
 
 
 @dataclass(frozen=True)
@@ -45,46 +45,47 @@ BITNET_2B = Architecture(
     layers=30, hidden=2560, intermediate=6912, heads=20, kv_heads=5, head_size=128
 )
 
-# (in_features, out_features): the layer.
+# From (in_features, out_features) to a layer.
 MakeLinear = Callable[[int, int], nn.Module]
 
 
 class Block(nn.Module):
     """A layer of the decoder."""
 
-    def __init__(self, its: Architecture, linear: MakeLinear) -> None:
+    def __init__(self, sizes: Architecture, linear: MakeLinear) -> None:
         super().__init__()
-        self._its = its
-        attention, shared = its.heads * its.head_size, its.kv_heads * its.head_size
-        self.q = linear(its.hidden, attention)
-        self.k = linear(its.hidden, shared)
-        self.v = linear(its.hidden, shared)
-        self.o = linear(attention, its.hidden)
-        self.gate = linear(its.hidden, its.intermediate)
-        self.up = linear(its.hidden, its.intermediate)
-        self.down = linear(its.intermediate, its.hidden)
+        self._sizes = sizes
+        hidden, intermediate = sizes.hidden, sizes.intermediate
+        attention, shared = sizes.heads * sizes.head_size, sizes.kv_heads * sizes.head_size
+        self.q = linear(hidden, attention)
+        self.k = linear(hidden, shared)
+        self.v = linear(hidden, shared)
+        self.o = linear(attention, hidden)
+        self.gate = linear(hidden, intermediate)
+        self.up = linear(hidden, intermediate)
+        self.down = linear(intermediate, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` and the result: ``(1, hidden)``."""
+        """Return the block's output; it and ``x`` have the shape ``(1, hidden)``."""
         h = F.rms_norm(x, x.shape[-1:])
         x = x + self.o(self._mix(self.q(h), self.k(h), self.v(h)))
         h = F.rms_norm(x, x.shape[-1:])
         return x + self.down(F.relu(self.gate(h)).square() * self.up(h))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Needs all three, as attention does, and is one kernel."""
-        its = self._its
-        groups = its.heads // its.kv_heads
-        q, k, v = (t.view(its.kv_heads, -1, its.head_size) for t in (q, k, v))
+        """Combine all three, in place of attention, with one kernel."""
+        sizes = self._sizes
+        groups = sizes.heads // sizes.kv_heads
+        q, k, v = (t.view(sizes.kv_heads, -1, sizes.head_size) for t in (q, k, v))
         return torch.addcmul(q, k.expand(-1, groups, -1), v).view(1, -1)
 
 
 class Constant(nn.Module):
-    """A layer that takes no time."""
+    """A layer whose output is a constant, so that it takes no time."""
 
     def __init__(self, in_features: int, out_features: int, device: Device) -> None:
         super().__init__()
-        self._y = torch.randn(1, out_features, device=device.place, dtype=device.dtype)
+        self._y = torch.randn(1, out_features, device=device.torch_device, dtype=device.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._y
@@ -92,7 +93,7 @@ class Constant(nn.Module):
 
 def _float(in_features: int, out_features: int, device: Device) -> nn.Linear:
     return nn.Linear(
-        in_features, out_features, bias=False, device=device.place, dtype=device.dtype
+        in_features, out_features, bias=False, device=device.torch_device, dtype=device.dtype
     ).eval()
 
 
@@ -100,8 +101,8 @@ def _deployed(in_features: int, out_features: int, device: Device) -> nn.Module:
     return bitlinear.BitLinear.from_linear(_float(in_features, out_features, device)).deploy()
 
 
-def measure(its: Architecture, device: Device, budget: float) -> dict[str, Record]:
-    """What a token takes, in time and memory, by contestant."""
+def measure(sizes: Architecture, device: Device, budget: float) -> dict[str, Record]:
+    """Return the time and the memory of a token, by contestant."""
     mode = next(iter(device.modes.values()))  # on a GPU, graphs
     field, memory = [], {}
     linears = {"bitlinear": _deployed, device.baseline: _float, "glue": Constant}
@@ -109,24 +110,25 @@ def measure(its: Architecture, device: Device, budget: float) -> dict[str, Recor
         before = _allocated(device)
         with torch.inference_mode(False), torch.no_grad():  # as models are loaded
             blocks = nn.Sequential(
-                *(Block(its, partial(linear, device=device)) for _ in range(its.layers))
+                *(Block(sizes, partial(linear, device=device)) for _ in range(sizes.layers))
             )
-        step = _step(blocks, torch.randn(1, its.hidden, device=device.place, dtype=device.dtype))
+        token = torch.randn(1, sizes.hidden, device=device.torch_device, dtype=device.dtype)
+        step = _step(blocks, token)
         memory[name] = {
             "weight_bytes": sum(t.nbytes for t in (*blocks.parameters(), *blocks.buffers())),
-            "peak_bytes": _peak(device, step, before),
+            "peak_bytes": _peak_memory(device, step, before),
         }
         call, repeats = mode.arrange([step])
         field.append(timing.Contestant(name, call, repeats=repeats))
     times = timing.compare(field, budget, mode.timer)
     return {
-        name: {**report.quartiles(time), "tokens_per_s": round(1 / time.median, 1), **memory[name]}
+        name: {**records.quartiles(time), "tokens_per_s": round(1 / time.median, 1), **memory[name]}
         for name, time in times.items()
     }
 
 
 def _step(blocks: nn.Module, token: Tensor) -> timing.Call:
-    """What makes the next token of the last one."""
+    """Return the call that makes the next token of the last one, in place."""
 
     def step() -> None:
         token.copy_(F.rms_norm(blocks(token), token.shape[-1:]))
@@ -135,12 +137,12 @@ def _step(blocks: nn.Module, token: Tensor) -> timing.Call:
 
 
 def _allocated(device: Device) -> int:
-    return torch.cuda.memory_allocated() if device.place == "cuda" else 0
+    return torch.cuda.memory_allocated() if device.torch_device == "cuda" else 0
 
 
-def _peak(device: Device, step: timing.Call, before: int) -> int | None:
-    """The most memory, beyond what there was before, that the model and a token take."""
-    if device.place != "cuda":
+def _peak_memory(device: Device, step: timing.Call, before: int) -> int | None:
+    """Return the peak memory of the model and a token; ``before`` is subtracted. None on a CPU."""
+    if device.torch_device != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()
     step()
@@ -148,34 +150,34 @@ def _peak(device: Device, step: timing.Call, before: int) -> int | None:
 
 
 def render(results: Record) -> str:
-    """What was measured, for people, in Markdown."""
+    """Return the results as a table, in Markdown."""
     header = ("model", "us per token", "p25", "p75", "tokens/s", "weights", "peak memory")
     labels = {"bitlinear": "**BitLinear**", "glue": "without linear layers"}
     rows = [
         (
             labels.get(name, f"nn.Linear {name}"),
-            *(f"{its[key]:.0f}" for key in ("median_us", "p25_us", "p75_us", "tokens_per_s")),
+            report.marked(f"{figures['median_us']:.0f}", figures),
+            *(f"{figures[key]:.0f}" for key in ("p25_us", "p75_us", "tokens_per_s")),
             *(
-                "" if its[key] is None else f"{its[key] / 1e6:.1f} MB"
+                "" if figures[key] is None else f"{figures[key] / 1e6:.1f} MB"
                 for key in ("weight_bytes", "peak_bytes")
             ),
         )
-        for name, its in results["contestants"].items()
+        for name, figures in results["contestants"].items()
     ]
     table = report.markdown(header, rows, words=("model",))
-    described = results["machine"]
-    name = described["gpu"]["name"] if "gpu" in described else described["cpu"]
+    name = machine.display_name(results["machine"])
     return f"{name}; kernel: {results['kernel']}\n\n{table}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--device", choices=DEVICES, default="cpu")
     add("--layers", type=parse_count, metavar="N", help=f"default: {BITNET_2B.layers}")
     add("--budget", type=parse_seconds, default=5.0, help="seconds of timing (default: 5)")
-    add("--json", type=Path, metavar="PATH", help="write the results there")
+    add("--json", type=parse_output_path, metavar="PATH", help="write the results there")
     options = parser.parse_args(argv)
     device = DEVICES[options.device]
     if not device.is_available():
@@ -193,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "contestants": times,
     }
     if options.json is not None:
-        report.write(options.json, results)
+        records.write(options.json, results)
     print(render(results))
 
 

@@ -1,7 +1,6 @@
-"""Where layers run, and what follows from it: a row for each device, with its ways of timing.
+"""Devices that layers run on: a row for each, with its ways of timing.
 
-What times on a GPU and what looks for one is named here, so that a test can put something else in
-its place.
+These rows name everything that asks for a GPU or times on one, so that a test can replace it.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from typing import Callable
 
 import torch
 
-from scripts.bench import machine, timing
+from scripts.bench import cuda_timing, machine, timing
 from scripts.bench.timing import Call, Timer
 
-# Of a layer whose weights are to be cold: more would take long to build and to capture, and what is
-# smaller than a thousandth of an L2 is hardly bound by memory.
+# The most copies of a layer whose weights are to be cold. More take long to build and to capture,
+# and a layer smaller than a thousandth of an L2 is hardly bound by memory.
 MAX_COPIES = 512
 
 
@@ -26,11 +25,11 @@ class Mode:
     """A way of timing a layer.
 
     Attributes:
-        timer: Times what ``arrange`` made.
-        arrange: From the calls of some copies of a layer, each with weights of its own, to what is
-            timed: a call, and how often it calls a layer.
-        checked: Whether ``--check`` looks at it.
-        bounded: Whether the rates that are measured first bound it.
+        timer: Times the call that ``arrange`` returns.
+        arrange: From the calls of some copies of a layer, each with weights of its own, to the call
+            to time, and how many layers it runs.
+        checked: Whether ``--check`` looks at this mode.
+        bounded: Whether the measured peaks bound the times of this mode.
     """
 
     timer: Timer
@@ -41,21 +40,21 @@ class Mode:
 
 @dataclass(frozen=True)
 class Device:
-    """A device, as far as the benchmark has to know it.
+    """A device, as the benchmark needs to know it.
 
     Attributes:
-        name: As on the command line and in the results.
-        place: Where torch puts its tensors.
-        dtype: Of BitLinear's input and output.
+        name: Its name on the command line and in the results.
+        torch_device: The device of torch's tensors.
+        dtype: The dtype of BitLinear's input and output.
         baseline: The contestant that speed-ups refer to.
-        budget: Seconds for each cell, unless told otherwise.
-        modes: By name; the first one is what pictures show.
-        cache_bytes: What weights have to exceed to be cold; 0 where no mode wants them so.
-        is_available: Whether it is there.
+        budget: The default number of seconds for each cell.
+        modes: By name; pictures show the first one.
+        cache_bytes: The size that weights must exceed to be cold; 0 if no mode needs them cold.
+        is_available: Whether this machine has it.
     """
 
     name: str
-    place: str
+    torch_device: str
     dtype: torch.dtype
     baseline: str
     budget: float
@@ -64,45 +63,45 @@ class Device:
     is_available: Callable[[], bool]
 
     def copies(self, packed_bytes: int) -> int:
-        """How many layers, called in turn, never find their packed weights in the cache.
+        """Return how many layers, called in turn, never find their packed weights in the cache.
 
-        Twice the cache, as it need not evict what is oldest. All contestants get as many: they then
-        stand for the same model, and all but the smallest weights are cold.
+        Together they fill the cache twice, because a cache need not evict the oldest line. All
+        contestants get as many copies: they then stand for the same model.
         """
         return min(MAX_COPIES, max(1, math.ceil(2 * self.cache_bytes() / packed_bytes)))
 
 
-def _one(calls: Sequence[Call]) -> tuple[Call, int]:
+def _first_call(calls: Sequence[Call]) -> tuple[Call, int]:
     return calls[0], 1
 
 
-def _graph_of_one(calls: Sequence[Call]) -> tuple[Call, int]:
-    return timing.graph([calls[0]] * len(calls))
+def _graph_of_first_call(calls: Sequence[Call]) -> tuple[Call, int]:
+    return cuda_timing.graph([calls[0]] * len(calls))
 
 
 DEVICES = {
     "cpu": Device(
         name="cpu",
-        place="cpu",
+        torch_device="cpu",
         dtype=torch.float32,
         baseline="fp32",
         budget=2.0,
-        modes={"": Mode(timing.cpu_timer, _one)},
+        modes={"": Mode(timing.cpu_timer, _first_call)},
         cache_bytes=lambda: 0,
         is_available=lambda: True,
     ),
     "cuda": Device(
         name="cuda",
-        place="cuda",
+        torch_device="cuda",
         dtype=torch.bfloat16,
         baseline="bf16",
         budget=0.3,
         modes={
-            "cold": Mode(timing.graph_timer, timing.graph),
-            # Unbounded: what the L2 delivers is not known.
-            "warm": Mode(timing.graph_timer, _graph_of_one, bounded=False),
-            # Unchecked: for small layers it is a figure of Python's.
-            "eager": Mode(timing.cuda_timer, _one, checked=False, bounded=False),
+            "cold": Mode(cuda_timing.graph_timer, cuda_timing.graph),
+            # Unbounded: the bandwidth of the L2 is not measured.
+            "warm": Mode(cuda_timing.graph_timer, _graph_of_first_call, bounded=False),
+            # Unchecked: for small layers it measures Python.
+            "eager": Mode(cuda_timing.stream_timer, _first_call, checked=False, bounded=False),
         },
         cache_bytes=lambda: machine.gpu()["l2_bytes"],
         is_available=torch.cuda.is_available,

@@ -1,8 +1,8 @@
-"""Measures what ``import bitlinear`` costs: cold (all is compiled) and warm (from the cache).
+"""Time ``import bitlinear``: cold (it compiles the kernel) and warm (from the cache).
 
     python -m scripts.bench.import_time [--runs 9]
 
-Each figure is taken in fresh processes, after ``import torch``, with a cache directory of its own.
+Each import runs in a fresh process, after ``import torch``, with a cache directory of its own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+
+from scripts.bench.arguments import parse_count
 
 PROGRAM = """
 import time, torch
@@ -25,7 +28,7 @@ print(seconds)
 
 
 def import_seconds(cache: str) -> float:
-    """Seconds that ``import bitlinear`` takes in a new process, torch being imported already."""
+    """Return the seconds of ``import bitlinear`` in a new process, after ``import torch``."""
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={**os.environ, "BITLINEAR_CACHE_DIR": cache},
@@ -36,10 +39,13 @@ def import_seconds(cache: str) -> float:
     return float(result.stdout)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=9, help="warm imports to time (default: 9)")
-    runs = parser.parse_args().runs
+    parser.add_argument(
+        "--runs", type=parse_count, default=9, help="warm imports to time (default: 9)"
+    )
+    runs = parser.parse_args(argv).runs
     with tempfile.TemporaryDirectory() as cache:
         cold = import_seconds(cache)
         warm = sorted(import_seconds(cache) for _ in range(runs))

@@ -1,10 +1,10 @@
-"""Measures what loading a deployed model costs, in several ways: memory of the process, and time.
+"""Measure the memory and the time of loading a deployed model, in several ways. Linux only.
 
     python -m scripts.bench.load_memory [--gib 1]
 
 Each way starts from a model on the meta device, in a fresh process, with the file in the page
-cache, and ends with one token through all layers. "Anonymous" is memory of that process alone; the
-rest of its peak are pages of the file, which processes share and the system may drop. Linux only.
+cache, and ends with one token through all layers. "Anonymous" memory belongs to that process alone.
+The rest of the peak is pages of the file, which processes share and the system can drop.
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
+
+from scripts import tools
+
+with tools.importing("safetensors"):
+    import safetensors.torch
 
 PROGRAM = """
 import sys, time, torch, bitlinear
@@ -46,7 +51,7 @@ with torch.inference_mode():
     del model, packed
     model = build(int(sys.argv[1]))
     with open("/proc/self/clear_refs", "w") as refs:
-        refs.write("5")  # the peak starts anew
+        refs.write("5")  # resets the peak
     rss, anonymous, start = mib("VmRSS"), mib("RssAnon"), time.perf_counter()
     print(anonymous, flush=True)
     LOAD
@@ -67,21 +72,22 @@ WAYS = {
 
 
 def measure(load: str, layers: int, folder: str) -> list[str]:
-    """Growth of anonymous memory (peak, then after the token) and of the peak, MiB; seconds."""
+    """Return MiB of anonymous memory (peak, after the token), MiB of the peak, and seconds."""
     command = [sys.executable, "-c", PROGRAM.replace("LOAD", load), str(layers)]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         kib = [int(process.stdout.readline()) * 1024]
-        while process.poll() is None:  # the kernel keeps no peak of this: sampled from outside
+        while process.poll() is None:  # Linux keeps no peak of anonymous memory: sample it
             status = Path(f"/proc/{process.pid}/status").read_text()
             kib += map(int, re.findall(r"RssAnon:\s+(\d+)", status))
             time.sleep(0.001)
         return [str((max(kib) - kib[0]) // 1024), *process.stdout.read().split()]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=1, help="size of the model (default: 1)")
-    layers = max(1, round(parser.parse_args().gib * 64))
+    layers = max(1, round(parser.parse_args(argv).gib * 64))
     with tempfile.TemporaryDirectory() as folder:
         state = {f"{i}.w_scale": torch.full((1,), 1 / 8192) for i in range(layers)}
         for i in range(layers):

@@ -1,9 +1,9 @@
-// What a machine can do at best: the rate of int8 multiply-adds with one instruction set, and the
-// rate of reading memory. peaks.py compiles this with the flags of a kernel variant and calls it
-// from as many threads as the kernel would have.
+// The peak rates of a machine: int8 multiply-adds with one instruction set, and reading memory.
+// peaks.py compiles this with the flags of a kernel variant and calls it from as many threads as
+// the kernel has.
 //
-// The compiler must neither compute ahead of a loop nor leave anything out: `opaque` makes a value
-// unknown to it, `keep` makes one needed. Neither is an instruction.
+// The compiler must neither hoist work out of a loop nor delete it: `opaque` hides a value from the
+// optimiser, `keep` uses one. Neither is an instruction.
 #include <stdint.h>
 
 #if defined(__x86_64__)
@@ -36,8 +36,8 @@ inline void keep(const Vector& value) {
   asm volatile("" : : VECTOR_REGISTER(value));
 }
 
-// The instruction set's best way to multiply bytes and add the products to a sum. Sums under way at
-// once: more than latency times throughput, and few enough for the registers.
+// The fastest instruction of this set that multiplies bytes and adds the products to a sum. kSums
+// independent sums: more than latency times throughput, and few enough for the registers.
 #if defined(__AVX512VNNI__)
 struct Dot {
   using Vector = __m512i;
@@ -98,7 +98,7 @@ struct Dot {
   }
 };
 #else
-// No dot product of bytes: the shares of the bound are then those of the bandwidth alone.
+// No dot product of bytes: only the bandwidth bounds the times.
 struct Dot {
   using Vector = uint64_t __attribute__((vector_size(16)));
   static constexpr int kSums = 1;
@@ -115,8 +115,8 @@ constexpr int kStreams = 8;
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 #if defined(__AMX_INT8__)
-// Tiles are no vectors: their numbers are part of the instruction. The process must have been
-// granted their use, as it has once the kernel variant was loaded.
+// Tile numbers are part of the instruction. The process must have permission to use tiles: loading
+// the kernel variant has asked for it.
 EXPORTED int64_t multiply_adds(int64_t steps) {
   struct alignas(64) {
     uint8_t palette = 1, reserved[15] = {};
@@ -136,7 +136,7 @@ EXPORTED int64_t multiply_adds(int64_t steps) {
   return steps * 4 * (16 * 16 * 64);
 }
 #else
-// Returns how many multiply-adds it has done; 0: the instruction set has none for bytes.
+// Returns the number of multiply-adds; 0 if the instruction set has none for bytes.
 EXPORTED int64_t multiply_adds(int64_t steps) {
   Dot::Vector a = {}, b = {};
   Dot::Vector sums[Dot::kSums] = {};
@@ -144,7 +144,7 @@ EXPORTED int64_t multiply_adds(int64_t steps) {
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 32
     for (int i = 0; i < Dot::kSums; ++i) {
-      opaque(b);  // or the same product would serve every sum
+      opaque(b);  // otherwise one product would serve every sum
       sums[i] = Dot::add(sums[i], a, b);
     }
   }
@@ -154,14 +154,14 @@ EXPORTED int64_t multiply_adds(int64_t steps) {
 }
 #endif
 
-// Reads `bytes` (rounded down to a multiple of 512) at `data`, 64-byte aligned, `passes` times;
-// returns how many bytes that were.
+// Reads `bytes` (rounded down to a multiple of 512) at `data`, 64-byte aligned, `passes` times.
+// Returns the number of bytes read.
 EXPORTED int64_t read_bytes(const void* data, int64_t bytes, int64_t passes) {
   const Words* const words = static_cast<const Words*>(data);
   const int64_t count = bytes / 512 * (512 / VECTOR_BYTES);
   Words sums[kStreams] = {};
   for (int64_t pass = 0; pass < passes; ++pass) {
-    asm volatile("" : : : "memory");  // the bytes may have changed since the last pass
+    asm volatile("" : : : "memory");  // every pass reads again
     for (int64_t first = 0; first < count; first += kStreams) {
 #pragma GCC unroll 8
       for (int i = 0; i < kStreams; ++i) sums[i] += words[first + i];

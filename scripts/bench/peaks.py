@@ -1,9 +1,9 @@
-"""What the machine can do at best, measured, and the shortest time that a layer can therefore take.
+"""Peak rates of a machine, and the bound that they set on the time of a layer.
 
-Two rates: reading memory, by the size of what is read again and again (so that the right cache
+Two rates are measured: reading memory, by the size of the working set (so that the right cache
 counts), and int8 multiply-adds with the instructions of each kernel variant. ``peaks.cpp`` holds
-the loops; they run on as many threads as the layer has. A GPU's memory is read by torch, and what
-it can multiply at best is taken from its specification.
+the loops; they run on as many threads as the layer. torch reads a GPU's memory, and a GPU's rate of
+int8 multiply-adds comes from its data sheet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from bitlinear.kernels import Variant
 from bitlinear.runtime.hardware import Compiler
-from scripts.bench import timing
+from scripts.bench import cuda_timing, timing
 
 SOURCE = Path(__file__).with_name("peaks.cpp")
 
@@ -34,16 +34,16 @@ SOURCE = Path(__file__).with_name("peaks.cpp")
 WORKING_SETS = tuple(4**step << 16 for step in range(7))  # 64 KB ... 256 MB
 UNIT = 512  # read_bytes reads multiples of this
 
-# Long beside what it takes to start the threads.
+# Long beside the start of the threads.
 RUN_SECONDS = 10e-3
 RUNS = 7
 
-# What a GPU reads and multiplies: far more than its caches hold.
+# Operands of a GPU: far larger than its caches.
 GPU_READ_BYTES = 1 << 30
 GPU_PRODUCT = 8192
 
-# Dense int8 operations per second, from NVIDIA's data sheets, by the beginning of torch's name; the
-# first that fits.
+# Dense int8 operations per second, from NVIDIA's data sheets, by the beginning of torch's name. The
+# first entry that fits counts.
 INT8_PEAKS = {
     "NVIDIA H100 PCIe": 1513e12,
     "NVIDIA H100 80GB HBM3": 1979e12,
@@ -56,20 +56,20 @@ INT8_PEAKS = {
     "Tesla T4": 130e12,
 }
 
-# (thread, passes): how many units of work were done.
+# (thread, passes): the units of work that were done.
 Work = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """The best rates of a number of threads.
+    """The peak rates of a number of threads.
 
     Attributes:
         threads: How many threads ran at once.
         read: Bytes per second, by the size of the working set.
         multiply_add: Operations per second (a multiply-add is two), by kernel variant. A variant
             whose instruction set has no dot product of bytes is absent. On a GPU also "bf16", for
-            comparison: what a large product reaches.
+            comparison: the rate of a large product.
     """
 
     threads: int
@@ -77,13 +77,13 @@ class Peaks:
     multiply_add: dict[str, float]
 
     def read_rate(self, size: int) -> float:
-        """Bytes per second for a working set of ``size`` bytes, between those measured."""
+        """Interpolate the bytes per second of a working set of ``size`` bytes."""
         sizes = sorted(self.read)
         rates = [self.read[measured] for measured in sizes]
         return float(np.interp(math.log(size), np.log(sizes), rates))
 
     def bound(self, variant: str, packed_bytes: int, operations: int) -> float:
-        """Seconds within which nobody can read the weights and do the multiply-adds one by one."""
+        """Return the shortest seconds in which the weights are read and multiplied one by one."""
         seconds = packed_bytes / self.read_rate(packed_bytes)
         if variant in self.multiply_add:
             seconds = max(seconds, operations / self.multiply_add[variant])
@@ -91,11 +91,11 @@ class Peaks:
 
 
 def compile_loops(variant: Variant, compiler: Compiler | None) -> ctypes.CDLL:
-    """``peaks.cpp`` with the flags of a variant that this machine can run.
+    """Compile ``peaks.cpp`` with the flags of a variant that this machine can run.
 
     Raises:
         RuntimeError: There is no compiler, or it fails; the message is its first error.
-        OSError: The compiler cannot be started, or the library not be loaded.
+        OSError: The compiler cannot be started, or the library cannot be loaded.
     """
     if compiler is None:
         raise RuntimeError("no C++ compiler")
@@ -123,15 +123,14 @@ def compile_loops(variant: Variant, compiler: Compiler | None) -> ctypes.CDLL:
 def measure(
     loops: dict[str, ctypes.CDLL], threads: int, working_sets: Sequence[int] = WORKING_SETS
 ) -> Peaks:
-    """Measures the peaks; takes about a second.
+    """Measure the peaks, in about a second.
 
     Args:
         loops: By variant; memory is read with the first one.
         threads: How many threads to run at once.
-        working_sets: Sizes to read, in bytes; all threads together.
+        working_sets: Sizes to read, in bytes, of all threads together.
     """
-    # Written, or every page would be the one page of zeros; by torch, so that the pages lie where
-    # those of weights would.
+    # Unwritten memory would be the one page of zeros. torch allocates it, as it does for weights.
     buffer = torch.ones(max(working_sets), dtype=torch.uint8)
     reader = next(iter(loops.values()))
     parts = {size: max(UNIT, size // threads // UNIT * UNIT) for size in working_sets}
@@ -146,15 +145,15 @@ def measure(
 
 
 def measure_gpu(name: str, kernel: str) -> Peaks:
-    """Measures a GPU's peaks, as far as they are not a matter of specification.
+    """Measure the peaks of a GPU; the rate of int8 multiply-adds comes from its data sheet.
 
     Args:
-        name: The GPU's.
-        kernel: The one that multiplies int8 numbers.
+        name: The name of the GPU.
+        kernel: The kernel that multiplies int8 numbers.
     """
     data = torch.ones(GPU_READ_BYTES // 4, device="cuda")
     x = torch.randn(GPU_PRODUCT, GPU_PRODUCT, device="cuda", dtype=torch.bfloat16)
-    # Its floating-point sum is the one reduction of torch's that does little else but read.
+    # The floating-point sum is torch's only reduction that does little more than read.
     read = GPU_READ_BYTES / _best_seconds(data.sum)
     multiply_add = {"bf16": 2 * GPU_PRODUCT**3 / _best_seconds(lambda: x @ x)}
     peak = int8_peak(name)
@@ -164,14 +163,14 @@ def measure_gpu(name: str, kernel: str) -> Peaks:
 
 
 def int8_peak(name: str) -> float | None:
-    """Dense int8 operations per second of a GPU; None if it is not in the table."""
+    """Return the dense int8 operations per second of a GPU; None if the table lacks it."""
     found = (peak for begin, peak in INT8_PEAKS.items() if name.startswith(begin))
     return next(found, None)
 
 
 def _best_seconds(call: timing.Call) -> float:
-    replay, repeats = timing.graph([call])
-    return min(timing.graph_timer(replay, 1) for _ in range(RUNS)) / repeats
+    replay, repeats = cuda_timing.graph([call])
+    return min(cuda_timing.graph_timer(replay, 1) for _ in range(RUNS)) / repeats
 
 
 def _reading(loops: ctypes.CDLL, buffer: torch.Tensor, part: int) -> Work:
@@ -187,12 +186,12 @@ def _multiplying(loops: ctypes.CDLL) -> Work:
 
 
 def _best_rates(works: Sequence[Work], threads: int) -> list[float]:
-    """Units per second of each kind of work, done by all threads at once."""
+    """Return the units per second of each kind of work, done by all threads at once."""
     best = [0.0] * len(works)
-    # ctypes releases the GIL for the length of a call, so Python's threads are enough.
+    # ctypes releases the GIL during a call, so Python's threads are enough.
     with ThreadPoolExecutor(threads) as pool:
         passes = [_long_enough(pool, work, threads) for work in works]
-        # In rounds, so that a moment in which something else has the machine costs nobody its best.
+        # In rounds, so that a short disturbance costs no kind of work all its runs.
         for _ in range(RUNS):
             for index, work in enumerate(works):
                 done, seconds = _run(pool, work, threads, passes[index])
@@ -201,7 +200,7 @@ def _best_rates(works: Sequence[Work], threads: int) -> list[float]:
 
 
 def _long_enough(pool: ThreadPoolExecutor, work: Work, threads: int) -> int:
-    """How many passes make a run."""
+    """Return the number of passes of a run."""
     passes = 1
     while (seconds := _run(pool, work, threads, passes)[1]) < RUN_SECONDS:
         passes *= max(2, math.ceil(RUN_SECONDS / seconds))
@@ -209,7 +208,7 @@ def _long_enough(pool: ThreadPoolExecutor, work: Work, threads: int) -> int:
 
 
 def _run(pool: ThreadPoolExecutor, work: Work, threads: int, passes: int) -> tuple[int, float]:
-    """Units of work done by all threads at once, and the seconds that it took."""
+    """Return the units of work of all threads at once, and the seconds from first to last."""
     barrier = threading.Barrier(threads)
 
     def one(thread: int) -> tuple[float, int, float]:

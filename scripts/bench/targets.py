@@ -1,6 +1,6 @@
-"""What a deployed layer is to reach on an H100, the quantisation of its input included.
+"""Targets of a deployed layer on an H100, the quantisation of its input included.
 
-Figures are medians with cold weights, from the results of ``bench.py``; see ``report.py``.
+Figures are medians with cold weights, from the results of the benchmark (see ``records.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 Shape = Sequence[int]
 
-# One token: microseconds by N, K.
+# One token: microseconds by (N, K).
 ONE_TOKEN = {
     (2560, 2560): 3.0,
     (2560, 6912): 4.0,
@@ -21,38 +21,38 @@ ONE_TOKEN = {
     (8192, 8192): 8.0,
     (28672, 8192): 22.5,
 }
-# By the number of tokens: how many times as long as one token it may take.
+# By the number of tokens: the longest time, in times of one token.
 FEW_TOKENS = {16: 1.3, 64: 2.0}
-# By the number of tokens: how many times as fast as nn.Linear bf16.
+# By the number of tokens: the smallest speed-up over nn.Linear bf16.
 MANY_TOKENS = {1024: 1.5, 4096: 1.5}
-# N, K, M of the product that is to reach so many Top/s.
+# N, K, M of a product, and its smallest Top/s.
 PRODUCT, PRODUCT_TOPS = (8192, 8192, 4096), 1000.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was wanted and what was measured.
+    """A target beside its measured figure.
 
     Attributes:
-        what: The layer and its tokens.
+        product: The layer and its tokens.
         wanted: The limit and its unit, for people.
-        figure: What was measured, in that unit.
-        met: Whether it is within the limit.
+        figure: The measured figure, in that unit.
+        met: Whether the figure is within the limit.
     """
 
-    what: str
+    product: str
     wanted: str
     figure: float
     met: bool
 
 
 def judge(results: Mapping[str, Any]) -> list[Verdict]:
-    """The chosen kernel against each target; what was not measured is left out."""
+    """Compare the chosen kernel with each target that was measured."""
     times = {
-        (cell["N"], cell["K"], cell["M"], name): its["median_us"]
+        (cell["N"], cell["K"], cell["M"], name): figures["median_us"]
         for cell in results["cells"]
         if cell["mode"] == "cold"
-        for name, its in cell["contestants"].items()
+        for name, figures in cell["contestants"].items()
     }
 
     def us(shape: Shape, M: int, name: str = results["chosen_kernel"]) -> float:
@@ -65,8 +65,8 @@ def judge(results: Mapping[str, Any]) -> list[Verdict]:
         for shape in ONE_TOKEN
     ]
     verdicts += [
-        _at_least(shape, M, us(shape, M, "bf16") / us(shape, M), least, "x bf16")
-        for M, least in MANY_TOKENS.items()
+        _at_least(shape, M, us(shape, M, "bf16") / us(shape, M), minimum, "x bf16")
+        for M, minimum in MANY_TOKENS.items()
         for shape in ONE_TOKEN
     ]
     *shape, M = PRODUCT

@@ -1,5 +1,5 @@
-// Runs one kernel of one Arm variant a number of times, for instruction_count.py, which counts the
-// instructions of a run more or less.
+// Runs one kernel of one Arm variant a number of times. instruction_count.py counts the
+// instructions of two programs that differ by one run.
 //
 // Usage: program quantize|gemv|gemm|call M N K runs. KERNEL is the file of the variant, VARIANT its
 // vocabulary, GEMM its form for many tokens.
@@ -12,7 +12,7 @@
 using namespace bitlinear;
 
 int main(int, char** arguments) {
-  const std::string what = arguments[1];
+  const std::string form = arguments[1];
   const int64_t M = atol(arguments[2]), N = atol(arguments[3]), K = atol(arguments[4]);
   const int64_t row_bytes = ceil_div(K, 4), q_stride = bitlinear_q_stride(&kTable, K);
   const std::vector<float> x(static_cast<size_t>(M * K), 1.0f);
@@ -37,10 +37,10 @@ int main(int, char** arguments) {
   task.y_stride = N;
   task.scratch = aligned_alloc(64, static_cast<size_t>(scratch_bytes));
   for (int64_t run = atol(arguments[5]); run > 0; --run) {
-    if (what == "gemv") gemv<VARIANT>(task);
-    if (what == "gemm") GEMM::run(task);
-    if (what == "call") kTable.linear(&task);
-    if (what != "quantize") continue;
+    if (form == "gemv") gemv<VARIANT>(task);
+    if (form == "gemm") GEMM::run(task);
+    if (form == "call") kTable.linear(&task);
+    if (form != "quantize") continue;
     for (int64_t m = 0; m < M; ++m) {
       kTable.quantize_row(x.data() + m * K, BITLINEAR_F32, K, 1e-6f, q.data() + m * q_stride,
                           &s_x[m], &q_sum[m]);

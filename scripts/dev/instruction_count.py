@@ -1,11 +1,11 @@
-"""Counts the instructions that whole calls of the Arm kernels execute, in an emulator.
+"""Count the instructions that whole calls of the Arm kernels execute, in an emulator.
 
     python -m scripts.dev.instruction_count [--shapes 1024x1024 64x64] [--tokens 1 4 16]
 
-Needs g++-aarch64-linux-gnu and qemu-user. For every Arm kernel and every number of tokens: what
-the GEMV, the GEMM and the quantiser execute per 64 packed bytes and token, and which of the two
-forms the kernel chooses. Where it changes over (kGemmTokens, kGemvOverhead) was set by this table,
-as there was no Arm machine to time it on.
+Needs gcc, g++-aarch64-linux-gnu and qemu-user with plugins. For every Arm kernel and every number
+of tokens, the table has the instructions of the GEMV, the GEMM and the quantiser per 64 packed
+bytes and token, and the form that the kernel chooses. This table set the threshold between the two
+forms (kGemmTokens, kGemvOverhead), because no Arm machine was available to time them.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from __future__ import annotations
 import argparse
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bitlinear.kernels import DIRECTORY, VARIANTS
+from scripts import tools
+from scripts.bench.arguments import parse_count, parse_shape
 
 HERE = Path(__file__).parent
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = ("qemu-aarch64", "-cpu", "max")
 
-# variant: its vocabulary and its form for many tokens, as its file names them
+# The vocabulary of each variant and its form for many tokens, as its source file names them.
 FORMS = {
     "neon": ("Neon", "LookupGemm<Neon>"),
     "neon_dotprod": ("NeonDotprod", "PanelGemm<NeonDotprod, RegisterTiles<NeonDotprod, LaneTile>>"),
@@ -32,7 +35,7 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Counter:
-    """Programs that run kernels, and the plugin that counts, in a folder of their own."""
+    """Programs that run kernels, and the plugin that counts instructions, in one folder."""
 
     folder: Path
 
@@ -52,46 +55,53 @@ class Counter:
             source = ["-I", DIRECTORY, HERE / "instruction_count.cpp"]
             subprocess.run([*command, *source, "-o", self.folder / variant.name], check=True)
 
-    def executed(self, variant: str, what: str, M: int, N: int, K: int) -> int:
-        """The instructions of one call: those of a program that makes two, less those of one."""
+    def executed(self, variant: str, form: str, M: int, N: int, K: int) -> int:
+        """Return the instructions of one call: a program makes two calls, another makes one."""
         emulator = [*EMULATOR, "-plugin", self.folder / "plugin.so", self.folder / variant]
-        once, twice = (
+        one_call, two_calls = (
             subprocess.run(
-                [*emulator, what, *map(str, (M, N, K, runs))],
+                [*emulator, form, *map(str, (M, N, K, runs))],
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
             ).stdout
             for runs in (1, 2)
         )
-        return int(twice) - int(once)
+        return int(two_calls) - int(one_call)
 
 
 def row(counter: Counter, variant: str, M: int, N: int, K: int) -> tuple[list[float], str]:
-    """GEMV, GEMM and quantiser per 64 packed bytes and token, and the form that is chosen."""
+    """Return GEMV, GEMM and quantiser per 64 packed bytes and token, and the chosen form."""
     gemv, gemm, quantize, call = (
-        counter.executed(variant, what, M, N, K) for what in ("gemv", "gemm", "quantize", "call")
+        counter.executed(variant, form, M, N, K) for form in ("gemv", "gemm", "quantize", "call")
     )
-    # The choice itself takes a few instructions.
+    # The choice itself takes a few instructions, so neither form has exactly the call's count.
     chosen = "GEMV" if abs(call - gemv) < abs(call - gemm) else "GEMM"
     unit = M * N * K / 256
     return [count / unit for count in (gemv, gemm, quantize)], chosen
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["1024x1024", "512x256"], metavar="NxK")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 3, 4, 8, 9, 16, 64])
+    shapes, tokens = [(1024, 1024), (512, 256)], [1, 2, 3, 4, 8, 9, 16, 64]
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=shapes, metavar="NxK")
+    parser.add_argument("--tokens", nargs="+", type=parse_count, default=tokens, metavar="M")
     parser.add_argument("--kernels", nargs="+", default=list(FORMS), choices=list(FORMS))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    for program, package in (
+        ("gcc", "gcc"),
+        (COMPILER, "g++-aarch64-linux-gnu"),
+        (EMULATOR[0], "qemu-user"),
+    ):
+        tools.require_program(program, f"run apt-get install {package}")
     print("| per 64 packed bytes and token | N x K | M | GEMV | GEMM | quantiser | chosen |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         counter = Counter(Path(folder))
         counter.build()
         for variant in arguments.kernels:
-            for shape in arguments.shapes:
-                N, K = map(int, shape.split("x"))
+            for N, K in arguments.shapes:
                 for M in arguments.tokens:
                     counts, chosen = row(counter, variant, M, N, K)
                     cells = " | ".join(f"{count:.1f}" for count in counts)

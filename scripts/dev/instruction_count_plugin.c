@@ -1,5 +1,5 @@
-// A plugin of QEMU (5.0 or newer) that counts the instructions which are executed, and prints the
-// number. QEMU's header is rarely installed: what is used of it is declared here.
+// A plugin of QEMU (5.0 or newer) that prints the number of executed instructions. QEMU's header is
+// rarely installed, so the functions of it that the plugin uses are declared here.
 #include <inttypes.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -28,7 +28,7 @@ static void on_exit(Id id, void* data) {
   (void)id;
   (void)data;
   printf("%" PRIu64 "\n", executed);
-  fflush(stdout);  // QEMU does not
+  fflush(stdout);  // QEMU does not flush it
 }
 
 EXPORTED int qemu_plugin_install(Id id, const void* info, int count, char** arguments) {

@@ -1,13 +1,13 @@
-"""Counts the instructions of the Arm kernels' inner loops, in place of times on an Arm machine.
+"""Count the instructions of the Arm kernels' inner loops, in place of times on an Arm machine.
 
     python -m scripts.dev.instruction_mix [--write] [--compiler COMMAND]
 
-Compiles every Arm kernel with the flags of its row, disassembles it, and finds the inner loop of
-the GEMV for one token and that of the GEMM. Counts are per 64 packed bytes of one weight row and
-one token, which is 256 products; a load of a pair of registers is one. Beside them stand the
-least that the method needs, and the sequence of bitnet.cpp's NEON kernel (I2_S). Exits with 1 if a
-total is above the one in scripts/bench/results/instructions.json by more than 5 %; --write
-replaces that file. A compiler is, for example, "clang++ --target=aarch64-linux-gnu".
+Needs g++-aarch64-linux-gnu. Compiles every Arm kernel with the flags of its row, disassembles it,
+and finds the inner loops of the GEMV for one token and of the GEMM. Counts are per 64 packed bytes
+of one weight row and one token, which is 256 products; a load of a register pair counts once. The
+table also has the minimum of the method, and the sequence of bitnet.cpp's NEON kernel (I2_S). Exits
+with 1 if a total is more than 5 % above scripts/bench/results/instructions.json; --write replaces
+that file. Another compiler is, for example, "clang++ --target=aarch64-linux-gnu".
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bitlinear.kernels import DIRECTORY, VARIANTS
+from scripts import tools
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results" / "instructions.json"
 PRODUCTS = 256  # 64 packed bytes, one token
@@ -31,32 +32,32 @@ PRODUCTS = 256  # 64 packed bytes, one token
 
 @dataclass(frozen=True)
 class Loop:
-    """What is looked for.
+    """An inner loop of a kernel.
 
     Attributes:
-        work: The instruction, and how many products it is worth.
-        decodes: Whether the loop takes codes out of packed bytes.
-        least: The instructions that the method needs, per 256 products: loads, masks and shifts,
-            arithmetic. A load of two registers counts as two, what rows share as a fraction.
+        work: The instruction that multiplies, and the number of its products.
+        decodes: Whether the loop decodes packed bytes.
+        minimum: The instructions that the method needs, per 256 products: loads, masks and shifts,
+            arithmetic. A load of two registers counts twice; a load that rows share is a fraction.
     """
 
     variant: str
     form: str
     work: tuple[str, int]
     decodes: bool
-    least: tuple[float, float, float]
+    minimum: tuple[float, float, float]
 
 
 LOOPS = (
     # Four rows share the 16 vectors of activations.
     Loop("neon", "GEMV", (r"smlal2?\t", 8), True, (4 + 16 / 4, 20, 32)),
-    # An index serves 16 tokens: 4 weights * 16 products.
+    # An index serves 16 tokens: 4 weights x 16 products.
     Loop("neon", "GEMM", (r"ldu?rh\t", 64), False, (4 + 8 + 4 / 8, 0, 8)),
     Loop("neon_dotprod", "GEMV", (r"sdot\t.*\.16b$", 16), True, (4 + 16 / 4, 16, 16)),
-    # 24 rows and 4 tokens share what is loaded for them.
+    # 24 rows and 4 tokens share their loads.
     Loop("neon_dotprod", "GEMM", (r"sdot\t.*\.4b\[", 16), False, (16 / 4 + 16 / 24, 0, 16)),
     Loop("neon_i8mm", "GEMV", (r"sdot\t.*\.16b$", 16), True, (4 + 16 / 4, 16, 16)),
-    # The activations of two tokens are interleaved first: as many instructions as loads.
+    # The activations of two tokens are interleaved first, with as many instructions as loads.
     Loop("neon_i8mm", "GEMM", (r"smmla\t", 32), False, (16 / 4 + 16 / 24, 16 / 24, 8)),
 )
 # Without its 16 loads of activations and without the loop.
@@ -75,20 +76,20 @@ class Mix:
     form: str
     compiler: str
     counts: dict[str, float]
-    least: float
+    minimum: float
     spills: int  # accesses of the stack in the loop
 
 
 def inner_loops(listing: str) -> Iterator[list[str]]:
-    """The instructions of every loop without a branch inside."""
+    """Yield the instructions of every loop that contains no other branch."""
     lines = [
         line.split("\t", 1) for line in listing.splitlines() if re.match(r" *[0-9a-f]+:\t", line)
     ]
-    where = {int(address.strip(" :"), 16): i for i, (address, _) in enumerate(lines)}
+    index = {int(address.strip(" :"), 16): i for i, (address, _) in enumerate(lines)}
     branch = re.compile(r"(?:b\.\w+|cbn?z|tbn?z|b)\t(?:.*, )?([0-9a-f]+) <")
     targets = [branch.match(text) for _, text in lines]
     for end, target in enumerate(targets):
-        begin = where.get(int(target[1], 16), end + 1) if target else end + 1
+        begin = index.get(int(target[1], 16), end + 1) if target else end + 1
         if begin <= end and not any(targets[begin:end]):
             yield [text.split("//")[0].strip() for _, text in lines[begin : end + 1]]
 
@@ -98,8 +99,11 @@ def count(pattern: str, loop: list[str]) -> int:
 
 
 def find(wanted: Loop, listing: str) -> list[str]:
-    """The loop with the most work; of the GEMVs the one that decodes most, which is that of one
-    token; of the GEMMs that start, continue and end sums, the one that continues them."""
+    """Return the loop with the most work.
+
+    Of the GEMV's loops, the one for one token decodes most. Of the GEMM's loops, which start,
+    continue and end sums, the one that continues them counts.
+    """
     decoded = CLASSES["masks and shifts"]
     loops = [
         loop
@@ -118,7 +122,7 @@ def find(wanted: Loop, listing: str) -> list[str]:
     )
 
 
-def text_of(command: list[str | Path]) -> str:
+def output_of(command: list[str | Path]) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
@@ -128,7 +132,7 @@ def measure(wanted: Loop, compiler: list[str], objdump: list[str]) -> Mix:
         output = Path(folder) / "kernel.o"
         sources = ["-c", DIRECTORY / variant.sources[0], "-o", output]
         subprocess.run([*compiler, "-std=c++17", "-fPIC", *variant.cflags, *sources], check=True)
-        listing = text_of([*objdump, "-d", "--no-show-raw-insn", output])
+        listing = output_of([*objdump, "-d", "--no-show-raw-insn", output])
     loop = find(wanted, listing)
     scale = PRODUCTS / (count(wanted.work[0], loop) * wanted.work[1])
     counts = {name: count(pattern, loop) * scale for name, pattern in CLASSES.items()}
@@ -137,9 +141,9 @@ def measure(wanted: Loop, compiler: list[str], objdump: list[str]) -> Mix:
     return Mix(
         wanted.variant,
         wanted.form,
-        text_of([*compiler, "--version"]).splitlines()[0],
+        output_of([*compiler, "--version"]).splitlines()[0],
         {name: round(value, 1) for name, value in counts.items()},
-        round(sum(wanted.least), 1),
+        round(sum(wanted.minimum), 1),
         count(r".*\[sp", loop),
     )
 
@@ -147,36 +151,39 @@ def measure(wanted: Loop, compiler: list[str], objdump: list[str]) -> Mix:
 def table(mixes: list[Mix]) -> str:
     columns = list(BITNET)
     lines = [
-        f"| per 64 packed bytes and token | {' | '.join(columns)} | least | spills |",
+        f"| per 64 packed bytes and token | {' | '.join(columns)} | minimum | spills |",
         f"|---|{'---|' * (len(columns) + 2)}",
     ]
     for mix in mixes:
         cells = [f"{mix.counts[column]:g}" for column in columns]
         lines.append(
-            f"| `{mix.variant}` {mix.form} | {' | '.join(cells)} | {mix.least:g} | {mix.spills} |"
+            f"| `{mix.variant}` {mix.form} | {' | '.join(cells)} | {mix.minimum:g} | {mix.spills} |"
         )
     lines.append(f"| bitnet.cpp, GEMV | {' | '.join(str(BITNET[name]) for name in columns)} | | |")
     return "\n".join(lines)
 
 
 def worse(mixes: list[Mix], recorded: list[dict[str, object]]) -> list[str]:
-    """What is above the record by more than 5 %."""
-    totals = {(its["variant"], its["form"]): its["counts"]["total"] for its in recorded}
+    """Return the loops whose total is more than 5 % above the record."""
+    totals = {(loop["variant"], loop["form"]): loop["counts"]["total"] for loop in recorded}
     return [
-        f"{mix.variant} {mix.form}: {mix.counts['total']:g} instructions, {known:g} recorded"
+        f"{mix.variant} {mix.form}: {mix.counts['total']:g} instructions, {total:g} recorded"
         for mix in mixes
-        if mix.counts["total"] > 1.05 * (known := totals[mix.variant, mix.form])
+        if mix.counts["total"] > 1.05 * (total := totals[mix.variant, mix.form])
     ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--compiler", default="aarch64-linux-gnu-g++")
     parser.add_argument("--objdump", default="aarch64-linux-gnu-objdump")
-    arguments = parser.parse_args()
-    tools = shlex.split(arguments.compiler), shlex.split(arguments.objdump)
-    mixes = [measure(wanted, *tools) for wanted in LOOPS]
+    arguments = parser.parse_args(argv)
+    compiler, objdump = shlex.split(arguments.compiler), shlex.split(arguments.objdump)
+    for program in (compiler[0], objdump[0]):
+        tools.require_program(program, "run apt-get install g++-aarch64-linux-gnu")
+    mixes = [measure(wanted, compiler, objdump) for wanted in LOOPS]
     print(table(mixes))
     if arguments.write:
         RESULTS.write_text(json.dumps([asdict(mix) for mix in mixes], indent=1) + "\n")

@@ -1,20 +1,20 @@
-"""Runs the test suite as a 64-bit Arm process, under an emulator.
+"""Run the test suite as a 64-bit Arm process, under an emulator.
 
     python -m scripts.dev.test_aarch64 [--cpu cortex-a53] [tests/kernels -k scalar]
 
 Needs an x86-64 host like Debian, root, Linux 6.7 or newer, the packages debootstrap and util-linux,
-and qemu-user 8.2 or newer: older ones show programs the host's /proc/cpuinfo, where BitLinear reads
-which instructions there are. Debian 12 has a newer one in its backports, and nothing of it needs to
-be installed:
+and qemu-user 8.2 or newer. Older versions show programs the host's /proc/cpuinfo, from which
+BitLinear reads the CPU's flags. The backports of Debian 12 have a newer one, which runs without
+being installed:
 
     apt-get download qemu-user/bookworm-backports && dpkg-deb -x qemu-user_*.deb DIR
     python -m scripts.dev.test_aarch64 --emulator DIR/usr/bin/qemu-aarch64
 
-The first run makes a Debian with Python, g++ and torch in --root; later ones install nothing. Each
-copies this checkout's files, as git lists them, into it, and everything there runs emulated: the
-interpreter, the compiler that is started on import, the kernels. Mounts, and how Linux finds the
-emulator, are private to each command, and nothing else on the host is changed. All arguments that
-are not named below go to pytest. Prints one line for the README.
+The first run makes a Debian with Python, g++ and torch in --root; later runs install nothing. Each
+run copies this checkout's files, as git lists them, into it. Everything there runs emulated: the
+interpreter, the compiler that the import starts, the kernels. The mounts and the registration of
+the emulator are private to each command, and nothing else on the host changes. Arguments that are
+not options of this script go to pytest. Prints one line for tests/README.md.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from scripts import tools
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASE = "bookworm"
 PACKAGES = "python3,python3-venv,python3-dev,g++"
 FOR_PIP = ("_proxy", "pip_index_url")
 CERTIFICATES = "/root/certificates.pem"
-# It has what any Arm kernel needs. "max" has SME too, which torch 2.9's quantised Linear uses in a
-# way that qemu 10.0 calls an illegal instruction; "max,sme=off" works.
+# It has the flags of every Arm kernel. "max" has SME too, which torch 2.9's quantised Linear uses
+# in a way that qemu 10.0 calls an illegal instruction; "max,sme=off" works.
 CPU = "neoverse-v1"
 CHECKOUT = "/root/bitlinear"
 PYTHON = "/root/venv/bin/python"
@@ -50,11 +52,11 @@ import sys, numpy, torch
 print(sys.version.split()[0], torch.__version__, numpy.__version__)
 """
 
-# The first process of the namespaces waits until its user is mapped to root, which takes effect
-# when it starts another program.
+# The first process of the namespaces waits until its user is mapped to root. The mapping takes
+# effect when it starts another program.
 WAIT = 'echo >&0; read -r mapped; exec setpriv --pdeathsig KILL sh -euc "$@"'
-# Nothing of the host's is mounted so that it can be written to: devices are single files, and there
-# is no more of /sys than torch reads.
+# No directory of the host is mounted writable: devices are single files, and of /sys only the part
+# that torch reads is there.
 ENTER = r"""
 root=$1 emulator=$2
 shift 2
@@ -82,7 +84,7 @@ magic='\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00'
 mask='\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff'
 printf ':aarch64:M::%s:%s:%s:FP' "$magic" "$mask" "$emulator" \
     > "$root/proc/sys/fs/binfmt_misc/register"
-# Not exec: signals do to the first process of a namespace only what it asks for.
+# Not exec: the first process of a namespace ignores signals that it has no handler for.
 status=0
 chroot "$root" "$@" < /dev/null || status=$?
 exit $status
@@ -95,8 +97,8 @@ class Machine:
 
     Attributes:
         root: Its root file system.
-        emulator: The program, statically linked, that runs its programs.
-        cpu: What it emulates.
+        emulator: The emulator, statically linked.
+        cpu: The emulated CPU.
     """
 
     root: Path
@@ -104,10 +106,10 @@ class Machine:
     cpu: str
 
     def run(self, *command: str) -> None:
-        """Runs a command.
+        """Run a command.
 
         Raises:
-            subprocess.CalledProcessError: it fails.
+            subprocess.CalledProcessError: The command failed.
         """
         with self.start(*command) as process:
             pass
@@ -115,17 +117,17 @@ class Machine:
             raise subprocess.CalledProcessError(process.returncode, command)
 
     def output(self, *command: str) -> str:
-        """What a command writes to standard output."""
+        """Return the standard output of a command."""
         with self.start(*command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             return process.stdout.read()
 
     def inside(self, path: str) -> Path:
-        """Where an absolute path of the machine's lies."""
+        """Return the host's path of an absolute path inside the machine."""
         return self.root / path.lstrip("/")
 
     def description(self) -> str:
-        """The emulated CPU and the emulator, for people."""
+        """Return the emulated CPU and the emulator, for people."""
         version = subprocess.run(
             [self.emulator, "--version"], stdout=subprocess.PIPE, text=True, check=True
         )
@@ -136,7 +138,7 @@ class Machine:
     def start(
         self, *command: str, stdout: int | IO[str] | None = None
     ) -> Iterator[subprocess.Popen[str]]:
-        """Starts a command as root of namespaces of its own, and waits for its end."""
+        """Start a command as root of namespaces of its own, and wait for its end."""
         unshare = ("unshare", "--user", "--mount", "--pid", "--fork", "--kill-child")
         arguments = (ENTER, "sh", self.root, self.emulator, *command)
         ours, theirs = socket.socketpair()
@@ -158,7 +160,7 @@ class Machine:
                     ours.send(b"\n")
                 yield process
             except BaseException:
-                process.kill()  # and with it all that it has started
+                process.kill()  # the kernel kills its children with it
                 raise
 
     def _environment(self) -> dict[str, str]:
@@ -169,49 +171,49 @@ class Machine:
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": "/root",
             "LANG": "C.UTF-8",
-            "PYTHONUNBUFFERED": "1",  # what is shown is what runs
+            "PYTHONUNBUFFERED": "1",  # shows output at once
             "QEMU_CPU": self.cpu,
         }
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
 def bootstrap(machine: Machine, mirror: str | None) -> None:
-    """Makes a Debian in the machine's root."""
-    say(f"installing Debian into {machine.root}")
+    """Make a Debian in the machine's root."""
+    log(f"installing Debian into {machine.root}")
     partial = machine.root.with_name(f"{machine.root.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
     options = ("--arch=arm64", "--foreign", "--variant=minbase", f"--include={PACKAGES}")
-    log = partial.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
+    log_file = partial.with_suffix(".log")
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("w") as file:
         first = ["debootstrap", *options, RELEASE, partial, *([mirror] if mirror else [])]
         subprocess.run(first, stdout=file, check=True)
         half = Machine(partial, machine.emulator, machine.cpu)
-        # It believes that it can make devices unless it is in a container of this kind.
+        # debootstrap makes device files unless it runs in a container of this kind.
         second = ("env", "container=lxc", "/debootstrap/debootstrap", "--second-stage")
         with half.start(*second, stdout=file) as process:
             pass
     if process.returncode:
-        sys.exit(f"debootstrap's second stage failed, see {log}")
+        sys.exit(f"debootstrap's second stage failed, see {log_file}")
     partial.rename(machine.root)
 
 
 def check(machine: Machine) -> None:
-    """Ends this program unless the emulator shows the flags of the CPU that it emulates."""
+    """End this program unless the emulator shows the flags of the CPU that it emulates."""
     shown = machine.output("cat", "/proc/cpuinfo")
     if re.search(r"^Features\s*:.* asimd", shown, re.MULTILINE) is None:
         sys.exit(
-            f"{machine.emulator} ({machine.description()}) runs no Arm programs here, or shows "
-            "them the host's /proc/cpuinfo; see the top of this file for what is needed"
+            f"{machine.emulator} ({machine.description()}) cannot run Arm programs here, or it "
+            "shows them the host's /proc/cpuinfo; the top of this file lists the requirements"
         )
 
 
 def refresh(machine: Machine) -> None:
-    """Copies the files of this checkout, as git lists them, into the machine."""
+    """Copy the files of this checkout, as git lists them, into the machine."""
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
@@ -219,22 +221,22 @@ def refresh(machine: Machine) -> None:
     if checkout.exists():
         shutil.rmtree(checkout)
     for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).exists():  # deleted, but not yet committed
+        if (ROOT / name).exists():  # git also lists deletions that are not committed
             (checkout / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, checkout / name)
 
 
 def install(machine: Machine, torch_version: str) -> None:
-    """Installs the checkout and what its tests need, unless the same is installed already."""
+    """Install the checkout and the dependencies of its tests, unless they are installed already."""
     constraint = f"torch=={torch_version}"
     wanted = "\n".join([constraint, (ROOT / "pyproject.toml").read_text()])
     done = machine.inside("/root/installed")
     if done.exists() and done.read_text() == wanted:
         return
-    say("installing the package and what its tests need")
+    log("installing the package and the dependencies of its tests")
     if not machine.inside(PYTHON).is_symlink():
         machine.run("python3", "-m", "venv", str(Path(PYTHON).parent.parent))
-    # pip trusts whom the host trusts.
+    # pip trusts the same certificates as the host.
     shutil.copyfile(
         ssl.get_default_verify_paths().cafile or "/dev/null", machine.inside(CERTIFICATES)
     )
@@ -245,7 +247,7 @@ def install(machine: Machine, torch_version: str) -> None:
 
 
 def test(machine: Machine, arguments: list[str]) -> tuple[str, bool]:
-    """Runs the doctor and pytest; the line for the README, and whether both are content."""
+    """Run the doctor and pytest; return the line for the table, and whether both succeeded."""
     with machine.start(PYTHON, "-m", "bitlinear.doctor") as doctor:
         pass
     in_checkout = ("env", "-C", CHECKOUT)
@@ -263,7 +265,8 @@ def test(machine: Machine, arguments: list[str]) -> tuple[str, bool]:
     return f"| {' | '.join(cells)} |", doctor.returncode == pytest.returncode == 0
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=ROOT / ".aarch64-root")
     parser.add_argument("--cpu", default=CPU, help=f"as the emulator names it (default: {CPU})")
@@ -272,13 +275,16 @@ def main() -> None:
         "--torch", default="2.9.1", help="a release whose aarch64 wheel is for CPUs"
     )
     parser.add_argument("--mirror", help="of Debian, for debootstrap (default: its own)")
-    arguments, for_pytest = parser.parse_known_args()
-    emulator = shutil.which(arguments.emulator)
-    if emulator is None:
-        parser.error(f"there is no {arguments.emulator}; see the top of this file")
+    arguments, for_pytest = parser.parse_known_args(argv)
+    emulator = tools.require_program(
+        arguments.emulator, "the top of this file says how to get version 8.2 or newer"
+    )
+    for program, package in (("unshare", "util-linux"), ("setpriv", "util-linux")):
+        tools.require_program(program, f"run apt-get install {package}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     machine = Machine(arguments.root.resolve(), Path(emulator).resolve(), arguments.cpu)
     if not machine.root.exists():
+        tools.require_program("debootstrap", "run apt-get install debootstrap")
         bootstrap(machine, arguments.mirror)
     check(machine)
     refresh(machine)

@@ -1,4 +1,4 @@
-"""The whole model's linear layers: what they are, that they form a chain, and one small run."""
+"""The linear layers of a whole model: their shapes, their order, and one small run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bitlinear import runtime
-from scripts.bench import decode, report
+from scripts.bench import decode, records
 
 TINY = decode.Architecture(layers=2, hidden=16, intermediate=24, heads=4, kv_heads=2, head_size=4)
 LAYERS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -79,12 +79,12 @@ def test_a_run(monkeypatch, tmp_path, capsys):
     assert fp32["weight_bytes"] == 4 * weights
     assert ours["weight_bytes"] == weights / 4 + 4 * 2 * len(LAYERS)  # and a scale for each
     assert glue["weight_bytes"] == 0
-    for its in (ours, fp32, glue):
-        assert its["tokens_per_s"] == pytest.approx(1e6 / its["median_us"], rel=1e-3)
-        assert its["peak_bytes"] is None
+    for figures in (ours, fp32, glue):
+        assert figures["tokens_per_s"] == pytest.approx(1e6 / figures["median_us"], rel=1e-3)
+        assert figures["peak_bytes"] is None
     assert "| **BitLinear** " in capsys.readouterr().out
-    with pytest.raises(ValueError, match="does not hold results of bench"):
-        report.read(tmp_path / "results.json")
+    with pytest.raises(ValueError, match="is not a results file"):
+        records.read(tmp_path / "results.json")
 
 
 @pytest.mark.cuda
@@ -92,7 +92,7 @@ def test_a_run(monkeypatch, tmp_path, capsys):
 def test_a_run_on_a_gpu(monkeypatch, tmp_path):
     results = run("cuda", monkeypatch, tmp_path)
     assert results["machine"]["gpu"]["name"]
-    its = results["contestants"]
-    assert list(its) == ["bitlinear", "bf16", "glue"]
-    assert all(figures["tokens_per_s"] > 0 for figures in its.values())
-    assert its["bf16"]["peak_bytes"] >= its["bf16"]["weight_bytes"]
+    contestants = results["contestants"]
+    assert list(contestants) == ["bitlinear", "bf16", "glue"]
+    assert all(figures["tokens_per_s"] > 0 for figures in contestants.values())
+    assert contestants["bf16"]["peak_bytes"] >= contestants["bf16"]["weight_bytes"]

@@ -1,4 +1,4 @@
-"""The pictures, from made-up results."""
+"""The pictures of the benchmark, from made-up results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ pytest.importorskip("matplotlib")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.bench import charts, plot, report
-from scripts.bench.report import Cell
+from scripts.bench import charts, pictures, plot, records
+from scripts.bench.contestants import KERNEL, LAYER, OTHER, PRODUCT
+from scripts.bench.records import Cell
 from scripts.bench.timing import Summary
 
 MEDIANS = {"avx2": 10e-6, "scalar": 90e-6, "fp32": 40e-6, "int_mm": 20e-6, "undeployed": 3e-3}
+ROLES = {"avx2": KERNEL, "scalar": KERNEL, "fp32": LAYER, "int_mm": PRODUCT, "undeployed": OTHER}
 
 
 def results_of(shapes, tokens, threads):
@@ -24,26 +26,17 @@ def results_of(shapes, tokens, threads):
     cells = []
     for (N, K), M, T in ((s, m, t) for s in shapes for t in threads for m in tokens):
         times = {
-            name: Summary(its * M / T, its * M / T * 0.9, its * M / T * 1.1, 5)
-            for name, its in MEDIANS.items()
+            name: Summary(median * M / T, median * M / T * 0.9, median * M / T * 1.1, 5)
+            for name, median in MEDIANS.items()
         }
         # As for a shape that int_mm does not support.
         if M == 1:
             del times["int_mm"]
-        cells.append(
-            report.record(
-                Cell(N, K, M, T, "float32"),
-                times,
-                kernels=["avx2", "scalar"],
-                peers=["fp32", "int_mm"],
-                bounds={"avx2": 1e-6},
-                baseline="fp32",
-            )
-        )
-    roles = dict.fromkeys(MEDIANS, "peer")
-    roles.update(avx2="kernel", scalar="kernel", undeployed="other")
+        cell = Cell(N, K, M, T, "float32")
+        bounds = {"avx2": 1e-6}
+        cells.append(records.record(cell, times, roles=ROLES, bounds=bounds, baseline="fp32"))
     return {
-        "schema": report.SCHEMA,
+        "schema": records.SCHEMA,
         "time": "2026-01-02T03:04:05+00:00",
         "machine": {"cpu": "Imaginary(R) CPU"},
         "versions": {"bitlinear": "0.1.0", "torch": "2.13.0"},
@@ -52,7 +45,7 @@ def results_of(shapes, tokens, threads):
         "modes": [""],
         "contestants": {
             name: {"role": role, "label": f"label of {name}", "note": ""}
-            for name, role in roles.items()
+            for name, role in ROLES.items()
         },
         "peaks": [{"threads": 2, "read": [], "multiply_add_gops": {"avx2": 500.0}}],
         "cells": cells,
@@ -64,19 +57,19 @@ SHAPES = [(64, 64), (128, 256)]
 
 @pytest.fixture
 def saved(monkeypatch, tmp_path):
-    """Writes results to a file; their pictures are coarse, as fine ones take seconds."""
+    """Return a function that writes results to a file; their pictures are coarse, and so fast."""
     monkeypatch.setitem(charts.STYLE, "savefig.dpi", 30)
 
     def save(results):
         path = tmp_path / "name.json"
-        report.write(path, results)
+        records.write(path, results)
         return path
 
     return save
 
 
 def texts(figure):
-    """Everything that is written on a figure."""
+    """Return all text on a figure."""
     found = figure.findobj(lambda artist: hasattr(artist, "get_text"))
     return "\n".join(artist.get_text() for artist in found)
 
@@ -99,16 +92,17 @@ def test_one_cell_is_enough(saved, tmp_path):
     assert drawn == {f"name-{name}.png" for name in ("latency", "throughput", "speedup", "memory")}
 
 
-def test_pictures_say_what_they_hold_for():
+def test_pictures_name_machine_versions_date_and_axes():
     results = results_of(SHAPES, [1, 4], [1, 2])
-    for figure in (plot.latency(results, (64, 64), 2), plot.speedup(results, 2)):
+    for figure in (pictures.latency(results, (64, 64), 2), pictures.speedup(results, 2)):
         for part in ("Imaginary CPU", "2 threads", "torch 2.13.0", "2026-01-02"):
             assert part in texts(figure)
+        assert "outputs x inputs" in texts(figure)
 
 
 def test_lines_are_labelled_and_ours_is_on_top():
     results = results_of(SHAPES, [1, 4], [2])
-    figure = plot.throughput(results, (64, 64), 2)
+    figure = pictures.throughput(results, (64, 64), 2)
     assert all(f"label of {name}" in texts(figure) for name in MEDIANS)
     assert "peak of multiply-adds" in texts(figure)
     *_, ours, peak = figure.axes[0].get_lines()
@@ -119,29 +113,46 @@ def test_lines_are_labelled_and_ours_is_on_top():
     assert set(peak.get_ydata()) == {500}
 
 
-def test_the_heat_map_shows_every_shape_and_batch_size():
-    figure = plot.speedup(results_of(SHAPES, [1, 4], [2]), 2)
-    over_fp32, over_peer = figure.axes
+def test_the_heat_maps_tell_complete_layers_from_bare_products():
+    figure = pictures.speedup(results_of(SHAPES, [1, 4], [2]), 2)
+    over_fp32, over_layer, over_product = figure.axes
     assert [label.get_text() for label in over_fp32.get_yticklabels()] == ["64 x 64", "128 x 256"]
     assert [text.get_text() for text in over_fp32.texts] == ["4.0"] * 4
-    assert [text.get_text() for text in over_peer.texts] == ["4.0", "2.0"] * 2
+    assert over_layer.get_title(loc="left") == "over the fastest complete layer (label of fp32)"
+    assert [text.get_text() for text in over_layer.texts] == ["4.0"] * 4
+    assert over_product.get_title(loc="left") == (
+        "over the fastest bare product, which quantises nothing (label of int_mm)"
+    )
+    assert [text.get_text() for text in over_product.texts] == ["", "2.0"] * 2
+
+
+def test_unsteady_times_are_marked():
+    results = results_of([(64, 64)], [1, 4], [2])
+    results["cells"][1]["contestants"]["fp32"]["p75_us"] *= 2
+    over_fp32, over_layer, over_product = pictures.speedup(results, 2).axes
+    assert [text.get_text() for text in over_fp32.texts] == ["4.0", "~4.0"]
+    assert [text.get_text() for text in over_layer.texts] == ["4.0", "~4.0"]
+    assert [text.get_text() for text in over_product.texts] == ["", "2.0"]
+    figure = pictures.latency(results, (64, 64), 2)
+    hollow = [line for line in figure.axes[0].get_lines() if line.get_markerfacecolor() == "white"]
+    assert [list(line.get_xdata()) for line in hollow] == [[4]]
 
 
 def test_scaling_is_relative_to_the_fewest_threads():
-    figure = plot.scaling(results_of(SHAPES, [1], [2, 4]), (64, 64))
+    figure = pictures.scaling(results_of(SHAPES, [1], [2, 4]), (64, 64))
     ours, ideal = figure.axes[1].get_lines()
     assert list(ours.get_ydata()) == pytest.approx([1, 2], rel=1e-4)
     assert list(ideal.get_ydata()) == [1, 2]
     assert "speed-up over 2 threads" in texts(figure)
 
 
-def test_the_bytes_are_those_of_a_state_dict():
-    assert plot.weight_bytes([(3, 8, 10)]) == {
+def test_the_memory_is_the_bytes_of_a_state_dict():
+    assert pictures.weight_bytes([(3, 8, 10)]) == {
         "nn.Linear fp32": 3 * 8 * 10 * 4,
         "nn.Linear bf16": 3 * 8 * 10 * 2,
         "BitLinear, deployed": 3 * (8 * 3 + 4),
     }
-    parameters = sum(count * N * K for count, N, K in plot.BLOCK) * plot.BLOCKS
+    parameters = sum(count * N * K for count, N, K in pictures.BLOCK) * pictures.BLOCKS
     assert parameters == 1_233_125_376
 
 
@@ -165,12 +176,12 @@ def test_labels_that_have_room_stay_where_they_are():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 99}, "schema 99, but this version reads schema 1"),
+        ({"schema": 99}, "schema 99, but this version reads schemas 1 and 2"),
         ({"chosen_kernel": "absent"}, "no times of absent, the chosen kernel"),
         ({"cells": []}, "no times of avx2"),
     ],
 )
-def test_other_results_are_refused(change, message, saved, capsys):
+def test_unusable_results_are_refused(change, message, saved, capsys):
     path = saved({**results_of([(64, 64)], [1], [2]), **change})
     with pytest.raises(SystemExit) as end:
         plot.main([str(path)])
@@ -182,11 +193,11 @@ def test_other_results_are_refused(change, message, saved, capsys):
     ("arguments", "message"),
     [
         (["--shape", "32x32"], "--shape: .* has no 32 x 32"),
-        (["--mode", "warm"], "--mode: .* has nothing warm"),
-        (["--threads", "7"], "--threads: .* has nothing on 7 threads"),
+        (["--mode", "warm"], "--mode: .* has no results of warm"),
+        (["--threads", "7"], "--threads: .* has no results on 7 threads"),
     ],
 )
-def test_what_was_not_measured_cannot_be_drawn(arguments, message, saved, capsys):
+def test_results_that_are_missing_are_named(arguments, message, saved, capsys):
     path = saved(results_of([(64, 64)], [1], [2]))
     with pytest.raises(SystemExit):
         plot.main([str(path), *arguments])
@@ -194,17 +205,20 @@ def test_what_was_not_measured_cannot_be_drawn(arguments, message, saved, capsys
 
 
 def gpu_results():
-    """Results of a GPU, on which warm weights halve every time."""
+    """Return results of a GPU, on which warm weights halve every time."""
     results = results_of([(64, 64), (4096, 4096)], [1, 4], [2])
     cells = []
     for mode, share in (("cold", 1), ("warm", 2)):
         for cell in copy.deepcopy(results["cells"]):
-            for its in cell["contestants"].values():
-                its["median_us"] /= share
-                its["gops"] *= share
-                its["speedup_over_bf16"] = its.pop("speedup_over_fp32")
-                its["share_of_bound"] = None if share > 1 else its["share_of_bound"]
+            cell["contestants"]["bf16"] = cell["contestants"].pop("fp32")
+            cell["fastest_layer"] = "bf16"
+            for figures in cell["contestants"].values():
+                figures["median_us"] /= share
+                figures["gops"] *= share
+                figures["speedup_over_bf16"] = figures.pop("speedup_over_fp32")
+                figures["share_of_bound"] = None if share > 1 else figures["share_of_bound"]
             cells.append({**cell, "mode": mode})
+    results["contestants"]["bf16"] = results["contestants"].pop("fp32")
     return {
         **results,
         "machine": {"cpu": "Imaginary(R) CPU", "gpu": {"name": "Imaginary GPU"}},
@@ -220,33 +234,23 @@ def test_pictures_of_a_gpu_show_one_mode(saved, tmp_path):
     drawn = {file.name for file in tmp_path.glob("*.png")}
     assert drawn == {f"name-{name}.png" for name in ("latency", "throughput", "speedup", "memory")}
 
-    cold, warm = (report.only(gpu_results(), mode) for mode in ("cold", "warm"))
-    figure = plot.latency(cold, (64, 64), 2)
+    cold, warm = (records.of_mode(gpu_results(), mode) for mode in ("cold", "warm"))
+    figure = pictures.latency(cold, (64, 64), 2)
     assert "Imaginary GPU" in texts(figure)
     assert "weights from memory" in texts(figure)
     assert "thread" not in texts(figure)
     *_, ours, bound = figure.axes[0].get_lines()
     assert list(ours.get_ydata()) == [5, 20]
     assert list(bound.get_ydata()) == pytest.approx([1, 1])
-    figure = plot.latency(warm, (64, 64), 2)
+    figure = pictures.latency(warm, (64, 64), 2)
     assert "weights from the L2" in texts(figure)
     assert "bound" not in texts(figure)
     assert list(figure.axes[0].get_lines()[-1].get_ydata()) == [2.5, 10]
 
-    assert "Top/s" in texts(plot.throughput(cold, (64, 64), 2))
-    over_bf16, _ = plot.speedup(cold, 2).axes
+    assert "Top/s" in texts(pictures.throughput(cold, (64, 64), 2))
+    over_bf16, *_ = pictures.speedup(cold, 2).axes
     assert over_bf16.get_title(loc="left") == "over nn.Linear bf16"
     assert [text.get_text() for text in over_bf16.texts] == ["4.0"] * 4
-
-
-def test_results_from_before_there_were_modes_are_read(saved):
-    results = results_of(SHAPES, [1, 4], [2])
-    for cell in results["cells"]:
-        del cell["mode"]
-    del results["baseline"], results["modes"]
-    its = report.read(saved(results))
-    assert (its["baseline"], its["modes"], its["checked"]) == ("fp32", [""], [""])
-    assert {cell["mode"] for cell in its["cells"]} == {""}
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):
