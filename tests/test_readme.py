@@ -1,4 +1,4 @@
-"""Every README: its links, the tests that it names, its Python. CI runs the shell commands (.ci/run)."""
+"""Every README: links, test names, Python examples. CI runs the shell commands (.ci/run)."""
 
 from __future__ import annotations
 
