@@ -666,7 +666,7 @@ CORRUPT = [
         corrupt("w_packed", lambda w: w[:5]),
     ),
     (
-        r"w_packed must be uint8, but it is torch\.int8",
+        "w_packed must be uint8, but it is int8",
         corrupt("w_packed", lambda w: w.to(torch.int8)),
     ),
     ("w_packed must be a tensor, but it is a list", corrupt("w_packed", lambda w: w.tolist())),

@@ -331,7 +331,7 @@ def test_the_first_invalid_code_is_found_wherever_it_is(call, k):
 @pytest.mark.parametrize("call", IMPLEMENTATIONS)
 def test_weights_past_the_last_input_are_refused(call):
     _, w_packed, w_scale = operands(4, 8)
-    with pytest.raises(ValueError, match=r"weights beyond in_features ?= ?7"):
+    with pytest.raises(ValueError, match=r"weights beyond in_features = 7"):
         call(torch.randn(2, 7), w_packed, w_scale, None, 7)
 
 
@@ -387,7 +387,7 @@ def test_a_sum_of_zero_has_no_sign():
         y = linear(torch.tensor([[-1.0]]), packed, torch.ones(1), None, 1)
         assert not y.signbit()[0, 0]
     weight = torch.tensor([[0.0], [1.0]])
-    y = bitlinear.quantize.straight_through_linear(torch.tensor([[-1.0]]), weight)
+    y = bitlinear.training.straight_through_linear(torch.tensor([[-1.0]]), weight)
     assert not y.signbit()[0, 0]
 
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bitlinear
 from bitlinear import BitLinear, quantize
-from bitlinear.quantize import straight_through_linear
+from bitlinear.training import straight_through_linear
 from tests import oracle
 from tests.calls import Calls
 from tests.test_linear import deployed

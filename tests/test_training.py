@@ -15,7 +15,7 @@ from torch import nn
 
 import bitlinear
 from bitlinear import BitLinear, ops, quantize
-from bitlinear.quantize import straight_through_linear
+from bitlinear.training import straight_through_linear
 from scripts.bench.train_step import saved_bytes
 from tests import oracle
 from tests.calls import Calls
