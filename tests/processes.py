@@ -120,7 +120,8 @@ def _problem(device_type, rank, world_size, store, check, arguments):
 
 # --- What checks are made of ---
 
-WORLD_SIZES = [2, 4]
+# To start a process takes seconds. All tests share the two that the quick ones need.
+WORLD_SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 def assert_same_bits(actual, expected):

@@ -373,13 +373,18 @@ def test_a_layer_that_is_not_deployed_is_not_for_tensor_parallelism(processes):
 def test_training_goes_on_from_a_checkpoint(processes, tmp_path):
     processes.run(2, check_saving, tmp_path)
     processes.run(2, check_resuming, tmp_path, True)
-    processes.run(4, check_resuming, tmp_path, False)
     model = new_model()
     state = {"model": model.state_dict()}
     dcp.load(state, checkpoint_id=tmp_path)
     model.load_state_dict(state["model"])
     expected = torch.load(tmp_path / "expected.pt")["model"]
     assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_training_goes_on_in_more_processes(processes, tmp_path):
+    processes.run(2, check_saving, tmp_path)
+    processes.run(4, check_resuming, tmp_path, False)
 
 
 def test_a_model_is_sharded_before_it_has_memory(processes):

@@ -366,12 +366,13 @@ def test_in_two_processes(processes, check):
     processes.run(2, check)
 
 
-def test_checkpoints_fit_any_number_of_processes(processes, tmp_path):
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_checkpoints_fit_any_number_of_processes(processes, world_size, tmp_path):
     model = new_transformer(1)
     dcp.save(model.state_dict(), checkpoint_id=tmp_path / "1")
     processes.run(2, check_saving, tmp_path / "2")
-    for saved_by, loaded_by in ((1, 2), (2, 2), (2, 4)):
-        processes.run(loaded_by, check_loading, tmp_path / str(saved_by))
+    for saved_by in (1, 2):
+        processes.run(world_size, check_loading, tmp_path / str(saved_by))
     other = new_transformer(2)
     state = other.state_dict()
     dcp.load(state, checkpoint_id=tmp_path / "2")
