@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Function(torch.autograd.Function):
-    """An autograd function that works under ``vmap``, and whose call is cheap."""
+    """An autograd function that is cheap to call and works under ``vmap``."""
 
     generate_vmap_rule = True
 
@@ -23,7 +23,7 @@ class Function(torch.autograd.Function):
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a layer's output for the input ``x``: that of autocast if it is on."""
+    """The dtype of a layer's output for the input ``x``; under autocast, the autocast dtype."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if _autocasts(device_type) else x.dtype
 

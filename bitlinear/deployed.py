@@ -115,5 +115,5 @@ class _DeployedLinear(Function):
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func transforms a function; its tensors may hide that they need gradients."""
+    """Whether torch.func transforms a function, in which ``requires_grad`` can be hidden."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

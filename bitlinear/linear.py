@@ -207,7 +207,7 @@ class BitLinear(PackableLinear):
         if type(weight) is not nn.Parameter and is_distributed(weight):
             raise TypeError(
                 "BitLinear cannot be trained with a weight that is a DTensor in its forward pass "
-                "(tensor parallelism), as its scale is that of the whole weight: train with FSDP2 "
+                "(tensor parallelism), because the scale needs the whole weight: train with FSDP2 "
                 "(fully_shard) or DDP; bitlinear.tensor_parallel is for deployed layers"
             )
         return straight_through_linear(input, weight, bias, self.eps)

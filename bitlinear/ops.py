@@ -287,8 +287,8 @@ def _count_flops(x_shape: Any, w_shape: Any, *_: Any, **__: Any) -> int:
 
 
 def _raise_no_derivative(ctx: Any, grad: Tensor) -> Any:
-    """Raise in a backward pass, as the C++ registration does."""
+    """Raise in a backward pass, with the message of C++ and what to call."""
     raise NotImplementedError(
-        "bitlinear: the derivative of torch.ops.bitlinear.linear is not implemented: call "
+        "derivative for bitlinear::linear is not implemented: call "
         "bitlinear.deployed.deployed_linear, which has the gradient of x"
     )

@@ -177,7 +177,7 @@ class PackableLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         """Load packed or float weights into a layer of either kind; a bad state changes nothing."""
-        # The last of the hooks, because those of others may rename or convert tensors of the state.
+        # The last of the hooks, because other hooks can rename or convert tensors of the state.
         handle = self._register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             self._prepare_to_load
         )
@@ -260,7 +260,7 @@ def pack_together(layers: Sequence[PackableLinear]) -> None:
 
 
 def update_ties(layers: Iterable[PackableLinear]) -> None:
-    """Record which of ``layers`` share one packed weight, after their tensors were assigned."""
+    """Record which of ``layers`` share one packed weight, after a load has assigned tensors."""
     for group in ties.tied_groups(layers):
         for layer in group:
             layer._shares_packed = layer.is_deployed

@@ -201,8 +201,8 @@ def _rowwise_linear(layout: Placement, layer: BitLinear, x: DTensor) -> DTensor:
     mesh = x.device_mesh
     part = _local(x, Shard(x.dim() - 1)).to(torch.float32)
     absmax = part.abs().amax(dim=-1, keepdim=True)
-    # The maximum of NaN and another part's absmax may be the latter. An infinity stays, and makes
-    # the row NaN too.
+    # The maximum over the parts can lose the NaN of one part. An infinity stays, and makes the row
+    # NaN too.
     absmax = absmax.nan_to_num(nan=math.inf, posinf=math.inf)
     absmax = _dtensor(absmax, mesh, Partial("max")).full_tensor()
     q, s_x = quantize_with_absmax(part, absmax.clamp_min(layer.eps))

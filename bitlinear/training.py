@@ -48,8 +48,8 @@ def straight_through_linear(
     compiling = torch.compiler.is_compiling()
     needs_gradients = torch.is_grad_enabled()
     if needs_gradients and compiling and _is_transformed():
-        # torch.compile ignores the backward() of a Function in a transform: its gradient would be
-        # 0. The blend of strength 1 computes the same with differentiable operations.
+        # In a transform, torch.compile ignores the backward() of a Function: the gradient would be
+        # 0. A blend of strength 1 is the same product in differentiable operations.
         return blended_linear(x, weight, bias, torch.ones(()), eps)
     dtype = _check_operands(x, weight, bias)
     w_packed, w_scale = torch.ops.bitlinear.quantize_weight.default(weight.detach(), eps)
@@ -70,9 +70,8 @@ def blended_linear(
 ) -> Tensor:
     """Apply a linear map with partly quantised operands and straight-through gradients.
 
-    ``linear(x + strength * (Q(x) - x), weight + strength * (Q(weight) - weight), bias)``, with
-    ``Q`` a quantiser whose output is multiplied with the scale again. The gradient takes ``Q`` for
-    the identity.
+    ``linear(x + strength * (Q(x) - x), weight + strength * (Q(weight) - weight), bias)``. ``Q``
+    quantises and multiplies with the scale again; the gradient treats it as the identity.
 
     Args:
         x: fp32, fp16 or bf16, shape ``(..., K)``.

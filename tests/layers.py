@@ -1,4 +1,4 @@
-"""Layers that several tests make, and what they compare them with."""
+"""Layers, and comparisons of layers, that several tests use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def unchanged(layer):
 
 
 def detached_linear(x, weight, bias=None):
-    """The product as most implementations train: the rounding is a constant for autograd."""
+    """The product as most implementations write it: autograd takes the rounding for a constant."""
     q, s_x = quantize.quantize_activations(x.detach())
     t, s_w = quantize.quantize_weights(weight.detach())
     return F.linear(x + (q * s_x - x.detach()), weight + (t * s_w - weight.detach()), bias)

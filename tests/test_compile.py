@@ -57,9 +57,9 @@ def test_compile_deployed():
 def test_a_training_step_is_one_graph(strength):
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    # Side by side: of two layers in a row the second would quantise what the first has computed,
-    # whose last bit, for a strength of 0.5, depends on how a CPU adds. Here outputs and gradients
-    # are sums of at most 20 products, a few units of fp32 apart on every CPU.
+    # The layers are side by side. In a row, the second would quantise the output of the first,
+    # whose last bit depends on the CPU's order of additions for a strength of 0.5. Here outputs and
+    # gradients are sums of at most 20 products, a few units of fp32 apart on every CPU.
     model = nn.ModuleList([BitLinear(20, 6), BitLinear(13, 6)])
     bitlinear.set_quantization_strength(model, strength)
     inputs = [torch.randn(4, layer.in_features, requires_grad=True) for layer in model]
@@ -74,7 +74,7 @@ def test_a_training_step_is_one_graph(strength):
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
     for _ in range(3):
         with torch.no_grad():
-            value = loss()  # keeps quantised weights, of which the graph knows nothing
+            value = loss()  # must leave nothing behind that the graph would miss
         for operand in operands:
             operand.grad = None
         torch.testing.assert_close(compiled(), value)
@@ -119,7 +119,7 @@ def test_compile_checkpointed():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="older ones do not say what they compile")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older versions do not tell of transforms")
 def test_compile_gradients_of_torch_func():
     layer, x = BitLinear(20, 6), torch.randn(4, 20)
     parameters = {name: p.detach() for name, p in layer.named_parameters()}

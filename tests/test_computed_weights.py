@@ -22,7 +22,7 @@ class LowRank(nn.Module):
 
 
 def old_spectral_norm(layer):
-    """With the norm estimated: that of its random vectors may be near 0, and is divided by."""
+    """Estimate the norm first: it is a divisor, and random vectors can have one near 0."""
     nn.utils.spectral_norm(layer.train(), n_power_iterations=15)
     layer(torch.randn(1, layer.in_features))
     layer.eval()
@@ -51,11 +51,11 @@ PARAMETRISED = {
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.parametrize("name", PARAMETRISED)
-def test_a_computed_weight_is_what_is_quantised(name):
+def test_a_computed_weight_is_quantised(name):
     apply, remove = PARAMETRISED[name]
-    # In evaluation, where spectral_norm is the same function every time.
+    # In evaluation, spectral_norm is the same function in every call.
     layer, x = BitLinear(20, 6).eval(), torch.randn(4, 20, requires_grad=True)
-    layer(x)  # what is kept of the weight that it has now must not come back
+    layer(x)  # must leave nothing behind of the weight from before
     apply(layer)
     parameters = list(layer.parameters())
     for _ in range(2):
@@ -68,10 +68,11 @@ def test_a_computed_weight_is_what_is_quantised(name):
             )
             for output in (y, wanted)
         ]
-        for gradient, its in zip(*gradients):
-            # Relative to the largest element: others may be what is left of sums that cancel. The
-            # quantised operands are the same to the bit, so that nothing else differs on any CPU.
-            torch.testing.assert_close(gradient, its, rtol=0, atol=1e-4 * float(its.abs().max()))
+        for gradient, wanted in zip(*gradients):
+            # Relative to the largest element, because others can be the rest of sums that cancel.
+            # The quantised operands are the same to the bit, so nothing else differs on any CPU.
+            tolerance = 1e-4 * float(wanted.abs().max())
+            torch.testing.assert_close(gradient, wanted, rtol=0, atol=tolerance)
         with torch.no_grad():
             for parameter in parameters:
                 parameter.mul_(1 + torch.rand_like(parameter))

@@ -43,7 +43,7 @@ def test_layers_in_front_of_a_deployed_one_are_trained():
     assert (model(x).argmax(1) == target).float().mean() > 0.9
 
 
-def test_the_bias_of_a_deployed_layer_may_become_a_parameter():
+def test_the_bias_of_a_deployed_layer_can_become_a_parameter():
     layer, x, grad = deployed(), torch.randn(5, 20), torch.randn(5, 6)
     y = layer(x)
     layer.bias = nn.Parameter(layer.bias.clone())
@@ -52,7 +52,7 @@ def test_the_bias_of_a_deployed_layer_may_become_a_parameter():
     torch.testing.assert_close(layer.bias.grad, grad.sum(0))
 
 
-def test_the_bias_of_a_deployed_layer_may_want_a_gradient():
+def test_the_bias_of_a_deployed_layer_can_require_a_gradient():
     layer, x, grad = deployed(), torch.randn(5, 20), torch.randn(5, 6)
     layer.bias.requires_grad_()
     layer(x).backward(grad)

@@ -31,7 +31,7 @@ def test_undeploy_gives_back_parameters(bias, dtype):
     assert dict(layer.named_parameters()).keys() == names
     assert all(p.requires_grad and p.dtype == dtype for p in layer.parameters())
     wanted = t * magnitudes(t, w_scale)
-    # One unit in the last place, where the mean would not round to the scale otherwise.
+    # One unit in the last place more or less if the mean would not round to the scale.
     torch.testing.assert_close(
         layer.weight.double(), wanted, rtol=torch.finfo(dtype).eps, atol=0, check_dtype=False
     )
@@ -85,8 +85,8 @@ def test_undeploy_with_a_scale_per_output_feature():
     torch.testing.assert_close(layer.undeploy().weight.detach(), wanted, rtol=2**-23, atol=0)
 
 
-def test_undeploy_refuses_a_scale_below_eps():
-    """Training would raise it to eps, and the function would be another one."""
+def test_undeploy_rejects_a_scale_below_eps():
+    """Training would raise it to eps, and the outputs would differ."""
     layer, x = deployed(), torch.randn(3, 20)
     layer.w_scale.fill_(5e-7)
     with unchanged(layer), pytest.raises(ValueError, match=r"w_scale is 5e-07, .* eps = 1e-06"):
@@ -96,7 +96,7 @@ def test_undeploy_refuses_a_scale_below_eps():
     oracle.assert_same_bits(layer.undeploy()(x), y)
 
 
-def test_undeploy_refuses_what_would_overflow():
+def test_undeploy_rejects_an_overflow():
     layer = BitLinear(300, 300, bias=False, dtype=torch.float16)
     nn.init.zeros_(layer.weight)
     layer.deploy()

@@ -107,7 +107,7 @@ def test_from_linear_on_another_device():
     assert BitLinear.from_linear(nn.Linear(20, 6, device="meta")).weight.is_meta
 
 
-def test_from_linear_refuses_what_has_no_plain_weight():
+def test_from_linear_rejects_a_weight_that_is_not_a_plain_parameter():
     with pytest.raises(TypeError, match=r"needs a torch\.nn\.Linear, but got Conv1d"):
         BitLinear.from_linear(nn.Conv1d(1, 1, 1))
     with pytest.raises(TypeError, match="LazyLinear: it is lazy"):
@@ -164,7 +164,7 @@ def test_eval_and_deployed_agree_for_any_number_of_features(k):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_deploy_packs_what_the_oracle_packs(bias):
+def test_deploy_packs_the_bytes_of_the_oracle(bias):
     layer = BitLinear(70, 33, bias=bias)
     w, b = layer.weight.detach(), layer.bias
     assert layer.deploy() is layer
@@ -203,7 +203,7 @@ def test_a_missing_attribute_is_an_attribute_error():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_deploy_refuses_weights_that_are_not_finite(bad):
+def test_deploy_rejects_weights_that_are_not_finite(bad):
     layer = BitLinear(20, 6)
     with torch.no_grad():
         layer.weight[3, 4] = bad
@@ -224,7 +224,7 @@ def test_an_optimizer_that_still_holds_the_bias_does_not_reach_the_deployed_one(
     assert torch.equal(layer.bias, bias)
 
 
-def test_deploy_refuses_a_weight_of_another_shape():
+def test_deploy_rejects_a_weight_of_another_shape():
     layer, x = BitLinear(20, 6), torch.randn(3, 12)
     layer.weight = nn.Parameter(torch.randn(6, 12))  # as after pruning by hand
     y = layer(x)

@@ -1,4 +1,4 @@
-"""What a deployed layer holds, and what deploying and its forward pass allocate."""
+"""The memory of a deployed layer, of deploying it and of its forward pass."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_state_dict_is_as_small(tmp_path):
 
 
 # Linux resets the high-water mark of a process that writes 5 to clear_refs. ru_maxrss would start
-# at that of the parent process, which may be gigabytes.
+# at that of the parent process, gigabytes perhaps.
 SCRIPT = """
 import json
 import torch
@@ -76,7 +76,7 @@ print(json.dumps(growth))
 
 @pytest.fixture(scope="module")
 def growth():
-    """By how many bytes the memory of a process grows; 17 million weights, 4 MB packed."""
+    """Growth of the memory of a process, in bytes; 17 million weights, 4 MB packed."""
     if sys.platform != "linux":
         pytest.skip("reads /proc")
     # malloc must return large blocks to the system, or a later one would reuse them unseen.
@@ -98,5 +98,5 @@ def test_deploying_takes_the_packed_weight_and_a_few_megabytes(growth, dtype, fu
     assert 2**21 < growth[f"{function} of torch.{dtype}"] < 2**22 + 2**22
 
 
-def test_deploying_by_the_reference_implementation_takes_a_few_megabytes_more(growth):
+def test_the_reference_quantiser_takes_a_few_megabytes_more(growth):
     assert growth["the reference"] < 2**22 + 2**24

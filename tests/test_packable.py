@@ -97,8 +97,8 @@ def test_channels_last():
         before = copy.deepcopy(model[-1])
         model.to(memory_format=torch.channels_last)
         assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
-        # The convolution adds in another order now, so that its last bits depend on the CPU. What
-        # the layer makes of them does not.
+        # The convolution adds in another order now, so that its last bits depend on the CPU. The
+        # layer's outputs for given features do not.
         features = model[:-1](images.to(memory_format=torch.channels_last))
         assert torch.equal(model[-1](features), before(features.contiguous()))
         bitlinear.deploy(model).to(memory_format=torch.contiguous_format)

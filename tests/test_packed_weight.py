@@ -107,7 +107,7 @@ def test_linear_has_the_gradients_of_the_input_and_of_the_bias():
 
 
 class Owner(nn.Module):
-    """Reads the weight and never calls the layer, as the attention of some models does."""
+    """Reads the weight and never calls the layer, as the attention of several models does."""
 
     def __init__(self):
         super().__init__()

@@ -27,10 +27,10 @@ def test_activations_equal_the_oracle_to_the_bit(k, dtype):
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
-def test_subnormal_activations_count_whatever_torch_flushes(dtype):
-    """As on every kernel: tests/kernels/test_variants.py has the same test."""
+def test_subnormal_activations_count_even_if_torch_flushes_them(dtype):
+    """tests/kernels/test_variants.py has the same test for every kernel."""
     x = (torch.rand(5, 300) * 2 - 1) * torch.finfo(dtype).tiny
-    x[:, ::4] *= 100  # normal ones beside them
+    x[:, ::4] *= 100  # normal numbers between them
     x = x.to(dtype)
     q_wanted, s_wanted = oracle.quantize_activations(x.float().numpy(), 2e-36)
     try:
@@ -45,8 +45,8 @@ def test_subnormal_activations_count_whatever_torch_flushes(dtype):
         np.testing.assert_array_equal(s_actual.numpy(), s_wanted)
 
 
-# No subnormals: code that torch 2.4 compiles turns them off for the whole process, which hypothesis
-# notices. oracle.adversarial_rows has some.
+# No subnormals: code that torch 2.4 compiles turns them off for the whole process, and hypothesis
+# raises an error. oracle.adversarial_rows has subnormals.
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
 
 
@@ -114,7 +114,7 @@ def test_the_scale_does_not_depend_on_the_thread_count(shape):
 @pytest.mark.parametrize("k", [1, 130, 132_104, 132_105, 400_003])
 def test_the_integer_product_is_exact(k):
     rng = np.random.default_rng(k)
-    # All of one sign, so that the sums are as large as they get; odd, so that rounding shows.
+    # All of one sign, for the largest sums; odd, so that rounding shows.
     q = rng.choice([125, 127], (2, k))
     t = np.ones((3, k), np.int64)
     t[1] = rng.integers(-1, 2, k)

@@ -1,4 +1,4 @@
-"""No change of a weight is missed: nothing is kept between calls."""
+"""Every call sees the current weight: the layer keeps nothing between calls."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def vector(layer):
 
 
 def in_another_process(layer):
-    """Writes to shared memory, where nothing in this process can count it."""
+    """Writes to shared memory, which no version counter of this process counts."""
     process = torch.multiprocessing.get_context("spawn").Process(
         target=torch.Tensor.zero_, args=(layer.weight.detach()[5],)
     )
@@ -189,9 +189,9 @@ def test_a_step_of_any_optimizer_is_seen(name):
 
     for _ in range(3):
         before = layer.weight.detach().clone()
-        # A new one for each step. Its first step follows the gradient, so that it is short and not
-        # 0 on every CPU; with the curvature that it estimates from the steps before, L-BFGS ends in
-        # infinity for one seed in three, as straight-through gradients are of no function.
+        # A new optimizer for each step: the first step follows the gradient, so it is short and not
+        # 0 on every CPU. With the curvature of earlier steps, L-BFGS ends in infinity for one seed
+        # in three, because straight-through gradients are not the gradient of a function.
         OPTIMIZERS[name](layer.parameters()).step(loss)
         assert not torch.equal(layer.weight, before)
         assert torch.equal(layer(x), straight_through_linear(x, layer.weight, layer.bias))
@@ -202,9 +202,9 @@ def test_averaged_and_flattened_parameters():
     averaged = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     for _ in range(3):
         averaged.update_parameters(layer)
-        its = averaged.module
-        assert torch.equal(averaged(x), straight_through_linear(x, its.weight, its.bias))
+        average = averaged.module
+        assert torch.equal(averaged(x), straight_through_linear(x, average.weight, average.bias))
         vector = nn.utils.parameters_to_vector(layer.parameters()).detach()
         nn.utils.vector_to_parameters(vector + torch.randn_like(vector), layer.parameters())
         assert torch.equal(layer(x), straight_through_linear(x, layer.weight, layer.bias))
-    assert torch.equal(its.deploy()(x), averaged(x))
+    assert torch.equal(average.deploy()(x), averaged(x))

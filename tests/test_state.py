@@ -48,7 +48,7 @@ def test_either_state_loads_into_either_layer(
     assert target.state_dict().keys() == source.state_dict().keys()
     assert torch.equal(target(x), source(x))
     assert {p.requires_grad for p in target.parameters()} <= {True}
-    if assign:  # Without a copy, as for any other module.
+    if assign:  # Without a copy, as in any other module.
         for name, tensor in target.state_dict().items():
             assert tensor.data_ptr() == state[name].data_ptr()
 
@@ -79,7 +79,7 @@ def test_a_meta_layer_takes_a_float_state_in_place_of_packed_weights():
 
 
 def original_project_state():
-    """As its deployed layers write it: a scalar scale, no metadata, K a multiple of four."""
+    """A state from its deployed layers: a scalar scale, no metadata, K a multiple of four."""
     t = oracle.ternary(6, 20, seed=3)
     state = {
         "w_packed": torch.from_numpy(oracle.pack(t)),
@@ -173,7 +173,7 @@ CORRUPT = [
     ("bias must be floating point", corrupt("bias", lambda b: b.long())),
     ("w_scale is missing", drop("w_scale")),
     ("w_packed is missing", drop("w_packed")),
-    ("both 'weight' and packed weights", lambda s: {**s, "weight": torch.ones(6, 20)}),
+    ("both 'weight' and packed weights: remove one", lambda s: {**s, "weight": torch.ones(6, 20)}),
     (
         "format version 2, but this bitlinear reads up to version 1: upgrade",
         lambda s: with_version(s, 2),
@@ -184,7 +184,7 @@ CORRUPT = [
 @pytest.mark.parametrize(("message", "change"), CORRUPT)
 @pytest.mark.parametrize("into_deployed", [True, False])
 @pytest.mark.parametrize("assign", [True, False])
-def test_a_corrupt_state_is_refused_and_changes_nothing(message, change, into_deployed, assign):
+def test_a_corrupt_state_is_rejected_and_changes_nothing(message, change, into_deployed, assign):
     state = change(deployed().state_dict())
     layer = BitLinear(20, 6)
     if into_deployed:
@@ -227,7 +227,7 @@ BAD_FLOATS = [
 
 @pytest.mark.parametrize(("message", "change"), BAD_FLOATS)
 @pytest.mark.parametrize("into_deployed", [True, False])
-def test_a_bad_float_state_is_refused_and_changes_nothing(message, change, into_deployed):
+def test_a_bad_float_state_is_rejected_and_changes_nothing(message, change, into_deployed):
     state = change(BitLinear(20, 6).state_dict())
     layer = BitLinear(20, 6)
     if into_deployed:
@@ -237,7 +237,7 @@ def test_a_bad_float_state_is_refused_and_changes_nothing(message, change, into_
 
 
 class Extended(BitLinear):
-    """With tensors of its own."""
+    """A subclass that adds a tensor."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -334,7 +334,7 @@ def test_a_row_of_six_weights_is_not_one_of_seven():
         layer.load_state_dict(BitLinear(6, 3).deploy().state_dict())
 
 
-def test_a_state_of_another_quantisation_is_refused():
+def test_a_state_of_another_quantisation_is_rejected():
     state = deployed().state_dict()
     state._metadata[""]["quant_type"] = "ai16pc_wpt"
     with pytest.raises(RuntimeError, match="quant_type='ai16pc_wpt', but this one has"):

@@ -85,7 +85,7 @@ def test_a_state_that_has_the_weight_once(deployed, from_deployed, kept, first):
     target = trained(deployed, bias=False, first=first)
     other = "b" if kept == "a" else "a"
     result = target.load_state_dict(state, strict=False)
-    # Named as the model named it when the load began: what is missing of a linear layer, too.
+    # The names from before the load, as for the missing weight of a linear layer.
     names = ["w_packed", "w_scale"] if deployed else ["weight"]
     assert result.missing_keys == [f"{other}.{name}" for name in names]
     assert result.unexpected_keys == []
@@ -137,7 +137,7 @@ def test_moves_keep_ties(move):
     assert are_tied(move(trained(True)))
 
 
-def test_a_scale_of_another_shape_reaches_both():
+def test_a_scale_of_another_shape_reaches_tied_layers():
     model, x = trained(True, bias=False), torch.randn(4, 32)
     state = model.state_dict()
     state["a.w_scale"] = state["b.w_scale"] = torch.rand(32, 1) + 0.1
@@ -168,7 +168,7 @@ def test_a_layer_that_was_untied_stays_as_it_is():
     assert torch.equal(model.b(x), y)
 
 
-def test_a_refused_load_leaves_both_as_they_were():
+def test_a_rejected_load_leaves_tied_layers_unchanged():
     model, x = trained(False), torch.randn(4, 32)
     y, state = model(x), trained(True).state_dict()
     state["a.w_packed"] = state["b.w_packed"] = torch.full((32, 8), 255, dtype=torch.uint8)
@@ -179,7 +179,7 @@ def test_a_refused_load_leaves_both_as_they_were():
 
 
 def test_shallow_copies():
-    """They have the dictionaries of the layer, not only its tensors."""
+    """They share the dictionaries of the layer, not only its tensors."""
     layer, x = BitLinear(16, 8), torch.randn(4, 16)
     source = BitLinear(16, 8).deploy()
     copied = copy.copy(layer)
@@ -199,7 +199,7 @@ def test_shallow_copies():
 
 
 def test_loads_in_many_threads():
-    """Each thread has a load of its own."""
+    """Loads in different threads are independent."""
     from concurrent.futures import ThreadPoolExecutor
 
     source, x = trained(True, bias=False), torch.randn(4, 32)

@@ -1,4 +1,4 @@
-"""What else torch does with an nn.Linear, done with a BitLinear."""
+"""A BitLinear in place of an nn.Linear: autocast, checkpointing, hooks, tools, other inputs."""
 
 from __future__ import annotations
 
@@ -120,9 +120,7 @@ def test_hooks_of_states_stay_through_deployment():
 
 
 @both_forms
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="it copies models to GPUs, where there are any"
-)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it copies models to the GPUs")
 def test_data_parallel_without_gpus_is_the_module(make):
     layer, x = make(20, 6), torch.randn(4, 20)
     assert torch.equal(nn.DataParallel(layer)(x), layer(x))
@@ -139,7 +137,7 @@ def test_dynamic_quantisation_takes_the_plain_layers_only():
 
 
 def test_a_deployed_layer_cannot_be_replaced_by_its_weight():
-    """As quanto does: it makes a layer of its own and gives it the weight."""
+    """quanto makes another layer and assigns the weight to it."""
     linear, layer = nn.Linear(20, 6), deployed()
     with pytest.raises(TypeError, match="as parameter 'weight'"):
         linear.weight = layer.weight
@@ -208,7 +206,7 @@ def test_jagged_inputs_go_through_their_values(make):
         ("nested", lambda x: torch.nested.nested_tensor([x, x[:2]])),
     ],
 )
-def test_other_layouts_are_refused_by_name(make, kind, convert):
+def test_other_layouts_are_rejected_by_name(make, kind, convert):
     x = convert(torch.randn(4, 20))
     for mode in (torch.enable_grad, torch.no_grad):
         with mode(), pytest.raises(TypeError, match=f"x must be (a )?strided.*{kind}"):

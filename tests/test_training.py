@@ -1,4 +1,4 @@
-"""The straight-through estimator: outputs, gradients, and what it saves."""
+"""The straight-through estimator: outputs, gradients, saved tensors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_gradients_of_one_operand_alone(needed):
     assert all(leaf.grad is None for name, leaf in leaves.items() if name != needed)
 
 
-def test_what_is_saved_for_backward_is_int8():
+def test_backward_saves_int8():
     x = torch.randn(64, 256, requires_grad=True)
     w = torch.randn(128, 256, requires_grad=True)
     saved = []
@@ -88,7 +88,7 @@ def test_what_is_saved_for_backward_is_int8():
 
 
 def test_hooks_of_saved_tensors_see_only_what_is_saved():
-    """Offloading would give every tensor that is saved memory of its own."""
+    """Offloading copies every saved tensor."""
     x, w = torch.randn(64, 256, requires_grad=True), torch.randn(128, 256, requires_grad=True)
     moved = []
 
@@ -115,13 +115,13 @@ def test_little_is_saved_for_the_backward_pass(features):
 
 
 def penalty(net, x):
-    """Of a critic, as in WGAN-GP: its gradient is trained to have the length 1."""
+    """The gradient penalty of a critic (WGAN-GP), which trains gradients to the length 1."""
     (grad,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
     return (grad.norm(dim=-1) - 1).square().mean()
 
 
 def force(net, x):
-    """An energy's gradient is trained, as of force fields."""
+    """A loss of the gradient of an energy, as for force fields."""
     (grad,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
     return (grad + 1).square().mean()
 
@@ -144,7 +144,7 @@ def third(net, x):
 
 
 class Linear(torch.nn.Linear):
-    """One of :func:`straight_through_linear`, or of what it has to agree with."""
+    """A layer of :func:`straight_through_linear` or :func:`detached_linear`."""
 
     function = staticmethod(straight_through_linear)
 
@@ -169,7 +169,7 @@ def test_higher_derivatives_are_those_of_the_formula(loss, shape):
 
 
 def test_an_output_without_a_gradient():
-    """A function behind the layer that returns None has its gradient undefined, not 0."""
+    """The gradient is undefined, not 0, if a function behind the layer returns None."""
 
     class Nothing(torch.autograd.Function):
         @staticmethod

@@ -1,4 +1,4 @@
-"""The operators of a training step: quantisers, and what reads their results back."""
+"""The operators of a training step: quantisers and their inverses."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_errors_name_what_is_wrong():
 
 
 def check_operators(device):
-    """What torch asks of an operator, of each; test_cuda_training.py does the same on a GPU."""
+    """Run opcheck on each operator; test_cuda_training.py does the same on a GPU."""
     x, weight = torch.randn(2, 6, 11, device=device), torch.randn(6, 11, device=device)
     w_packed, w_scale = OPS.quantize_weight(weight)
     for operator, arguments in (
