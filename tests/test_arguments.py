@@ -1,4 +1,4 @@
-"""Checks of arguments that the tests of layers and operators do not make."""
+"""The checks of ``eps`` and of ``quant_type``."""
 
 from __future__ import annotations
 

@@ -29,20 +29,20 @@ def through_safetensors(state, tmp_path):
     return safetensors.torch.load_file(tmp_path / "state.safetensors")
 
 
-@pytest.mark.parametrize("carry", [through_torch, through_mmap, through_safetensors])
+@pytest.mark.parametrize("round_trip", [through_torch, through_mmap, through_safetensors])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("from_deployed", [True, False])
 @pytest.mark.parametrize("into_deployed", [True, False])
 @pytest.mark.parametrize("assign", [True, False])
 def test_either_state_loads_into_either_layer(
-    carry, bias, from_deployed, into_deployed, assign, tmp_path
+    round_trip, bias, from_deployed, into_deployed, assign, tmp_path
 ):
     def model(is_deployed):
         layer = BitLinear(20, 6, bias=bias)
         return nn.Sequential(nn.Identity(), layer.deploy() if is_deployed else layer)
 
     source, target, x = model(from_deployed), model(into_deployed), torch.randn(3, 20)
-    state = carry(source.state_dict(), tmp_path)
+    state = round_trip(source.state_dict(), tmp_path)
     assert str(target.load_state_dict(state, assign=assign)) == "<All keys matched successfully>"
     assert target[1].is_deployed == from_deployed
     assert target.state_dict().keys() == source.state_dict().keys()
@@ -308,10 +308,10 @@ def test_a_parametrised_layer_cannot_become_deployed():
 
 
 @pytest.mark.parametrize("from_deployed", [True, False])
-@pytest.mark.parametrize("carry", [through_torch, lambda state, _: copy.deepcopy(state)])
-def test_the_metadata_names_the_layer(carry, from_deployed, tmp_path):
+@pytest.mark.parametrize("round_trip", [through_torch, lambda state, _: copy.deepcopy(state)])
+def test_the_metadata_names_the_layer(round_trip, from_deployed, tmp_path):
     source = BitLinear(20, 6, eps=0.5)
-    state = carry(
+    state = round_trip(
         nn.Sequential(source.deploy() if from_deployed else source).state_dict(), tmp_path
     )
     wanted = {"version": 1, "in_features": 20, "eps": 0.5, "quant_type": "ai8pc_wpt"}

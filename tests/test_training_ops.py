@@ -12,8 +12,6 @@ from bitlinear import ops
 from tests import oracle
 
 OPS = torch.ops.bitlinear
-
-
 WEIGHT_DTYPES = [*oracle.DTYPES, torch.float64]
 
 
@@ -44,9 +42,9 @@ def test_weights_expand_to_any_dtype(dtype):
     t = OPS.expand_weight(w_packed, 21, dtype=dtype)
     assert t.dtype == (dtype or torch.float32)
     assert torch.equal(t.float(), OPS.expand_weight(w_packed, 21))
-    for its_scale in (None, w_scale):
-        weight = OPS.expand_weight(w_packed, 21, its_scale, dtype)
-        assert torch.equal(weight, ops.reference_expand_weight(w_packed, 21, its_scale, dtype))
+    for scale in (None, w_scale):
+        weight = OPS.expand_weight(w_packed, 21, scale, dtype)
+        assert torch.equal(weight, ops.reference_expand_weight(w_packed, 21, scale, dtype))
     assert torch.equal(weight, (t.float() * w_scale).to(t.dtype))
 
 
@@ -60,7 +58,7 @@ def test_half_of_the_scale_rounds_to_zero():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_zeros_with_a_scale_that_says_so(value):
+def test_weights_that_are_not_finite_give_zeros_and_a_scale_that_is_not_finite(value):
     w = torch.randn(3, 50)
     w[1, 20] = value
     w_packed, w_scale = OPS.quantize_weight(w)
