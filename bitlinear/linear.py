@@ -342,7 +342,7 @@ class BitLinear(PackableLinear):
         return self._dequantize(w_packed, w_scale)
 
     def extra_repr(self) -> str:
-        """``nn.Linear``'s, with the quantisation and whether the layer is deployed."""
+        """The text of ``nn.Linear``, the quantisation, and whether the layer is deployed."""
         parts = [super().extra_repr(), f"quant_type={self.quant_type}"]
         if self.eps != _DEFAULT_EPS:
             parts.append(f"eps={self.eps}")

@@ -1,7 +1,7 @@
 """A linear layer that holds its weight as a parameter, or packed in buffers.
 
-:class:`PackableLinear` is the base of :class:`~bitlinear.BitLinear`: it switches between the two
-kinds of weight, moves and converts them, saves them and loads either kind into either layer.
+:class:`PackableLinear` is the base of :class:`~bitlinear.BitLinear`. It switches between the two
+kinds of weight, moves and converts them, saves them, and loads either kind into either layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ _WEIGHT_IS_PACKED = (
 
 
 class PackableLinear(nn.Linear):
-    """``nn.Linear`` whose weight is a parameter or packed; see :class:`~bitlinear.BitLinear`."""
+    """``nn.Linear`` with a weight that is a parameter or packed; see :class:`~bitlinear.BitLinear`.
+
+    Trainable, it has the parameters ``weight`` and ``bias``. Deployed, it has the buffers
+    ``w_packed``, ``w_scale`` and ``bias``, and :class:`PackedWeight` takes the place of ``weight``.
+    """
 
     # nn.Module stores it in the metadata of state_dict.
     _version = packing.FORMAT_VERSION
@@ -33,12 +37,12 @@ class PackableLinear(nn.Linear):
     eps: float
     quant_type: str
 
-    # Whether the forward pass ran before deployment: bitlinear.deploy() warns if it did not.
+    # Whether the forward pass ran before deployment; bitlinear.deploy() warns if it did not.
     _called = False
     # Whether other layers have the same w_packed.
     _shares_packed = False
     _has_warned_of_values = False
-    # Whether the layer was made from transformers' Conv1D, whose weight is (K, N).
+    # Whether the layer was made from a Conv1D of transformers, which has a (K, N) weight.
     _was_conv1d = False
     # The dtype that the weight of a deployed layer had, and gets back from undeploy().
     _weight_dtype: torch.dtype
@@ -55,7 +59,7 @@ class PackableLinear(nn.Linear):
     # --- The weight as an attribute ---
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in ``nn.Module``; raises AttributeError for the weight of a deployed layer."""
+        """Register a parameter; raise AttributeError for the weight of a deployed layer."""
         if "w_packed" in self._buffers and (name == "weight" or isinstance(param, PackedWeight)):
             raise AttributeError(_WEIGHT_IS_PACKED)
         super().register_parameter(name, param)

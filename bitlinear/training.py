@@ -47,7 +47,7 @@ def straight_through_linear(
     """
     compiling = torch.compiler.is_compiling()
     needs_gradients = torch.is_grad_enabled()
-    if needs_gradients and compiling and _is_transformed():
+    if needs_gradients and compiling and _compiles_transform():
         # In a transform, torch.compile ignores the backward() of a Function: the gradient would be
         # 0. A blend of strength 1 is the same product in differentiable operations.
         return blended_linear(x, weight, bias, torch.ones(()), eps)
@@ -107,8 +107,8 @@ def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dty
     return output_dtype(x)
 
 
-def _is_transformed() -> bool:
-    """Whether torch.compile traces a transform of torch.func, which torch 2.4 does not tell."""
+def _compiles_transform() -> bool:
+    """Whether torch.compile traces a transform of torch.func; older versions do not tell."""
     return torch.__version__ >= "2.13" and torch._C._are_functorch_transforms_active()
 
 
