@@ -53,6 +53,23 @@ def test_either_state_loads_into_either_layer(
             assert tensor.data_ptr() == state[name].data_ptr()
 
 
+@pytest.mark.parametrize("from_deployed", [True, False])
+@pytest.mark.parametrize("into_deployed", [True, False])
+def test_a_load_copies_the_state_and_keeps_the_dtype_of_the_layer(from_deployed, into_deployed):
+    source, target = BitLinear(20, 6), BitLinear(20, 6, dtype=torch.bfloat16)
+    if from_deployed:
+        source.deploy()
+    if into_deployed:
+        target.deploy()
+    state, x = source.state_dict(), torch.randn(3, 20)
+    target.load_state_dict(state)
+    assert target.weight.dtype == target.bias.dtype == torch.bfloat16
+    y = target(x)
+    for tensor in state.values():
+        tensor.zero_()
+    assert torch.equal(target(x), y)
+
+
 def test_a_state_from_nn_linear_and_back():
     linear, layer = nn.Linear(20, 6), BitLinear(20, 6)
     layer.load_state_dict(linear.state_dict())
