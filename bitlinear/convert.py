@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import coverage, foreign, integrations, references
+from .arguments import check_quant_type, check_strength
 from .linear import BitLinear
-from .quantize import check_quant_type, check_strength
-from .state import why_no_plain_weight
+from .packable import pack_together, was_called
+from .preconditions import why_no_plain_weight, why_not_deployable
 
 _logger = logging.getLogger("bitlinear")
 
@@ -159,7 +160,7 @@ def deploy(model: _Model) -> _Model:
     problems = {
         name: _READ_BY_ATTENTION
         if id(layer) in attended
-        else _why_held_elsewhere(layer, _ancestors(model, name)) or layer._why_not_deployable()
+        else _why_held_elsewhere(layer, _ancestors(model, name)) or why_not_deployable(layer)
         for name, layer in layers.items()
     }
     refused = [f"{name}: {reason}" for name, reason in problems.items() if reason]
@@ -172,9 +173,8 @@ def deploy(model: _Model) -> _Model:
     for name, layer in layers.items():
         tied.setdefault((id(layer.weight), layer.eps), []).append(name)
     for (weight, _), names in tied.items():
-        w_packed, w_scale = layers[names[0]]._pack()
+        pack_together([layers[name] for name in names])
         for name in names:
-            layers[name]._drop_weight(w_packed, w_scale, shared=len(names) > 1)
             keeper = elsewhere.get(weight)
             note = f"; {keeper} keeps the shared weight in floating point" if keeper else ""
             _logger.info("%s: deployed%s", name, note)
@@ -393,7 +393,7 @@ def _why_kept(paths: list[str]) -> str:
 
 def _why_never_called(layers: dict[str, BitLinear]) -> str:
     """The message of a warning about layers that only others than themselves compute, or ``""``."""
-    idle = [name for name, layer in layers.items() if not vars(layer).get("_called", False)]
+    idle = [name for name, layer in layers.items() if not was_called(layer)]
     if not idle or len(idle) == len(layers):
         return ""
     return (

@@ -30,9 +30,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import packing
+from ..arguments import dtype_name
 from ..convert import _CALL_HOOKS
 from ..linear import BitLinear
-from ..quantize import dtype_name
 from ..state import check_packed
 
 if TYPE_CHECKING:
