@@ -131,7 +131,7 @@ inline void check_weight(const at::Tensor& weight, double eps) {
                     dtype_name(weight.scalar_type()), " of shape ", weight.sizes());
 }
 
-inline void check_expanded(at::ScalarType dtype) {
+inline void check_output_dtype(at::ScalarType dtype) {
   TORCH_CHECK_TYPE(kernel_dtype(dtype) >= 0,
                    "bitlinear: dtype must be float32, float16 or bfloat16, but it is ",
                    dtype_name(dtype));
@@ -152,7 +152,7 @@ inline void check_packed(const at::Tensor& w_packed, int64_t in_features,
                       ", but it is ", dtype_name(w_scale->scalar_type()), " of shape ",
                       w_scale->sizes(), " on ", w_scale->device());
   }
-  check_expanded(dtype);
+  check_output_dtype(dtype);
 }
 
 inline void check_quantized(const at::Tensor& q, const at::Tensor& s_x, at::ScalarType dtype) {
@@ -166,7 +166,7 @@ inline void check_quantized(const at::Tensor& q, const at::Tensor& s_x, at::Scal
       "same device, but they are ",
       dtype_name(q.scalar_type()), " of shape ", q.sizes(), " on ", q.device(), " and ",
       dtype_name(s_x.scalar_type()), " of shape ", s_x.sizes(), " on ", s_x.device());
-  check_expanded(dtype);
+  check_output_dtype(dtype);
 }
 
 inline void check_tokens(const at::Tensor& x, double eps) {
@@ -187,7 +187,7 @@ inline at::Tensor kernel_bias(const std::optional<at::Tensor>& bias) {
 }
 
 // The memory of a tensor, which a framework that shards parameters may have taken away.
-inline const char* data_of(const at::Tensor& tensor, const char* name) {
+inline const char* checked_data(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE(tensor.unsafeGetTensorImpl()->storage_initialized(), "bitlinear: ", name,
                     " has ", tensor.numel(),
                     " elements, but its storage was freed: restore it before the forward pass");

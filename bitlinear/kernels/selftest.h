@@ -21,7 +21,7 @@
 namespace bitlinear {
 namespace selftest {
 
-enum class Data { kRandom, kExtreme, kZero, kNonFinite, kSubnormal };
+enum class Data { kRandom, kLargestSums, kZero, kNonFinite, kSubnormal };
 
 struct Case {
   int64_t M, N, K;
@@ -29,8 +29,9 @@ struct Case {
   bool bias;
   bool per_channel;
   Data data;
-  int64_t n_begin;       // the variant computes [n_begin, N); columns before must stay untouched
-  bool flushes = false;  // the thread flushes subnormal numbers to zero when it calls the variant
+  int64_t n_begin;  // the variant computes [n_begin, N); columns before must stay untouched
+  bool flushes_subnormals =
+      false;  // the thread flushes subnormal numbers to zero when it calls the variant
 };
 
 // A small generator of our own: the same cases on every machine.
@@ -47,7 +48,7 @@ struct Random {
 struct Half {
   int fraction_bits, bias;
 };
-inline Half half_of(int dtype) { return dtype == BITLINEAR_F16 ? Half{10, 15} : Half{7, 127}; }
+inline Half half_format(int dtype) { return dtype == BITLINEAR_F16 ? Half{10, 15} : Half{7, 127}; }
 
 // Written out in real numbers, unlike the kernels' conversions: a search for the nearest multiple
 // of the last place.
@@ -63,9 +64,9 @@ inline uint16_t reference_half(float x, Half format) {
   // Below the smallest normal number the last place stays the same.
   const int lowest = 1 - format.bias;
   const int leading = exponent - 1 < lowest ? lowest : exponent - 1;
-  const double places = nearbyint(ldexp(magnitude, format.fraction_bits - leading));
+  const double significand = nearbyint(ldexp(magnitude, format.fraction_bits - leading));
   // A carry into the next binade is a carry into the exponent.
-  const int bits = ((leading - lowest) << format.fraction_bits) + static_cast<int>(places);
+  const int bits = ((leading - lowest) << format.fraction_bits) + static_cast<int>(significand);
   return static_cast<uint16_t>(sign | (bits < infinity ? bits : infinity));
 }
 
@@ -89,7 +90,7 @@ class Buffer {
     if (dtype_ == BITLINEAR_F32) {
       memcpy(bytes_.data() + 4 * i, &x, 4);
     } else {
-      const uint16_t h = reference_half(x, half_of(dtype_));
+      const uint16_t h = reference_half(x, half_format(dtype_));
       memcpy(bytes_.data() + 2 * i, &h, 2);
     }
   }
@@ -101,7 +102,7 @@ class Buffer {
     }
     uint16_t h;
     memcpy(&h, bytes_.data() + 2 * i, 2);
-    return reference_float(h, half_of(dtype_));
+    return reference_float(h, half_format(dtype_));
   }
   int dtype() const { return dtype_; }
   uint8_t* data() { return bytes_.data(); }
@@ -118,7 +119,8 @@ inline std::string describe(const Case& c) {
          " dtype=" + std::to_string(c.dtype) + " bias=" + std::to_string(c.bias) +
          " per_channel=" + std::to_string(c.per_channel) +
          " data=" + std::to_string(static_cast<int>(c.data)) +
-         " n_begin=" + std::to_string(c.n_begin) + " flushes=" + std::to_string(c.flushes);
+         " n_begin=" + std::to_string(c.n_begin) +
+         " flushes=" + std::to_string(c.flushes_subnormals);
 }
 
 // The operands of a case: the same for every kernel, as they follow from the seed.
@@ -148,7 +150,7 @@ inline Operands::Operands(const Case& c, uint64_t seed)
   if (c.data == Data::kSubnormal) eps = 2e-36f;
   for (int64_t i = 0; i < c.M * c.K; ++i) {
     float value = random.uniform() * 3.0f;
-    if (c.data == Data::kExtreme) value = 1.0f;  // every q is 127
+    if (c.data == Data::kLargestSums) value = 1.0f;  // every q is 127
     if (c.data == Data::kZero) value = 0.0f;
     // Some are normal: beside them, too, the others count.
     if (c.data == Data::kSubnormal) value *= i % 4 == 0 ? 100 * tiny : 0.3f * tiny;
@@ -162,7 +164,7 @@ inline Operands::Operands(const Case& c, uint64_t seed)
     for (int64_t b = 0; b < row_bytes; ++b) {
       uint8_t byte = 0;
       for (int64_t k = 4 * b; k < 4 * b + 4; ++k) {
-        int weight = c.data == Data::kExtreme ? 1 : static_cast<int>(random.next() % 3) - 1;
+        int weight = c.data == Data::kLargestSums ? 1 : static_cast<int>(random.next() % 3) - 1;
         if (k >= c.K) {
           weight = 0;
         } else {
@@ -249,15 +251,15 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
     values[k] = row.get(k);
     sum += fabs(static_cast<double>(values[k]));
   }
-  const Subnormals mode = c.flushes ? Subnormals::kFlush : Subnormals::kCount;
+  const Subnormals mode = c.flushes_subnormals ? Subnormals::kFlush : Subnormals::kPreserve;
   const double got_sum = [&] {
     const SubnormalScope scope(mode);
     return kernels.sum_magnitudes(row.data(), c.dtype, c.K);
   }();
-  const bool same = isfinite(sum) ? fabs(got_sum - sum) <= 1e-12 * sum
-                    : isnan(sum)  ? isnan(got_sum)
-                                  : isinf(got_sum);
-  if (!same) return "sum_magnitudes is " + std::to_string(got_sum) + where;
+  const bool sum_is_right = isfinite(sum) ? fabs(got_sum - sum) <= 1e-12 * sum
+                            : isnan(sum)  ? isnan(got_sum)
+                                          : isinf(got_sum);
+  if (!sum_is_right) return "sum_magnitudes is " + std::to_string(got_sum) + where;
 
   const float s_w = static_cast<float>(sum / static_cast<double>(c.K)) + operands.eps;
   std::vector<uint8_t> packed(static_cast<size_t>(operands.row_bytes), 99);
@@ -297,15 +299,15 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   std::vector<float> s_x(static_cast<size_t>(c.M));
   std::vector<int32_t> q_sum(static_cast<size_t>(c.M));
   const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
-  const Subnormals mode = c.flushes ? Subnormals::kFlush : Subnormals::kCount;
+  const Subnormals mode = c.flushes_subnormals ? Subnormals::kFlush : Subnormals::kPreserve;
   for (int64_t m = 0; m < c.M; ++m) {
     const SubnormalScope scope(mode);
     kernels.quantize_row(operands.x.data() + m * c.K * element, c.dtype, c.K, operands.eps,
                          q.data() + m * q_stride, &s_x[m], &q_sum[m]);
   }
   Buffer y(c.dtype, c.M * c.N);
-  const float untouched = 12345.0f;
-  for (int64_t i = 0; i < c.M * c.N; ++i) y.set(i, untouched);
+  const float is_intact = 12345.0f;
+  for (int64_t i = 0; i < c.M * c.N; ++i) y.set(i, is_intact);
   bitlinear_task task = {};
   task.q = q.data();
   task.q_stride = q_stride;
@@ -336,16 +338,16 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   free(scratch);
 
   Buffer never_written(c.dtype, 1);
-  never_written.set(0, untouched);
+  never_written.set(0, is_intact);
   for (int64_t m = 0; m < c.M; ++m) {
     const Expected expected(operands, m);
     for (int64_t k = 0; k < c.K; ++k) {
       const int64_t block = k / 4 / kernels.block;
-      const int64_t place =
+      const int64_t position =
           block * 4 * kernels.block + k % 4 * kernels.block + k / 4 % kernels.block;
-      if (q[m * q_stride + place] != expected.q(k)) {
+      if (q[m * q_stride + position] != expected.q(k)) {
         return "q[" + std::to_string(m) + ", " + std::to_string(k) +
-               "] = " + std::to_string(q[m * q_stride + place]) + ", expected " +
+               "] = " + std::to_string(q[m * q_stride + position]) + ", expected " +
                std::to_string(expected.q(k)) + " at " + describe(c);
       }
     }

@@ -27,7 +27,7 @@ class Heuristics:
         self._library = library
         library.largest_part.restype = ctypes.c_int64
         library.choose_quantize_parts.restype = ctypes.c_int64
-        library.worth_a_team.restype = ctypes.c_bool
+        library.pays_for_threads.restype = ctypes.c_bool
         library.prefer_gemm.restype = ctypes.c_bool
 
     def call(self, name: str, *arguments: int) -> int:
@@ -109,7 +109,7 @@ def test_work_is_balanced(heuristics, m, n, k, threads, cost):
         return (part_tokens + cost[2]) * (part_rows + cost[3])
 
     grid = heuristics.grid(m, n, k, threads, cost)
-    if heuristics.call("worth_a_team", m * n * ceil(k, 4), threads):
+    if heuristics.call("pays_for_threads", m * n * ceil(k, 4), threads):
         assert price(*grid) == min(
             price(tokens, min(threads // tokens, ceil(n, cost[1])))
             for tokens in range(1, min(threads, ceil(m, cost[0])) + 1)
@@ -147,13 +147,13 @@ def test_quantising_is_divided_where_it_pays(heuristics, threads):
 
 def test_more_threads_need_more_work(heuristics):
     """A team's price grows with its size: what is worth two threads may not be worth 64."""
-    assert not heuristics.call("worth_a_team", 1 << 40, 1)
+    assert not heuristics.call("pays_for_threads", 1 << 40, 1)
     least = []
     for threads in (2, 4, 8, 16, 32, 64):
         low, high = 1, 1 << 40
         while low < high:
             middle = (low + high) // 2
-            if heuristics.call("worth_a_team", middle, threads):
+            if heuristics.call("pays_for_threads", middle, threads):
                 high = middle
             else:
                 low = middle + 1

@@ -37,7 +37,7 @@ class AmxTiles {
   void multiply(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t tokens,
                 int64_t bytes, int32_t* sums, bool accumulate) {
     for (int64_t m = 0; m < tokens; m += AmxInt8::kPanelTokens) {
-      const int64_t count = least(tokens - m, AmxInt8::kPanelTokens);
+      const int64_t count = minimum(tokens - m, AmxInt8::kPanelTokens);
       configure(static_cast<uint8_t>(count));
       const auto product =
           count > 16 ? multiply_tile<true, kStrips> : multiply_tile<false, kStrips>;

@@ -14,11 +14,11 @@ struct Ymm : X86Ymm {
   static Bytes load_ints(const int32_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
   static void store_ints(int32_t* p, Bytes a) { store(reinterpret_cast<uint8_t*>(p), a); }
   static Bytes zero() { return _mm256_setzero_si256(); }
-  static Bytes bytes_of(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
-  static Bytes both(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
+  static Bytes broadcast_byte(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
+  static Bytes bitwise_and(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
   // Bits of one byte enter the next: for masking afterwards.
   static Bytes shift_bytes_right(Bytes a, int bits) { return _mm256_srli_epi16(a, bits); }
-  static Bytes ints_of(int32_t value) { return _mm256_set1_epi32(value); }
+  static Bytes broadcast_int(int32_t value) { return _mm256_set1_epi32(value); }
   static Bytes dot(Bytes sum, Bytes codes, Bytes plane) {
 #if defined(__clang__)
     return _mm256_dpbusd_avx_epi32(sum, codes, plane);

@@ -168,7 +168,7 @@ inline void lookup_store(const bitlinear_task& task, int64_t m, int64_t tokens, 
                          int64_t rows, const int32_t (*sums)[Lookup<V>::kTokens]) {
   constexpr int kColumns = 64;
   for (int64_t r = 0; r < rows; r += kColumns) {
-    const int64_t count = least(rows - r, kColumns);
+    const int64_t count = minimum(rows - r, kColumns);
     const Epilogue<V, kColumns> epilogue(task, n + r, count);
     for (int64_t t = 0; t < tokens; ++t) {
       int32_t codes[kColumns];
@@ -190,20 +190,20 @@ inline void lookup_block(const bitlinear_task& task, int64_t begin, int64_t toke
     memset(s.sums[tile], 0, static_cast<size_t>(rows) * sizeof(s.sums[0][0]));
   }
   for (int64_t byte = 0; byte < task.row_bytes; byte += L::kDepth) {
-    const int64_t bytes = least(L::kDepth, task.row_bytes - byte);
+    const int64_t bytes = minimum(L::kDepth, task.row_bytes - byte);
     for (int64_t r = 0; r < rows; ++r) {
       lookup_index<V>(task.w + (n + r) * task.row_bytes + byte, bytes, r, s);
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t m = tile * L::kTokens;
       lookup_gather<V>(task.q + (begin + m) * task.q_stride, task.q_stride,
-                       least(L::kTokens, tokens - m), byte, bytes, s);
+                       minimum(L::kTokens, tokens - m), byte, bytes, s);
       lookup_tile<V>(rows, bytes, s, s.sums[tile]);
     }
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t m = tile * L::kTokens;
-    lookup_store<V>(task, begin + m, least(L::kTokens, tokens - m), n, rows, s.sums[tile]);
+    lookup_store<V>(task, begin + m, minimum(L::kTokens, tokens - m), n, rows, s.sums[tile]);
   }
 }
 
@@ -219,15 +219,15 @@ struct LookupGemm {
 
   // Of the scratch, only the tiles that the task has.
   static int64_t scratch_bytes(int64_t M) {
-    const int64_t unused = L::kTiles - least(ceil_div(M, L::kTokens), L::kTiles);
+    const int64_t unused = L::kTiles - minimum(ceil_div(M, L::kTokens), L::kTiles);
     return static_cast<int64_t>(sizeof(L)) - unused * static_cast<int64_t>(sizeof(L::sums[0]));
   }
 
   static void run(const bitlinear_task& task) {
     for (int64_t n = task.n_begin; n < task.n_end; n += L::kRows) {
       for (int64_t m = 0; m < task.M; m += L::kTiles * L::kTokens) {
-        lookup_block<V>(task, m, least(task.M - m, L::kTiles * L::kTokens), n,
-                        least(task.n_end - n, L::kRows));
+        lookup_block<V>(task, m, minimum(task.M - m, L::kTiles * L::kTokens), n,
+                        minimum(task.n_end - n, L::kRows));
       }
     }
   }

@@ -147,9 +147,9 @@ inline void panel_block(const bitlinear_task& task, int64_t m, int64_t tokens, i
   using P = Panel<V>;
   int32_t* sums = static_cast<P*>(task.scratch)->sums[0];
   for (int64_t begin = 0; begin < task.row_bytes; begin += P::kBytes) {
-    const int64_t bytes = least(task.row_bytes - begin, P::kBytes);
+    const int64_t bytes = minimum(task.row_bytes - begin, P::kBytes);
     for (int64_t first = 0; first < rows; first += P::kRows) {
-      panel_slice<V, V::kPanelStrips>(task, m, tokens, n + first, least(rows - first, P::kRows),
+      panel_slice<V, V::kPanelStrips>(task, m, tokens, n + first, minimum(rows - first, P::kRows),
                                       begin, bytes, tiles, sums + first);
     }
   }
@@ -169,7 +169,7 @@ struct PanelGemm {
                                              V::kFetchingRows};
   static int64_t scratch_bytes(int64_t M) {
     using P = Panel<V>;
-    const int64_t tokens = least(M, P::kBlockTokens);
+    const int64_t tokens = minimum(M, P::kBlockTokens);
     return static_cast<int64_t>(sizeof(P)) - (P::kBlockTokens - tokens) * P::kBlockRows * 4;
   }
   static void run(const bitlinear_task& task) {
@@ -177,8 +177,8 @@ struct PanelGemm {
     Tiles tiles;
     for (int64_t m = 0; m < task.M; m += P::kBlockTokens) {
       for (int64_t n = task.n_begin; n < task.n_end; n += P::kBlockRows) {
-        panel_block<V>(task, m, least(task.M - m, P::kBlockTokens), n,
-                       least(task.n_end - n, P::kBlockRows), tiles);
+        panel_block<V>(task, m, minimum(task.M - m, P::kBlockTokens), n,
+                       minimum(task.n_end - n, P::kBlockRows), tiles);
       }
     }
   }

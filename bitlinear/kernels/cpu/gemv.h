@@ -42,12 +42,12 @@ inline void gemv_tile(const uint8_t* w, int64_t stride, int64_t blocks, const in
                       int64_t q_stride, int32_t* codes, bool accumulate) {
   typename V::PlaneSum sums[kTokens][kRows] = {};
   while (blocks > 0) {
-    const int64_t run = least(blocks, V::PlaneSum::kFlush);
+    const int64_t run = minimum(blocks, V::PlaneSum::kFlush);
     for (int64_t i = 0; i < run;) {
       // Several strided streams defeat the hardware prefetcher: fetch the next row group.
       for (int r = 0; r < kRows; ++r) __builtin_prefetch(w + (kRows + r) * stride);
       // For short vectors once per cache line.
-      const int64_t end = V::kWidth >= 32 ? i + 1 : least(i + 64 / V::kWidth, run);
+      const int64_t end = V::kWidth >= 32 ? i + 1 : minimum(i + 64 / V::kWidth, run);
       for (; i < end; ++i) {
         typename V::Bytes packed[kRows];
         for (int r = 0; r < kRows; ++r) packed[r] = V::load(w + r * stride);
@@ -124,7 +124,7 @@ inline void gemv_tokens(const bitlinear_task& task, int64_t m, int64_t n, int64_
 template <class V>
 void gemv(const bitlinear_task& task) {
   for (int64_t n = task.n_begin; n < task.n_end; n += kGemvColumns) {
-    const int64_t count = least(task.n_end - n, kGemvColumns);
+    const int64_t count = minimum(task.n_end - n, kGemvColumns);
     const Epilogue<V, kGemvColumns> epilogue(task, n, count);
     gemv_tokens<V, V::kGemvTokens>(task, 0, n, count, epilogue);
   }

@@ -5,11 +5,9 @@
 #include <stdint.h>
 
 #include "../abi.h"
+#include "../integers.h"
 
 namespace bitlinear {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Whether M tokens are better served by the GEMM than by a GEMV for every few of them. A GEMV reads
 // packed bytes directly and pays for summing across lanes once per row and token, as much as for
@@ -29,12 +27,12 @@ constexpr Range part_of(int64_t size, int64_t unit, int64_t index, int64_t parts
   const int64_t units = ceil_div(size, unit);
   const int64_t begin = index * units / parts * unit;
   const int64_t end = (index + 1) * units / parts * unit;
-  return {least(begin, size), least(end, size)};
+  return {minimum(begin, size), minimum(end, size)};
 }
 
 // The size of the largest of those parts.
 constexpr int64_t largest_part(int64_t size, int64_t unit, int64_t parts) {
-  return least(ceil_div(ceil_div(size, unit), parts) * unit, size);
+  return minimum(ceil_div(ceil_div(size, unit), parts) * unit, size);
 }
 
 // The output (M, N) is cut into tokens x rows rectangles, one per thread.
@@ -44,23 +42,23 @@ struct Grid {
 
 // Waking a team of threads costs about 0.7 us a thread (GNU OpenMP, spinning; 2 to 16 threads), and
 // one thread multiplies about 45 KB of packed bytes by a token in a microsecond.
-constexpr bool worth_a_team(int64_t packed_bytes_times_tokens, int64_t threads) {
-  constexpr int64_t kTeamBytesPerThread = 24 * 1024;
+constexpr bool pays_for_threads(int64_t packed_bytes_times_tokens, int64_t threads) {
+  constexpr int64_t kBytesPerThread = 24 * 1024;
   return threads > 1 &&
-         packed_bytes_times_tokens * (threads - 1) >= kTeamBytesPerThread * threads * threads;
+         packed_bytes_times_tokens * (threads - 1) >= kBytesPerThread * threads * threads;
 }
 
 // The division that makes the largest part cheapest, by the variant's own account of its costs; of
 // equals the one with the fewest cuts between tokens, as every such cut reads the weights again.
 constexpr Grid choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,
                            const bitlinear_costs& costs) {
-  if (!worth_a_team(M * N * row_bytes, threads)) return {1, 1};
+  if (!pays_for_threads(M * N * row_bytes, threads)) return {1, 1};
   const int64_t token_units = ceil_div(M, costs.token_unit);
   const int64_t row_units = ceil_div(N, costs.row_unit);
   Grid best = {1, 1};
   int64_t lowest = INT64_MAX;
   for (int64_t tokens = 1; tokens <= threads && tokens <= token_units; ++tokens) {
-    const int64_t rows = least(threads / tokens, row_units);
+    const int64_t rows = minimum(threads / tokens, row_units);
     const int64_t part_tokens = ceil_div(token_units, tokens) * costs.token_unit;
     const int64_t part_rows = ceil_div(row_units, rows) * costs.row_unit;
     const int64_t cost = (part_tokens + costs.per_row) * (part_rows + costs.per_token);
@@ -76,8 +74,8 @@ constexpr Grid choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t thre
 // threads. Where those are awake anyway, a part costs a barrier: as much as some 500 values. Else a
 // value counts as much as four packed bytes.
 constexpr int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads, int64_t parts) {
-  const bool divide = parts > 1 ? M * K >= 512 * threads : worth_a_team(4 * M * K, threads);
-  return divide ? least(M, threads) : 1;
+  const bool divide = parts > 1 ? M * K >= 512 * threads : pays_for_threads(4 * M * K, threads);
+  return divide ? minimum(M, threads) : 1;
 }
 
 }  // namespace bitlinear

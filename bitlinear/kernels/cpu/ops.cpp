@@ -26,7 +26,7 @@ namespace {
 using at::ScalarType;
 using at::Tensor;
 using bitlinear::check_arguments;
-using bitlinear::data_of;
+using bitlinear::checked_data;
 using bitlinear::kernel_dtype;
 
 std::atomic<const bitlinear_kernel_table*> active_kernels{nullptr};
@@ -55,9 +55,9 @@ class Scratch {
 // Calls `row` for each of so many rows, on all threads where that is worth it.
 template <class Row>
 void for_each_row(int64_t rows, int64_t columns, const Row& row) {
-  constexpr int64_t kWorthATeam = 32 * 1024;
+  constexpr int64_t kParallelValues = 32 * 1024;
   const int64_t parts =
-      std::min(rows, rows * columns < kWorthATeam ? 1 : int64_t{4} * at::get_num_threads());
+      std::min(rows, rows * columns < kParallelValues ? 1 : int64_t{4} * at::get_num_threads());
   bitlinear::parallel(0, row, parts, [&](int64_t part) {
     const bitlinear::Range range = bitlinear::part_of(rows, 1, part, parts);
     for (int64_t i = range.begin; i < range.end; ++i) row(i);
@@ -102,8 +102,8 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const Tensor input = x.contiguous();
   const Tensor weight = w_packed.contiguous();
   const Tensor scale = w_scale.contiguous();
-  const Tensor addend = bitlinear::kernel_bias(bias);
-  const uint8_t* const packed = reinterpret_cast<const uint8_t*>(data_of(weight, "w_packed"));
+  const Tensor bias_values = bitlinear::kernel_bias(bias);
+  const uint8_t* const packed = reinterpret_cast<const uint8_t*>(checked_data(weight, "w_packed"));
   check_codes(w_packed, packed, K);
 
   const int64_t threads = at::get_num_threads();
@@ -124,7 +124,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   int32_t* q_sum = reinterpret_cast<int32_t*>(s_x + M);
 
   const int x_dtype = kernel_dtype(x.scalar_type());
-  const char* tokens = data_of(input, "x");
+  const char* tokens = checked_data(input, "x");
   const int64_t x_bytes = K * input.element_size();
   bitlinear_task task = {};
   task.q = q;
@@ -134,10 +134,10 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.M = M;
   task.w = packed;
   task.row_bytes = row_bytes;
-  task.s_w = reinterpret_cast<const float*>(data_of(scale, "w_scale"));
+  task.s_w = reinterpret_cast<const float*>(checked_data(scale, "w_scale"));
   task.s_w_stride = scale.dim() == 2 ? 1 : 0;
-  task.bias = addend.defined() ? data_of(addend, "bias") : nullptr;
-  task.bias_dtype = addend.defined() ? kernel_dtype(addend.scalar_type()) : BITLINEAR_F32;
+  task.bias = bias_values.defined() ? checked_data(bias_values, "bias") : nullptr;
+  task.bias_dtype = bias_values.defined() ? kernel_dtype(bias_values.scalar_type()) : BITLINEAR_F32;
   task.y = y.data_ptr();
   task.y_stride = N;
   task.y_dtype = kernel_dtype(y_dtype);
@@ -154,16 +154,16 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
         bitlinear::part_of(M, kernels->costs.token_unit, part / grid.rows, grid.tokens);
     const bitlinear::Range n =
         bitlinear::part_of(N, kernels->costs.row_unit, part % grid.rows, grid.rows);
-    bitlinear_task mine = task;
-    mine.q += m.begin * q_stride;
-    mine.s_x += m.begin;
-    mine.q_sum += m.begin;
-    mine.M = m.end - m.begin;
-    mine.n_begin = n.begin;
-    mine.n_end = n.end;
-    mine.scratch = part_scratch + part * part_bytes;
-    mine.y = static_cast<char*>(task.y) + m.begin * N * y.element_size();
-    kernels->linear(&mine);
+    bitlinear_task part_task = task;
+    part_task.q += m.begin * q_stride;
+    part_task.s_x += m.begin;
+    part_task.q_sum += m.begin;
+    part_task.M = m.end - m.begin;
+    part_task.n_begin = n.begin;
+    part_task.n_end = n.end;
+    part_task.scratch = part_scratch + part * part_bytes;
+    part_task.y = static_cast<char*>(task.y) + m.begin * N * y.element_size();
+    kernels->linear(&part_task);
   };
   bitlinear::parallel(quantize_parts, quantize, parts, multiply);
   return y;
@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   const int64_t N = weight.size(0), K = weight.size(1);
   const Tensor input = bitlinear::kernel_operand(weight);
   const int dtype = kernel_dtype(input.scalar_type());
-  const char* const rows = data_of(input, "weight");
+  const char* const rows = checked_data(input, "weight");
   const int64_t bytes = K * input.element_size();
   const int64_t row_bytes = bitlinear::ceil_div(K, 4);
   Tensor packed = Tensor(at::detail::empty_cpu({N, row_bytes}, ScalarType::Byte));
@@ -190,8 +190,8 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   double sum = 0.0;
   for (const double row : sums) sum += row;
   const float mean = static_cast<float>(sum / static_cast<double>(N * K));
-  const float least = static_cast<float>(eps);
-  const float s_w = mean < least ? least : mean;  // a NaN stays
+  const float floor = static_cast<float>(eps);
+  const float s_w = mean < floor ? floor : mean;  // a NaN stays
   *scale.data_ptr<float>() = s_w;
   uint8_t* const out = packed.data_ptr<uint8_t>();
   for_each_row(N, K, [&](int64_t n) {
@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
   const int64_t K = x.size(-1), M = K == 0 ? 0 : x.numel() / K;
   const Tensor input = x.contiguous();
   const int dtype = kernel_dtype(input.scalar_type());
-  const char* const tokens = data_of(input, "x");
+  const char* const tokens = checked_data(input, "x");
   const int64_t bytes = K * input.element_size();
   c10::DimVector shape(x.sizes());
   Tensor q = Tensor(at::detail::empty_cpu(shape, ScalarType::Char));
@@ -251,11 +251,11 @@ BITLINEAR_EXPORT int bitlinear_use_kernels(const bitlinear_kernel_table* kernels
 BITLINEAR_EXPORT int bitlinear_parallel_threads(void) {
   std::mutex mutex;
   std::set<std::thread::id> threads;
-  const auto note = [&](int64_t) {
+  const auto record = [&](int64_t) {
     const std::lock_guard<std::mutex> lock(mutex);
     threads.insert(std::this_thread::get_id());
   };
-  bitlinear::parallel(0, note, at::get_num_threads(), note);
+  bitlinear::parallel(0, record, at::get_num_threads(), record);
   return static_cast<int>(threads.size());
 }
 

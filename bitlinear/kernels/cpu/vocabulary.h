@@ -57,14 +57,14 @@ constexpr bitlinear_kernel_table make_table(const char* name) {
   return {BITLINEAR_ABI_VERSION,
           name,
           V::kWidth,
-          CountingSubnormals<quantize_row<V>>::run,
-          CountingSubnormals<linear<V, Gemm>>::run,
+          PreservingSubnormals<quantize_row<V>>::run,
+          PreservingSubnormals<linear<V, Gemm>>::run,
           scratch_bytes<V, Gemm>,
           Gemm::kCosts,
-          CountingSubnormals<sum_magnitudes<V>>::run,
-          CountingSubnormals<pack_row<V>>::run,
-          CountingSubnormals<expand_row<V>>::run,
-          CountingSubnormals<quantize_in_order<V>>::run};
+          PreservingSubnormals<sum_magnitudes<V>>::run,
+          PreservingSubnormals<pack_row<V>>::run,
+          PreservingSubnormals<expand_row<V>>::run,
+          PreservingSubnormals<quantize_in_order<V>>::run};
 }
 
 }  // namespace bitlinear

@@ -21,7 +21,7 @@ __device__ inline void mma_u8s8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint3
 // Leaves the sums of parts of 16 rows and 8 columns at `mine`, where a lane has row lane / 4 and
 // column lane % 4 * 2 of the first of them. Columns lie kPitch apart.
 template <int kPitch, int kRowParts, int kColumnParts>
-__device__ inline void leave_sums(int32_t* mine,
+__device__ inline void store_sums(int32_t* first,
                                   const int32_t (&sums)[kRowParts][kColumnParts][4]) {
 #pragma unroll
   for (int r = 0; r < kRowParts; ++r) {
@@ -29,7 +29,7 @@ __device__ inline void leave_sums(int32_t* mine,
     for (int t = 0; t < kColumnParts; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        mine[(8 * t + i % 2) * kPitch + 16 * r + 8 * (i / 2)] = sums[r][t][i];
+        first[(8 * t + i % 2) * kPitch + 16 * r + 8 * (i / 2)] = sums[r][t][i];
       }
     }
   }

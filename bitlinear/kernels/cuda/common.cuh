@@ -14,16 +14,6 @@
 namespace bitlinear {
 namespace cuda {
 
-// Those of heuristics.h, for 32-bit numbers too.
-template <class T>
-__host__ __device__ constexpr T ceil_div(T a, T b) {
-  return (a + b - 1) / b;
-}
-template <class T>
-__host__ __device__ constexpr T least(T a, T b) {
-  return a < b ? a : b;
-}
-
 // How q lies in memory. A slice of a token, 256 values, is 4 planes of 64 bytes in either.
 //
 // kRows: (M, q_stride). Word w of plane p has the four values that meet word w of the packed slice.
@@ -49,8 +39,8 @@ struct Activations {
 
 // Where word `word` (0..15) of plane `plane` of a token's slice begins.
 template <Layout kLayout>
-__device__ inline int64_t place_of(const Activations& activations, int64_t m, int64_t slice,
-                                   int plane, int word) {
+__device__ inline int64_t word_offset(const Activations& activations, int64_t m, int64_t slice,
+                                      int plane, int word) {
   const int row = static_cast<int>(m % 8);
   if constexpr (kLayout == Layout::kRows) {
     return m * activations.q_stride + slice * kSliceValues + 64 * plane + 4 * word;
@@ -84,14 +74,14 @@ __device__ inline uint32_t load_bits(const void* p, int dtype, int64_t i) {
         "r"(static_cast<int>(is_wide)));
   return bits;
 }
-__device__ inline float float_of(uint32_t bits, int dtype) {
+__device__ inline float float_from_bits(uint32_t bits, int dtype) {
   if (dtype == BITLINEAR_F32) return __uint_as_float(bits);
   if (dtype == BITLINEAR_BF16) return __uint_as_float(bits << 16);
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
 __device__ inline float load_as_float(const void* p, int dtype, int64_t i) {
-  return float_of(load_bits(p, dtype, i), dtype);
+  return float_from_bits(load_bits(p, dtype, i), dtype);
 }
 
 template <class Y>
@@ -107,7 +97,7 @@ __device__ inline Y from_float(float value) {
 
 // Calls `f` with a value of the C++ type that the dtype stands for.
 template <class F>
-__device__ inline void with_type(int dtype, F&& f) {
+__device__ inline void with_dtype(int dtype, F&& f) {
   if (dtype == BITLINEAR_F32) {
     f(float{});
   } else if (dtype == BITLINEAR_F16) {
@@ -118,11 +108,11 @@ __device__ inline void with_type(int dtype, F&& f) {
 }
 
 // Four neighbouring values of y, as they lie in memory.
-__device__ inline float4 four_of(float, const float (&v)[4]) {
+__device__ inline float4 round_to_vector(float, const float (&v)[4]) {
   return make_float4(v[0], v[1], v[2], v[3]);
 }
 template <class Half>
-__device__ inline uint2 four_of(Half, const float (&v)[4]) {
+__device__ inline uint2 round_to_vector(Half, const float (&v)[4]) {
   const Half halves[4] = {from_float<Half>(v[0]), from_float<Half>(v[1]), from_float<Half>(v[2]),
                           from_float<Half>(v[3])};
   uint2 bits;
@@ -132,7 +122,7 @@ __device__ inline uint2 four_of(Half, const float (&v)[4]) {
 
 // Stores the first `count` of four values.
 template <class Y, class Four>
-__device__ inline void store_some(Y* y, const Four& four, int count) {
+__device__ inline void store_partial(Y* y, const Four& four, int count) {
   const Y* const each = reinterpret_cast<const Y*>(&four);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {

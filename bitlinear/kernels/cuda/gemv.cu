@@ -43,9 +43,9 @@ struct Shared {
   int32_t q_sum[kGemvTokens];
 };
 static_assert(sizeof(Shared) <= kGemvStaticBytes, "see heuristics.h");
-static_assert(kGemvHeldValues == kGemvGroups * kGroup * kConsumers, "see heuristics.h");
+static_assert(kGemvRegisterValues == kGemvGroups * kGroup * kConsumers, "see heuristics.h");
 
-__device__ inline void sync_consumers() { sync_first<kConsumers>(); }
+__device__ inline void sync_consumers() { sync_leading_threads<kConsumers>(); }
 
 // What follows from the sizes of a call.
 struct Sizes {
@@ -53,7 +53,7 @@ struct Sizes {
 
   __host__ __device__ explicit Sizes(int64_t K)
       : row_bytes(static_cast<int>((K + 3) / 4)),
-        chunk_bytes(least(row_bytes, kChunkBytes)),
+        chunk_bytes(minimum(row_bytes, kChunkBytes)),
         chunks(ceil_div(row_bytes, chunk_bytes)),
         pitch(row_pitch(row_bytes)),
         q_stride(ceil_div(row_bytes, kSliceBytes) * kSliceValues + kGemvTokenPad) {}
@@ -145,11 +145,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (warp == kWarps) {
     RingPosition at(stages);
     for (int tile = 0; tile < tiles; ++tile) {
-      const int present = least(kTileRows, rows - tile * kTileRows);
+      const int present = minimum(kTileRows, rows - tile * kTileRows);
       const uint8_t* w = task.w + (n_begin + tile * kTileRows) * sizes.row_bytes;
       for (int c = 0; c < sizes.chunks; ++c, at.advance()) {
         const int begin = c * sizes.chunk_bytes;
-        const int bytes = least(sizes.chunk_bytes, sizes.row_bytes - begin);
+        const int bytes = minimum(sizes.chunk_bytes, sizes.row_bytes - begin);
         Barrier& full = shared.full[at.stage];
         if (lane == 0) {
           shared.empty[at.stage].wait(at.parity ^ 1);
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int tile = 0; tile < tiles; ++tile) {
     int32_t sums[4][4] = {};
     for (int c = 0; c < sizes.chunks; ++c, at.advance()) {
-      const int bytes = least(sizes.chunk_bytes, sizes.row_bytes - c * sizes.chunk_bytes);
+      const int bytes = minimum(sizes.chunk_bytes, sizes.row_bytes - c * sizes.chunk_bytes);
       shared.full[at.stage].wait(at.parity);
 #pragma unroll 2
       for (int s = member; s < ceil_div(bytes, kSliceBytes); s += kSplit) {
@@ -220,9 +220,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int row = (threadIdx.x - tile * kTileRows) & (kConsumers - 1);
     if (row < kTileRows && tile * kTileRows + row < rows) {
       const int64_t n = n_begin + tile * kTileRows + row;
-      const float bias = float_of(bias_bits, task.bias_dtype);
+      const float bias = float_from_bits(bias_bits, task.bias_dtype);
       const bool has_bias = task.bias != nullptr;
-      with_type(task.y_dtype, [&](auto zero) {
+      with_dtype(task.y_dtype, [&](auto zero) {
         using Y = decltype(zero);
 #pragma unroll 1
         for (int m = 0; m < tokens; ++m) {
@@ -244,10 +244,10 @@ template <class X, int kLogSplit>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
   const Sizes sizes(call.task.K);
   const int stage_bytes = static_cast<int>(gemv_stage_bytes(sizes.row_bytes, kLogSplit));
-  const int stages = least(plan.ring_bytes / stage_bytes, kMaxStages);
+  const int stages = minimum(plan.ring_bytes / stage_bytes, kMaxStages);
   const int shared_bytes = stages * stage_bytes + static_cast<int>(call.task.M) * sizes.q_stride;
-  const Launch how = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
-  return launch_kernel<gemv_kernel<X, kLogSplit>>(how, call, call.task, stages);
+  const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
+  return launch_kernel<gemv_kernel<X, kLogSplit>>(config, call, call.task, stages);
 }
 
 template <class X>

@@ -6,6 +6,7 @@
 
 #include <initializer_list>
 
+#include "../integers.h"
 #include "task.h"
 
 namespace bitlinear {
@@ -29,10 +30,6 @@ struct Shape {
 constexpr int kSliceBytes = 64;
 constexpr int kSliceValues = 4 * kSliceBytes;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Tokens that the workspace has room for: whole tiles, so that a kernel may read all of its last.
 constexpr int64_t padded_tokens(int64_t M) {
   if (M <= 64) return M <= 32 ? 32 : 64;
@@ -55,7 +52,7 @@ constexpr QuantizerPlan plan_quantizer(const Device& device, int64_t M, int64_t 
   // time. With enough warps it has no others, and so reads all of its values once.
   constexpr int64_t kBlockWarps = 8;
   const int64_t groups = M < 8 * device.multiprocessors ? 1 : kQuantizerGroups;
-  const int64_t warps = least(ceil_div(K, groups * 16 * 32), kQuantizerWarps);
+  const int64_t warps = minimum(ceil_div(K, groups * 16 * 32), kQuantizerWarps);
   // Blocks of several tokens are fewer to start, but all multiprocessors should have one. A power
   // of two, as the workspace has room for a multiple of 32 tokens.
   int tokens = 1;
@@ -71,7 +68,7 @@ constexpr int kChunkBytes = 1024;
 
 // Rows an odd multiple of 64 bytes apart have no bank conflicts among the rows of a fragment.
 constexpr int row_pitch(int64_t row_bytes) {
-  return static_cast<int>((least(row_bytes, kChunkBytes) + 63) / 64 * 64 | 64);
+  return static_cast<int>((minimum(row_bytes, kChunkBytes) + 63) / 64 * 64 | 64);
 }
 
 // ------------------------------------------------------------------------------------- GEMV
@@ -81,7 +78,7 @@ constexpr int kGemvWarps = 8;  // that multiply, each 16 rows at a time
 // It quantises the tokens itself, and first holds them in registers: groups of 16 values per
 // thread.
 constexpr int kGemvGroups = 4;
-constexpr int64_t kGemvHeldValues = int64_t{kGemvGroups} * 16 * 32 * kGemvWarps;
+constexpr int64_t kGemvRegisterValues = int64_t{kGemvGroups} * 16 * 32 * kGemvWarps;
 constexpr int kGemvTokenPad = 64;  // between tokens in shared memory, against bank conflicts
 // What it declares as shared memory, at most (the compiler adds a little of its own).
 constexpr int kGemvStaticBytes = 5632;
@@ -114,8 +111,8 @@ constexpr GemvPlan plan_gemv(const Device& device, const Shape& shape) {
   const bool two = shape.N * row_bytes > device.multiprocessors * (kRing + 10 * 1024) &&
                    2 * (device.shared_bytes - room + kRingOfTwo) <= device.shared_bytes;
   const int64_t blocks =
-      least(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
-  const int64_t ring_bytes = least(two ? kRingOfTwo : kRing, room);
+      minimum(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
+  const int64_t ring_bytes = minimum(two ? kRingOfTwo : kRing, room);
 
   // Tall tiles end in fewer barriers: as tall as the rows of a block, if the ring holds four
   // stages, or all that the block fills.
@@ -125,7 +122,7 @@ constexpr GemvPlan plan_gemv(const Device& device, const Shape& shape) {
   for (int candidate = 2; candidate >= 1; --candidate) {
     const int64_t tile_rows = gemv_tile_rows(candidate);
     const int64_t filled = ceil_div(rows, tile_rows) * chunks;
-    const int64_t held = filled < 2 ? 2 : least(filled, 4);
+    const int64_t held = filled < 2 ? 2 : minimum(filled, 4);
     if (rows > tile_rows / 2 && held * gemv_stage_bytes(row_bytes, candidate) <= ring_bytes) {
       log_split = candidate;
     }
@@ -169,16 +166,16 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
   const bool two =
       token_parts <= 2 && shape.N * row_bytes <= device.multiprocessors * bytes_for_two;
   constexpr int64_t kBlockRows = 8;
-  const int64_t most_blocks =
-      least(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
-  const int64_t shared_rows = ceil_div(shape.N, most_blocks);
+  const int64_t max_blocks =
+      minimum(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
+  const int64_t shared_rows = ceil_div(shape.N, max_blocks);
   // High tiles where there are many rows: the activations are fetched again for each tile.
   int row_parts = shared_rows <= 16 ? 1 : shared_rows <= 64 || token_parts == 4 ? 2 : 4;
   // Whole tiles, for the same reason.
   const int64_t tile_rows = kSmallBatchStageRows * row_parts;
   const int64_t rows =
       shared_rows <= tile_rows || two ? shared_rows : round_up(shared_rows, tile_rows);
-  const int64_t blocks = two ? most_blocks : ceil_div(shape.N, rows);
+  const int64_t blocks = two ? max_blocks : ceil_div(shape.N, rows);
 
   constexpr int64_t kReservedBytes = 1024;  // for every block, by the system
   const int64_t shared =
@@ -189,7 +186,7 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
   };
   while (row_parts > 1 && stages_beside(row_parts) < row_parts) row_parts /= 2;
   const int64_t needed = ceil_div(rows, kSmallBatchStageRows) * ceil_div(row_bytes, kChunkBytes);
-  const int64_t stages = least(least(stages_beside(row_parts), needed), kSmallBatchStages);
+  const int64_t stages = minimum(minimum(stages_beside(row_parts), needed), kSmallBatchStages);
   return {row_parts, token_parts, static_cast<int>(blocks), static_cast<int>(stages)};
 }
 
@@ -256,7 +253,7 @@ constexpr bool has_room(const WgmmaTile& tile, int64_t M) {
 // so much to start and to end, so much per slice of K (256 values), which the tensor cores or the
 // way of the operands to them take, and so much between two tiles. Multiprocessors that a whole
 // number of clusters does not fill stay idle.
-constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape, int most_splits = 8) {
+constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape, int max_splits = 8) {
   constexpr int64_t kClusterCost = 2460, kNextTileCost = 510;
   const int64_t slices = ceil_div(shape.K, kSliceValues);
   WgmmaPlan best = {64, 32, 1};
@@ -264,7 +261,7 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape, int mos
   for (const WgmmaTile& tile : kWgmmaTiles) {
     if (!has_room(tile, shape.M)) continue;
     const int64_t tiles = ceil_div(shape.N, tile.rows) * ceil_div(shape.M, tile.tokens);
-    for (int splits = 1; splits <= most_splits && (splits == 1 || 2 * splits <= slices);
+    for (int splits = 1; splits <= max_splits && (splits == 1 || 2 * splits <= slices);
          splits *= 2) {
       const int64_t usable = splits <= 2   ? device.multiprocessors
                              : splits == 4 ? device.multiprocessors * 10 / 11
@@ -296,12 +293,12 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape,
 // ------------------------------------------------------------------------------------- choice
 
 // Whether the kernel quantises the tokens itself, and so needs no workspace.
-constexpr bool quantizes(int kernel) {
+constexpr bool fuses_quantizer(int kernel) {
   return kernel == BITLINEAR_CUDA_GEMV || kernel == BITLINEAR_CUDA_SMALL_LAYER;
 }
 
 // Whether a kernel gives the right result there.
-constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
+constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
   switch (kernel) {
     case BITLINEAR_CUDA_DP4A:
       return device.capability >= 61;
@@ -310,7 +307,7 @@ constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
       int64_t shares = 1;
       while (shares < shape.M) shares *= 2;
       return device.capability >= 90 && shape.w_aligned && shape.x_aligned &&
-             shape.M <= kGemvTokens && shares * shape.K <= kGemvHeldValues &&
+             shape.M <= kGemvTokens && shares * shape.K <= kGemvRegisterValues &&
              gemv_room(device, shape) >= 2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
     }
     case BITLINEAR_CUDA_SMALL_BATCH:
@@ -327,7 +324,7 @@ constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
   }
 }
 
-// Whether the kernel for small layers, where it admits the shape, is faster than the others, by
+// Whether the kernel for small layers, where it supports the shape, is faster than the others, by
 // times on an H100: as long as a multiprocessor has one tile at most, and of long rows a small one.
 // A GEMV for two tokens or more is slower where its rows are short.
 constexpr bool prefers_small_layer(const Device& device, const Shape& shape) {
@@ -337,7 +334,7 @@ constexpr bool prefers_small_layer(const Device& device, const Shape& shape) {
   return shape.K <= 512 || (shape.M > 16 && tile.rows * tile.tokens <= 128 * 16);
 }
 
-// The fastest kernel that admits the shape, or BITLINEAR_CUDA_AUTO where none does.
+// The fastest kernel that supports the shape, or BITLINEAR_CUDA_AUTO where none does.
 constexpr int choose_kernel(const Device& device, const Shape& shape) {
   // Beyond 16 tokens, where the activations are fetched for more than one tile of rows, wgmma.cu
   // gets by with less of that.
@@ -345,7 +342,7 @@ constexpr int choose_kernel(const Device& device, const Shape& shape) {
   for (const int kernel :
        {BITLINEAR_CUDA_SMALL_LAYER, BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH,
         BITLINEAR_CUDA_WGMMA, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_DP4A}) {
-    if (!admits(kernel, device, shape)) continue;
+    if (!supports(kernel, device, shape)) continue;
     if (kernel == BITLINEAR_CUDA_SMALL_LAYER && !prefers_small_layer(device, shape)) continue;
     if (kernel == BITLINEAR_CUDA_SMALL_BATCH && !is_small && device.has_wgmma) continue;
     return kernel;

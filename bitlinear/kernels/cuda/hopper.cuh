@@ -62,7 +62,7 @@ struct RingPosition {
 
 // A barrier of the first kThreads threads of a block, while others go their own way.
 template <int kThreads>
-__device__ inline void sync_first() {
+__device__ inline void sync_leading_threads() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 

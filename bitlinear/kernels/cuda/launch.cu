@@ -21,17 +21,17 @@ __global__ void probe(int* out) {
 }
 
 cudaError_t inspect_device(int index, Device* device) {
-  const auto ask = [&](cudaDeviceAttr attribute, int* value) {
+  const auto query = [&](cudaDeviceAttr attribute, int* value) {
     return cudaDeviceGetAttribute(value, attribute, index);
   };
   int major = 0, minor = 0;
   cudaFuncAttributes code = {};
   device->index = index;
-  cudaError_t error = ask(cudaDevAttrComputeCapabilityMajor, &major);
-  if (error == cudaSuccess) error = ask(cudaDevAttrComputeCapabilityMinor, &minor);
-  if (error == cudaSuccess) error = ask(cudaDevAttrMultiProcessorCount, &device->multiprocessors);
+  cudaError_t error = query(cudaDevAttrComputeCapabilityMajor, &major);
+  if (error == cudaSuccess) error = query(cudaDevAttrComputeCapabilityMinor, &minor);
+  if (error == cudaSuccess) error = query(cudaDevAttrMultiProcessorCount, &device->multiprocessors);
   if (error == cudaSuccess) {
-    error = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes);
+    error = query(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes);
   }
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, probe);
   const int capability = 10 * major + minor;
@@ -71,7 +71,7 @@ Shape shape_of(const bitlinear_cuda_task& task) {
 int kernel_for(const bitlinear_cuda_task& task, int kernel, const Device& device) {
   const Shape shape = shape_of(task);
   if (kernel == BITLINEAR_CUDA_AUTO) return choose_kernel(device, shape);
-  return admits(kernel, device, shape) ? kernel : BITLINEAR_CUDA_AUTO;
+  return supports(kernel, device, shape) ? kernel : BITLINEAR_CUDA_AUTO;
 }
 
 cudaError_t run(int kernel, Call call) {
@@ -86,7 +86,7 @@ cudaError_t run(int kernel, Call call) {
                                                              : Layout::kRows;
   const cudaError_t error = quantize(call, q, layout);
   if (error != cudaSuccess) return error;
-  call.task.w_settled = 1;  // before the quantiser
+  call.task.w_prefetchable = 1;  // before the quantiser
   switch (kernel) {
     case BITLINEAR_CUDA_SMALL_BATCH:
       return small_batch(call, q, plan_small_batch(call.device, shape));
@@ -112,19 +112,19 @@ Activations activations_of(const bitlinear_cuda_task& task) {
 cudaError_t current_device(Device* device) {
   // Asked once per device; a failure may pass.
   static std::mutex mutex;
-  static Device known[kKnownDevices];
+  static Device cache[kCachedDevices];
   int index = 0;
   cudaError_t error = cudaGetDevice(&index);
   if (error != cudaSuccess) return error;
-  if (index >= kKnownDevices) return inspect_device(index, device);
+  if (index >= kCachedDevices) return inspect_device(index, device);
   const std::lock_guard<std::mutex> lock(mutex);
-  if (known[index].capability == 0) {
+  if (cache[index].capability == 0) {
     Device found;
     error = inspect_device(index, &found);
     if (error != cudaSuccess) return error;
-    known[index] = found;
+    cache[index] = found;
   }
-  *device = known[index];
+  *device = cache[index];
   return cudaSuccess;
 }
 
@@ -137,7 +137,7 @@ BITLINEAR_EXPORT int64_t bitlinear_cuda_workspace_bytes(const bitlinear_cuda_tas
   Device device;
   // An error comes again, and then is reported.
   if (current_device(&device) != cudaSuccess) return 0;
-  if (quantizes(kernel_for(*task, kernel, device))) return 0;
+  if (fuses_quantizer(kernel_for(*task, kernel, device))) return 0;
   return Workspace(task->M, task->K).bytes;
 }
 

@@ -188,8 +188,8 @@ struct Position {
     const unsigned row_tiles = static_cast<unsigned>(ceil_div<int64_t>(task.N, Tile::kRows));
     n = int64_t{block % row_tiles} * Tile::kRows;
     m = int64_t{block / row_tiles} * Tile::kTokens;
-    rows = static_cast<int>(least<int64_t>(Tile::kRows, task.N - n));
-    tokens = static_cast<int>(least<int64_t>(Tile::kTokens, task.M - m));
+    rows = static_cast<int>(minimum<int64_t>(Tile::kRows, task.N - n));
+    tokens = static_cast<int>(minimum<int64_t>(Tile::kTokens, task.M - m));
     const int warp = thread / 32;
     g = thread % 32 / 4;
     tig = thread % 4;
@@ -201,12 +201,12 @@ struct Position {
 
 // As blockIdx.x and threadIdx.x, but read anew: what was worked out from those before need not take
 // up registers until then.
-__device__ inline unsigned block_anew() {
+__device__ inline unsigned reread_block_index() {
   unsigned block;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
   return block;
 }
-__device__ inline int thread_anew() {
+__device__ inline int reread_thread_index() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
 
   // The weights can be on their way while the quantiser still runs.
   if (kAligned && threadIdx.x == 0 && at.m == 0) {
-    prefetch_l2(from.w, static_cast<uint32_t>(least(at.rows * from.row_bytes, 256 * 1024)));
+    prefetch_l2(from.w, static_cast<uint32_t>(minimum(at.rows * from.row_bytes, 256 * 1024)));
   }
   allow_successor();
   wait_for_predecessor();
@@ -281,15 +281,15 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
   }
 
   __syncthreads();
-  const Position<Tile> end(task, block_anew(), thread_anew());
+  const Position<Tile> end(task, reread_block_index(), reread_thread_index());
   const TileRows<Tile::kRows, kThreads> rows(task, end.n, threadIdx.x);
   int32_t* const codes = reinterpret_cast<int32_t*>(shared);
-  int32_t* const mine = codes +
-                        (end.depth * Tile::kTokens + end.token + 2 * end.tig) * Tile::kPitch +
-                        end.row + end.g;
-  leave_sums<Tile::kPitch>(mine, sums);
+  int32_t* const thread_codes =
+      codes + (end.depth * Tile::kTokens + end.token + 2 * end.tig) * Tile::kPitch + end.row +
+      end.g;
+  store_sums<Tile::kPitch>(thread_codes, sums);
   __syncthreads();
-  const auto codes_of = [&](int token, int row) {
+  const auto load_codes = [&](int token, int row) {
     int4 sum = make_int4(0, 0, 0, 0);
 #pragma unroll
     for (int depth = 0; depth < Tile::kDepth; ++depth) {
@@ -298,15 +298,15 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
     }
     return sum;
   };
-  write_tile(task, rows, end.m, {0, 1, end.tokens}, s_x, q_sum, codes_of);
+  write_tile(task, rows, end.m, {0, 1, end.tokens}, s_x, q_sum, load_codes);
 }
 
 template <class Tile, bool kAligned>
 cudaError_t launch(const Call& call, const Activations& q) {
   const int64_t blocks =
       ceil_div<int64_t>(call.task.N, Tile::kRows) * ceil_div<int64_t>(call.task.M, Tile::kTokens);
-  const Launch how = {dim3(static_cast<unsigned>(blocks)), kThreads, Tile::kSharedBytes};
-  return launch_kernel<mma_kernel<Tile, kAligned>>(how, call, call.task, q);
+  const LaunchConfig config = {dim3(static_cast<unsigned>(blocks)), kThreads, Tile::kSharedBytes};
+  return launch_kernel<mma_kernel<Tile, kAligned>>(config, call, call.task, q);
 }
 
 template <class Tile>

@@ -37,21 +37,21 @@ struct Group {
   // The largest magnitude, as the bits of a float: as unsigned integers these order finite <
   // infinity < NaN, and so do those of the 16-bit formats.
   __device__ uint32_t magnitude_bits() const {
-    uint32_t most = 0;
+    uint32_t largest = 0;
 #pragma unroll
     for (const uint4& v : vectors) {
       for (const uint32_t word : {v.x, v.y, v.z, v.w}) {
         if constexpr (sizeof(X) == 4) {
-          most = max(most, word & 0x7FFFFFFFu);
+          largest = max(largest, word & 0x7FFFFFFFu);
         } else {
-          most = __vmaxu2(most, word & 0x7FFF7FFFu);
+          largest = __vmaxu2(largest, word & 0x7FFF7FFFu);
         }
       }
     }
     if constexpr (sizeof(X) == 4) {
-      return most;
+      return largest;
     } else {
-      const uint16_t bits = static_cast<uint16_t>(max(most & 0xFFFFu, most >> 16));
+      const uint16_t bits = static_cast<uint16_t>(max(largest & 0xFFFFu, largest >> 16));
       X value;
       memcpy(&value, &bits, sizeof(value));
       return __float_as_uint(to_float(value));

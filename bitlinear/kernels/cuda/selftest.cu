@@ -32,8 +32,8 @@ class DeviceScope {
 
 // The first difference that a kernel shows, or "".
 std::string check_kernel(int kernel, const Device& device, const Stream& stream) {
-  constexpr Data kKinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite,
-                             Data::kSubnormal};
+  constexpr Data kDataKinds[] = {Data::kRandom, Data::kLargestSums, Data::kZero, Data::kNonFinite,
+                                 Data::kSubnormal};
   uint64_t seed = 0;
   // 192, 256 and 4160: rows that are aligned, and so those that the GEMV takes.
   for (const int64_t K : {5, 192, 255, 256, 1100, 4160}) {
@@ -45,10 +45,10 @@ std::string check_kernel(int kernel, const Device& device, const Stream& stream)
                       static_cast<int>(seed % 3),
                       seed % 2 == 0,
                       seed % 4 == 0,
-                      kKinds[seed / 2 % 5],
+                      kDataKinds[seed / 2 % 5],
                       0};
       const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
-      if (!takes(kernel, device, c, placement)) continue;
+      if (!supports_case(kernel, device, c, placement)) continue;
       const std::string difference = check_case(kernel, c, seed, placement, stream);
       if (!difference.empty()) return difference;
     }
@@ -57,13 +57,13 @@ std::string check_kernel(int kernel, const Device& device, const Stream& stream)
 }
 
 std::string check_training(const Stream& stream) {
-  constexpr Data kKinds[] = {Data::kRandom, Data::kNonFinite, Data::kZero, Data::kExtreme,
-                             Data::kSubnormal};
+  constexpr Data kDataKinds[] = {Data::kRandom, Data::kNonFinite, Data::kZero, Data::kLargestSums,
+                                 Data::kSubnormal};
   uint64_t seed = 0;
   for (const int64_t K : {1, 6, 15, 16, 100, 1030, 2048}) {
     for (const int64_t M : {1, 5, 300}) {
       ++seed;
-      const Case c = {M, 1, K, static_cast<int>(seed % 3), false, false, kKinds[seed % 5], 0};
+      const Case c = {M, 1, K, static_cast<int>(seed % 3), false, false, kDataKinds[seed % 5], 0};
       const Placement placement = seed % 5 == 0 ? Placement::kUnaligned : Placement::kAligned;
       const std::string difference = check_training(c, seed, placement, stream);
       if (!difference.empty()) return difference;

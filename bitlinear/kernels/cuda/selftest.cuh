@@ -79,7 +79,7 @@ enum class Placement { kAligned, kUnaligned };
 constexpr size_t kGuardBytes = 256;  // a multiple of the alignment of y and of the workspace
 constexpr uint8_t kGuard = 0xA5;
 
-inline bool untouched(const uint8_t* guard) {
+inline bool is_intact(const uint8_t* guard) {
   for (size_t i = 0; i < kGuardBytes; ++i) {
     if (guard[i] != kGuard) return false;
   }
@@ -97,8 +97,9 @@ inline Shape shape_of(const selftest::Case& c, Placement placement) {
 }
 
 // Whether the kernel is to be tried on a case: any kernel that the heuristics may choose for it.
-inline bool takes(int kernel, const Device& device, const selftest::Case& c, Placement placement) {
-  return kernel == BITLINEAR_CUDA_AUTO || admits(kernel, device, shape_of(c, placement));
+inline bool supports_case(int kernel, const Device& device, const selftest::Case& c,
+                          Placement placement) {
+  return kernel == BITLINEAR_CUDA_AUTO || supports(kernel, device, shape_of(c, placement));
 }
 
 // Returns "" or what differs; throws CudaFailure. `run` queues the task on the stream, by this
@@ -132,7 +133,7 @@ std::string check_case(const std::string& name, int kernel, const Run& run, cons
   task.s_w_stride = c.per_channel ? 1 : 0;
   task.bias = c.bias ? bias.data() : nullptr;
   task.y = y.data() + kGuardBytes;
-  task.w_settled = seed % 3 != 0;  // other copies follow the one of w
+  task.w_prefetchable = seed % 3 != 0;  // other copies follow the one of w
   const size_t workspace_bytes = static_cast<size_t>(bitlinear_cuda_workspace_bytes(&task, kernel));
   // Nothing that is left in the workspace may matter.
   std::vector<uint8_t> guard(workspace_bytes + kGuardBytes, kGuard);
@@ -145,10 +146,10 @@ std::string check_case(const std::string& name, int kernel, const Run& run, cons
   stream.download(y_memory.data(), y.data(), y_memory.size());
   stream.download(guard.data(), workspace.data() + workspace_bytes, kGuardBytes);
 
-  if (!untouched(y_memory.data()) || !untouched(y_memory.data() + kGuardBytes + y_bytes)) {
+  if (!is_intact(y_memory.data()) || !is_intact(y_memory.data() + kGuardBytes + y_bytes)) {
     return "written beyond y at " + describe(c) + where;
   }
-  if (!untouched(guard.data())) return "written beyond the workspace at " + describe(c) + where;
+  if (!is_intact(guard.data())) return "written beyond the workspace at " + describe(c) + where;
   selftest::Buffer got(c.dtype, c.M * c.N);
   memcpy(got.data(), y_memory.data() + kGuardBytes, y_bytes);
   for (int64_t m = 0; m < c.M; ++m) {
@@ -193,22 +194,22 @@ inline std::string check_training(const selftest::Case& c, uint64_t seed, Placem
   const std::vector<uint8_t> sums(
       static_cast<size_t>(bitlinear_cuda_weight_workspace_bytes(c.M, c.K)));
   float s_w = 0;
-  const DeviceArray its_sums(stream, sums.data(), sums.size());
-  const DeviceArray its_packed(stream, packed.data(), packed.size());
-  const DeviceArray its_scale(stream, &s_w, sizeof(s_w));
-  const DeviceArray its_w(stream, w.data(), w.size());
-  const char* refusal =
-      bitlinear_cuda_quantize_weight(x.data(), c.dtype, c.M, c.K, operands.eps, its_packed.data(),
-                                     its_scale.data<float>(), its_sums.data(), stream.get());
+  const DeviceArray device_sums(stream, sums.data(), sums.size());
+  const DeviceArray device_packed(stream, packed.data(), packed.size());
+  const DeviceArray device_scale(stream, &s_w, sizeof(s_w));
+  const DeviceArray device_w(stream, w.data(), w.size());
+  const char* refusal = bitlinear_cuda_quantize_weight(
+      x.data(), c.dtype, c.M, c.K, operands.eps, device_packed.data(), device_scale.data<float>(),
+      device_sums.data(), stream.get());
   if (refusal != nullptr) return refusal + where;
   const bool scaled = seed % 2 == 0;
-  refusal = bitlinear_cuda_expand_weight(its_packed.data(), c.M, c.K,
-                                         scaled ? its_scale.data<float>() : nullptr, its_w.data(),
-                                         c.dtype, stream.get());
+  refusal = bitlinear_cuda_expand_weight(device_packed.data(), c.M, c.K,
+                                         scaled ? device_scale.data<float>() : nullptr,
+                                         device_w.data(), c.dtype, stream.get());
   if (refusal != nullptr) return refusal + where;
-  stream.download(packed.data(), its_packed.data(), packed.size());
-  stream.download(&s_w, its_scale.data(), sizeof(s_w));
-  stream.download(w.data(), its_w.data(), w.size());
+  stream.download(packed.data(), device_packed.data(), packed.size());
+  stream.download(&s_w, device_scale.data(), sizeof(s_w));
+  stream.download(w.data(), device_w.data(), w.size());
 
   std::vector<float> values(count);
   double sum = 0.0;
@@ -240,20 +241,21 @@ inline std::string check_training(const selftest::Case& c, uint64_t seed, Placem
 
   std::vector<int8_t> q(count);
   std::vector<float> s_x(static_cast<size_t>(c.M));
-  const DeviceArray its_q(stream, q.data(), q.size());
-  const DeviceArray its_scales(stream, s_x.data(), s_x.size() * sizeof(float));
+  const DeviceArray device_q(stream, q.data(), q.size());
+  const DeviceArray device_scales(stream, s_x.data(), s_x.size() * sizeof(float));
   refusal = bitlinear_cuda_quantize_activations(x.data(), c.dtype, c.M, c.K, operands.eps,
-                                                its_q.data<int8_t>(), its_scales.data<float>(),
-                                                stream.get());
+                                                device_q.data<int8_t>(),
+                                                device_scales.data<float>(), stream.get());
   if (refusal != nullptr) return refusal + where;
-  stream.download(q.data(), its_q.data(), q.size());
-  stream.download(s_x.data(), its_scales.data(), s_x.size() * sizeof(float));
+  stream.download(q.data(), device_q.data(), q.size());
+  stream.download(s_x.data(), device_scales.data(), s_x.size() * sizeof(float));
   selftest::Buffer tokens(c.dtype, c.M * c.K);
-  const DeviceArray its_tokens(stream, tokens.data(), tokens.size());
-  refusal = bitlinear_cuda_expand_activations(its_q.data<int8_t>(), its_scales.data<float>(), c.M,
-                                              c.K, its_tokens.data(), c.dtype, stream.get());
+  const DeviceArray device_tokens(stream, tokens.data(), tokens.size());
+  refusal =
+      bitlinear_cuda_expand_activations(device_q.data<int8_t>(), device_scales.data<float>(), c.M,
+                                        c.K, device_tokens.data(), c.dtype, stream.get());
   if (refusal != nullptr) return refusal + where;
-  stream.download(tokens.data(), its_tokens.data(), tokens.size());
+  stream.download(tokens.data(), device_tokens.data(), tokens.size());
   for (int64_t m = 0; m < c.M; ++m) {
     const selftest::Expected expected(operands, m);
     for (int64_t k = 0; k < c.K; ++k) {

@@ -82,11 +82,11 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
   RingPosition at(stages);
   if (warp == kWarps) {
     for (int tile = 0; tile < tiles; ++tile) {
-      const int tile_end = least(rows, (tile + 1) * T::kRows);
+      const int tile_end = minimum(rows, (tile + 1) * T::kRows);
       for (int begin = 0; begin < row_bytes; begin += kChunkBytes) {
-        const int bytes = least(kChunkBytes, row_bytes - begin);
+        const int bytes = minimum(kChunkBytes, row_bytes - begin);
         for (int first = tile * T::kRows; first < tile_end; first += kPartRows, at.advance()) {
-          const int present = least(kPartRows, tile_end - first);
+          const int present = minimum(kPartRows, tile_end - first);
           Barrier& full = shared.full[at.stage];
           if (lane == 0) {
             shared.empty[at.stage].wait(at.parity ^ 1);
@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
 #pragma unroll
   for (int t = 0; t < kTokenParts; ++t) {
     // Columns beyond the tokens repeat the last one, and are dropped.
-    const int m = least(8 * t + g, tokens - 1);
-    q[t] = activations.q + place_of<Layout::kFragments>(activations, m, 0, 0, 4 * tig);
+    const int m = minimum(8 * t + g, tokens - 1);
+    q[t] = activations.q + word_offset<Layout::kFragments>(activations, m, 0, 0, 4 * tig);
   }
   uint4 b[4][kTokenParts];  // of a slice, by plane
   const auto load_plane = [&](int slice, int p) {
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
       if (task.bias != nullptr) bias_bits = load_bits(task.bias, task.bias_dtype, n);
     }
 
-    const int parts = least(kRowParts, ceil_div(left, kPartRows));
+    const int parts = minimum(kRowParts, ceil_div(left, kPartRows));
     int32_t sums[kRowParts][kTokenParts][4] = {};
     int slice = warp;
     for (int c = 0; c < chunks; ++c) {
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
           w[r] = w[0];  // computed again, and dropped
         }
       }
-      const int end = least(slices, (c + 1) * kChunkSlices);
+      const int end = minimum(slices, (c + 1) * kChunkSlices);
 #pragma unroll 1
       for (; slice < end; slice += kWarps) {
         const int offset = (slice - c * kChunkSlices) * kSliceBytes;
@@ -193,12 +193,12 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
       }
     }
 
-    leave_sums<T::kPitch>(partial + (warp * T::kTokens + 2 * tig) * T::kPitch + g, sums);
-    sync_first<kConsumers>();
+    store_sums<T::kPitch>(partial + (warp * T::kTokens + 2 * tig) * T::kPitch + g, sums);
+    sync_leading_threads<kConsumers>();
     if (row < left) {
       const bool has_bias = task.bias != nullptr;
-      const float bias = float_of(bias_bits, task.bias_dtype);
-      with_type(task.y_dtype, [&](auto zero) {
+      const float bias = float_from_bits(bias_bits, task.bias_dtype);
+      with_dtype(task.y_dtype, [&](auto zero) {
         using Y = decltype(zero);
         for (int m = threadIdx.x / T::kRows; m < tokens; m += kConsumers / T::kRows) {
           int32_t codes = 0;
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
         }
       });
     }
-    if (tile + 1 < tiles) sync_first<kConsumers>();
+    if (tile + 1 < tiles) sync_leading_threads<kConsumers>();
   }
 #endif
 }
@@ -222,9 +222,9 @@ cudaError_t launch(const Call& call, const Activations& q, const SmallBatchPlan&
   const int64_t stage_bytes = small_batch_stage_bytes(ceil_div<int64_t>(call.task.K, 4));
   const int64_t shared_bytes =
       plan.stages * stage_bytes + small_batch_sum_bytes(kRowParts, kTokenParts);
-  const Launch how = {dim3(static_cast<unsigned>(plan.blocks)), kThreads,
-                      static_cast<int>(shared_bytes)};
-  return launch_kernel<small_batch_kernel<kRowParts, kTokenParts>>(how, call, call.task, q,
+  const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads,
+                               static_cast<int>(shared_bytes)};
+  return launch_kernel<small_batch_kernel<kRowParts, kTokenParts>>(config, call, call.task, q,
                                                                    plan.stages);
 }
 

@@ -21,10 +21,10 @@ struct bitlinear_cuda_task {
   void* workspace;  // as bitlinear_cuda_workspace_bytes() says, at a multiple of 256
   // Whether whatever wrote w had ended before the work just ahead in the stream began. If so, the
   // kernels may start to read w while that work is still running.
-  int w_settled;
+  int w_prefetchable;
 };
 
-// What computes a product. Each handles every M, N and K that its row in heuristics.h admits.
+// What computes a product. Each handles every M, N and K that its row in heuristics.h supports.
 enum bitlinear_cuda_kernel {
   BITLINEAR_CUDA_AUTO = 0,         // whichever heuristics.h prefers
   BITLINEAR_CUDA_DP4A = 1,         // any shape, sm_61 and later

@@ -19,7 +19,7 @@ constexpr int kRowThreads = 64, kBlockRows = 4;
 // Blocks that add up magnitudes: the same on every GPU, so that sums have the same order.
 constexpr int64_t sum_blocks(int64_t count) {
   const int64_t blocks = ceil_div<int64_t>(count, int64_t{kSumThreads} * kGroup);
-  return blocks < 1 ? 1 : least<int64_t>(blocks, 1024);
+  return blocks < 1 ? 1 : minimum<int64_t>(blocks, 1024);
 }
 
 // The sum over a block, in its first thread.
@@ -76,31 +76,30 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
       const uint32_t code = 1 + (values[i] > half) - (values[i] < -half);
       word |= code << (8 * (i / 4) + 6 - 2 * (i % 4));
     }
-    uint8_t* const place = packed + n * row_bytes + k / 4;
+    uint8_t* const bytes = packed + n * row_bytes + k / 4;
     if (row_bytes % 4 == 0) {
-      *reinterpret_cast<uint32_t*>(place) = word;
+      *reinterpret_cast<uint32_t*>(bytes) = word;
     } else {
-      store_some(place, word, row_bytes - k / 4);
+      store_partial(bytes, word, row_bytes - k / 4);
     }
   }
 }
 
 // Stores the first `count` of a group's values.
 template <class T>
-__device__ inline void store_group(T* place, const float (&values)[kGroup], int count,
-                                   bool aligned) {
+__device__ inline void store_group(T* out, const float (&values)[kGroup], int count, bool aligned) {
   alignas(16) T rounded[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) rounded[i] = from_float<T>(values[i]);
   if (aligned && count >= kGroup) {
 #pragma unroll
     for (int v = 0; v < static_cast<int>(sizeof(T)); ++v) {
-      reinterpret_cast<uint4*>(place)[v] = reinterpret_cast<const uint4*>(rounded)[v];
+      reinterpret_cast<uint4*>(out)[v] = reinterpret_cast<const uint4*>(rounded)[v];
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      if (i < count) place[i] = rounded[i];
+      if (i < count) out[i] = rounded[i];
     }
   }
 }
@@ -156,15 +155,15 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   const int unused = (1 << 2 * (4 * row_bytes - K)) - 1;
   for (int b = static_cast<int>(threadIdx.x); b < row_bytes; b += kRowThreads) {
     const int byte = packed[n * row_bytes + b];
-    const bool code3 = (byte & byte >> 1 & 0x55) != 0;
-    if (code3 || (b == row_bytes - 1 && ((byte ^ 0x55) & unused) != 0)) {
+    const bool has_code3 = (byte & byte >> 1 & 0x55) != 0;
+    if (has_code3 || (b == row_bytes - 1 && ((byte ^ 0x55) & unused) != 0)) {
       atomicMin(first, static_cast<unsigned long long>(n * row_bytes + b));
       return;
     }
   }
 }
 
-Launch by_rows(int64_t N) {
+LaunchConfig row_blocks(int64_t N) {
   return {dim3(static_cast<unsigned>(ceil_div<int64_t>(N, kBlockRows))),
           dim3(kRowThreads, kBlockRows)};
 }
@@ -173,7 +172,7 @@ template <class V>
 cudaError_t quantize_weight(const Call& call, const V* w, int64_t N, int64_t K, float eps,
                             uint8_t* packed, float* s_w, double* sums) {
   const int blocks = static_cast<int>(sum_blocks(N * K));
-  const Launch by_blocks = {dim3(static_cast<unsigned>(blocks)), kSumThreads};
+  const LaunchConfig by_blocks = {dim3(static_cast<unsigned>(blocks)), kSumThreads};
   cudaError_t error =
       launch_kernel<sum_magnitudes<V>>(by_blocks, call, w, N * K, rows_aligned(w, 16), sums);
   if (error != cudaSuccess) return error;
@@ -181,13 +180,13 @@ cudaError_t quantize_weight(const Call& call, const V* w, int64_t N, int64_t K, 
   error = launch_kernel<find_scale>({dim3(1), kSumThreads}, call, sums, blocks, count, eps, s_w);
   if (error != cudaSuccess || N == 0) return error;
   const bool aligned = rows_aligned(w, K * static_cast<int64_t>(sizeof(V)));
-  return launch_kernel<pack_rows<V>>(by_rows(N), call, w, N, static_cast<int>(K), aligned, s_w,
+  return launch_kernel<pack_rows<V>>(row_blocks(N), call, w, N, static_cast<int>(K), aligned, s_w,
                                      packed);
 }
 
 // What `launch` says, of a call on the current device.
 template <class F>
-const char* on_device(int64_t rows, int64_t K, void* stream, F&& launch) {
+const char* run_on_current_device(int64_t rows, int64_t K, void* stream, F&& launch) {
   if (rows > INT32_MAX || K > INT32_MAX / 2) {
     return "there must be fewer than 2^31 rows, and K must be less than 2^30";
   }
@@ -210,8 +209,8 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_weight(const void* w, int d
                                                             float* s_w, void* workspace,
                                                             void* stream) {
   using namespace bitlinear::cuda;
-  return on_device(N, K, stream, [&](const Call& call) {
-    return of_type(dtype, [&](auto zero) {
+  return run_on_current_device(N, K, stream, [&](const Call& call) {
+    return dispatch_dtype(dtype, [&](auto zero) {
       return quantize_weight(call, static_cast<const decltype(zero)*>(w), N, K, eps, packed, s_w,
                              static_cast<double*>(workspace));
     });
@@ -223,11 +222,11 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_expand_weight(const uint8_t* packed,
                                                           int dtype, void* stream) {
   using namespace bitlinear::cuda;
   if (N == 0) return nullptr;
-  return on_device(N, K, stream, [&](const Call& call) {
-    return of_type(dtype, [&](auto zero) {
+  return run_on_current_device(N, K, stream, [&](const Call& call) {
+    return dispatch_dtype(dtype, [&](auto zero) {
       using T = decltype(zero);
-      return launch_kernel<expand_weights<T>>(by_rows(N), call, packed, N, static_cast<int>(K), s_w,
-                                              static_cast<T*>(w));
+      return launch_kernel<expand_weights<T>>(row_blocks(N), call, packed, N, static_cast<int>(K),
+                                              s_w, static_cast<T*>(w));
     });
   });
 }
@@ -237,12 +236,12 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_find_invalid_byte(const uint8_t* pac
                                                               uint8_t* byte, void* workspace,
                                                               void* stream) {
   using namespace bitlinear::cuda;
-  return on_device(N, K, stream, [&](const Call& call) {
+  return run_on_current_device(N, K, stream, [&](const Call& call) {
     auto* const first = static_cast<unsigned long long*>(workspace);
     cudaError_t error = cudaMemsetAsync(first, 0xFF, sizeof(*first), call.stream);
     if (error != cudaSuccess) return error;
-    error =
-        launch_kernel<find_invalid_byte>(by_rows(N), call, packed, N, static_cast<int>(K), first);
+    error = launch_kernel<find_invalid_byte>(row_blocks(N), call, packed, N, static_cast<int>(K),
+                                             first);
     if (error != cudaSuccess) return error;
     error =
         cudaMemcpyAsync(position, first, sizeof(*position), cudaMemcpyDeviceToHost, call.stream);
@@ -260,7 +259,7 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_activations(const void* x, 
                                                                  void* stream) {
   using namespace bitlinear::cuda;
   if (M == 0 || K == 0) return nullptr;
-  return on_device(M, K, stream, [&](Call call) {
+  return run_on_current_device(M, K, stream, [&](Call call) {
     call.task.x = x;
     call.task.x_dtype = dtype;
     call.task.M = M;
@@ -275,11 +274,11 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_expand_activations(const int8_t* q, 
                                                                int dtype, void* stream) {
   using namespace bitlinear::cuda;
   if (M == 0 || K == 0) return nullptr;
-  return on_device(M, K, stream, [&](const Call& call) {
-    return of_type(dtype, [&](auto zero) {
+  return run_on_current_device(M, K, stream, [&](const Call& call) {
+    return dispatch_dtype(dtype, [&](auto zero) {
       using T = decltype(zero);
-      return launch_kernel<expand_activations<T>>(by_rows(M), call, q, s_x, M, static_cast<int>(K),
-                                                  static_cast<T*>(x));
+      return launch_kernel<expand_activations<T>>(row_blocks(M), call, q, s_x, M,
+                                                  static_cast<int>(K), static_cast<T*>(x));
     });
   });
 }

@@ -92,7 +92,7 @@ struct Wgmma<128> {
 // clang-format on
 
 // Has the register written before what follows.
-__device__ inline void pin(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
+__device__ inline void fence_operand(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
 // The registers of a thread of this warpgroup from here on.
 template <int kRegisters>
 __device__ inline void shrink_registers() {
@@ -133,7 +133,7 @@ __device__ inline int4 load_remote(const int32_t* p, int rank) {
 }
 
 // The descriptor of the operand at `address`: rows of 128 bytes in atoms of 8, swizzled.
-__device__ inline uint64_t describe(uint32_t address) {
+__device__ inline uint64_t make_descriptor(uint32_t address) {
   constexpr uint64_t kAtomBytes = 1024;
   return uint64_t{(address & 0x3FFFFu) >> 4} | uint64_t{1} << 16 | (kAtomBytes >> 4) << 32 |
          uint64_t{1} << 62;
@@ -149,24 +149,24 @@ struct Tile {
   static constexpr int kThreads = kConsumers + 128;
   static constexpr int kStageBytes = kTokens * kSliceValues;
   static constexpr int kSumBytes = kTokens * kRows * 4;
-  static constexpr int kRoom = 224 * 1024 - kSumBytes;  // for stages
-  static constexpr int kStages = kRoom / kStageBytes < 8 ? kRoom / kStageBytes : 8;
+  static constexpr int kStageBudget = 224 * 1024 - kSumBytes;  // for stages
+  static constexpr int kStages = kStageBudget / kStageBytes < 8 ? kStageBudget / kStageBytes : 8;
   static constexpr int kSharedBytes = kStages * kStageBytes + kSumBytes + 1024;
   // Slices of weights in registers, on their way.
-  static constexpr int kAhead = kTokens == 32 ? 4 : kRowBlocks == 1 ? 2 : 1;
+  static constexpr int kPrefetched = kTokens == 32 ? 4 : kRowBlocks == 1 ? 2 : 1;
   // A product that adds to the sums of the last one waits for it. With few tokens that is long:
   // even and odd steps then have sums of their own.
-  static constexpr int kStepKinds = kTokens < 128 && kRowBlocks == 1 ? 2 : 1;
+  static constexpr int kAccumulatorSets = kTokens < 128 && kRowBlocks == 1 ? 2 : 1;
   // Steps under way, each with fragments of its own.
   static constexpr int kDepth = kRowBlocks == 1 ? 4 : 2;
   // Two warpgroups that multiply need registers of the third. Of a thread of that one, and of
   // theirs:
-  static constexpr bool kMovesRegisters = kWarpgroups == 2;
-  static constexpr int kFewRegisters = 72, kManyRegisters = 216;
+  static constexpr bool kReallocatesRegisters = kWarpgroups == 2;
+  static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 
   // Where the sums of a row for a token are. The exclusive or spreads over the banks what a warp
   // writes at a time, 8 rows for every other of 8 tokens, and leaves fours of rows together.
-  static __device__ int place(int token, int row) {
+  static __device__ int sum_index(int token, int row) {
     return token * kRows + (row ^ (token & 6) * 4);
   }
 };
@@ -199,13 +199,13 @@ struct Weights {
 };
 
 // A thread's way through the weights: the slices of one tile after the other, each tile filled up
-// with zeros to a multiple of kAhead.
+// with zeros to a multiple of kPrefetched.
 template <class T>
 class WeightReader {
  public:
   __device__ WeightReader(const bitlinear_cuda_task& task, const Share<T>& share)
       : task_(task), share_(share), row_bytes_((task.K + 3) / 4) {
-    enter(share.first_tile);
+    start_tile(share.first_tile);
   }
   __device__ Weights<T::kBlocks> read() {
     const int64_t offset = int64_t{slice_} * kSliceBytes + 16 * (threadIdx.x % 4);
@@ -216,8 +216,8 @@ class WeightReader {
       weights.low[r] = load_chunk<true>(low_[r], offset, end);
       weights.high[r] = load_chunk<true>(high_[r], offset, end);
     }
-    if (++slice_ >= share_.slice_end && (slice_ - share_.slice_begin) % T::kAhead == 0) {
-      enter(tile_ + share_.step);
+    if (++slice_ >= share_.slice_end && (slice_ - share_.slice_begin) % T::kPrefetched == 0) {
+      start_tile(tile_ + share_.step);
     }
     return weights;
   }
@@ -228,15 +228,15 @@ class WeightReader {
   }
 
  private:
-  __device__ void enter(int tile) {
+  __device__ void start_tile(int tile) {
     tile_ = tile;
     slice_ = share_.slice_begin;
     const int64_t first = share_.row_of(tile) + first_row();
 #pragma unroll
     for (int r = 0; r < T::kBlocks; ++r) {
       // Rows beyond the last one are computed from it, and not stored.
-      low_[r] = task_.w + least(first + 64 * r, task_.N - 1) * row_bytes_;
-      high_[r] = task_.w + least(first + 64 * r + 8, task_.N - 1) * row_bytes_;
+      low_[r] = task_.w + minimum(first + 64 * r, task_.N - 1) * row_bytes_;
+      high_[r] = task_.w + minimum(first + 64 * r + 8, task_.N - 1) * row_bytes_;
     }
   }
 
@@ -250,17 +250,17 @@ class WeightReader {
 
 // Adds to the sums of this block, for every splits-th token, those of the others of its cluster.
 template <class T>
-__device__ inline void gather(const TileRows<T::kRows, T::kConsumers>& rows, int32_t* sums,
-                              int split, int splits) {
+__device__ inline void add_cluster_sums(const TileRows<T::kRows, T::kConsumers>& rows,
+                                        int32_t* sums, int split, int splits) {
   const int step = T::kConsumers / rows.kGroups * splits;
 #pragma unroll 4
   for (int token = split + rows.group * splits; token < T::kTokens; token += step) {
-    int32_t* const place = sums + T::place(token, rows.row);
-    int4 sum = *reinterpret_cast<int4*>(place);
+    int32_t* const sum_of_rows = sums + T::sum_index(token, rows.row);
+    int4 sum = *reinterpret_cast<int4*>(sum_of_rows);
     for (int rank = 0; rank < splits; ++rank) {
-      if (rank != split) sum = add(sum, load_remote(place, rank));
+      if (rank != split) sum = add(sum, load_remote(sum_of_rows, rank));
     }
-    *reinterpret_cast<int4*>(place) = sum;
+    *reinterpret_cast<int4*>(sum_of_rows) = sum;
   }
 }
 
@@ -295,14 +295,14 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   // Writes a tile of y, or every step-th of its tokens.
   const auto write = [&](const auto& rows, int tile, int first, int step) {
     const int64_t m = share.token_of(tile);
-    const int tokens = static_cast<int>(least<int64_t>(task.M - m, kTokens));
+    const int tokens = static_cast<int>(minimum<int64_t>(task.M - m, kTokens));
     write_tile(task, rows, m, {first, step, tokens}, s_x, q_sum, [&](int token, int row) {
-      return *reinterpret_cast<const int4*>(sums_out + T::place(token, row));
+      return *reinterpret_cast<const int4*>(sums_out + T::sum_index(token, row));
     });
   };
 
   if (warp >= kConsumers / 32) {
-    if constexpr (T::kMovesRegisters) shrink_registers<T::kFewRegisters>();
+    if constexpr (T::kReallocatesRegisters) shrink_registers<T::kProducerRegisters>();
     wait_for_predecessor();
     const int thread = static_cast<int>(threadIdx.x) - kConsumers;
     if (thread == 0) {
@@ -334,9 +334,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     return;
   }
 
-  if constexpr (T::kMovesRegisters) grow_registers<T::kManyRegisters>();
+  if constexpr (T::kReallocatesRegisters) grow_registers<T::kConsumerRegisters>();
   WeightReader<T> reader(task, share);
-  Weights<kBlocks> ring[T::kAhead];
+  Weights<kBlocks> ring[T::kPrefetched];
 #pragma unroll
   for (auto& weights : ring) weights = reader.read();
   wait_for_predecessor();
@@ -349,10 +349,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   for (int tile = share.first_tile; tile < share.tiles; tile += share.step, parity ^= 1) {
     // What one token needs at the end.
     const int64_t m = share.token_of(tile) + threadIdx.x;
-    const float its_scale = activations.s_x[least(m, task.M - 1)];
-    const int32_t its_sum = activations.q_sum[least(m, task.M - 1)];
+    const float token_scale = activations.s_x[minimum(m, task.M - 1)];
+    const int32_t token_sum = activations.q_sum[minimum(m, task.M - 1)];
 
-    int32_t sums[kBlocks * T::kStepKinds][kTokens / 2];
+    int32_t sums[kBlocks * T::kAccumulatorSets][kTokens / 2];
 #pragma unroll
     for (auto& kind : sums) {
 #pragma unroll
@@ -360,9 +360,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     }
     int previous = -1;
     uint32_t a[T::kDepth][kBlocks][4];
-    for (int first = share.slice_begin; first < share.slice_end; first += T::kAhead) {
+    for (int first = share.slice_begin; first < share.slice_end; first += T::kPrefetched) {
 #pragma unroll
-      for (int ahead = 0; ahead < T::kAhead; ++ahead) {
+      for (int ahead = 0; ahead < T::kPrefetched; ++ahead) {
         const Weights<kBlocks> weights = ring[ahead];
         ring[ahead] = reader.read();
         if (first + ahead >= share.slice_end) continue;
@@ -381,13 +381,14 @@ __global__ void __launch_bounds__(T::kThreads, 1)
             fragment[2] = (j == 0 ? low.y : low.w) >> 2 * p & 0x03030303u;
             fragment[3] = (j == 0 ? high.y : high.w) >> 2 * p & 0x03030303u;
 #pragma unroll
-            for (uint32_t& word : fragment) pin(word);
+            for (uint32_t& word : fragment) fence_operand(word);
           }
-          const uint64_t b = describe(base + p / 2 * (T::kStageBytes / 2) + p % 2 * 64 + j * 32);
+          const uint64_t b =
+              make_descriptor(base + p / 2 * (T::kStageBytes / 2) + p % 2 * 64 + j * 32);
           wgmma_fence();
 #pragma unroll
           for (int r = 0; r < kBlocks; ++r) {
-            Wgmma<kTokens>::run(sums[r * T::kStepKinds + step % T::kStepKinds],
+            Wgmma<kTokens>::run(sums[r * T::kAccumulatorSets + step % T::kAccumulatorSets],
                                 a[step % T::kDepth][r], b);
           }
           wgmma_commit();
@@ -409,14 +410,14 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) {
         const int token = i / 4 * 8 + 2 * tig + i % 2;
-        int32_t sum = sums[r * T::kStepKinds][i];
-        if constexpr (T::kStepKinds == 2) sum += sums[r * T::kStepKinds + 1][i];
-        sums_out[T::place(token, my_row + 64 * r + i % 4 / 2 * 8)] = sum;
+        int32_t sum = sums[r * T::kAccumulatorSets][i];
+        if constexpr (T::kAccumulatorSets == 2) sum += sums[r * T::kAccumulatorSets + 1][i];
+        sums_out[T::sum_index(token, my_row + 64 * r + i % 4 / 2 * 8)] = sum;
       }
     }
     if (threadIdx.x < kTokens) {
-      s_x[threadIdx.x] = its_scale;
-      q_sum[threadIdx.x] = its_sum;
+      s_x[threadIdx.x] = token_scale;
+      q_sum[threadIdx.x] = token_sum;
     }
     if (!share.is_last(tile)) sums_full.arrive();
   }
@@ -425,17 +426,17 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const int split = static_cast<int>(blockIdx.x) % splits;
   if (splits > 1) {
     sync_cluster();
-    gather<T>(rows, sums_out, split, splits);
+    add_cluster_sums<T>(rows, sums_out, split, splits);
     sync_cluster();  // no block may leave while others read its sums
   } else {
-    sync_first<kConsumers>();
+    sync_leading_threads<kConsumers>();
   }
   write(rows, last, split, splits);
 #endif
 }
 
 template <class T>
-Launch launch_of(int64_t blocks, int splits) {
+LaunchConfig launch_config(int64_t blocks, int splits) {
   return {dim3(static_cast<unsigned>(blocks)), T::kThreads, T::kSharedBytes, splits};
 }
 
@@ -444,8 +445,8 @@ cudaError_t launch(const Call& call, const Activations& q, int splits) {
   const bitlinear_cuda_task& task = call.task;
   int64_t tiles = ceil_div<int64_t>(task.N, T::kRows) * ceil_div<int64_t>(task.M, T::kTokens);
   // A block takes one tile after the other; a cluster only one.
-  if (splits == 1) tiles = least<int64_t>(tiles, call.device.multiprocessors);
-  return launch_kernel<wgmma_kernel<T>>(launch_of<T>(tiles * splits, splits), call, task, q,
+  if (splits == 1) tiles = minimum<int64_t>(tiles, call.device.multiprocessors);
+  return launch_kernel<wgmma_kernel<T>>(launch_config<T>(tiles * splits, splits), call, task, q,
                                         splits);
 }
 
@@ -453,28 +454,30 @@ cudaError_t launch(const Call& call, const Activations& q, int splits) {
 template <class T>
 bool runs_clusters(const Device& device, int splits) {
   enum Answer { kUnknown, kYes, kNo };
-  static std::atomic<int> answers[kKnownDevices][9];
-  const auto ask = [&] {
-    return has_room_for_cluster<wgmma_kernel<T>>(launch_of<T>(splits, splits), device);
+  static std::atomic<int> answers[kCachedDevices][9];
+  const auto query = [&] {
+    return has_room_for_cluster<wgmma_kernel<T>>(launch_config<T>(splits, splits), device);
   };
-  if (device.index >= kKnownDevices) return ask();
+  if (device.index >= kCachedDevices) return query();
   std::atomic<int>& answer = answers[device.index][splits];
-  if (answer.load() == kUnknown) answer.store(ask() ? kYes : kNo);
+  if (answer.load() == kUnknown) answer.store(query() ? kYes : kNo);
   return answer.load() == kYes;
 }
 
 // Calls `f` with the tile of a plan.
 template <class Result, class F>
 Result with_tile(const WgmmaPlan& plan, Result unknown, const F& f) {
-  const auto is = [&](int rows, int tokens) { return plan.rows == rows && plan.tokens == tokens; };
-  if (is(64, 32)) return f(Tile<1, 1, 32>{});
-  if (is(64, 64)) return f(Tile<1, 1, 64>{});
-  if (is(128, 32)) return f(Tile<2, 1, 32>{});
-  if (is(128, 64)) return f(Tile<2, 1, 64>{});
-  if (is(128, 96)) return f(Tile<2, 1, 96>{});
-  if (is(128, 128)) return f(Tile<2, 1, 128>{});
-  if (is(256, 96)) return f(Tile<2, 2, 96>{});
-  if (is(256, 128)) return f(Tile<2, 2, 128>{});
+  const auto matches = [&](int rows, int tokens) {
+    return plan.rows == rows && plan.tokens == tokens;
+  };
+  if (matches(64, 32)) return f(Tile<1, 1, 32>{});
+  if (matches(64, 64)) return f(Tile<1, 1, 64>{});
+  if (matches(128, 32)) return f(Tile<2, 1, 32>{});
+  if (matches(128, 64)) return f(Tile<2, 1, 64>{});
+  if (matches(128, 96)) return f(Tile<2, 1, 96>{});
+  if (matches(128, 128)) return f(Tile<2, 1, 128>{});
+  if (matches(256, 96)) return f(Tile<2, 2, 96>{});
+  if (matches(256, 128)) return f(Tile<2, 2, 128>{});
   return unknown;
 }
 
