@@ -1,5 +1,5 @@
-// The packed weights whose codes have been found valid. A call checks those that are not here: an
-// average over buffers, or any other arithmetic on the bytes, makes codes that no kernel can read.
+// A cache of packed weights whose codes are valid. A call checks the weights that are not in it:
+// arithmetic on the bytes, such as an average over buffers, makes codes that no kernel can read.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,16 +14,16 @@
 
 namespace bitlinear {
 
-// Weights are recognised by where their bytes lie, by the storage that holds them and by its
-// version, which every operation that writes to a tensor raises. So slices of a larger tensor are
-// recognised too. What writes past the version counters (NumPy, `.data`) is not noticed.
+// The key is the address, the storage and its version, which every operation that writes to a
+// tensor raises. So slices of a larger tensor hit too. Writes past the version counter (NumPy,
+// `.data`) do not invalidate an entry.
 class CheckedWeights {
  public:
   bool contains(const at::Tensor& w, int64_t in_features) {
-    if (w.is_inference()) return false;  // it has no version
+    if (w.is_inference()) return false;  // it has no version counter
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = entries_.find(location_of(w, in_features));
-    // The weak pointer keeps the address of the storage from being used again.
+    // The weak pointer keeps the address of the storage from being reused.
     return found != entries_.end() && found->second.version == w._version() &&
            found->second.storage._unsafe_get_target() == w.storage().unsafeGetStorageImpl();
   }
@@ -76,12 +76,12 @@ inline CheckedWeights& checked_weights() {
   return *weights;
 }
 
-// The position of the first byte of a row that holds the code 3, or other weights than 0 past K;
-// -1 if there is none.
+// The position of the first byte of a row that holds a code 3, or a weight other than 0 past K; -1
+// if there is none.
 inline int64_t find_invalid_byte(const uint8_t* row, int64_t K) {
   const int64_t bytes = (K + 3) / 4;
   int64_t b = 0;
-  // Code 3 is a pair of bits of which both are set.
+  // Code 3 has both bits of its pair set.
   for (; b + 8 <= bytes; b += 8) {
     uint64_t word;
     memcpy(&word, row + b, sizeof(word));
@@ -94,7 +94,7 @@ inline int64_t find_invalid_byte(const uint8_t* row, int64_t K) {
   return ((row[bytes - 1] ^ 0x55) & unused) != 0 ? bytes - 1 : -1;
 }
 
-// Raises ValueError for the first invalid byte of the weights. packing.py says the same.
+// Raises ValueError for the first invalid byte of the weights, with the message of packing.py.
 [[noreturn]] inline void report_invalid_byte(uint8_t byte, int64_t n, int64_t b, int64_t K) {
   const bool has_code3 = (byte & byte >> 1 & 0x55) != 0;
   const char* const digits = "0123456789abcdef";

@@ -1,5 +1,6 @@
-// Whether a thread counts subnormal numbers or flushes them to zero. torch.set_flush_denormal(True)
-// makes the calling thread flush them, and threads that it starts inherit that.
+// The mode in which a thread preserves subnormal numbers or flushes them to zero.
+// torch.set_flush_denormal(True) makes the calling thread flush them; threads that it starts
+// inherit the mode.
 #pragma once
 
 #include <stdint.h>
@@ -34,8 +35,8 @@ inline void write_float_control(uint32_t) {}
 
 enum class Subnormals { kPreserve, kFlush };
 
-// The mode of this thread until the end of the scope. A compiler may move float operations across
-// both ends: what the mode is for has to be a call that is not inlined.
+// Sets the mode of this thread until the end of the scope. A compiler can move float operations
+// across both ends of the scope, so the code in it has to be a call that is not inlined.
 class SubnormalScope {
  public:
   explicit SubnormalScope(Subnormals mode) : previous_(read_float_control()) {
@@ -50,7 +51,7 @@ class SubnormalScope {
   const decltype(read_float_control()) previous_;
 };
 
-// A function of the kernels that counts subnormal numbers on every thread.
+// Wraps a kernel function, so that it preserves subnormal numbers on every thread.
 template <auto kFunction>
 struct PreservingSubnormals;
 

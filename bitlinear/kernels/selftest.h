@@ -1,10 +1,10 @@
-// Compares a kernel variant with the numerics as they are written down, in the plainest code.
+// Compares a kernel variant with a reference: the numerics of the contract, in the plainest code.
 //
 // check_case runs one shape with one kind of data and returns the first difference. selftest.cpp
-// runs a few dozen of them after every build; the native driver in tests/ runs thousands, under
-// sanitizers and emulators. Every buffer is a heap block of exactly the size the interface
-// promises, so a sanitizer sees any byte read or written beyond it. The operands and what must come
-// of them serve the CUDA kernels too (cuda/selftest.cuh).
+// runs over 100 cases after every build; the native driver in tests/ runs thousands, under
+// sanitizers and emulators. Every buffer is a heap block of exactly the promised size, so a
+// sanitizer sees each byte that is read or written beyond it. The operands and the expected results
+// also serve the CUDA kernels (cuda/selftest.cuh).
 #pragma once
 
 #include <math.h>
@@ -29,12 +29,11 @@ struct Case {
   bool bias;
   bool per_channel;
   Data data;
-  int64_t n_begin;  // the variant computes [n_begin, N); columns before must stay untouched
-  bool flushes_subnormals =
-      false;  // the thread flushes subnormal numbers to zero when it calls the variant
+  int64_t n_begin;                  // the variant computes columns [n_begin, N) and writes no other
+  bool flushes_subnormals = false;  // the calling thread flushes subnormal numbers to zero
 };
 
-// A small generator of our own: the same cases on every machine.
+// A random generator of our own, so that every machine runs the same cases.
 struct Random {
   uint64_t state;
   uint32_t next() {
@@ -50,8 +49,8 @@ struct Half {
 };
 inline Half half_format(int dtype) { return dtype == BITLINEAR_F16 ? Half{10, 15} : Half{7, 127}; }
 
-// Written out in real numbers, unlike the kernels' conversions: a search for the nearest multiple
-// of the last place.
+// Rounds with real numbers, unlike the kernels' conversions: to the nearest multiple of the last
+// place.
 inline uint16_t reference_half(float x, Half format) {
   const int infinity = 0x7FFF >> format.fraction_bits << format.fraction_bits;
   const int sign = signbit(x) ? 0x8000 : 0;
@@ -61,7 +60,7 @@ inline uint16_t reference_half(float x, Half format) {
   if (magnitude == 0.0) return static_cast<uint16_t>(sign);
   int exponent = 0;
   frexp(magnitude, &exponent);
-  // Below the smallest normal number the last place stays the same.
+  // Subnormal numbers share the last place of the smallest normal number.
   const int lowest = 1 - format.bias;
   const int leading = exponent - 1 < lowest ? lowest : exponent - 1;
   const double significand = nearbyint(ldexp(magnitude, format.fraction_bits - leading));
@@ -123,7 +122,7 @@ inline std::string describe(const Case& c) {
          " flushes=" + std::to_string(c.flushes_subnormals);
 }
 
-// The operands of a case: the same for every kernel, as they follow from the seed.
+// The operands of a case. They follow from the seed, so every kernel gets the same.
 struct Operands {
   Operands(const Case& c, uint64_t seed);
 
@@ -152,12 +151,12 @@ inline Operands::Operands(const Case& c, uint64_t seed)
     float value = random.uniform() * 3.0f;
     if (c.data == Data::kLargestSums) value = 1.0f;  // every q is 127
     if (c.data == Data::kZero) value = 0.0f;
-    // Some are normal: beside them, too, the others count.
+    // A quarter of the values are normal: subnormal values beside them count too.
     if (c.data == Data::kSubnormal) value *= i % 4 == 0 ? 100 * tiny : 0.3f * tiny;
     x.set(i, value);
   }
   if (c.data == Data::kNonFinite) {
-    // The first row gets a NaN or an infinity, whichever the seed says; the others stay clean.
+    // The first row gets a NaN or an infinity, depending on the seed; the others stay finite.
     x.set(random.next() % c.K, seed % 3 == 0 ? NAN : (seed % 3 == 1 ? HUGE_VALF : -HUGE_VALF));
   }
   for (int64_t n = 0; n < c.N; ++n) {
@@ -181,7 +180,7 @@ inline Operands::Operands(const Case& c, uint64_t seed)
   }
 }
 
-// What must become of token m.
+// The expected results of token m.
 class Expected {
  public:
   Expected(const Operands& operands, int64_t m)
@@ -197,7 +196,7 @@ class Expected {
     const float inv = 127.0f / absmax;
     s_x_ = absmax / 127.0f;
     for (int64_t k = 0; k < K; ++k) {
-      // A named product: with excess precision or contraction the two roundings would merge.
+      // Volatile: excess precision or contraction would merge the two roundings.
       const volatile float scaled = values[k] * inv;
       const float rounded = nearbyintf(scaled);
       q_[k] = finite_
@@ -209,7 +208,7 @@ class Expected {
   int32_t q(int64_t k) const { return q_[k]; }
   bool is_scale(float s_x) const { return finite_ ? s_x == s_x_ : isnan(s_x); }
 
-  // "" if `got`, row m of y, is right in column n.
+  // Returns "" if `got` is y[m, n] to the bit; else a message.
   std::string compare(int64_t m, int64_t n, float got) const { return compare(m, n, got, y(n)); }
   std::string compare(int64_t m, int64_t n, float got, float want) const {
     if (isnan(want) ? isnan(got) : memcmp(&got, &want, sizeof(got)) == 0) return "";
@@ -237,8 +236,8 @@ class Expected {
   float s_x_;
 };
 
-// What training reads and writes, with row m of x in the place of weights, and then of activations.
-// Returns "" or what differs.
+// Checks the functions for training on row m of x, as weights and then as activations. Returns ""
+// or the first difference.
 inline std::string check_training(const bitlinear_kernel_table& kernels, const Operands& operands,
                                   int64_t m, const Expected& expected) {
   const Case& c = operands.shape;
@@ -290,7 +289,7 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
   return "";
 }
 
-// Returns "" or what differs.
+// Returns "" or the first difference.
 inline std::string check_case(const bitlinear_kernel_table& kernels, const Case& c, uint64_t seed) {
   Operands operands(c, seed);
 
@@ -325,7 +324,7 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   task.y = y.data();
   task.y_stride = c.N;
   task.y_dtype = c.dtype;
-  // Exactly as long as promised, and aligned as promised.
+  // Exactly the promised length and alignment.
   const int64_t scratch_bytes = kernels.scratch_bytes(c.M, operands.row_bytes);
   void* scratch = nullptr;
   if (posix_memalign(&scratch, 64, static_cast<size_t>(scratch_bytes)) != 0) return "no memory";
@@ -358,7 +357,7 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
                                          : expected.compare(m, n, got);
       if (!difference.empty()) return difference;
     }
-    if (m >= 2) continue;  // one with what is not finite, and one without
+    if (m >= 2) continue;  // a row that is not finite, and one that is
     const std::string difference = check_training(kernels, operands, m, expected);
     if (!difference.empty()) return difference;
   }

@@ -1,7 +1,7 @@
-// torch.ops.bitlinear.linear on the CPU: arguments, memory and threads. The arithmetic is in the
-// kernel variant that bitlinear_use_kernels() received.
+// The operators torch.ops.bitlinear.* on the CPU: arguments, memory and threads. The arithmetic is
+// in the kernel variant that bitlinear_use_kernels() activates.
 //
-// The headers are chosen for compile time: this file is most of a cold import.
+// The headers are chosen for compile time: this file takes most of a cold import.
 #include <ATen/EmptyTensor.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
@@ -37,9 +37,9 @@ const bitlinear_kernel_table* active_table() {
   return table;
 }
 
-constexpr int64_t kAlignment = 64;  // of torch's memory, of cache lines and of vectors
+constexpr int64_t kAlignment = 64;  // of torch's allocations, of cache lines and of vectors
 
-// The scratch memory of one call: on the stack where it is small, as it is for one token.
+// The scratch memory of one call: on the stack if it is small, as for one token.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
@@ -52,7 +52,7 @@ class Scratch {
   at::TensorBase heap_;
 };
 
-// Calls `row` for each of so many rows, on all threads where that is worth it.
+// Calls `row` for each row, on all threads if there is enough work.
 template <class Row>
 void for_each_row(int64_t rows, int64_t columns, const Row& row) {
   constexpr int64_t kParallelValues = 32 * 1024;
@@ -64,7 +64,7 @@ void for_each_row(int64_t rows, int64_t columns, const Row& row) {
   });
 }
 
-// Raises ValueError if the weights hold an invalid code, unless they are known to hold none.
+// Raises ValueError if the weights hold an invalid code. Weights in checked_weights() are not read.
 void check_codes(const Tensor& w_packed, const uint8_t* rows, int64_t K) {
   if (bitlinear::checked_weights().contains(w_packed, K)) return;
   const int64_t N = w_packed.size(0), row_bytes = w_packed.size(1);
@@ -95,7 +95,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const int64_t M = x.numel() / K;
   c10::DimVector shape(x.sizes());
   shape.back() = N;
-  // Not at::empty, whose way through the dispatcher costs as much as a small product.
+  // Not at::empty: its way through the dispatcher costs as much as a small product.
   Tensor y = Tensor(at::detail::empty_cpu(shape, y_dtype));
   if (M == 0 || N == 0) return y;
 
@@ -111,7 +111,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const bitlinear::Grid grid = bitlinear::choose_grid(M, N, row_bytes, threads, kernels->costs);
   const int64_t parts = grid.tokens * grid.rows;
 
-  // One block of scratch: what each part needs, then the quantised activations, scales and sums.
+  // One allocation: scratch memory of each part, then quantised activations, scales and sums.
   const int64_t part_tokens = bitlinear::largest_part(M, kernels->costs.token_unit, grid.tokens);
   const int64_t part_bytes =
       bitlinear::ceil_div(kernels->scratch_bytes(part_tokens, row_bytes), kAlignment) * kAlignment;
@@ -181,8 +181,8 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   Tensor packed = Tensor(at::detail::empty_cpu({N, row_bytes}, ScalarType::Byte));
   Tensor scale = Tensor(at::detail::empty_cpu({1}, ScalarType::Float));
 
-  // Each row in an order of its own, then the rows one after the other: the same bits with any
-  // number of threads.
+  // Each row is summed in a fixed order, then the rows one after the other: the bits do not depend
+  // on the number of threads.
   std::vector<double> sums(static_cast<size_t>(N));
   for_each_row(N, K, [&](int64_t n) {
     sums[static_cast<size_t>(n)] = kernels->sum_magnitudes(rows + n * bytes, dtype, K);
@@ -240,14 +240,14 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
 
 }  // namespace
 
-// Makes a variant's kernels the ones that the operator runs. 0, or 1 if its interface is another.
+// Activates a variant. Returns 0, or 1 if the variant has another version of the interface.
 BITLINEAR_EXPORT int bitlinear_use_kernels(const bitlinear_kernel_table* kernels) {
   if (kernels == nullptr || kernels->abi_version != BITLINEAR_ABI_VERSION) return 1;
   active_kernels.store(kernels, std::memory_order_release);
   return 0;
 }
 
-// How many threads take part in one parallel region: 1 where the work would silently be serial.
+// The number of threads of a parallel region. 1 shows that the work is silently serial.
 BITLINEAR_EXPORT int bitlinear_parallel_threads(void) {
   std::mutex mutex;
   std::set<std::thread::id> threads;
@@ -260,7 +260,7 @@ BITLINEAR_EXPORT int bitlinear_parallel_threads(void) {
 }
 
 TORCH_LIBRARY(bitlinear, m) {
-  // The same strings as SCHEMAS in ops.py, which says what the arguments mean.
+  // The same strings as SCHEMAS in ops.py, which documents the arguments.
   m.def(
       "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
       "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor",
@@ -284,7 +284,8 @@ TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
   m.impl("quantize_activations", quantize_activations);
 }
 
-// The operators have no derivative: a backward pass raises instead of losing the gradient.
+// The operators have no backward pass: torch's fallback raises, so that no gradient is silently
+// lost. (bitlinear.linear.BitLinear has one; it is built above the operators.)
 TORCH_LIBRARY_IMPL(bitlinear, Autograd, m) {
   for (const char* name : {"linear", "quantize_weight", "expand_weight", "quantize_activations",
                            "expand_activations"}) {

@@ -1,5 +1,5 @@
-// Plain C++ over arrays of 16 bytes, for every machine; what the compiler makes of the loops with
-// the baseline instruction set is what it is.
+// Plain C++ over arrays of 16 bytes, for every machine. The compiler vectorises the loops with the
+// baseline instruction set.
 #include "gemm_lookup.h"
 #include "portable_half.h"
 #include "vocabulary.h"
@@ -9,8 +9,9 @@ namespace {
 
 struct Scalar : PortableHalf {
   static constexpr int64_t kWidth = 16;
-  static constexpr int kGemvTokens = 1;  // no registers to keep more in
+  static constexpr int kGemvTokens = 1;  // more would not fit the registers
   static constexpr int kGemvRows = 1;
+  // Fitted on one core of a Xeon VM; "Refit a constant" in ../README.md has the command.
   static constexpr int64_t kGemmTokens = 3;
   static constexpr int64_t kGemvOverhead = 0;
   static constexpr int kLookupVectors = 1;
@@ -28,8 +29,8 @@ struct Scalar : PortableHalf {
   static void store(uint8_t* p, Bytes a) { memcpy(p, a.byte, sizeof(a.byte)); }
   static Bytes load_plane(const int8_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
   struct PlaneSum {
-    // 16-bit lanes are what a baseline instruction set multiplies well. A block adds 4 planes of at
-    // most 2 * 127 = 254 to a lane: 32 * 4 * 254 = 32512 < 2^15.
+    // Baseline instruction sets multiply 16-bit lanes well. A block adds 4 planes of at most 2 *
+    // 127 = 254 to a lane: 32 * 4 * 254 = 32512 < 2^15.
     static constexpr int64_t kFlush = 32;
     int16_t sums16[kWidth] = {};
     int32_t sum = 0;

@@ -1,5 +1,5 @@
-// The self-test that every variant passes, in the process that built it, before it may be used:
-// over 100 small cases, a few milliseconds.
+// The self-test of a variant, which runs in the process that built it, before the variant is used:
+// over 100 small cases in a few milliseconds.
 #include "../selftest.h"
 
 #include <stdio.h>
@@ -50,7 +50,7 @@ int bitlinear_selftest(char* message, int64_t message_size) {
     const std::string difference = check_kernels(*kernels);
     if (difference.empty()) return 0;
     snprintf(message, size, "%s: %s", kernels->name, difference.c_str());
-  } catch (const std::exception& error) {  // none may cross the C interface
+  } catch (const std::exception& error) {  // no exception may cross the C interface
     snprintf(message, size, "%s: %s", kernels->name, error.what());
   }
   return 1;

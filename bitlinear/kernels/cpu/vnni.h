@@ -1,6 +1,5 @@
-// The sums of codes times activations where one instruction (vpdpbusd) multiplies unsigned by
-// signed bytes and adds the products of every four into an int32 lane. No 16-bit sums, nothing to
-// flush.
+// Sums of codes times activations with vpdpbusd, which multiplies unsigned by signed bytes and adds
+// every four products into an int32 lane. There are no 16-bit sums, so nothing has to be flushed.
 #pragma once
 
 #include <stdint.h>
@@ -11,9 +10,9 @@
 namespace bitlinear {
 namespace {
 
-// Isa provides zero(), dot(sum, codes, plane), bitwise_and(a, b) (bitwise and),
-// shift_bytes_right(a, bits), broadcast_byte(value), broadcast_int(value), and on int32 lanes
-// shift_right<bits>(a), add(a, b), reduce(a), reduce4(...).
+// Isa provides zero(), dot(sum, codes, plane), bitwise_and(a, b), shift_bytes_right(a, bits),
+// broadcast_byte(value), broadcast_int(value), and on int32 lanes shift_right<bits>(a), add(a, b),
+// reduce(a), reduce4(...).
 template <class Isa>
 struct Vnni : Isa {
   using Bytes = typename Isa::Bytes;
@@ -22,7 +21,7 @@ struct Vnni : Isa {
     return Isa::bitwise_and(Isa::shift_bytes_right(w, shift), Isa::broadcast_byte(3));
   }
 
-  // Four consecutive activations, in every lane.
+  // Four consecutive activations, copied to every lane.
   static Bytes broadcast_quad(const int8_t* p) {
     int32_t quad;
     memcpy(&quad, p, sizeof(quad));

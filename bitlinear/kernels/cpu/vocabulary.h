@@ -1,4 +1,4 @@
-// Turns an instruction set's vector vocabulary V into the table that a variant exports.
+// Turns the vector vocabulary V of an instruction set into the table that a variant exports.
 //
 // What V provides (avx2.cpp is the shortest example):
 //   kWidth                     bytes in a vector
@@ -17,7 +17,8 @@
 //   floats_from_fp16, fp16_from_floats
 //   kGemmTokens, kGemvOverhead from how many tokens on Gemm is faster: see heuristics.h
 //
-// Gemm, one of the templates in gemm_*.h, says what it needs besides.
+// Gemm is PanelGemm or LookupGemm (gemm_panel.h, gemm_lookup.h). Its file lists what it needs in
+// addition.
 #pragma once
 
 #include <limits.h>

@@ -1,10 +1,10 @@
-// y = epilogue(q @ w^T) with the dot product of four bytes, for any shape on any device that has it
-// (sm_61 and later). The fallback of all that is older than sm_80: plain before fast.
+// y = epilogue(q @ w^T) with the dot product of four bytes, for any shape on any device that has
+// dp4a (sm_61 and later). The fallback for devices older than sm_80: simple before fast.
 //
-// What bounds it, for many tokens: issuing instructions, of which dp4a is two thirds (the others
-// shift and mask). In us on an H100, with the quantiser, 4096 x 4096 takes 5.9 for one token, 32
-// for 16, 84 for 64 and 327 for 1024 (105 Top/s; by the profiler at 2.75 instructions per cycle of
-// 4), and one token of 8192 x 8192 9.4, or 1.8 TB/s. Up to 128 registers, no spills.
+// Bound for many tokens: issuing instructions, of which dp4a is two thirds; the others shift and
+// mask. Measured on an H100, in us, with the quantiser: 4096 x 4096 takes 5.9 for one token, 32 for
+// 16, 84 for 64 and 327 for 1024 (105 Top/s; by the profiler at 2.75 instructions per cycle of 4).
+// One token of 8192 x 8192 takes 9.4, or 1.8 TB/s. Up to 128 registers, no spills.
 #include "launch.cuh"
 
 namespace bitlinear {
@@ -13,12 +13,12 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Bits 2p of four packed bytes are four codes, which go with one word of plane p.
+// The codes at bits 2p of four packed bytes; they are multiplied with one word of plane p.
 __device__ inline int32_t extract_codes(uint32_t packed, int p) {
   return static_cast<int32_t>(packed >> 2 * p & 0x03030303u);
 }
 
-// 16 packed bytes by the 64 values of a token that go with them.
+// Multiplies 16 packed bytes by the 64 values of a token that belong to them.
 __device__ inline void add_products(const uint4& packed, const uint4 (&planes)[4], int32_t& sum) {
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
@@ -43,7 +43,7 @@ __device__ inline void store(const bitlinear_cuda_task& task, const Activations&
   });
 }
 
-// 16 packed bytes of a row; alike in all threads, so that the branch costs little.
+// 16 packed bytes of a row. All threads take the same branch, so it costs little.
 __device__ inline uint4 load_packed(const uint8_t* row, int64_t offset, int64_t row_bytes,
                                     bool aligned) {
   return aligned ? load_chunk<true>(row, offset, row_bytes)
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
 // --- Many tokens: tiles of 64 rows by 16 or 64 tokens, 64 packed bytes at a time ---
 
 constexpr int kTileRows = 64;
-constexpr int kSide = 16;  // threads are in a square, each with every 16th row and token
+constexpr int kSide = 16;  // threads form a square; each has every 16th row and token
 constexpr int kRows = kTileRows / kSide;
 constexpr int kRowVectors = kSliceBytes / 16;
 constexpr int kTokenVectors = kSliceValues / 16;
@@ -112,7 +112,8 @@ __global__ void __launch_bounds__(kThreads)
   allow_successor();
   wait_for_predecessor();
 
-  // What this thread fetches of every slice. Rows and tokens that are not there count as zeros.
+  // The part of every slice that this thread fetches. Rows and tokens beyond the last one are
+  // zeros.
   const int row = threadIdx.x / kRowVectors, row_vector = threadIdx.x % kRowVectors;
   const auto fetch_w = [&](int64_t slice) {
     if (n_begin + row >= task.N) return make_uint4(0, 0, 0, 0);
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
       q_tile[token + i * (kThreads / kTokenVectors)][token_vector] = next_q[i];
     }
     __syncthreads();
-    // On their way while this slice is multiplied.
+    // Loads of the next slice overlap the products of this one.
     if (slice + 1 < slices) {
       next_w = fetch_w(slice + 1);
 #pragma unroll
@@ -186,7 +187,8 @@ cudaError_t dp4a(const Call& call, const Activations& q) {
     return task.M == 1 ? launch_kernel<dp4a_gemv<1>>(rows, call, task, q, aligned)
                        : launch_kernel<dp4a_gemv<4>>(rows, call, task, q, aligned);
   }
-  // One dimension, as the others end at 65,535 blocks; y would not fit a memory if this one ended.
+  // One grid dimension, because y and z end at 65,535 blocks. x ends only where y would fit no
+  // memory.
   const int tile_tokens = task.M <= 16 ? 16 : 64;
   const LaunchConfig tiles =
       make_config(ceil_div<int64_t>(task.N, kTileRows) * ceil_div<int64_t>(task.M, tile_tokens));

@@ -1,4 +1,4 @@
-// How a tile of y is written from its sums in shared memory.
+// Writes a tile of y from its sums in shared memory.
 #pragma once
 
 #include "common.cuh"
@@ -10,17 +10,16 @@ __device__ inline int4 add(const int4& a, const int4& b) {
   return make_int4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// Tokens of a tile: every step-th.
+// The tokens first, first + step, ... below `end` of a tile.
 struct TokenRange {
   int first, step, end;
 };
 
-// What the end of a tile of kRows rows, from row n on, needs of the weights. Of kThreads threads,
-// each has four rows, as long as the tile's. To be made early: its loads then need not be waited
-// for.
+// Scales and bias of the rows of a tile that one of kThreads threads writes: four rows from row n
+// on. Construct it early, so that its loads are done when the tile ends.
 template <int kRows, int kThreads>
 struct TileRows {
-  static constexpr int kGroups = kRows / 4;  // of threads with different rows
+  static constexpr int kGroups = kRows / 4;  // of threads; a group has all rows
   int64_t n;
   int row, group, count;
   float s_w[4];
@@ -30,7 +29,7 @@ struct TileRows {
       : row(thread % kGroups * 4), group(thread / kGroups) {
     n = n_begin + row;
     count = static_cast<int>(minimum<int64_t>(4, task.N - n));
-    // Without a bias, anything: a branch would wait for the loads.
+    // Without a bias, any address will do: a branch would wait for the loads.
     const bool has_bias = task.bias != nullptr;
     const void* const bias = has_bias ? task.bias : task.s_w;
     const int bias_dtype = has_bias ? task.bias_dtype : BITLINEAR_F32;
@@ -43,9 +42,10 @@ struct TileRows {
   }
 };
 
-// Writes those rows of y for some tokens of a tile that begins with token m. load_codes(token, row)
-// has the sums of four rows, from `row` on; s_x and q_sum those of the tile's tokens. A thread
-// reads kBatch tokens before it stores the first of them: the compiler moves no load across.
+// Writes these rows of y for some tokens of a tile that begins with token m. load_codes(token, row)
+// returns the sums of four rows from `row` on; s_x and q_sum belong to the tokens of the tile. A
+// thread reads kBatch tokens before it stores the first one, because the compiler moves no load
+// across a store.
 template <int kBatch = 4, int kRows, int kThreads, class LoadCodes>
 __device__ inline void write_tile(const bitlinear_cuda_task& task,
                                   const TileRows<kRows, kThreads>& rows, int64_t m,
@@ -97,7 +97,7 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
     }
   };
   with_dtype(task.y_dtype, [&](auto zero) {
-    if (rows.count == 4 && task.N % 4 == 0) {  // and so at a multiple of its size
+    if (rows.count == 4 && task.N % 4 == 0) {  // so the address is a multiple of the vector size
       write(zero, std::true_type{});
     } else {
       write(zero, std::false_type{});

@@ -1,4 +1,4 @@
-// Host side: how kernels are launched, and the launchers of each kernel file.
+// Host side: launches kernels, and declares the entry point of each kernel file.
 #pragma once
 
 #include <atomic>
@@ -10,13 +10,13 @@
 namespace bitlinear {
 namespace cuda {
 
-// What is found out about the first so many devices is kept.
+// Properties of this many devices are cached.
 constexpr int kCachedDevices = 128;
 
 // The current device, and the code in this library that it runs.
 cudaError_t current_device(Device* device);
 
-// What a call of the C interface is about. The device is the current one.
+// The arguments of a call of the C interface. The device is the current one.
 struct Call {
   bitlinear_cuda_task task;
   const Device& device;
@@ -27,14 +27,15 @@ struct LaunchConfig {
   dim3 grid;
   dim3 threads;
   int shared_bytes = 0;
-  int cluster = 1;  // neighbouring blocks that share their memory
+  int cluster = 1;  // blocks of a cluster, which read each other's shared memory
 };
 
-// Lets the kernel have as much shared memory as the launch needs, if the device does.
+// Raises the kernel's limit of dynamic shared memory if the launch needs more than the default.
 template <auto kKernel>
 cudaError_t allow_shared_bytes(const LaunchConfig& config, const Device& device) {
   if (config.shared_bytes == 0) return cudaSuccess;
-  // The limit belongs to the kernel, not to this call: other threads are launching it too.
+  // The limit belongs to the kernel, not to this call. It never shrinks, because other threads
+  // launch the kernel too.
   static std::atomic<int> allowed[kCachedDevices];
   const int index = device.index;
   if (index < kCachedDevices && allowed[index].load() >= config.shared_bytes) return cudaSuccess;
@@ -47,7 +48,7 @@ cudaError_t allow_shared_bytes(const LaunchConfig& config, const Device& device)
   return error;
 }
 
-// The configuration of a launch; both arguments must outlive it.
+// The configuration for CUDA. It refers to `attributes`, which must outlive it.
 inline cudaLaunchConfig_t cuda_config(const LaunchConfig& config, cudaStream_t stream,
                                       cudaLaunchAttribute* attributes, unsigned count) {
   cudaLaunchConfig_t cuda = {};
@@ -75,12 +76,13 @@ bool has_room_for_cluster(const LaunchConfig& config, const Device& device) {
   int clusters = 0;
   cudaError_t error = allow_shared_bytes<kKernel>(config, device);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kKernel, &cuda);
-  if (error != cudaSuccess) cudaGetLastError();  // taken back: nobody reports it
+  if (error != cudaSuccess) cudaGetLastError();  // clears the error: no caller reports it
   return error == cudaSuccess && clusters > 0;
 }
 
-// Launches a kernel which, where w_prefetchable and the device allow it, starts before its
-// predecessor in the stream has ended: before wait_for_predecessor() it may touch nothing but w.
+// Launches a kernel. If w_prefetchable is set and the device supports it, the kernel starts before
+// its predecessor in the stream has ended: before wait_for_predecessor() it may touch no memory but
+// w.
 template <auto kKernel, class... Arguments>
 cudaError_t launch_kernel(const LaunchConfig& config, const Call& call, Arguments&&... arguments) {
   const cudaError_t error = allow_shared_bytes<kKernel>(config, call.device);
@@ -97,7 +99,7 @@ cudaError_t launch_kernel(const LaunchConfig& config, const Call& call, Argument
   return cudaLaunchKernelEx(&cuda, kKernel, std::forward<Arguments>(arguments)...);
 }
 
-// Calls `f` with a value of the type that the dtype stands for.
+// Calls `f` with a zero of the C++ type of the dtype.
 template <class F>
 cudaError_t dispatch_dtype(int dtype, F&& f) {
   if (dtype == BITLINEAR_F32) return f(float{});
@@ -105,7 +107,7 @@ cudaError_t dispatch_dtype(int dtype, F&& f) {
   return f(__nv_bfloat16{});
 }
 
-// The message, with the error taken back: it is ours to report, not that of the next call.
+// The message of an error, or null. Clears the error, so that the next call does not report it.
 inline const char* report(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
@@ -122,8 +124,8 @@ Activations activations_of(const bitlinear_cuda_task& task);
 
 cudaError_t quantize(const Call& call, const Activations& out, Layout layout);
 
-// The products, by gemv() and small_layer() of x itself, and by the others of what quantize() has
-// written: in kFragments for small_batch(), in kTiles for wgmma(), else in kRows.
+// The products. gemv() and small_layer() read x. The others read the output of quantize():
+// small_batch() in the layout kFragments, wgmma() in kTiles, dp4a() and mma() in kRows.
 cudaError_t dp4a(const Call& call, const Activations& q);
 cudaError_t gemv(const Call& call, const GemvPlan& plan);
 cudaError_t mma(const Call& call, const Activations& q);

@@ -1,7 +1,7 @@
-// The operators on CUDA: arguments, memory and the stream. The arithmetic is behind task.h. The
-// schemas are registered by ../ops.cpp.
+// The operators on CUDA: arguments, memory and the stream. The arithmetic is behind task.h.
+// ../cpu/ops.cpp registers the schemas.
 //
-// The headers are chosen for compile time: this file is most of a cold import.
+// The headers are chosen for compile time.
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -35,15 +35,18 @@ bool is_capturing(const c10::cuda::CUDAStream& stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// The weights that calls have read, each as it was then. A call that finds its own here may read
-// them while the work ahead of it in the stream still runs: they were written before that earlier
-// call, which began after all work ahead of it had ended. What writes past torch's version counters
-// (a foreign kernel, `.data`) has to be followed by something else than a call.
+// A cache of the weights that calls have read, with their versions. On a hit, a kernel can read the
+// weights while the previous work in the stream still runs.
+//
+// Invariant: the weights were written before an earlier call, which started after all work before
+// it had ended; their version has not changed since. A write past torch's version counter (a
+// foreign kernel, `.data`) breaks the invariant if a call follows it directly.
 class PrefetchableWeights {
  public:
-  // Whether `w` is here, unchanged. What a graph captures runs after all that is here.
+  // Whether `w` is cached, unchanged. A captured graph runs after all calls that the cache has
+  // seen.
   bool contains(const Tensor& w, const c10::cuda::CUDAStream& stream) {
-    if (w.is_inference()) return false;  // its changes are not counted
+    if (w.is_inference()) return false;  // it has no version counter
     c10::cuda::CUDAStream reader = stream;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -57,7 +60,7 @@ class PrefetchableWeights {
     return reader == stream || is_capturing(stream);
   }
 
-  // To be called when a call that reads `w` is in the stream. One that is merely captured may never
+  // Call this when work that reads `w` is in the stream. Captured work is not added: it may never
   // run.
   void add(const Tensor& w, const c10::cuda::CUDAStream& stream) {
     if (w.is_inference() || is_capturing(stream)) return;
@@ -70,7 +73,7 @@ class PrefetchableWeights {
 
  private:
   struct Entry {
-    c10::weak_intrusive_ptr<c10::TensorImpl> tensor;  // keeps its address from being used again
+    c10::weak_intrusive_ptr<c10::TensorImpl> tensor;  // keeps the address from being reused
     const void* data;
     int64_t version;
     c10::cuda::CUDAStream stream;
@@ -93,7 +96,7 @@ PrefetchableWeights& prefetchable_weights() {
   return *weights;
 }
 
-// Not at::empty, whose way through the dispatcher costs as much as a launch.
+// Not at::empty: its way through the dispatcher costs as much as a launch.
 Tensor empty(at::IntArrayRef shape, ScalarType dtype, const Tensor& like) {
   return Tensor(at::detail::empty_cuda(shape, dtype, like.device(), std::nullopt));
 }
@@ -102,8 +105,8 @@ void* current_stream(const Tensor& tensor) {
   return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
 }
 
-// Raises ValueError if the weights hold an invalid code, unless they are known to hold none. Waits
-// for the answer, so that nothing is asked of weights that are used in a capture.
+// Raises ValueError if the weights hold an invalid code. Weights in checked_weights() are not read.
+// The check waits for the GPU, which a capture forbids, so a capture skips it.
 void check_codes(const Tensor& w_packed, const uint8_t* packed, int64_t K,
                  const c10::cuda::CUDAStream& stream) {
   if (bitlinear::checked_weights().contains(w_packed, K) || is_capturing(stream)) return;
@@ -158,8 +161,8 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.y = y.data_ptr();
   task.y_dtype = kernel_dtype(y_dtype);
   const int kernel = forced_kernel.load(std::memory_order_relaxed);
-  // Of the current stream: what is freed at the end of this call serves only what is queued after
-  // the kernels, also in a graph that is being captured.
+  // The workspace belongs to the current stream. Memory that is freed at the end of this call is
+  // reused only by work queued after the kernels, also in a captured graph.
   at::DataPtr workspace;
   if (const int64_t bytes = bitlinear_cuda_workspace_bytes(&task, kernel)) {
     workspace = c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes));
@@ -246,8 +249,8 @@ Tensor expand_activations(const Tensor& q, const Tensor& s_x, std::optional<Scal
 
 }  // namespace
 
-// For tests and benchmarks: the operator runs only this one of enum bitlinear_cuda_kernel, in every
-// thread; 0 lets heuristics.h choose again. Returns what was forced before.
+// For tests and benchmarks: the operator runs only this kernel of enum bitlinear_cuda_kernel, in
+// every thread; 0 lets heuristics.h choose again. Returns the kernel that was forced before.
 BITLINEAR_EXPORT int bitlinear_cuda_force(int kernel) { return forced_kernel.exchange(kernel); }
 
 TORCH_LIBRARY_IMPL(bitlinear, CUDA, m) {

@@ -1,4 +1,4 @@
-// The activation quantiser's parts that the row kernel and the GEMV share.
+// Parts of the activation quantiser that quantize.cu, gemv.cu and small_layer.cu share.
 #pragma once
 
 #include <string.h>
@@ -8,10 +8,11 @@
 namespace bitlinear {
 namespace cuda {
 
-// Values of x that one thread takes at a time: they become one 32-bit word in each of four planes.
+// Values of x that a thread quantises at a time. They become one 32-bit word in each of four
+// planes.
 constexpr int kGroup = 16;
 
-// Some of these, as they lie in memory.
+// kGroup values of x, as they are in memory.
 template <class X>
 struct Group {
   uint4 vectors[kGroup * sizeof(X) / sizeof(uint4)];
@@ -23,7 +24,7 @@ struct Group {
       vectors[v] = reinterpret_cast<const uint4*>(x)[v];
     }
   }
-  // From anywhere, the first `count` values, then zeros.
+  // From any address: the first `count` values, then zeros.
   __device__ void load(const X* x, int64_t count) {
     X* const values = reinterpret_cast<X*>(vectors);
 #pragma unroll

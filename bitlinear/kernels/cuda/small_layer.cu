@@ -1,23 +1,25 @@
-// y = epilogue(quantize(x) @ w^T) for layers of few inputs (sm_80 and later), in one kernel: a
-// second one, and the wait between the two, would cost more than it does that every block which
-// needs a token quantises it again.
+// y = epilogue(quantize(x) @ w^T) for layers of up to 1024 inputs (sm_80 and later), in one kernel.
+// Every block quantises the tokens that it needs again: that costs less than a second kernel and
+// the wait between the two.
 //
-// A block has a tile of rows and tokens. It copies the weights of the one into shared memory before
-// the predecessor in the stream has ended, then quantises the other into shared memory, both in the
+// A block has a tile of rows and tokens. It copies the rows into shared memory before the
+// predecessor in the stream has ended, then quantises the tokens into shared memory, both in the
 // order of the fragments of mma.m16n8k32, and multiplies.
 //
-// What bounds it, for few tokens: latency. 512 x 256 with M = 64 takes 2.1 us on an H100 (nn.Linear
-// in bf16 3.4), of which 1.2 pass between the end of one call and the first work of the next, as in
-// the GEMV; then x comes from L2, is quantised, multiplied and written, each after the other. For
-// many, the products, 16 cycles of a quarter of a multiprocessor each, and the instructions of the
-// quantiser, 340 for 32 lanes of 32 values: of the 5.1 us of 512 x 256 with M = 4096 (bf16 5.5) 2.0
-// and 0.3 us. So tiles are as small as all multiprocessors allow: with twice the tokens in a tile,
-// 512 x 512 with M = 64 takes 3.4 instead of 2.7 us. Registers (no spills): 96 in tiles of 64 and
-// 128 rows, 126 and 197 in those of 256 and 512; two blocks per multiprocessor, of the last one.
+// Bound for few tokens: latency. 512 x 256 with M = 64 takes 2.1 us on an H100 (nn.Linear in bf16:
+// 3.4). Of these, 1.2 pass between the end of one call and the first work of the next, as in the
+// GEMV; then x comes from L2, is quantised, multiplied and written, one step after the other.
 //
-// Tried, and slower: weights straight into registers; 16 warps; 3 blocks; a token on twice as many
-// lanes, for which the reductions and divisions are the same; letting the successor in before the
-// wait, as the other kernels do.
+// Bound for many tokens: the products, 16 cycles of a quarter of a multiprocessor each, and the
+// instructions of the quantiser, 340 for 32 lanes of 32 values. They take 2.0 and 0.3 us of the 5.1
+// us of 512 x 256 with M = 4096 (bf16: 5.5). So the plan takes the smallest tiles that all
+// multiprocessors can run at once: with twice the tokens in a tile, 512 x 512 with M = 64 takes 3.4
+// instead of 2.7 us. Registers (no spills): 96 in tiles of 64 and 128 rows, 126 and 197 in tiles of
+// 256 and 512. Two blocks per multiprocessor; one of the last tile.
+//
+// Tried, and slower: weights directly into registers; 16 warps; 3 blocks; twice as many lanes per
+// token, which does not reduce the reductions and divisions; allow_successor() before the wait, as
+// in the other kernels.
 #include "ampere.cuh"
 #include "epilogue.cuh"
 #include "launch.cuh"
@@ -45,13 +47,13 @@ struct Tile {
   static constexpr int kBlocks = kRowParts == 4 ? 1 : 2;  // of a multiprocessor
 };
 
-// Where a plane of a slice of a token of the tile begins, as in Layout::kFragments.
+// The offset of a plane of a slice of a token of the tile, as in Layout::kFragments.
 __device__ inline int plane_offset(int token, int slices, int slice, int plane) {
   return ((token / 8 * slices + slice) * 4 + plane) * 512 + token % 8 * 64;
 }
 
-// Quantises the tile's tokens. As many lanes share a token as it takes for each to keep its part in
-// registers between finding the largest value and rounding.
+// Quantises the tile's tokens. Enough lanes share a token for each to keep its part in registers
+// between the maximum and the rounding.
 template <class X>
 __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, const X* x, int tokens,
                                        int8_t* q, uint32_t* absmaxes, int32_t* q_sum) {
@@ -63,8 +65,8 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, const X*
   int token = static_cast<int>(threadIdx.x) >> log_lanes;
   int first = static_cast<int>(threadIdx.x & ~31u) >> log_lanes;  // of the warp
 
-  // Beyond the last token, and beyond K, the last ones are read again: what comes of the first is
-  // dropped, and the others meet zeros among the weights.
+  // Beyond the last token the last one is read again, and its results are dropped. Beyond K the
+  // last values are read again; the weights there are 0.
   Group<X> next[kGroupsInRegisters];
   const auto load = [&]() {
     const X* const row = x + int64_t{minimum(token, tokens - 1)} * K;
@@ -73,7 +75,8 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, const X*
       next[i].load(row + minimum((lane + i * lanes) * kGroup, K - kGroup));
     }
   };
-  constexpr bool kPrefetchNext = sizeof(X) == 2;  // both this token and the next fit the registers
+  constexpr bool kPrefetchNext =
+      sizeof(X) == 2;  // this token and the next one fit the registers together
   if (first < tokens) load();
 #pragma unroll 1
   while (first < tokens) {
@@ -152,8 +155,8 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
     }
   }
   commit_copies();
-  // In this order, as blocks of several kernels that wait would crowd on some multiprocessors, and
-  // then slow each other down.
+  // In this order, because waiting blocks of several kernels would fill some multiprocessors and
+  // slow each other down.
   wait_for_predecessor();
   allow_successor();
 
@@ -206,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
     }
   }
 
-  __syncthreads();  // the sums take the place of the operands
+  __syncthreads();  // the sums overwrite the operands
   int32_t* const codes = reinterpret_cast<int32_t*>(dynamic);
   store_sums<T::kPitch>(codes + (first_token + 2 * tig) * T::kPitch + first_row + g, sums);
   __syncthreads();

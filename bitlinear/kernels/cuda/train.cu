@@ -1,10 +1,10 @@
-// What training needs besides the product: weights quantised and packed as they change, and both
-// operands read back for the gradients. (The activations are quantised by quantize.cu.)
+// The functions for training other than the product: quantise and pack weights, and expand both
+// operands for the gradients. (quantize.cu quantises the activations.)
 //
-// Bound by memory: the weights are read twice, once for their mean, and a sixteenth of fp32 is
-// written; what is expanded is written once. 4096 x 4096 in bf16 takes, on an H100, 17 us for the
-// sum (2.0 TB/s), 12 for packing, partly from L2, and 17 for expanding (2.2 TB/s); to expand 8192
-// tokens of 4096 takes 44 us (2.3 TB/s).
+// Bound: memory. The weights are read twice, the first time for their mean, and a sixteenth of fp32
+// is written; expanded operands are written once. Measured on an H100: 4096 x 4096 in bf16 takes 17
+// us for the sum (2.0 TB/s), 12 for packing (partly from L2), and 17 for expanding (2.2 TB/s).
+// Expanding 8192 tokens of 4096 takes 44 us (2.3 TB/s).
 #include "launch.cuh"
 #include "quantize.cuh"
 
@@ -13,16 +13,17 @@ namespace cuda {
 namespace {
 
 constexpr int kSumThreads = 256;
-// So many threads go along a row, each by 16 weights, and so many rows are in a block.
+// Threads along a row, each with 16 weights at a time, and rows of a block.
 constexpr int kRowThreads = 64, kBlockRows = 4;
 
-// Blocks that add up magnitudes: the same on every GPU, so that sums have the same order.
+// Blocks that sum magnitudes. Their number is the same on every GPU, so that sums have the same
+// order.
 constexpr int64_t sum_blocks(int64_t count) {
   const int64_t blocks = ceil_div<int64_t>(count, int64_t{kSumThreads} * kGroup);
   return blocks < 1 ? 1 : minimum<int64_t>(blocks, 1024);
 }
 
-// The sum over a block, in its first thread.
+// The sum over a block; valid in its first thread.
 __device__ inline double block_sum(double sum) {
   __shared__ double warps[kSumThreads / 32];
   for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(~0u, sum, step);
@@ -64,8 +65,8 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
   if (n >= N) return;
   const int row_bytes = (K + 3) / 4;
-  // w / s_w rounds to 1 where it exceeds 1/2 (which rounds to even), and a quotient of floats
-  // exceeds 1/2 just where w exceeds s_w / 2, which is exact.
+  // w / s_w rounds to 1 if it exceeds 1/2 (1/2 itself rounds to even, 0). A quotient of floats
+  // exceeds 1/2 exactly if w exceeds s_w / 2, and that product is exact.
   const float half = __fmul_rn(0.5f, *s_w);
   for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
     float values[kGroup];
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   }
 }
 
-// Stores the first `count` of a group's values.
+// Stores the first `count` values of a group.
 template <class T>
 __device__ inline void store_group(T* out, const float (&values)[kGroup], int count, bool aligned) {
   alignas(16) T rounded[kGroup];
@@ -145,8 +146,8 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   }
 }
 
-// The position of the first byte that holds a code 3, or other weights than 0 past K, is written
-// to `first`, which was ~0.
+// Writes the position of the first byte that holds a code 3, or a weight other than 0 past K, to
+// `first`, which the caller has set to ~0.
 __global__ void __launch_bounds__(kRowThreads* kBlockRows)
     find_invalid_byte(const uint8_t* packed, int64_t N, int K, unsigned long long* first) {
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
@@ -184,7 +185,7 @@ cudaError_t quantize_weight(const Call& call, const V* w, int64_t N, int64_t K, 
                                      packed);
 }
 
-// What `launch` says, of a call on the current device.
+// Returns the error message of `launch`, called for the current device, or null.
 template <class F>
 const char* run_on_current_device(int64_t rows, int64_t K, void* stream, F&& launch) {
   if (rows > INT32_MAX || K > INT32_MAX / 2) {

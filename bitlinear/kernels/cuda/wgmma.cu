@@ -1,28 +1,45 @@
 // y = epilogue(q @ w^T) for many tokens on sm_90a, by warpgroup matrix multiplication.
 //
-// The weights are the operand in registers: as in the GEMV, lanes load packed bytes straight into
-// the fragments, here shifted down and masked, as one accumulator serves all planes. So weights
-// never pass through shared memory; what does are the activations, which one warp copies in, a tile
-// of tokens at a time, in the order that the tensor cores want: the quantiser has written them so.
-// One or two warpgroups multiply. They leave the sums of a tile in shared memory and go on to the
-// block's next tile, while two warps write y from them. Where there are too few tiles to go round,
-// the blocks of a cluster share one along K and add up their sums through each other's memory.
+// The weights are the operand in registers. As in the GEMV, lanes load packed bytes directly into
+// the fragments; here they are shifted and masked, because one accumulator serves all planes. So
+// weights never pass through shared memory. The activations do: one thread copies a tile of tokens
+// at a time, which the quantiser has stored in the order of the tensor cores. One or two warpgroups
+// multiply. They store the sums of a tile in shared memory and continue with the block's next tile,
+// while two warps write y from the sums. If there are fewer tiles than multiprocessors, the blocks
+// of a cluster share a tile along K and add their sums through distributed shared memory.
 //
-// What bounds it, for many tokens: the tensor cores. 8192 x 8192 with M = 4096 is 550 G operations,
-// 278 us at the peak of an H100, and takes 330 us there (1670 Top/s), with 37 us before it for the
-// quantiser, which is bound by its 100 MB; in turns with cuBLAS, which heats the chip, 438 us in
-// all. Per 256 values of k, a tile of 256 x 128 needs 2050 to 2150 cycles, of which the tensor
-// cores are busy for 2048, while it fetches 32 KB of activations and 16 KB of weights, 24 bytes per
-// cycle: with more tokens and fewer rows it would be more, as a weight is a quarter of the size.
-// Between two tiles they wait for 2500 cycles: 1200 in which the sums are left, the rest until the
-// next product is under way. The last tile of a block ends 4000 cycles after its sums are there.
+// A block over time (t: tile; s: slice of 256 values of k; -> time):
 //
-// With few tokens a product of a warpgroup takes 70 cycles where 8 to 32 would do: fetching its
-// fragment from registers takes about 50. 1024 x 1024 with M = 64 takes 4.6 us: 1.4 the quantiser,
-// 0.7 until its results have come, 1.2 the products, 0.8 the end of the tile, and the launches.
+//   copier      |q t0s0|q t0s1|q t0s2|q t1s0|q t1s1|...                      1 thread
+//   consumers          |mma t0s0|mma t0s1|mma t0s2|store t0|mma t1s0|...     1 or 2 warpgroups
+//   their loads |w t0s0|w t0s1|w t0s2|w t1s0|w t1s1|...                      into registers
+//   storers                                                |write y of t0|   2 warps
 //
-// Tiles of 96 tokens are for sizes that those of 128 divide badly: 2560 x 6912 with M = 1024, 80
-// tiles of 256 x 128 for 132 multiprocessors, takes 35.3 us in 110 of 256 x 96, and 42.8 in those.
+//   full[stage]    copier -> consumers: the activations of a stage have arrived
+//   empty[stage]   consumers -> copier: no product reads the stage any more
+//   sums_full      consumers -> storers: the sums of a tile are in shared memory
+//   sums_empty     storers -> consumers: y is written, the sums can be overwritten
+//
+// The consumers themselves write the last tile of a block, after the sum over the cluster.
+//
+// Bound for many tokens: the tensor cores. 8192 x 8192 with M = 4096 is 550 G operations, 278 us at
+// the peak of an H100. It takes 330 us there (1670 Top/s), after 37 us for the quantiser, which is
+// bound by its 100 MB. In turns with cuBLAS, which heats the chip, quantiser and product together
+// take 438 us. Per 256 values of k, a tile of 256 x 128 needs 2050 to 2150 cycles, of which the
+// tensor cores are busy for 2048; meanwhile it fetches 32 KB of activations and 16 KB of weights,
+// 24 bytes per cycle. More tokens and fewer rows would fetch more, because a weight has a quarter
+// of the bytes. Between two tiles the tensor cores wait for 2500 cycles: 1200 store the sums, the
+// rest passes until the next product runs. The last tile of a block is written 4000 cycles after
+// its sums are ready.
+//
+// Bound for few tokens: a product of a warpgroup takes 70 cycles, where the tensor cores need 8 to
+// 32, because reading its fragment from registers takes about 50. 1024 x 1024 with M = 64 takes 4.6
+// us: 1.4 for the quantiser, 0.7 until its results arrive, 1.2 for the products, 0.8 for the end of
+// the tile, the rest for the launches.
+//
+// Tiles of 96 tokens are for sizes that tiles of 128 tokens divide badly: 2560 x 6912 with M = 1024
+// takes 42.8 us in 80 tiles of 256 x 128 on 132 multiprocessors, and 35.3 us in 110 tiles of 256 x
+// 96.
 //
 // 168 registers (up to 176 in tiles of 64 rows), no spills, 228 KB of shared memory: one block
 // fills a multiprocessor. By the profiler the tensor cores are busy in 90 % of the cycles of 8192 x
@@ -91,9 +108,9 @@ struct Wgmma<128> {
 };
 // clang-format on
 
-// Has the register written before what follows.
+// Makes the compiler write the register before the following instructions.
 __device__ inline void fence_operand(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
-// The registers of a thread of this warpgroup from here on.
+// Set the number of registers of each thread of this warpgroup from here on.
 template <int kRegisters>
 __device__ inline void shrink_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -119,7 +136,8 @@ __device__ inline void sync_cluster() {
           : "memory");
 }
 
-// Reads the shared memory of block `rank` of this cluster, where this block has `p`.
+// Reads, in the shared memory of block `rank` of this cluster, the address that `p` has in this
+// block.
 __device__ inline int4 load_remote(const int32_t* p, int rank) {
   int4 v;
   asm volatile(
@@ -139,8 +157,8 @@ __device__ inline uint64_t make_descriptor(uint32_t address) {
          uint64_t{1} << 62;
 }
 
-// A tile of rows, and how a block makes it: by one or two warpgroups that multiply, each with one
-// or two blocks of 64 rows, and one that copies and stores.
+// A tile, and the block that computes it: one or two warpgroups that multiply, each with one or two
+// blocks of 64 rows, and one warpgroup that copies and stores.
 template <int kWarpgroups, int kRowBlocks, int kTileTokens>
 struct Tile {
   static constexpr int kBlocks = kRowBlocks, kTokens = kTileTokens;
@@ -149,29 +167,29 @@ struct Tile {
   static constexpr int kThreads = kConsumers + 128;
   static constexpr int kStageBytes = kTokens * kSliceValues;
   static constexpr int kSumBytes = kTokens * kRows * 4;
-  static constexpr int kStageBudget = 224 * 1024 - kSumBytes;  // for stages
+  static constexpr int kStageBudget = 224 * 1024 - kSumBytes;  // bytes for stages
   static constexpr int kStages = kStageBudget / kStageBytes < 8 ? kStageBudget / kStageBytes : 8;
   static constexpr int kSharedBytes = kStages * kStageBytes + kSumBytes + 1024;
-  // Slices of weights in registers, on their way.
+  // Slices of weights in flight, in registers.
   static constexpr int kPrefetched = kTokens == 32 ? 4 : kRowBlocks == 1 ? 2 : 1;
-  // A product that adds to the sums of the last one waits for it. With few tokens that is long:
-  // even and odd steps then have sums of their own.
+  // A product that adds to the same sums as the previous one waits for it. With few tokens the wait
+  // is long, so even and odd steps have their own sums.
   static constexpr int kAccumulatorSets = kTokens < 128 && kRowBlocks == 1 ? 2 : 1;
-  // Steps under way, each with fragments of its own.
+  // Steps in flight, each with its own fragments.
   static constexpr int kDepth = kRowBlocks == 1 ? 4 : 2;
-  // Two warpgroups that multiply need registers of the third. Of a thread of that one, and of
-  // theirs:
+  // Two warpgroups that multiply need registers of the third. Registers per thread, after the
+  // change:
   static constexpr bool kReallocatesRegisters = kWarpgroups == 2;
   static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 
-  // Where the sums of a row for a token are. The exclusive or spreads over the banks what a warp
-  // writes at a time, 8 rows for every other of 8 tokens, and leaves fours of rows together.
+  // The index of the sum of a row and a token. A warp writes 8 rows for every other of 8 tokens at
+  // a time: the exclusive or spreads them over the banks, and keeps groups of four rows contiguous.
   static __device__ int sum_index(int token, int row) {
     return token * kRows + (row ^ (token & 6) * 4);
   }
 };
 
-// A block's share of the work: its part of K, in every step-th tile from first_tile on.
+// The work of a block: its part of K, in every step-th tile from first_tile on.
 template <class T>
 struct Share {
   int tiles, row_tiles, first_tile, step;
@@ -192,14 +210,14 @@ struct Share {
   __device__ bool is_last(int tile) const { return tile + step >= tiles; }
 };
 
-// What a thread reads of a slice: of rows g and g + 8 of each block of 64.
+// The packed bytes that a thread reads of a slice: rows g and g + 8 of each block of 64 rows.
 template <int kRowBlocks>
 struct Weights {
   uint4 low[kRowBlocks], high[kRowBlocks];
 };
 
-// A thread's way through the weights: the slices of one tile after the other, each tile filled up
-// with zeros to a multiple of kPrefetched.
+// Reads a thread's weights slice by slice, one tile after the other. Each tile is padded with zeros
+// to a multiple of kPrefetched slices.
 template <class T>
 class WeightReader {
  public:
@@ -248,7 +266,8 @@ class WeightReader {
   const uint8_t* high_[T::kBlocks];
 };
 
-// Adds to the sums of this block, for every splits-th token, those of the others of its cluster.
+// Adds the sums of the other blocks of the cluster to those of this block, for every splits-th
+// token.
 template <class T>
 __device__ inline void add_cluster_sums(const TileRows<T::kRows, T::kConsumers>& rows,
                                         int32_t* sums, int split, int splits) {
@@ -347,7 +366,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   RingPosition at(T::kStages);
   uint32_t parity = 1;
   for (int tile = share.first_tile; tile < share.tiles; tile += share.step, parity ^= 1) {
-    // What one token needs at the end.
+    // Scale and sum of one token, for the end of the tile.
     const int64_t m = share.token_of(tile) + threadIdx.x;
     const float token_scale = activations.s_x[minimum(m, task.M - 1)];
     const int32_t token_sum = activations.q_sum[minimum(m, task.M - 1)];
@@ -393,7 +412,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           }
           wgmma_commit();
           wgmma_wait<T::kDepth - 1>();
-          // No step of the stage before this one is under way any more.
+          // No step of the previous stage is in flight any more.
           if (step == T::kDepth - 2 && previous >= 0 && lane == 0) empty[previous].arrive();
         }
         previous = at.stage;
@@ -422,7 +441,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (!share.is_last(tile)) sums_full.arrive();
   }
 
-  // The last tile is everybody's. Each block of a cluster finishes its share of the tokens.
+  // All consumers write the last tile. Each block of a cluster writes its share of the tokens.
   const int split = static_cast<int>(blockIdx.x) % splits;
   if (splits > 1) {
     sync_cluster();
@@ -444,13 +463,13 @@ template <class T>
 cudaError_t launch(const Call& call, const Activations& q, int splits) {
   const bitlinear_cuda_task& task = call.task;
   int64_t tiles = ceil_div<int64_t>(task.N, T::kRows) * ceil_div<int64_t>(task.M, T::kTokens);
-  // A block takes one tile after the other; a cluster only one.
+  // A block computes one tile after the other; a cluster only one.
   if (splits == 1) tiles = minimum<int64_t>(tiles, call.device.multiprocessors);
   return launch_kernel<wgmma_kernel<T>>(launch_config<T>(tiles * splits, splits), call, task, q,
                                         splits);
 }
 
-// Asked once per device, tile and number of splits.
+// Queried once per device, tile and number of splits.
 template <class T>
 bool runs_clusters(const Device& device, int splits) {
   enum Answer { kUnknown, kYes, kNo };
