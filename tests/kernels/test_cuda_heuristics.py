@@ -1,4 +1,4 @@
-"""Which CUDA kernel runs, and how: cuda/heuristics.h, which is pure and needs no CUDA."""
+"""cuda/heuristics.h: the choice of the CUDA kernel and its plan. Needs no CUDA."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def heuristics(tmp_path_factory):
 def test_every_shape_gets_a_kernel_that_admits_it(heuristics, shape, capability):
     kernel = heuristics.choose(capability, shape)
     assert heuristics.supports(kernel, capability, shape)
-    # Whatever else there is, any of these may be asked for.
+    # A caller can force either of these for any shape.
     assert heuristics.supports(DP4A, capability, shape)
     assert heuristics.supports(MMA, capability, shape) == (capability >= 80)
 
@@ -178,7 +178,7 @@ def test_the_plan_of_a_small_batch(heuristics, shape, multiprocessors, capabilit
     assert 1 <= blocks <= min(2 * multiprocessors, n)
     assert (row_parts, token_parts) in {(r, t) for r in (1, 2, 4) for t in (1, 2, 4)} - {(4, 4)}
     assert m <= 8 * token_parts <= 2 * max(m, 4)
-    # A block waits for all parts of a tile at once, but for those beyond its last row.
+    # A block waits for all parts of a tile at once, except those beyond its last row.
     assert min(row_parts, -(-n // blocks + 15) // 16) <= stages <= 16
     assert shared <= limit
     if blocks > multiprocessors:

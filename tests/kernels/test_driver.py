@@ -110,7 +110,7 @@ def test_sanitizers_see_a_byte_beyond_the_buffer(name, file, correct, wrong, tmp
     ids=["to bf16", "from bf16"],
 )
 def test_a_wrong_conversion_is_found(correct, wrong, tmp_path):
-    """The reference has conversions of its own."""
+    """The reference converts with code of its own, so it finds mistakes in convert.h."""
     variant = next(variant for variant in VARIANTS if variant.name == "scalar")
     shutil.copytree(DIRECTORY, tmp_path / "kernels")
     source = tmp_path / "kernels" / "cpu" / "convert.h"

@@ -1,4 +1,4 @@
-"""How a call is divided among threads: heuristics.h, which is pure."""
+"""cpu/heuristics.h: the form of a product, and the division of a call among threads."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_grids_of_typical_layers(heuristics, threads, cost):
     # Many tokens and few rows: the tokens are.
     tokens, rows = heuristics.grid(100_000, 10, 4096, threads, cost)
     assert (tokens, rows) == (threads, 1)
-    # Small work is nobody else's.
+    # Small work stays on one thread.
     assert heuristics.grid(1, 256, 256, threads, cost) == (1, 1)
 
 
@@ -138,7 +138,7 @@ def test_quantising_is_divided_where_it_pays(heuristics, threads):
     # A token is quantised by one thread.
     assert parts(1, 1 << 20, threads) == 1
     assert parts(2, 1 << 20, threads) == min(2, threads)
-    # With threads that are awake anyway, sooner than alone.
+    # Sooner if the product wakes the threads anyway.
     assert parts(64, 1024, threads) == (1 if threads == 1 else threads)
     assert parts(64, 256, 1) == 1
     assert parts(4096, 4096, 1) == threads
@@ -146,9 +146,9 @@ def test_quantising_is_divided_where_it_pays(heuristics, threads):
 
 
 def test_more_threads_need_more_work(heuristics):
-    """A team's price grows with its size: what is worth two threads may not be worth 64."""
+    """Waking threads costs more, the more there are: the smallest product for n threads grows."""
     assert not heuristics.call("pays_for_threads", 1 << 40, 1)
-    least = []
+    smallest = []
     for threads in (2, 4, 8, 16, 32, 64):
         low, high = 1, 1 << 40
         while low < high:
@@ -157,6 +157,6 @@ def test_more_threads_need_more_work(heuristics):
                 high = middle
             else:
                 low = middle + 1
-        least.append(low)
-    assert least == sorted(least)
-    assert least[0] == 96 * 1024
+        smallest.append(low)
+    assert smallest == sorted(smallest)
+    assert smallest[0] == 96 * 1024
