@@ -58,13 +58,14 @@ struct Lookup {
 // x[g][j][t] = q[t, k] for k = 4 * (first_byte + g) + j; zeros beyond the tokens and the bytes.
 template <class V>
 inline void lookup_gather(const int8_t* q, int64_t q_stride, int64_t tokens, int64_t first_byte,
-                          int64_t bytes, Lookup<V>& s) {
-  if (tokens < Lookup<V>::kTokens || bytes < Lookup<V>::kDepth) memset(s.x, 0, sizeof(s.x));
+                          int64_t bytes, Lookup<V>& scratch) {
+  if (tokens < Lookup<V>::kTokens || bytes < Lookup<V>::kDepth)
+    memset(scratch.x, 0, sizeof(scratch.x));
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t g = 0; g < bytes; ++g) {
       const int64_t byte = first_byte + g;
       const int8_t* value = q + t * q_stride + byte / V::kWidth * 4 * V::kWidth + byte % V::kWidth;
-      for (int j = 0; j < 4; ++j) s.x[g][j][t] = value[j * V::kWidth];
+      for (int j = 0; j < 4; ++j) scratch.x[g][j][t] = value[j * V::kWidth];
     }
   }
 }
@@ -94,7 +95,7 @@ inline void lookup_table(const int16_t (&x)[4][Lookup<V>::kTokens],
 
 // The table offsets of up to kDepth packed bytes of one row.
 template <class V>
-inline void lookup_index(const uint8_t* packed, int64_t bytes, int64_t row, Lookup<V>& s) {
+inline void lookup_index(const uint8_t* packed, int64_t bytes, int64_t row, Lookup<V>& scratch) {
   constexpr int kDepth = Lookup<V>::kDepth;
   constexpr int kGroups = Lookup<V>::kGroups;
   uint8_t padded[kDepth];
@@ -110,31 +111,31 @@ inline void lookup_index(const uint8_t* packed, int64_t bytes, int64_t row, Look
     // From digits of base 4 to base 3: 4a + b becomes 3a + b in each nibble, then 16A + B 9A + B.
     const uint8_t pairs = static_cast<uint8_t>(packed[g] - (packed[g] >> 2 & 0x33));
     const uint8_t entry = static_cast<uint8_t>(pairs - 7 * (pairs >> 4));
-    const size_t table = g % kGroups * sizeof(s.tables[0]);
-    offset[g] = static_cast<uint16_t>(table + entry * sizeof(s.tables[0][0]));
+    const size_t table = g % kGroups * sizeof(scratch.tables[0]);
+    offset[g] = static_cast<uint16_t>(table + entry * sizeof(scratch.tables[0][0]));
   }
   for (int slice = 0; slice < kDepth / kGroups; ++slice) {
-    memcpy(s.index[slice][row], offset + slice * kGroups, sizeof(s.index[slice][row]));
+    memcpy(scratch.index[slice][row], offset + slice * kGroups, sizeof(scratch.index[slice][row]));
   }
 }
 
 // Adds kGroups groups to the 16-bit sums of all rows. The first slice starts the sums; the last one
 // adds them to the 32-bit sums.
 template <class V, bool kFirst, bool kLast>
-inline void lookup_add(const uint16_t (*index)[Lookup<V>::kGroups], int64_t rows, Lookup<V>& s,
-                       int32_t (*sums)[Lookup<V>::kTokens]) {
+inline void lookup_add(const uint16_t (*index)[Lookup<V>::kGroups], int64_t rows,
+                       Lookup<V>& scratch, int32_t (*sums)[Lookup<V>::kTokens]) {
   using Entry = typename Lookup<V>::Entry;
   using Words = typename Lookup<V>::Words;
   constexpr int kVectors = Lookup<V>::kVectors;
   const char* tables[kVectors];
   for (int v = 0; v < kVectors; ++v) {
-    tables[v] = reinterpret_cast<const char*>(&s.tables[0][0].vector[v]);
+    tables[v] = reinterpret_cast<const char*>(&scratch.tables[0][0].vector[v]);
     // Hides the value from the compiler, so that it derives no base from another one: base plus
     // index is an address, but a further constant costs AArch64 an addition per vector.
     __asm__("" : "+r"(tables[v]));
   }
   for (int64_t r = 0; r < rows; ++r) {
-    Entry sum = kFirst ? Entry{} : s.sums16[r];
+    Entry sum = kFirst ? Entry{} : scratch.sums16[r];
     for (int g = 0; g < Lookup<V>::kGroups; ++g) {
       for (int v = 0; v < kVectors; ++v) {
         sum.vector[v] += *reinterpret_cast<const Words*>(tables[v] + index[r][g]);
@@ -145,23 +146,24 @@ inline void lookup_add(const uint16_t (*index)[Lookup<V>::kGroups], int64_t rows
       memcpy(lanes, &sum, sizeof(lanes));
       for (int t = 0; t < Lookup<V>::kTokens; ++t) sums[r][t] += lanes[t];
     } else {
-      s.sums16[r] = sum;
+      scratch.sums16[r] = sum;
     }
   }
 }
 
 // One tile of tokens against one slice of k, `bytes` packed bytes of every row.
 template <class V>
-inline void lookup_tile(int64_t rows, int64_t bytes, Lookup<V>& s,
+inline void lookup_tile(int64_t rows, int64_t bytes, Lookup<V>& scratch,
                         int32_t (*sums)[Lookup<V>::kTokens]) {
   constexpr int kGroups = Lookup<V>::kGroups;
   const int64_t slices = ceil_div(bytes, kGroups);
   for (int64_t slice = 0; slice < slices; ++slice) {
-    for (int g = 0; g < kGroups; ++g) lookup_table<V>(s.x[slice * kGroups + g], s.tables[g]);
+    for (int g = 0; g < kGroups; ++g)
+      lookup_table<V>(scratch.x[slice * kGroups + g], scratch.tables[g]);
     const bool last = slice == slices - 1;
     const auto add = slice == 0 ? (last ? lookup_add<V, true, true> : lookup_add<V, true, false>)
                                 : (last ? lookup_add<V, false, true> : lookup_add<V, false, false>);
-    add(s.index[slice], rows, s, sums);
+    add(scratch.index[slice], rows, scratch, sums);
   }
 }
 
@@ -187,26 +189,26 @@ template <class V>
 inline void lookup_block(const bitlinear_task& task, int64_t begin, int64_t tokens, int64_t n,
                          int64_t rows) {
   using L = Lookup<V>;
-  L& s = *static_cast<L*>(task.scratch);
+  L& scratch = *static_cast<L*>(task.scratch);
   const int64_t tiles = ceil_div(tokens, L::kTokens);
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    memset(s.sums[tile], 0, static_cast<size_t>(rows) * sizeof(s.sums[0][0]));
+    memset(scratch.sums[tile], 0, static_cast<size_t>(rows) * sizeof(scratch.sums[0][0]));
   }
   for (int64_t byte = 0; byte < task.row_bytes; byte += L::kDepth) {
     const int64_t bytes = minimum(L::kDepth, task.row_bytes - byte);
     for (int64_t r = 0; r < rows; ++r) {
-      lookup_index<V>(task.w + (n + r) * task.row_bytes + byte, bytes, r, s);
+      lookup_index<V>(task.w + (n + r) * task.row_bytes + byte, bytes, r, scratch);
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t m = tile * L::kTokens;
       lookup_gather<V>(task.q + (begin + m) * task.q_stride, task.q_stride,
-                       minimum(L::kTokens, tokens - m), byte, bytes, s);
-      lookup_tile<V>(rows, bytes, s, s.sums[tile]);
+                       minimum(L::kTokens, tokens - m), byte, bytes, scratch);
+      lookup_tile<V>(rows, bytes, scratch, scratch.sums[tile]);
     }
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t m = tile * L::kTokens;
-    lookup_store<V>(task, begin + m, minimum(L::kTokens, tokens - m), n, rows, s.sums[tile]);
+    lookup_store<V>(task, begin + m, minimum(L::kTokens, tokens - m), n, rows, scratch.sums[tile]);
   }
 }
 

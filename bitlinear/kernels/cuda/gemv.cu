@@ -141,21 +141,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   allow_successor();
 
   if (warp == kWarps) {
-    RingPosition at(stages);
+    RingPosition ring(stages);
     for (int tile = 0; tile < tiles; ++tile) {
       const int present = minimum(kTileRows, rows - tile * kTileRows);
       const uint8_t* w = task.w + (n_begin + tile * kTileRows) * sizes.row_bytes;
-      for (int c = 0; c < sizes.chunks; ++c, at.advance()) {
+      for (int c = 0; c < sizes.chunks; ++c, ring.advance()) {
         const int begin = c * sizes.chunk_bytes;
         const int bytes = minimum(sizes.chunk_bytes, sizes.row_bytes - begin);
-        Barrier& full = shared.full[at.stage];
+        Barrier& full = shared.full[ring.stage];
         if (lane == 0) {
-          shared.empty[at.stage].wait(at.parity ^ 1);
+          shared.empty[ring.stage].wait(ring.parity ^ 1);
           full.arrive_expecting(present * bytes);
         }
         __syncwarp();
         for (int row = lane; row < present; row += 32) {
-          copy_bulk(dynamic + at.stage * stage_bytes + row * sizes.pitch,
+          copy_bulk(dynamic + ring.stage * stage_bytes + row * sizes.pitch,
                     w + row * sizes.row_bytes + begin, bytes, full);
         }
       }
@@ -182,15 +182,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Columns beyond the last token repeat the first one, at no cost, and are dropped.
   const int8_t* const my_q = q + (g < tokens ? g : 0) * sizes.q_stride + 16 * tig;
   const uint8_t* const my_w = dynamic + (group * kFragmentRows + g) * sizes.pitch + 16 * tig;
-  RingPosition at(stages);
+  RingPosition ring(stages);
   for (int tile = 0; tile < tiles; ++tile) {
     int32_t sums[4][4] = {};
-    for (int c = 0; c < sizes.chunks; ++c, at.advance()) {
+    for (int c = 0; c < sizes.chunks; ++c, ring.advance()) {
       const int bytes = minimum(sizes.chunk_bytes, sizes.row_bytes - c * sizes.chunk_bytes);
-      shared.full[at.stage].wait(at.parity);
+      shared.full[ring.stage].wait(ring.parity);
 #pragma unroll 2
       for (int s = member; s < ceil_div(bytes, kSliceBytes); s += kSplit) {
-        const uint8_t* w = my_w + at.stage * stage_bytes + s * kSliceBytes;
+        const uint8_t* w = my_w + ring.stage * stage_bytes + s * kSliceBytes;
         const uint4 low = *reinterpret_cast<const uint4*>(w);
         const uint4 high = *reinterpret_cast<const uint4*>(w + 8 * sizes.pitch);
         const int8_t* slice = my_q + (c * (kChunkBytes / kSliceBytes) + s) * kSliceValues;
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           mma_u8s8(sums[p], low.z & mask, high.z & mask, low.w & mask, high.w & mask, b.z, b.w);
         }
       }
-      shared.empty[at.stage].arrive();
+      shared.empty[ring.stage].arrive();
     }
 
     int32_t* const partial = shared.partial[tile % 2];

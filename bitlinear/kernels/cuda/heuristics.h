@@ -142,7 +142,7 @@ constexpr int kSmallBatchTokens = 32;
 constexpr int kSmallBatchWarps = 8;  // warps that multiply; they share K
 constexpr int kSmallBatchStageRows = 16;
 constexpr int kSmallBatchStages = 16;  // at most
-// What it declares as shared memory, at most (the compiler adds a little of its own).
+// The maximum of its static shared memory (the compiler adds a little of its own).
 constexpr int kSmallBatchStaticBytes = 1024;
 
 constexpr int64_t small_batch_stage_bytes(int64_t row_bytes) {
@@ -206,7 +206,7 @@ struct SmallLayerPlan {
 };
 constexpr SmallLayerPlan kSmallLayerTiles[] = {{64, 16},  {128, 16}, {64, 32},
                                                {128, 32}, {256, 32}, {512, 32}};
-// What it declares as shared memory, at most (the compiler adds a little of its own).
+// The maximum of its static shared memory (the compiler adds a little of its own).
 constexpr int kSmallLayerStaticBytes = 512;
 
 // The sums of a tile in shared memory, by token; the padding spreads them over the banks.

@@ -8,13 +8,13 @@
 // more blocks.
 //
 // Bound: cycles of a multiprocessor for 256 values of k of a tile of 256 x 128.
-//   Products: 4096 at the rate of an A100, 2048 at the peak of an H100 (short of which mma.sync is
-//     known to fall; only wgmma reaches it).
+//   Products: 4096 at the rate of an A100, 2048 at the peak of an H100 (which only
+//     wgmma reaches, not mma.sync).
 //   Shared memory: 1280. Each warp loads 8 + 32 chunks per lane, for 64 rows x 64 tokens.
-//   Shifts and masks: 908. Seven for four registers of weights, which then serve 64 tokens.
+//   Shifts and masks: 908. Seven instructions for four registers of weights, which serve 64 tokens.
 //   Issue: 1224. Of the 612 instructions of a warp 256 are mma.
-//   Copies: 48 KB, or 12 (A100) to 24 bytes per cycle. A row costs a quarter of what a token does,
-//     hence more rows than tokens in a tile.
+//   Copies: 48 KB, or 12 (A100) to 24 bytes per cycle. A row has a quarter of the bytes of a
+//     token, so a tile has more rows than tokens.
 // So large products are bound by the tensor cores: 8192 x 8192 with M = 4096 (550 G operations) by
 // 881 us on an A100 and 278 us on an H100, where its 117 MB (bf16) take 39 us. With few tokens the
 // bound is reading w; but each block also fetches all of K for its tokens, through L2.
@@ -97,34 +97,34 @@ struct Source {
 // with the planes of odd tokens swapped in pairs, then w as (kDepth, kRows, 64). So eight lanes
 // that load the chunks of one plane, for two tokens or rows, have no bank conflict.
 template <class Tile, bool kAligned>
-__device__ inline void copy_stage(Source& from, uint8_t* stage) {
+__device__ inline void copy_stage(Source& source, uint8_t* stage) {
   const int thread = threadIdx.x;
   uint8_t* const q_stage = stage + (thread ^ thread / 16 % 2 * 4) * kChunk;
 #pragma unroll
   for (int i = 0; i < Tile::kQBytes / kChunk / kThreads; ++i) {
     const int token = 16 * i % Tile::kTokens, depth = 16 * i / Tile::kTokens;
     copy_async(q_stage + i * kThreads * kChunk,
-               from.q + token * from.q_stride + depth * kSliceValues,
-               token < from.tokens && (Tile::kDepth == 1 || depth < from.blocks));
+               source.q + token * source.q_stride + depth * kSliceValues,
+               token < source.tokens && (Tile::kDepth == 1 || depth < source.blocks));
   }
   uint8_t* const w_stage = stage + Tile::kQBytes + thread * kChunk;
   // Unrolled loads of single bytes would need too many registers.
 #pragma unroll(kAligned ? 8 : 1)
   for (int i = 0; i < Tile::kWBytes / kChunk / kThreads; ++i) {
     const int row = 64 * i % Tile::kRows, offset = 64 * i / Tile::kRows * kSliceBytes;
-    const uint8_t* const w = from.w + row * from.row_bytes;
+    const uint8_t* const w = source.w + row * source.row_bytes;
     uint8_t* const to = w_stage + i * kThreads * kChunk;
     if constexpr (kAligned) {
-      copy_async(to, w + offset, row < from.rows && offset < from.w_left);
+      copy_async(to, w + offset, row < source.rows && offset < source.w_left);
     } else {
       *reinterpret_cast<uint4*>(to) =
-          load_chunk<false>(w, offset, row < from.rows ? from.w_left : 0);
+          load_chunk<false>(w, offset, row < source.rows ? source.w_left : 0);
     }
   }
-  from.q += Tile::kDepth * kSliceValues;
-  from.w += Tile::kDepth * kSliceBytes;
-  from.w_left -= Tile::kDepth * kSliceBytes;
-  from.blocks -= Tile::kDepth;
+  source.q += Tile::kDepth * kSliceValues;
+  source.w += Tile::kDepth * kSliceBytes;
+  source.w_left -= Tile::kDepth * kSliceBytes;
+  source.blocks -= Tile::kDepth;
 }
 
 __device__ inline uint4 load_shared(const uint8_t* p) { return *reinterpret_cast<const uint4*>(p); }
@@ -217,22 +217,23 @@ __device__ inline int reread_thread_index() {
 }
 
 template <class Tile>
-__device__ inline Source source_of(const bitlinear_cuda_task& task, const Activations& activations,
-                                   const Position<Tile>& at) {
+__device__ inline Source first_source(const bitlinear_cuda_task& task,
+                                      const Activations& activations,
+                                      const Position<Tile>& position) {
   const int token = threadIdx.x / 16, q_offset = threadIdx.x % 16 * kChunk;
   const int row = threadIdx.x / 4 % Tile::kRows, depth = threadIdx.x / 4 / Tile::kRows;
   const int w_offset = depth * kSliceBytes + threadIdx.x % 4 * kChunk;
   const int row_bytes = static_cast<int>((task.K + 3) / 4);
-  Source from;
-  from.q = activations.q + (at.m + token) * activations.q_stride + q_offset;
-  from.q_stride = static_cast<int>(activations.q_stride);
-  from.tokens = at.tokens - token;
-  from.w = task.w + (at.n + row) * row_bytes + w_offset;
-  from.row_bytes = row_bytes;
-  from.rows = at.rows - row;
-  from.w_left = row_bytes - w_offset;
-  from.blocks = ceil_div(row_bytes, kSliceBytes);
-  return from;
+  Source source;
+  source.q = activations.q + (position.m + token) * activations.q_stride + q_offset;
+  source.q_stride = static_cast<int>(activations.q_stride);
+  source.tokens = position.tokens - token;
+  source.w = task.w + (position.n + row) * row_bytes + w_offset;
+  source.row_bytes = row_bytes;
+  source.rows = position.rows - row;
+  source.w_left = row_bytes - w_offset;
+  source.blocks = ceil_div(row_bytes, kSliceBytes);
+  return source;
 }
 
 // kAligned: the rows of w start at multiples of 16 bytes.
@@ -243,41 +244,43 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
   extern __shared__ __align__(128) uint8_t shared[];
   float* const s_x = reinterpret_cast<float*>(shared + Tile::kRingBytes);
   int32_t* const q_sum = reinterpret_cast<int32_t*>(s_x + Tile::kTokens);
-  const Position<Tile> at(task, blockIdx.x, threadIdx.x);
-  Source from = source_of(task, activations, at);
+  const Position<Tile> position(task, blockIdx.x, threadIdx.x);
+  Source source = first_source(task, activations, position);
 
   // Prefetches weights while the quantiser still runs.
-  if (kAligned && threadIdx.x == 0 && at.m == 0) {
-    prefetch_l2(from.w, static_cast<uint32_t>(minimum(at.rows * from.row_bytes, 256 * 1024)));
+  if (kAligned && threadIdx.x == 0 && position.m == 0) {
+    prefetch_l2(source.w,
+                static_cast<uint32_t>(minimum(position.rows * source.row_bytes, 256 * 1024)));
   }
   allow_successor();
   wait_for_predecessor();
 
 #pragma unroll
   for (int s = 0; s < Tile::kStages - 1; ++s) {
-    if (from.blocks > 0) copy_stage<Tile, kAligned>(from, shared + s * Tile::kStageBytes);
+    if (source.blocks > 0) copy_stage<Tile, kAligned>(source, shared + s * Tile::kStageBytes);
     commit_copies();
   }
-  if (threadIdx.x < at.tokens) {
-    s_x[threadIdx.x] = activations.s_x[at.m + threadIdx.x];
-    q_sum[threadIdx.x] = activations.q_sum[at.m + threadIdx.x];
+  if (threadIdx.x < position.tokens) {
+    s_x[threadIdx.x] = activations.s_x[position.m + threadIdx.x];
+    q_sum[threadIdx.x] = activations.q_sum[position.m + threadIdx.x];
   }
 
-  const int w_offset =
-      Tile::kQBytes + (at.depth * Tile::kRows + at.row + at.g) * kSliceBytes + at.tig * kChunk;
-  const int q_even = (at.depth * Tile::kTokens + at.token + at.g) * kSliceValues +
-                     at.g % 2 * kSliceBytes + at.tig * kChunk;
+  const int w_offset = Tile::kQBytes +
+                       (position.depth * Tile::kRows + position.row + position.g) * kSliceBytes +
+                       position.tig * kChunk;
+  const int q_even = (position.depth * Tile::kTokens + position.token + position.g) * kSliceValues +
+                     position.g % 2 * kSliceBytes + position.tig * kChunk;
   Sums<Tile> sums = {};
   int read = 0;
-  int left = ceil_div(from.row_bytes, kSliceBytes) - at.depth;
+  int blocks_left = ceil_div(source.row_bytes, kSliceBytes) - position.depth;
 #pragma unroll 1
-  for (; left > -at.depth; left -= Tile::kDepth) {
+  for (; blocks_left > -position.depth; blocks_left -= Tile::kDepth) {
     wait_for_copies<Tile::kStages - 2>();
     __syncthreads();  // the stage has arrived, and no thread reads the previous one any more
     const int before = (read == 0 ? Tile::kStages * Tile::kStageBytes : read) - Tile::kStageBytes;
-    if (from.blocks > 0) copy_stage<Tile, kAligned>(from, shared + before);
+    if (source.blocks > 0) copy_stage<Tile, kAligned>(source, shared + before);
     commit_copies();
-    if (Tile::kDepth == 1 || left > 0) {
+    if (Tile::kDepth == 1 || blocks_left > 0) {
       const uint8_t* const stage = shared + read;
       multiply<Tile>(stage + w_offset, stage + q_even, stage + (q_even ^ kSliceBytes), sums);
     }
@@ -285,12 +288,14 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
   }
 
   __syncthreads();
-  const Position<Tile> end(task, reread_block_index(), reread_thread_index());
-  const TileRows<Tile::kRows, kThreads> rows(task, end.n, threadIdx.x);
+  const Position<Tile> end_position(task, reread_block_index(), reread_thread_index());
+  const TileRows<Tile::kRows, kThreads> rows(task, end_position.n, threadIdx.x);
   int32_t* const codes = reinterpret_cast<int32_t*>(shared);
   int32_t* const thread_codes =
-      codes + (end.depth * Tile::kTokens + end.token + 2 * end.tig) * Tile::kPitch + end.row +
-      end.g;
+      codes +
+      (end_position.depth * Tile::kTokens + end_position.token + 2 * end_position.tig) *
+          Tile::kPitch +
+      end_position.row + end_position.g;
   store_sums<Tile::kPitch>(thread_codes, sums);
   __syncthreads();
   const auto load_codes = [&](int token, int row) {
@@ -302,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
     }
     return sum;
   };
-  write_tile(task, rows, end.m, {0, 1, end.tokens}, s_x, q_sum, load_codes);
+  write_tile(task, rows, end_position.m, {0, 1, end_position.tokens}, s_x, q_sum, load_codes);
 }
 
 template <class Tile, bool kAligned>

@@ -77,22 +77,22 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
   __syncthreads();
   allow_successor();
 
-  RingPosition at(stages);
+  RingPosition ring(stages);
   if (warp == kWarps) {
     for (int tile = 0; tile < tiles; ++tile) {
       const int tile_end = minimum(rows, (tile + 1) * T::kRows);
       for (int begin = 0; begin < row_bytes; begin += kChunkBytes) {
         const int bytes = minimum(kChunkBytes, row_bytes - begin);
-        for (int first = tile * T::kRows; first < tile_end; first += kPartRows, at.advance()) {
+        for (int first = tile * T::kRows; first < tile_end; first += kPartRows, ring.advance()) {
           const int present = minimum(kPartRows, tile_end - first);
-          Barrier& full = shared.full[at.stage];
+          Barrier& full = shared.full[ring.stage];
           if (lane == 0) {
-            shared.empty[at.stage].wait(at.parity ^ 1);
+            shared.empty[ring.stage].wait(ring.parity ^ 1);
             full.arrive_expecting(present * bytes);
           }
           __syncwarp();
           if (lane < present) {
-            copy_bulk(dynamic + at.stage * stage_bytes + lane * pitch,
+            copy_bulk(dynamic + ring.stage * stage_bytes + lane * pitch,
                       task.w + (n_begin + first + lane) * row_bytes + begin, bytes, full);
           }
         }
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
     int slice = warp;
     for (int c = 0; c < chunks; ++c) {
       const uint8_t* w[kRowParts];
-      RingPosition ready = at;
+      RingPosition ready = ring;
 #pragma unroll
       for (int r = 0; r < kRowParts; ++r) {
         if (r < parts) {
@@ -185,8 +185,8 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
 #pragma unroll
       for (int r = 0; r < kRowParts; ++r) {
         if (r < parts) {
-          shared.empty[at.stage].arrive();
-          at.advance();
+          shared.empty[ring.stage].arrive();
+          ring.advance();
         }
       }
     }

@@ -325,18 +325,18 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     wait_for_predecessor();
     const int thread = static_cast<int>(threadIdx.x) - kConsumers;
     if (thread == 0) {
-      RingPosition at(T::kStages);
+      RingPosition ring(T::kStages);
       for (int tile = share.first_tile; tile < share.tiles; tile += share.step) {
         const int64_t group = share.token_of(tile) / 8;
-        for (int slice = share.slice_begin; slice < share.slice_end; ++slice, at.advance()) {
-          Barrier& barrier = full[at.stage];
-          empty[at.stage].wait(at.parity ^ 1);
+        for (int slice = share.slice_begin; slice < share.slice_end; ++slice, ring.advance()) {
+          Barrier& barrier = full[ring.stage];
+          empty[ring.stage].wait(ring.parity ^ 1);
           barrier.arrive_expecting(T::kStageBytes);
           for (int half = 0; half < 2; ++half) {
             const int8_t* q =
                 activations.q +
                 ((2 * int64_t{slice} + half) * activations.token_groups + group) * 1024;
-            copy_bulk(stages + at.stage * T::kStageBytes + half * (T::kStageBytes / 2), q,
+            copy_bulk(stages + ring.stage * T::kStageBytes + half * (T::kStageBytes / 2), q,
                       T::kStageBytes / 2, barrier);
           }
         }
@@ -355,15 +355,15 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
   if constexpr (T::kReallocatesRegisters) grow_registers<T::kConsumerRegisters>();
   WeightReader<T> reader(task, share);
-  Weights<kBlocks> ring[T::kPrefetched];
+  Weights<kBlocks> prefetched[T::kPrefetched];
 #pragma unroll
-  for (auto& weights : ring) weights = reader.read();
+  for (auto& weights : prefetched) weights = reader.read();
   wait_for_predecessor();
 
   const int last =
       share.first_tile + (share.tiles - 1 - share.first_tile) / share.step * share.step;
   const TileRows<T::kRows, kConsumers> rows(task, share.row_of(last), threadIdx.x);
-  RingPosition at(T::kStages);
+  RingPosition ring(T::kStages);
   uint32_t parity = 1;
   for (int tile = share.first_tile; tile < share.tiles; tile += share.step, parity ^= 1) {
     // Scale and sum of one token, for the end of the tile.
@@ -382,11 +382,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     for (int first = share.slice_begin; first < share.slice_end; first += T::kPrefetched) {
 #pragma unroll
       for (int ahead = 0; ahead < T::kPrefetched; ++ahead) {
-        const Weights<kBlocks> weights = ring[ahead];
-        ring[ahead] = reader.read();
+        const Weights<kBlocks> weights = prefetched[ahead];
+        prefetched[ahead] = reader.read();
         if (first + ahead >= share.slice_end) continue;
-        full[at.stage].wait(at.parity);
-        const uint32_t base = shared_address(stages + at.stage * T::kStageBytes);
+        full[ring.stage].wait(ring.parity);
+        const uint32_t base = shared_address(stages + ring.stage * T::kStageBytes);
 #pragma unroll
         for (int step = 0; step < 8; ++step) {
           const int p = step / 2, j = step % 2;
@@ -415,8 +415,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           // No step of the previous stage is in flight any more.
           if (step == T::kDepth - 2 && previous >= 0 && lane == 0) empty[previous].arrive();
         }
-        previous = at.stage;
-        at.advance();
+        previous = ring.stage;
+        ring.advance();
       }
     }
     wgmma_wait<0>();
