@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import shlex
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -67,15 +69,40 @@ def compile_variant(
     directory: Path = DIRECTORY,
     driver: Path = DRIVER,
 ) -> None:
-    """Compile the kernel alone (``-c``), or link kernel, self-test and driver to a program."""
-    command = compiler_command(compiler, variant)
+    """Compile the kernel alone (``-c``), or link kernel, self-test and driver to a program.
+
+    Kernel and self-test have the flags of the variant; the driver is compiled without those for
+    instruction sets, once for all variants.
+    """
+    command = _compile_command(compiler, variant)
     sources = [directory / variant.sources[0]]
     if "-c" not in arguments:
-        sources = [directory / source for source in variant.sources] + [driver]
-    command += ["-std=c++17", "-Wall", "-Wextra", "-Werror", *variant.cflags]
-    # GCC 12 takes the deliberately undefined vectors of its own AVX-512 header for a mistake.
-    command += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if compiler == "g++" else []
-    command += [f"-I{directory}", *arguments, *map(str, sources), "-o", str(output)]
+        sources = [directory / source for source in variant.sources]
+        shared_flags = [flag for flag in variant.cflags if not flag.startswith("-m")]
+        sources.append(_compile_driver(driver, *command, *shared_flags, *arguments))
+    command += [*variant.cflags, f"-I{directory}", *arguments]
+    _run([*command, *map(str, sources), "-o", str(output)])
+
+
+def _compile_command(compiler: str, variant: Variant) -> list[str]:
+    command = [*compiler_command(compiler, variant), "-std=c++17", "-Wall", "-Wextra", "-Werror"]
+    if compiler == "g++":
+        # GCC 12 warns of the deliberately undefined vectors in its own AVX-512 header.
+        command += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    return command
+
+
+@functools.cache
+def _compile_driver(driver: Path, *command: str) -> Path:
+    """The object file of a driver. It is deleted when the process ends."""
+    folder = tempfile.mkdtemp(prefix="bitlinear-driver-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    output = Path(folder, "driver.o")
+    _run([*command, f"-I{DIRECTORY}", "-c", str(driver), "-o", str(output)])
+    return output
+
+
+def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
