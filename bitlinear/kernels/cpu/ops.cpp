@@ -33,7 +33,8 @@ std::atomic<const bitlinear_kernel_table*> active_kernels{nullptr};
 
 const bitlinear_kernel_table* active_table() {
   const bitlinear_kernel_table* table = active_kernels.load(std::memory_order_acquire);
-  TORCH_CHECK(table != nullptr, "bitlinear: no CPU kernel is active; see bitlinear.doctor");
+  TORCH_CHECK(table != nullptr,
+              "bitlinear: no CPU kernel is active: run python -m bitlinear.doctor");
   return table;
 }
 
