@@ -1,7 +1,7 @@
-"""Independent oracle: what BitLinear must compute, in NumPy, with the integer product in int64.
+"""An independent oracle in NumPy for the results of BitLinear. It shares no code with the package.
 
-It shares no code with the package. Float steps are single float32 operations in the order of the
-specification, so its results are meant to be equal to the bit.
+The integer product is computed in float64, where it is exact: sums stay far below 2^53. Float steps
+are single float32 operations in the order of the specification, so results are equal to the bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def quantize_activations(x: Any, eps: float = 1e-6) -> tuple[np.ndarray, np.ndar
 
 
 def weight_scale(w: Any, eps: float = 1e-6) -> np.floating:
-    """Absmean, in float64 and rounded once: a correct scale is within a few ulp of it."""
+    """Absmean in float64, rounded once. A correct scale is within a few ulp of it."""
     return max(F32(np.mean(np.abs(np.asarray(w, np.float64)))), F32(eps))
 
 
@@ -47,7 +47,9 @@ def pack(t: np.ndarray) -> np.ndarray:
 def linear(x: Any, t: Any, w_scale: Any, bias: Any = None, eps: float = 1e-6) -> np.ndarray:
     """float32 (M, N), before the rounding to the output dtype. ``w_scale``: (), (1,) or (N, 1)."""
     q, s_x = quantize_activations(x, eps)
-    product = (q @ np.asarray(t, np.int64).T).astype(F32)
+    assert 127 * q.shape[-1] < 2**53
+    # As exact as in int64, and eight times faster.
+    product = (q.astype(np.float64) @ np.asarray(t, np.float64).T).astype(F32)
     with np.errstate(all="ignore"):
         y = product * (s_x * np.asarray(w_scale, F32).reshape(1, -1))
         return y if bias is None else y + np.asarray(bias, F32)
@@ -63,8 +65,8 @@ def expected(
 ) -> torch.Tensor:
     """:func:`linear` for tensors: any leading dimensions, one rounding to the output dtype."""
     rows = x.detach().reshape(-1, x.shape[-1]).float().numpy()
-    addend = None if bias is None else bias.detach().float().numpy()
-    y = torch.from_numpy(linear(rows, t, w_scale, addend, eps))
+    bias_values = None if bias is None else bias.detach().float().numpy()
+    y = torch.from_numpy(linear(rows, t, w_scale, bias_values, eps))
     return y.to(dtype or x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -74,10 +76,10 @@ def ternary(n: int, k: int, seed: int = 0) -> np.ndarray:
 
 
 def adversarial_rows(k: int, seed: int = 0) -> np.ndarray:
-    """float32 (M, k): rows chosen to break a quantiser."""
+    """float32 (M, k): rows that are hard to quantise."""
     rng = np.random.default_rng(seed)
     normal = rng.standard_normal(k).astype(F32)
-    # Halves after scaling: with a maximum of 127 every k + 0.5 is a tie.
+    # With a maximum of 127 the scale is 1, so every k + 0.5 is a tie.
     ties = (rng.integers(-127, 127, k) + 0.5).astype(F32)
     ties[0] = 127
     spike = np.full(k, 1e-3, F32)

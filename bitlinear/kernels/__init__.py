@@ -1,9 +1,8 @@
-"""What can be compiled: one row per CPU kernel variant, the operator library they plug into, and
-the library of CUDA's kernels.
+"""The libraries that can be compiled: CPU kernel variants, the operator, and the CUDA kernels.
 
-A variant is one ``.cpp`` file, compiled with exactly the instruction-set flags of its row into a
-torch-free library that exports ``bitlinear_kernels()`` (see ``abi.h``). Tests, doctor and bench
-iterate :data:`VARIANTS`, so a variant cannot exist untested or unreported.
+A variant is one ``.cpp`` file. It is compiled with exactly the instruction-set flags of its row in
+:data:`VARIANTS` into a library without torch that exports ``bitlinear_kernels()`` (see ``abi.h``).
+Tests, doctor and benchmark iterate :data:`VARIANTS`, so each variant is tested and reported.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ from typing import ClassVar
 
 DIRECTORY = Path(__file__).parent
 
-# Bit-exactness across variants rests on the first flag: no fused multiply-add where the numerics
-# ask for two roundings.
+# The first flag makes variants bit-exact: a fused multiply-add would round once where the numerics
+# specify two roundings.
 _COMMON = ("-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-DNDEBUG")
 
 
 @dataclass(frozen=True)
 class Library:
-    """A shared library built from kernel sources by one call of ``cpp_extension.load``.
+    """A shared library that one call of ``cpp_extension.load`` builds from kernel sources.
 
     Attributes:
-        name: Also the name of the library file and of its folder in the cache.
-        sources: Files inside ``bitlinear/kernels``, with forward slashes.
-        cflags: Every compiler flag beyond those that torch adds.
-        ldflags: Every linker flag beyond those that torch adds.
+        name: The name of the library, of its file, and of its folder in the cache.
+        sources: Paths inside ``bitlinear/kernels``, with forward slashes.
+        cflags: All compiler flags except those that torch adds.
+        ldflags: All linker flags except those that torch adds.
     """
 
     name: str
@@ -36,7 +35,7 @@ class Library:
     cflags: tuple[str, ...]
     ldflags: tuple[str, ...] = ()
 
-    self_test: ClassVar[str] = "operator"  # which one of runtime/build_worker.py
+    self_test: ClassVar[str] = "operator"  # a self-test of runtime/build_worker.py
 
     def __str__(self) -> str:
         return "the operator"
@@ -44,13 +43,13 @@ class Library:
 
 @dataclass(frozen=True)
 class Variant(Library):
-    """A CPU kernel variant: a library, the hardware it needs, and its rank.
+    """A CPU kernel variant: a library, the hardware that it requires, and its priority.
 
     Attributes:
         arch: ``"x86_64"``, ``"aarch64"`` or ``"any"``.
-        requires: Every CPU flag (Linux spelling) that ``cflags`` lets the compiler use.
-        priority: The usable variant with the highest priority is chosen. Variants of different
-            architectures may share one.
+        requires: All CPU flags (in the spelling of Linux) that ``cflags`` lets the compiler use.
+        priority: Of the variants that the CPU can run, the one with the highest priority is chosen.
+            Only variants of different architectures can have equal priorities.
     """
 
     arch: str = "any"
@@ -65,12 +64,12 @@ class Variant(Library):
 
 @dataclass(frozen=True)
 class CudaLibrary(Library):
-    """The operator's kernels for NVIDIA GPUs, and for which of them to compile.
+    """The operator's kernels for NVIDIA GPUs, and the architectures to compile them for.
 
     Attributes:
-        cuda_cflags: Every flag of nvcc beyond those that torch adds.
-        architectures: As nvcc spells them, machine code (``"sm_90a"``) or PTX (``"compute_90"``).
-        devices: The numbers of the GPUs that it has to pass its self-test on.
+        cuda_cflags: All flags of nvcc except those that torch adds.
+        architectures: Machine code (``"sm_90a"``) or PTX (``"compute_90"``), in nvcc's spelling.
+        devices: Indices of the GPUs on which the library must pass its self-test.
     """
 
     cuda_cflags: tuple[str, ...] = ()
@@ -81,7 +80,7 @@ class CudaLibrary(Library):
 
     @property
     def nvcc_flags(self) -> tuple[str, ...]:
-        """``cuda_cflags`` and the architectures; with any of these, torch adds none of its own."""
+        """``cuda_cflags`` and the architectures. Torch then adds no architectures of its own."""
         codes = ((code.replace("sm_", "compute_"), code) for code in self.architectures)
         gencode = (f"-gencode=arch={virtual},code={code}" for virtual, code in codes)
         return (*self.cuda_cflags, *gencode)
@@ -90,11 +89,11 @@ class CudaLibrary(Library):
         return f"the CUDA kernels for {', '.join(self.architectures)}"
 
 
-# The kernels use nothing of torch: do not tie the library to libtorch. The linkers of macOS and
-# Windows do not know the flag; there the library is tied, which is harmless: torch is loaded first.
+# The kernels use nothing of torch, so the library should not depend on libtorch. The linkers of
+# macOS and Windows lack the flag; there the dependency is harmless, because torch is loaded first.
 _LDFLAGS = ("-Wl,--as-needed",) if sys.platform == "linux" else ()
 
-# What -mavx2 -mf16c lets a compiler use, implied extensions included.
+# The flags that -mavx2 -mf16c lets a compiler use, with implied extensions.
 _AVX2_FLAGS = "pni ssse3 sse4_1 sse4_2 popcnt xsave avx f16c avx2"
 
 
@@ -113,10 +112,10 @@ def _variant(
 
 
 _AVX512_ISA = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mf16c")
-# clang takes -mavx512f to include FMA
+# clang: -mavx512f implies FMA.
 _AVX512_FLAGS = f"{_AVX2_FLAGS} fma avx512f avx512bw avx512dq avx512vl avx512_vnni"
 
-# What +dotprod needs for its base: g++ knows the dot product from Armv8.2 on only.
+# +dotprod and its base, Armv8.2: g++ has the dot product only from there on.
 _DOTPROD_FLAGS = "asimd asimdrdm atomics crc32 asimddp"
 
 VARIANTS: tuple[Variant, ...] = (
@@ -172,12 +171,12 @@ VARIANTS: tuple[Variant, ...] = (
     _variant("scalar", priority=0),
 )
 
-# The operator: the only library that includes torch's headers and the only one with threads.
+# The operator. Of the CPU libraries, only this one includes torch's headers and starts threads.
 OPS = Library(
     name="ops",
     sources=("cpu/ops.cpp",),
-    # Reading torch's headers is most of a cold import; -O1 costs nothing, the loops are elsewhere.
-    # No -fopenmp: parallel.h says how the threads come from torch's own runtime.
+    # Parsing torch's headers takes most of a cold import. -O1 costs nothing: no hot loop is here.
+    # No -fopenmp: parallel.h explains how it uses torch's own OpenMP runtime.
     cflags=("-O1", *_COMMON),
 )
 
@@ -186,7 +185,7 @@ CUDA = CudaLibrary(
     name="cuda",
     sources=(
         "cuda/ops.cpp",
-        "cuda/wgmma.cu",  # the slowest to compile come first
+        "cuda/wgmma.cu",  # slowest to compile first
         "cuda/small_layer.cu",
         "cuda/small_batch.cu",
         "cuda/gemv.cu",
@@ -200,8 +199,8 @@ CUDA = CudaLibrary(
     cflags=("-O1", *_COMMON),
     cuda_cflags=(
         *("-O3", "-std=c++17", "-DNDEBUG", "-Xcompiler=-fvisibility=hidden"),
-        "--fmad=false",  # as for the CPU
-        "--expt-relaxed-constexpr",  # heuristics.h serves both sides
-        "-diag-suppress=177",  # what only newer architectures call is unused on older ones
+        "--fmad=false",  # as -ffp-contract=off
+        "--expt-relaxed-constexpr",  # device code calls heuristics.h and integers.h
+        "-diag-suppress=177",  # some functions are unused on older architectures
     ),
 )

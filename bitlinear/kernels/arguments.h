@@ -1,6 +1,5 @@
-// What the operator asks of its arguments, alike on the CPU and on CUDA: the checks, with the
-// messages of ops.py, and what is then read from a tensor. Included by the files that include
-// torch.
+// Checks of the operators' arguments, for the CPU and for CUDA, with the messages of ops.py; and
+// access to the memory of tensors. Only the two ops.cpp, which include torch, include this.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,7 +24,7 @@ inline int kernel_dtype(at::ScalarType dtype) {
   }
 }
 
-// As Python spells it; torch's own messages have the C++ name.
+// The dtype as Python spells it. torch's own messages have the C++ name.
 inline const char* dtype_name(at::ScalarType dtype) {
   switch (dtype) {
     case at::ScalarType::Double:
@@ -131,7 +130,7 @@ inline void check_weight(const at::Tensor& weight, double eps) {
                     dtype_name(weight.scalar_type()), " of shape ", weight.sizes());
 }
 
-inline void check_expanded(at::ScalarType dtype) {
+inline void check_output_dtype(at::ScalarType dtype) {
   TORCH_CHECK_TYPE(kernel_dtype(dtype) >= 0,
                    "bitlinear: dtype must be float32, float16 or bfloat16, but it is ",
                    dtype_name(dtype));
@@ -152,7 +151,7 @@ inline void check_packed(const at::Tensor& w_packed, int64_t in_features,
                       ", but it is ", dtype_name(w_scale->scalar_type()), " of shape ",
                       w_scale->sizes(), " on ", w_scale->device());
   }
-  check_expanded(dtype);
+  check_output_dtype(dtype);
 }
 
 inline void check_quantized(const at::Tensor& q, const at::Tensor& s_x, at::ScalarType dtype) {
@@ -166,7 +165,7 @@ inline void check_quantized(const at::Tensor& q, const at::Tensor& s_x, at::Scal
       "same device, but they are ",
       dtype_name(q.scalar_type()), " of shape ", q.sizes(), " on ", q.device(), " and ",
       dtype_name(s_x.scalar_type()), " of shape ", s_x.sizes(), " on ", s_x.device());
-  check_expanded(dtype);
+  check_output_dtype(dtype);
 }
 
 inline void check_tokens(const at::Tensor& x, double eps) {
@@ -175,19 +174,19 @@ inline void check_tokens(const at::Tensor& x, double eps) {
   TORCH_CHECK_VALUE(x.dim() > 0, "bitlinear: x must have shape (..., K), but it has no dimension");
 }
 
-// A floating-point tensor as the kernels read it, contiguous and of a dtype that they know.
+// The tensor, contiguous and in a dtype that the kernels read.
 inline at::Tensor kernel_operand(const at::Tensor& tensor) {
   const at::Tensor operand = tensor.contiguous();
   return kernel_dtype(operand.scalar_type()) < 0 ? operand.to(at::ScalarType::Float) : operand;
 }
 
-// The bias likewise; undefined without one.
+// The bias as kernel_operand; an undefined tensor without one.
 inline at::Tensor kernel_bias(const std::optional<at::Tensor>& bias) {
   return bias.has_value() ? kernel_operand(*bias) : at::Tensor();
 }
 
-// The memory of a tensor, which a framework that shards parameters may have taken away.
-inline const char* data_of(const at::Tensor& tensor, const char* name) {
+// The memory of a tensor. Raises ValueError if a framework that shards parameters has freed it.
+inline const char* checked_data(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE(tensor.unsafeGetTensorImpl()->storage_initialized(), "bitlinear: ", name,
                     " has ", tensor.numel(),
                     " elements, but its storage was freed: restore it before the forward pass");

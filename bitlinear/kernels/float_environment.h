@@ -1,5 +1,6 @@
-// Whether a thread counts subnormal numbers or flushes them to zero. torch.set_flush_denormal(True)
-// makes the calling thread flush them, and threads that it starts inherit that.
+// The mode in which a thread preserves subnormal numbers or flushes them to zero.
+// torch.set_flush_denormal(True) makes the calling thread flush them; threads that it starts
+// inherit the mode.
 #pragma once
 
 #include <stdint.h>
@@ -32,32 +33,33 @@ inline uint32_t read_float_control() { return 0; }
 inline void write_float_control(uint32_t) {}
 #endif
 
-enum class Subnormals { kCount, kFlush };
+enum class Subnormals { kPreserve, kFlush };
 
-// The mode of this thread until the end of the scope. A compiler may move float operations across
-// both ends: what the mode is for has to be a call that is not inlined.
+// Sets the mode of this thread until the end of the scope. A compiler can move float operations
+// across both ends of the scope, so the code in it has to be a call that is not inlined.
 class SubnormalScope {
  public:
-  explicit SubnormalScope(Subnormals mode) : before_(read_float_control()) {
-    write_float_control(mode == Subnormals::kCount ? before_ & ~kFlushBits : before_ | kFlushBits);
+  explicit SubnormalScope(Subnormals mode) : previous_(read_float_control()) {
+    write_float_control(mode == Subnormals::kPreserve ? previous_ & ~kFlushBits
+                                                      : previous_ | kFlushBits);
   }
-  ~SubnormalScope() { write_float_control(before_); }
+  ~SubnormalScope() { write_float_control(previous_); }
   SubnormalScope(const SubnormalScope&) = delete;
   SubnormalScope& operator=(const SubnormalScope&) = delete;
 
  private:
-  const decltype(read_float_control()) before_;
+  const decltype(read_float_control()) previous_;
 };
 
-// A function of the kernels that counts subnormal numbers on every thread.
+// Wraps a kernel function, so that it preserves subnormal numbers on every thread.
 template <auto kFunction>
-struct CountingSubnormals;
+struct PreservingSubnormals;
 
 template <class Result, class... Arguments, Result (*kFunction)(Arguments...)>
-struct CountingSubnormals<kFunction> {
+struct PreservingSubnormals<kFunction> {
   static Result run(Arguments... arguments) {
     if ((read_float_control() & kFlushBits) == 0) return call(arguments...);
-    const SubnormalScope scope(Subnormals::kCount);
+    const SubnormalScope scope(Subnormals::kPreserve);
     return call(arguments...);
   }
 

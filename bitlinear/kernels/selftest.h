@@ -1,10 +1,10 @@
-// Compares a kernel variant with the numerics as they are written down, in the plainest code.
+// Compares a kernel variant with a reference: the numerics of the contract, in the plainest code.
 //
 // check_case runs one shape with one kind of data and returns the first difference. selftest.cpp
-// runs a few dozen of them after every build; the native driver in tests/ runs thousands, under
-// sanitizers and emulators. Every buffer is a heap block of exactly the size the interface
-// promises, so a sanitizer sees any byte read or written beyond it. The operands and what must come
-// of them serve the CUDA kernels too (cuda/selftest.cuh).
+// runs over 100 cases after every build; the native driver in tests/ runs thousands, under
+// sanitizers and emulators. Every buffer is a heap block of exactly the promised size, so a
+// sanitizer sees each byte that is read or written beyond it. The operands and the expected results
+// also serve the CUDA kernels (cuda/selftest.cuh).
 #pragma once
 
 #include <math.h>
@@ -21,7 +21,7 @@
 namespace bitlinear {
 namespace selftest {
 
-enum class Data { kRandom, kExtreme, kZero, kNonFinite, kSubnormal };
+enum class Data { kRandom, kLargestSums, kZero, kNonFinite, kSubnormal };
 
 struct Case {
   int64_t M, N, K;
@@ -29,11 +29,11 @@ struct Case {
   bool bias;
   bool per_channel;
   Data data;
-  int64_t n_begin;       // the variant computes [n_begin, N); columns before must stay untouched
-  bool flushes = false;  // the thread flushes subnormal numbers to zero when it calls the variant
+  int64_t n_begin;                  // the variant computes columns [n_begin, N) and writes no other
+  bool flushes_subnormals = false;  // the calling thread flushes subnormal numbers to zero
 };
 
-// A small generator of our own: the same cases on every machine.
+// A random generator of our own, so that every machine runs the same cases.
 struct Random {
   uint64_t state;
   uint32_t next() {
@@ -47,10 +47,10 @@ struct Random {
 struct Half {
   int fraction_bits, bias;
 };
-inline Half half_of(int dtype) { return dtype == BITLINEAR_F16 ? Half{10, 15} : Half{7, 127}; }
+inline Half half_format(int dtype) { return dtype == BITLINEAR_F16 ? Half{10, 15} : Half{7, 127}; }
 
-// Written out in real numbers, unlike the kernels' conversions: a search for the nearest multiple
-// of the last place.
+// Rounds with real numbers, unlike the kernels' conversions: to the nearest multiple of the last
+// place.
 inline uint16_t reference_half(float x, Half format) {
   const int infinity = 0x7FFF >> format.fraction_bits << format.fraction_bits;
   const int sign = signbit(x) ? 0x8000 : 0;
@@ -60,12 +60,12 @@ inline uint16_t reference_half(float x, Half format) {
   if (magnitude == 0.0) return static_cast<uint16_t>(sign);
   int exponent = 0;
   frexp(magnitude, &exponent);
-  // Below the smallest normal number the last place stays the same.
+  // Subnormal numbers share the last place of the smallest normal number.
   const int lowest = 1 - format.bias;
   const int leading = exponent - 1 < lowest ? lowest : exponent - 1;
-  const double places = nearbyint(ldexp(magnitude, format.fraction_bits - leading));
+  const double significand = nearbyint(ldexp(magnitude, format.fraction_bits - leading));
   // A carry into the next binade is a carry into the exponent.
-  const int bits = ((leading - lowest) << format.fraction_bits) + static_cast<int>(places);
+  const int bits = ((leading - lowest) << format.fraction_bits) + static_cast<int>(significand);
   return static_cast<uint16_t>(sign | (bits < infinity ? bits : infinity));
 }
 
@@ -89,7 +89,7 @@ class Buffer {
     if (dtype_ == BITLINEAR_F32) {
       memcpy(bytes_.data() + 4 * i, &x, 4);
     } else {
-      const uint16_t h = reference_half(x, half_of(dtype_));
+      const uint16_t h = reference_half(x, half_format(dtype_));
       memcpy(bytes_.data() + 2 * i, &h, 2);
     }
   }
@@ -101,7 +101,7 @@ class Buffer {
     }
     uint16_t h;
     memcpy(&h, bytes_.data() + 2 * i, 2);
-    return reference_float(h, half_of(dtype_));
+    return reference_float(h, half_format(dtype_));
   }
   int dtype() const { return dtype_; }
   uint8_t* data() { return bytes_.data(); }
@@ -118,10 +118,11 @@ inline std::string describe(const Case& c) {
          " dtype=" + std::to_string(c.dtype) + " bias=" + std::to_string(c.bias) +
          " per_channel=" + std::to_string(c.per_channel) +
          " data=" + std::to_string(static_cast<int>(c.data)) +
-         " n_begin=" + std::to_string(c.n_begin) + " flushes=" + std::to_string(c.flushes);
+         " n_begin=" + std::to_string(c.n_begin) +
+         " flushes=" + std::to_string(c.flushes_subnormals);
 }
 
-// The operands of a case: the same for every kernel, as they follow from the seed.
+// The operands of a case. They follow from the seed, so every kernel gets the same.
 struct Operands {
   Operands(const Case& c, uint64_t seed);
 
@@ -148,21 +149,21 @@ inline Operands::Operands(const Case& c, uint64_t seed)
   if (c.data == Data::kSubnormal) eps = 2e-36f;
   for (int64_t i = 0; i < c.M * c.K; ++i) {
     float value = random.uniform() * 3.0f;
-    if (c.data == Data::kExtreme) value = 1.0f;  // every q is 127
+    if (c.data == Data::kLargestSums) value = 1.0f;  // every q is 127
     if (c.data == Data::kZero) value = 0.0f;
-    // Some are normal: beside them, too, the others count.
+    // A quarter of the values are normal: subnormal values beside them count too.
     if (c.data == Data::kSubnormal) value *= i % 4 == 0 ? 100 * tiny : 0.3f * tiny;
     x.set(i, value);
   }
   if (c.data == Data::kNonFinite) {
-    // The first row gets a NaN or an infinity, whichever the seed says; the others stay clean.
+    // The first row gets a NaN or an infinity, depending on the seed; the others stay finite.
     x.set(random.next() % c.K, seed % 3 == 0 ? NAN : (seed % 3 == 1 ? HUGE_VALF : -HUGE_VALF));
   }
   for (int64_t n = 0; n < c.N; ++n) {
     for (int64_t b = 0; b < row_bytes; ++b) {
       uint8_t byte = 0;
       for (int64_t k = 4 * b; k < 4 * b + 4; ++k) {
-        int weight = c.data == Data::kExtreme ? 1 : static_cast<int>(random.next() % 3) - 1;
+        int weight = c.data == Data::kLargestSums ? 1 : static_cast<int>(random.next() % 3) - 1;
         if (k >= c.K) {
           weight = 0;
         } else {
@@ -179,7 +180,7 @@ inline Operands::Operands(const Case& c, uint64_t seed)
   }
 }
 
-// What must become of token m.
+// The expected results of token m.
 class Expected {
  public:
   Expected(const Operands& operands, int64_t m)
@@ -195,7 +196,7 @@ class Expected {
     const float inv = 127.0f / absmax;
     s_x_ = absmax / 127.0f;
     for (int64_t k = 0; k < K; ++k) {
-      // A named product: with excess precision or contraction the two roundings would merge.
+      // Volatile: excess precision or contraction would merge the two roundings.
       const volatile float scaled = values[k] * inv;
       const float rounded = nearbyintf(scaled);
       q_[k] = finite_
@@ -207,7 +208,7 @@ class Expected {
   int32_t q(int64_t k) const { return q_[k]; }
   bool is_scale(float s_x) const { return finite_ ? s_x == s_x_ : isnan(s_x); }
 
-  // "" if `got`, row m of y, is right in column n.
+  // Returns "" if `got` is y[m, n] to the bit; else a message.
   std::string compare(int64_t m, int64_t n, float got) const { return compare(m, n, got, y(n)); }
   std::string compare(int64_t m, int64_t n, float got, float want) const {
     if (isnan(want) ? isnan(got) : memcmp(&got, &want, sizeof(got)) == 0) return "";
@@ -235,8 +236,8 @@ class Expected {
   float s_x_;
 };
 
-// What training reads and writes, with row m of x in the place of weights, and then of activations.
-// Returns "" or what differs.
+// Checks the functions for training on row m of x, as weights and then as activations. Returns ""
+// or the first difference.
 inline std::string check_training(const bitlinear_kernel_table& kernels, const Operands& operands,
                                   int64_t m, const Expected& expected) {
   const Case& c = operands.shape;
@@ -249,15 +250,15 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
     values[k] = row.get(k);
     sum += fabs(static_cast<double>(values[k]));
   }
-  const Subnormals mode = c.flushes ? Subnormals::kFlush : Subnormals::kCount;
+  const Subnormals mode = c.flushes_subnormals ? Subnormals::kFlush : Subnormals::kPreserve;
   const double got_sum = [&] {
     const SubnormalScope scope(mode);
     return kernels.sum_magnitudes(row.data(), c.dtype, c.K);
   }();
-  const bool same = isfinite(sum) ? fabs(got_sum - sum) <= 1e-12 * sum
-                    : isnan(sum)  ? isnan(got_sum)
-                                  : isinf(got_sum);
-  if (!same) return "sum_magnitudes is " + std::to_string(got_sum) + where;
+  const bool sum_is_right = isfinite(sum) ? fabs(got_sum - sum) <= 1e-12 * sum
+                            : isnan(sum)  ? isnan(got_sum)
+                                          : isinf(got_sum);
+  if (!sum_is_right) return "sum_magnitudes is " + std::to_string(got_sum) + where;
 
   const float s_w = static_cast<float>(sum / static_cast<double>(c.K)) + operands.eps;
   std::vector<uint8_t> packed(static_cast<size_t>(operands.row_bytes), 99);
@@ -288,7 +289,7 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
   return "";
 }
 
-// Returns "" or what differs.
+// Returns "" or the first difference.
 inline std::string check_case(const bitlinear_kernel_table& kernels, const Case& c, uint64_t seed) {
   Operands operands(c, seed);
 
@@ -297,15 +298,15 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   std::vector<float> s_x(static_cast<size_t>(c.M));
   std::vector<int32_t> q_sum(static_cast<size_t>(c.M));
   const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
-  const Subnormals mode = c.flushes ? Subnormals::kFlush : Subnormals::kCount;
+  const Subnormals mode = c.flushes_subnormals ? Subnormals::kFlush : Subnormals::kPreserve;
   for (int64_t m = 0; m < c.M; ++m) {
     const SubnormalScope scope(mode);
     kernels.quantize_row(operands.x.data() + m * c.K * element, c.dtype, c.K, operands.eps,
                          q.data() + m * q_stride, &s_x[m], &q_sum[m]);
   }
   Buffer y(c.dtype, c.M * c.N);
-  const float untouched = 12345.0f;
-  for (int64_t i = 0; i < c.M * c.N; ++i) y.set(i, untouched);
+  const float is_intact = 12345.0f;
+  for (int64_t i = 0; i < c.M * c.N; ++i) y.set(i, is_intact);
   bitlinear_task task = {};
   task.q = q.data();
   task.q_stride = q_stride;
@@ -323,7 +324,7 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   task.y = y.data();
   task.y_stride = c.N;
   task.y_dtype = c.dtype;
-  // Exactly as long as promised, and aligned as promised.
+  // Exactly the promised length and alignment.
   const int64_t scratch_bytes = kernels.scratch_bytes(c.M, operands.row_bytes);
   void* scratch = nullptr;
   if (posix_memalign(&scratch, 64, static_cast<size_t>(scratch_bytes)) != 0) return "no memory";
@@ -336,16 +337,16 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   free(scratch);
 
   Buffer never_written(c.dtype, 1);
-  never_written.set(0, untouched);
+  never_written.set(0, is_intact);
   for (int64_t m = 0; m < c.M; ++m) {
     const Expected expected(operands, m);
     for (int64_t k = 0; k < c.K; ++k) {
       const int64_t block = k / 4 / kernels.block;
-      const int64_t place =
+      const int64_t position =
           block * 4 * kernels.block + k % 4 * kernels.block + k / 4 % kernels.block;
-      if (q[m * q_stride + place] != expected.q(k)) {
+      if (q[m * q_stride + position] != expected.q(k)) {
         return "q[" + std::to_string(m) + ", " + std::to_string(k) +
-               "] = " + std::to_string(q[m * q_stride + place]) + ", expected " +
+               "] = " + std::to_string(q[m * q_stride + position]) + ", expected " +
                std::to_string(expected.q(k)) + " at " + describe(c);
       }
     }
@@ -356,7 +357,7 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
                                          : expected.compare(m, n, got);
       if (!difference.empty()) return difference;
     }
-    if (m >= 2) continue;  // one with what is not finite, and one without
+    if (m >= 2) continue;  // a row that is not finite, and one that is
     const std::string difference = check_training(kernels, operands, m, expected);
     if (!difference.empty()) return difference;
   }

@@ -27,8 +27,8 @@ using bitlinear::selftest::Data;
 
 namespace {
 
-constexpr Data kKinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite,
-                           Data::kSubnormal};
+constexpr Data kDataKinds[] = {Data::kRandom, Data::kLargestSums, Data::kZero, Data::kNonFinite,
+                               Data::kSubnormal};
 constexpr int kKernels = 7, kPlans = kKernels, kTraining = kKernels + 1, kTallies = 9;
 const char* const kNames[kTallies] = {"auto",  "dp4a",        "gemv",  "small_batch", "mma",
                                       "wgmma", "small_layer", "plans", "training"};
@@ -39,8 +39,8 @@ struct Tally {
 
 class Driver {
  public:
-  explicit Driver(const Device& device) : device_(device), few_(device) {
-    few_.multiprocessors = 3;
+  explicit Driver(const Device& device) : device_(device), small_device_(device) {
+    small_device_.multiprocessors = 3;
   }
 
   // One shape through every kernel that takes it; dtype, bias, scales and placement take turns, so
@@ -50,8 +50,8 @@ class Driver {
     const Case c = {M, N, K, static_cast<int>(seed % 3), seed % 2 == 0, seed % 5 == 0, data, 0};
     const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
     for (int kernel = 0; kernel < kKernels; ++kernel) {
-      if (!bitlinear::cuda::takes(kernel, device_, c, placement)) continue;
-      note(kernel, bitlinear::cuda::check_case(kernel, c, seed, placement, stream_));
+      if (!bitlinear::cuda::supports_case(kernel, device_, c, placement)) continue;
+      record(kernel, bitlinear::cuda::check_case(kernel, c, seed, placement, stream_));
     }
   }
 
@@ -60,7 +60,7 @@ class Driver {
     const uint64_t seed = ++cases_;
     const Case c = {M, 1, K, static_cast<int>(seed % 3), false, false, data, 0};
     const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
-    note(kTraining, bitlinear::cuda::check_training(c, seed, placement, stream_));
+    record(kTraining, bitlinear::cuda::check_training(c, seed, placement, stream_));
   }
 
   // One shape by every plan that a kernel can follow, not only by the one that suits it.
@@ -68,7 +68,7 @@ class Driver {
     const uint64_t seed = ++cases_;
     const Case c = {M, N, K, static_cast<int>(seed % 3), seed % 2 == 0, seed % 5 == 0, data, 0};
     const Shape shape = bitlinear::cuda::shape_of(c, Placement::kAligned);
-    if (admits(BITLINEAR_CUDA_GEMV, device_, shape)) {
+    if (supports(BITLINEAR_CUDA_GEMV, device_, shape)) {
       const GemvPlan best = plan_gemv(device_, shape);
       for (const int log_split : {1, 2, 3}) {
         for (const int blocks : {best.blocks, 1 + best.blocks / 50}) {
@@ -80,7 +80,7 @@ class Driver {
         }
       }
     }
-    if (admits(BITLINEAR_CUDA_SMALL_BATCH, device_, shape)) {
+    if (supports(BITLINEAR_CUDA_SMALL_BATCH, device_, shape)) {
       const SmallBatchPlan best = plan_small_batch(device_, shape);
       for (const int row_parts : {1, 2, 4}) {
         for (const int token_parts : {1, 2, 4}) {
@@ -93,13 +93,13 @@ class Driver {
         }
       }
     }
-    if (admits(BITLINEAR_CUDA_SMALL_LAYER, device_, shape)) {
+    if (supports(BITLINEAR_CUDA_SMALL_LAYER, device_, shape)) {
       for (const SmallLayerPlan& tile : bitlinear::cuda::kSmallLayerTiles) {
         const int64_t bytes = small_layer_bytes(tile, K) + bitlinear::cuda::kSmallLayerStaticBytes;
         if (bytes <= device_.shared_bytes) check_plan(tile, c, seed);
       }
     }
-    if (admits(BITLINEAR_CUDA_WGMMA, device_, shape)) {
+    if (supports(BITLINEAR_CUDA_WGMMA, device_, shape)) {
       for (const bitlinear::cuda::WgmmaTile& tile : bitlinear::cuda::kWgmmaTiles) {
         for (const int splits : {1, 2, 4, 8}) {
           const bool fits = has_room(tile, M) && (splits == 1 || 2 * splits <= (K + 255) / 256);
@@ -115,7 +115,7 @@ class Driver {
       for (const int64_t N : kTails) {
         if (quick && (M * N % 5 != 0 || M * N > 5000)) continue;
         // With rows that are aligned, and not.
-        check(M, N, 64, kKinds[N % 5]);
+        check(M, N, 64, kDataKinds[N % 5]);
         check(M, N, 70, Data::kRandom);
       }
     }
@@ -124,13 +124,13 @@ class Driver {
   void check_depths(bool quick) {
     for (int64_t K = 1; K <= 530; K += quick ? 13 : 1) {
       for (const int64_t M : {1, 3, 10, 33, 70}) {
-        check(M, 1 + K % 80, K, kKinds[(K + M) % 5]);
-        check_training(M, K, kKinds[(K + M) % 5]);
+        check(M, 1 + K % 80, K, kDataKinds[(K + M) % 5]);
+        check_training(M, K, kDataKinds[(K + M) % 5]);
       }
     }
     // Whole slices and nearly: what is loaded in vectors, and in stages.
     for (int64_t K = 64; K <= (quick ? 700 : 5000); K += 64) {
-      for (const int64_t M : {1, 2, 5, 8, 17, 65}) check(M, 35, K, kKinds[K / 64 % 2]);
+      for (const int64_t M : {1, 2, 5, 8, 17, 65}) check(M, 35, K, kDataKinds[K / 64 % 2]);
     }
   }
 
@@ -139,12 +139,12 @@ class Driver {
       if (quick && K > 5000) return;
       check_training(20, K, Data::kRandom);
       for (const int64_t M : {1, 4, 8, 20, 65}) {
-        check(M, 3, K, Data::kExtreme);
+        check(M, 3, K, Data::kLargestSums);
         check(M, 3, K, Data::kRandom);
       }
     }
-    for (const int64_t M : {1, 2, 17, 129}) check(M, 2, BITLINEAR_MAX_K, Data::kExtreme);
-    for (const int64_t M : {1, 6}) check(M, 66, 499968, Data::kExtreme);
+    for (const int64_t M : {1, 2, 17, 129}) check(M, 2, BITLINEAR_MAX_K, Data::kLargestSums);
+    for (const int64_t M : {1, 6}) check(M, 66, 499968, Data::kLargestSums);
   }
 
   void check_all_plans(bool quick) {
@@ -152,7 +152,7 @@ class Driver {
       for (const int64_t N : {1, 70, 300, 2100}) {
         for (const int64_t K : {64, 512, 832, 2048, 4160}) {
           if (quick && M * N * K > 200000) continue;
-          check_plans(M, N, K, kKinds[(M + N + K) % 2]);
+          check_plans(M, N, K, kDataKinds[(M + N + K) % 2]);
         }
       }
     }
@@ -188,7 +188,7 @@ class Driver {
   }
 
  private:
-  void note(int tally, const std::string& difference) {
+  void record(int tally, const std::string& difference) {
     if (difference.empty()) {
       ++tallies_[tally].passed;
     } else if (++tallies_[tally].failed <= 5) {
@@ -201,15 +201,15 @@ class Driver {
   void check_plan(const std::string& name, int kernel, Layout layout, const Product& product,
                   const Case& c, uint64_t seed) {
     const auto run = [&](const bitlinear_cuda_task& task, cudaStream_t stream) {
-      const Call call = {task, plans_ % 2 == 0 ? device_ : few_, stream};
+      const Call call = {task, plans_ % 2 == 0 ? device_ : small_device_, stream};
       cudaError_t error = cudaSuccess;
-      if (!bitlinear::cuda::quantizes(kernel)) {
+      if (!bitlinear::cuda::fuses_quantizer(kernel)) {
         error = quantize(call, bitlinear::cuda::activations_of(task), layout);
       }
       if (error == cudaSuccess) error = product(call);
       return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
     };
-    note(kPlans, check_case(name, kernel, run, c, seed, Placement::kAligned, stream_));
+    record(kPlans, check_case(name, kernel, run, c, seed, Placement::kAligned, stream_));
     ++plans_;
   }
 
@@ -252,7 +252,7 @@ class Driver {
   static constexpr int64_t kTails[] = {1,  2,  3,  4,  5,  6,   7,   8,   9,   15,  16,  17, 31,
                                        32, 33, 63, 64, 65, 127, 128, 129, 130, 255, 256, 257};
   const Device device_;
-  Device few_;  // has few multiprocessors, so that blocks take several tiles, or tokens
+  Device small_device_;  // has few multiprocessors, so that blocks take several tiles, or tokens
   const Stream stream_;
   uint64_t cases_ = 0, plans_ = 0;
   Tally tallies_[kTallies];

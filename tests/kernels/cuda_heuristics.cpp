@@ -21,8 +21,8 @@ Device device_of(int capability, int multiprocessors) {
 
 extern "C" {
 
-bool admits(int kernel, int capability, const int64_t* shape) {
-  return bitlinear::cuda::admits(kernel, device_of(capability, 132), shape_of(shape));
+bool supports(int kernel, int capability, const int64_t* shape) {
+  return bitlinear::cuda::supports(kernel, device_of(capability, 132), shape_of(shape));
 }
 
 int choose_kernel(int capability, const int64_t* shape) {
@@ -63,11 +63,11 @@ void plan_small_layer(int capability, int multiprocessors, const int64_t* shape,
   out[3] = device.shared_bytes;
 }
 
-// most_cluster: of the clusters that the device runs.
-void plan_wgmma(int multiprocessors, int most_cluster, const int64_t* shape, int* out) {
+// max_cluster: of the clusters that the device runs.
+void plan_wgmma(int multiprocessors, int max_cluster, const int64_t* shape, int* out) {
   using bitlinear::cuda::WgmmaPlan;
   const Device device = device_of(90, multiprocessors);
-  const auto runs_clusters = [&](const WgmmaPlan& plan) { return plan.splits <= most_cluster; };
+  const auto runs_clusters = [&](const WgmmaPlan& plan) { return plan.splits <= max_cluster; };
   const WgmmaPlan plan = bitlinear::cuda::plan_wgmma(device, shape_of(shape), runs_clusters);
   out[0] = plan.rows;
   out[1] = plan.tokens;

@@ -7,7 +7,9 @@ bool prefer_gemm(int64_t M, int64_t vectors_per_row, int64_t gemm_tokens, int64_
   return bitlinear::prefer_gemm(M, vectors_per_row, gemm_tokens, gemv_overhead);
 }
 
-bool worth_a_team(int64_t work, int64_t threads) { return bitlinear::worth_a_team(work, threads); }
+bool pays_for_threads(int64_t work, int64_t threads) {
+  return bitlinear::pays_for_threads(work, threads);
+}
 
 void part_of(int64_t size, int64_t unit, int64_t index, int64_t parts, int64_t* out) {
   const bitlinear::Range range = bitlinear::part_of(size, unit, index, parts);

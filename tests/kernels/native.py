@@ -1,11 +1,13 @@
-"""Compiles kernel sources with the flags of their row, outside of torch."""
+"""Compile kernel sources with the flags of their row in ``VARIANTS``, without torch."""
 
 from __future__ import annotations
 
+import atexit
 import functools
 import shlex
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,11 @@ CROSS_COMPILERS = {  # for aarch64, on a machine that is not
     "g++": "aarch64-linux-gnu-g++",
     "clang++": "clang++ --target=aarch64-linux-gnu",
 }
-# The CPUs that qemu-user emulates where this machine is not one; the first has nothing to spare: it
-# faults at the first instruction that the variant must not use.
+# The Arm CPUs that qemu-user emulates on other machines. The first has no more than the variant
+# requires: it faults at an instruction that the variant must not use.
 EMULATED_CPUS = {
     "neon": ("cortex-a53", "max"),
     "neon_dotprod": ("cortex-a76", "max"),
-    "neon_i8mm": ("max",),
 }
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
@@ -33,13 +34,14 @@ compilers = pytest.mark.parametrize("compiler", COMPILERS)
 
 
 def require(program: str) -> str:
+    """Skip the test if the program is not installed."""
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed")
     return program
 
 
 def compiler_command(compiler: str, variant: Variant) -> list[str]:
-    """The command that compiles for the architecture of the variant; skips where there is none."""
+    """The command that compiles for the variant's architecture; skips if there is none."""
     if variant.arch in ("any", this_machine().cpu.machine):
         return [require(compiler)]
     if variant.arch != "aarch64":
@@ -53,7 +55,7 @@ def compiler_command(compiler: str, variant: Variant) -> list[str]:
 
 @functools.cache
 def _has_headers(*command: str) -> bool:
-    """clang++ knows every architecture, but the library is a package of its own."""
+    """clang++ compiles for every architecture, but its C++ library is a separate package."""
     preprocess = [*command, "-E", "-x", "c++", "-"]
     done = subprocess.run(preprocess, input=b"#include <string>", capture_output=True, check=False)
     return done.returncode == 0
@@ -67,21 +69,46 @@ def compile_variant(
     directory: Path = DIRECTORY,
     driver: Path = DRIVER,
 ) -> None:
-    """Runs the compiler on the kernel alone (``-c``), or on kernel, self-test and driver."""
-    command = compiler_command(compiler, variant)
+    """Compile the kernel alone (``-c``), or link kernel, self-test and driver to a program.
+
+    Kernel and self-test have the flags of the variant; the driver is compiled without those for
+    instruction sets, once for all variants.
+    """
+    command = _compile_command(compiler, variant)
     sources = [directory / variant.sources[0]]
     if "-c" not in arguments:
-        sources = [directory / source for source in variant.sources] + [driver]
-    command += ["-std=c++17", "-Wall", "-Wextra", "-Werror", *variant.cflags]
-    # GCC 12 takes the deliberately undefined vectors of its own AVX-512 header for a mistake.
-    command += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if compiler == "g++" else []
-    command += [f"-I{directory}", *arguments, *map(str, sources), "-o", str(output)]
+        sources = [directory / source for source in variant.sources]
+        shared_flags = [flag for flag in variant.cflags if not flag.startswith("-m")]
+        sources.append(_compile_driver(driver, *command, *shared_flags, *arguments))
+    command += [*variant.cflags, f"-I{directory}", *arguments]
+    _run([*command, *map(str, sources), "-o", str(output)])
+
+
+def _compile_command(compiler: str, variant: Variant) -> list[str]:
+    command = [*compiler_command(compiler, variant), "-std=c++17", "-Wall", "-Wextra", "-Werror"]
+    if compiler == "g++":
+        # GCC 12 warns of the deliberately undefined vectors in its own AVX-512 header.
+        command += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    return command
+
+
+@functools.cache
+def _compile_driver(driver: Path, *command: str) -> Path:
+    """The object file of a driver. It is deleted when the process ends."""
+    folder = tempfile.mkdtemp(prefix="bitlinear-driver-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    output = Path(folder, "driver.o")
+    _run([*command, f"-I{DIRECTORY}", "-c", str(driver), "-o", str(output)])
+    return output
+
+
+def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
 def objdump(variant: Variant) -> list[str]:
-    """The disassembler for the architecture of the variant."""
+    """The disassembler for the variant's architecture."""
     native = variant.arch in ("any", this_machine().cpu.machine)
     return [require("objdump" if native else f"{variant.arch}-linux-gnu-objdump")]
 
@@ -93,16 +120,16 @@ def this_machine() -> hardware.Hardware:
 
 @functools.lru_cache(maxsize=1)
 def usable_variants() -> frozenset[str]:
-    """The variants that this machine's CPU can run."""
+    """Names of the variants that this machine's CPU can run."""
     return frozenset(v.variant for v in verdicts.select(this_machine()) if v.ok)
 
 
 def runners(variant: Variant) -> list[list[str]]:
-    """What to put before a compiled program to run it: nothing, or an emulator of each CPU."""
+    """Commands that run a compiled program, as prefixes: empty, or an emulator of each CPU."""
     if variant.arch in ("any", this_machine().cpu.machine):
         require_usable(variant)
         return [[]]
-    return [emulator(cpu) for cpu in EMULATED_CPUS[variant.name]]
+    return [emulator(cpu) for cpu in EMULATED_CPUS.get(variant.name, ("max",))]
 
 
 def emulator(cpu: str) -> list[str]:

@@ -26,14 +26,14 @@ AUTO, DP4A, GEMV, SMALL_BATCH, MMA, WGMMA, SMALL_LAYER = range(7)  # as in kerne
 
 @pytest.fixture(autouse=True)
 def compiled():
-    """What is tested here is the kernels, not the implementation that runs without them."""
+    """Require the compiled kernels: without them the reference implementation would be tested."""
     verdict = next(v for v in bitlinear.available_kernels() if v.variant == "cuda")
     assert verdict.ok, verdict
 
 
 @pytest.fixture
 def force():
-    """``force(kernel)`` has the operator run that one alone."""
+    """``force(kernel)`` makes the operator run only this kernel."""
     library = ctypes.CDLL(str(runtime.current().artifacts["cuda"].path))
     yield library.bitlinear_cuda_force
     library.bitlinear_cuda_force(AUTO)
@@ -88,7 +88,7 @@ def test_any_shape_by_any_kernel(m, n, k, kernel, dtype, seed):
     try:
         check(x, t, w_packed, w_scale, None, k)
     except RuntimeError as error:
-        # Not on this GPU, or not for rows that are not aligned: then it has said so.
+        # The kernel does not support this GPU or rows that are not aligned, and reports it.
         if kernel in (AUTO, DP4A) or "does not serve this shape" not in str(error):
             raise
     finally:
@@ -197,7 +197,7 @@ def test_cuda_and_cpu_do_not_mix():
 @pytest.mark.parametrize("m", [1, 16])
 @pytest.mark.parametrize("between", ["nothing", "copy", "event"])
 def test_weights_that_change_between_calls(m, between):
-    """The kernels read weights ahead of the work before them, but not ahead of a change."""
+    """Kernels read weights before the previous work ends, but never before a change of them."""
     k = n = 2560
     x = torch.randn(m, k)
     variants = [operands(n, k, seed=seed) for seed in range(4)]
@@ -221,7 +221,7 @@ def test_weights_that_change_between_calls(m, between):
 
 
 def test_threads_with_different_sizes():
-    """What one asks of the driver for its kernel must not spoil the launch of another."""
+    """One thread raises a kernel's shared memory limit while another one launches the kernel."""
     layers = [BitLinear(k, 64).deploy() for k in (256, 4096, 8192)]
     inputs = [torch.randn(1, layer.in_features) for layer in layers]
     wanted = [layer(x) for layer, x in zip(layers, inputs)]
@@ -239,7 +239,7 @@ def test_threads_with_different_sizes():
 
 @pytest.mark.parametrize("m", [1, 8, 100])
 def test_a_chain_of_layers(m):
-    """Each reads what the one before it has written, and may start before that one has ended."""
+    """Each layer reads the output of the previous one, and can start before that one has ended."""
     layers = bitlinear.deploy(nn.Sequential(*(BitLinear(1024, 1024) for _ in range(8))))
     x = torch.randn(m, 1024)
     on_cpu = layers(x)
@@ -259,13 +259,13 @@ def test_a_captured_graph(m):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = layers(x)
-    for sample, its in zip(samples, wanted):
+    for sample, expected in zip(samples, wanted):
         x.copy_(sample)
         graph.replay()
-        assert torch.equal(y.cpu(), its)
+        assert torch.equal(y.cpu(), expected)
 
 
-# In a process of its own, so that no kernel has been loaded, and nothing asked of the driver.
+# A process of its own: no kernel is loaded, and no device property is cached.
 CAPTURE = """
 import torch
 from torch import nn
@@ -282,10 +282,10 @@ torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
     y = layers(x)
-for sample, its in zip(samples, wanted):
+for sample, expected in zip(samples, wanted):
     x.copy_(sample)
     graph.replay()
-    assert torch.equal(y.cpu(), its)
+    assert torch.equal(y.cpu(), expected)
 """
 
 
@@ -409,7 +409,9 @@ def test_moves_and_state_dicts_carry_the_same_bytes():
     for moved in (layer.to("cuda"), layer.to("cpu"), layer.cuda()):
         for name, value in moved.state_dict().items():
             assert torch.equal(value.cpu(), state[name])
-    rounded = copy.deepcopy(layer).half().float()  # the bias; what is packed keeps its bytes
+    rounded = (
+        copy.deepcopy(layer).half().float()
+    )  # rounds the bias; packed weights keep their bytes
     assert torch.equal(rounded.w_packed.cpu(), state["w_packed"])
     assert torch.equal(rounded.w_scale.cpu(), state["w_scale"])
     for source in ("cpu", "cuda"):
@@ -443,7 +445,7 @@ def test_the_gradient_of_the_input_of_a_deployed_layer(dtype):
 
 
 def test_higher_derivatives():
-    """Of fp32, whose products are those of the CPU up to the order of their sums."""
+    """In fp32, where the products equal those of the CPU up to the order of their sums."""
     torch.backends.cuda.matmul.allow_tf32 = False
     layer, x = BitLinear(70, 33), torch.randn(5, 70)
     gradients = []

@@ -1,4 +1,4 @@
-"""Which CUDA kernel runs, and how: cuda/heuristics.h, which is pure and needs no CUDA."""
+"""cuda/heuristics.h: the choice of the CUDA kernel and its plan. Needs no CUDA."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ shapes = st.tuples(st.one_of(st.integers(1, 20), sizes), sizes, sizes, st.boolea
 class Heuristics:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.admits.restype = ctypes.c_bool
+        library.supports.restype = ctypes.c_bool
         library.padded_tokens.restype = ctypes.c_int64
 
-    def admits(self, kernel: int, capability: int, shape: tuple[int, ...]) -> bool:
-        return self._library.admits(kernel, capability, self._shape(shape))
+    def supports(self, kernel: int, capability: int, shape: tuple[int, ...]) -> bool:
+        return self._library.supports(kernel, capability, self._shape(shape))
 
     def choose(self, capability: int, shape: tuple[int, ...]) -> int:
         return self._library.choose_kernel(capability, self._shape(shape))
@@ -77,10 +77,10 @@ def heuristics(tmp_path_factory):
 @given(shape=shapes, capability=st.sampled_from(CAPABILITIES))
 def test_every_shape_gets_a_kernel_that_admits_it(heuristics, shape, capability):
     kernel = heuristics.choose(capability, shape)
-    assert heuristics.admits(kernel, capability, shape)
-    # Whatever else there is, any of these may be asked for.
-    assert heuristics.admits(DP4A, capability, shape)
-    assert heuristics.admits(MMA, capability, shape) == (capability >= 80)
+    assert heuristics.supports(kernel, capability, shape)
+    # A caller can force either of these for any shape.
+    assert heuristics.supports(DP4A, capability, shape)
+    assert heuristics.supports(MMA, capability, shape) == (capability >= 80)
 
 
 @given(shape=shapes)
@@ -88,13 +88,13 @@ def test_what_a_device_lacks_is_not_chosen(heuristics, shape):
     assert heuristics.choose(52, shape) == AUTO
     assert heuristics.choose(61, shape) == DP4A
     assert heuristics.choose(75, shape) == DP4A
-    small = heuristics.admits(SMALL_LAYER, 80, shape)
+    small = heuristics.supports(SMALL_LAYER, 80, shape)
     assert heuristics.choose(80, shape) in ({MMA, SMALL_LAYER} if small else {MMA})
     # wgmma is an instruction of this one generation.
     for capability in (89, 100, 120):
-        assert not heuristics.admits(WGMMA, capability, shape)
+        assert not heuristics.supports(WGMMA, capability, shape)
     for kernel in (AUTO, 7, -1):
-        assert not heuristics.admits(kernel, 90, shape)
+        assert not heuristics.supports(kernel, 90, shape)
 
 
 def test_choices_for_typical_layers(heuristics):
@@ -153,7 +153,7 @@ def test_the_plan_of_a_gemv(heuristics, shape, multiprocessors, capability):
     k = 64 * slices
     shape = (m, n, k, x_aligned, True)
     fits = x_aligned and {1: 1, 2: 2, 3: 4, 4: 4}[m] * k <= 16_384
-    assert heuristics.admits(GEMV, capability, shape) == fits
+    assert heuristics.supports(GEMV, capability, shape) == fits
     if fits:
         blocks, log_split, ring, room, stage = heuristics.plan_gemv(
             shape, multiprocessors, capability
@@ -171,14 +171,14 @@ def test_the_plan_of_a_gemv(heuristics, shape, multiprocessors, capability):
 def test_the_plan_of_a_small_batch(heuristics, shape, multiprocessors, capability):
     m, n, slices, x_aligned, _ = shape
     shape = (m, n, 64 * slices, x_aligned, True)
-    assert heuristics.admits(SMALL_BATCH, capability, shape)
+    assert heuristics.supports(SMALL_BATCH, capability, shape)
     row_parts, token_parts, blocks, stages, shared, limit = heuristics.plan_small_batch(
         shape, multiprocessors, capability
     )
     assert 1 <= blocks <= min(2 * multiprocessors, n)
     assert (row_parts, token_parts) in {(r, t) for r in (1, 2, 4) for t in (1, 2, 4)} - {(4, 4)}
     assert m <= 8 * token_parts <= 2 * max(m, 4)
-    # A block waits for all parts of a tile at once, but for those beyond its last row.
+    # A block waits for all parts of a tile at once, except those beyond its last row.
     assert min(row_parts, -(-n // blocks + 15) // 16) <= stages <= 16
     assert shared <= limit
     if blocks > multiprocessors:
@@ -195,7 +195,7 @@ def test_the_plan_of_a_small_layer(heuristics, shape, multiprocessors, capabilit
     k = 64 * slices
     shape = (m, n, k, *aligned)
     fits = capability >= 80 and k <= 1024 and all(aligned)
-    assert heuristics.admits(SMALL_LAYER, capability, shape) == fits
+    assert heuristics.supports(SMALL_LAYER, capability, shape) == fits
     if fits:
         rows, tokens, shared, limit = heuristics.plan_small_layer(
             shape, multiprocessors, capability

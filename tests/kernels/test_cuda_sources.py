@@ -1,4 +1,4 @@
-"""The CUDA sources: what can be said about them without a GPU, and the native driver with one."""
+"""The CUDA sources: checks of the compiled code without a GPU; the native driver with a GPU."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tests.kernels.native import require
 
 SOURCES = [DIRECTORY / name for name in CUDA.sources if name.endswith(".cu")]
 DRIVER = Path(__file__).with_name("cuda_driver.cu")
-# The oldest that nvcc 13 knows, the oldest with all that mma.cu needs, and the one with wgmma.
+# The oldest of nvcc 13, the oldest with the instructions of mma.cu, and the one with wgmma.
 ARCHITECTURES = ("75", "80", "90a")
-# As build_worker.py has it: what the table says, and what torch adds of its own.
+# As in build_worker.py: the flags of the table and those that torch adds.
 FLAGS = (*CUDA.cuda_cflags, *cpp_extension.COMMON_NVCC_FLAGS, f"-I{DIRECTORY}")
 WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra")
 
-# Bytes that a kernel may spill, by a part of its name; all others must keep to their registers.
+# Bytes that a kernel may spill, by a part of its name. All other kernels must not spill.
 ALLOWED_SPILLS: dict[str, int] = {}
 
 sources = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 
 
 def test_every_source_is_built():
-    """A library that lacks one links all the same, and cannot be loaded where there is a GPU."""
+    """A library that lacks a source links, but cannot be loaded on a machine with a GPU."""
     assert set(SOURCES) == set((DIRECTORY / "cuda").glob("*.cu"))
 
 
@@ -41,7 +41,7 @@ def run(*command, timeout=600):
 
 
 def compile_all(paths, directory, *arguments):
-    """Compiles each source to an object file, in parallel; ``{source: (result, object)}``."""
+    """Compile each source to an object, in parallel. Returns ``{source: (result, object)}``."""
     nvcc = require("nvcc")
 
     def compile_one(source):
@@ -54,7 +54,7 @@ def compile_all(paths, directory, *arguments):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Every source, for all architectures at once; leaves their PTX beside the objects."""
+    """Every source, compiled for all architectures at once, with the PTX beside the objects."""
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
     directory = tmp_path_factory.mktemp("objects")
     keep = ("--keep", f"--keep-dir={directory}")
@@ -64,10 +64,10 @@ def compiled(tmp_path_factory):
 @pytest.mark.slow
 @sources
 def test_compiles_without_a_warning(compiled, source):
-    """There is no torch on the include path: only ops.cpp may know it."""
+    """torch is not on the include path: only ops.cpp may include it."""
     result, _ = compiled[source]
     assert result.returncode == 0, result.stdout + result.stderr
-    # What ptxas only mentions: products that wait for each other, registers that cannot be moved.
+    # ptxas reports serialised wgmma products and ignored setmaxnreg as notes, not as warnings.
     assert "Potential Performance Loss" not in result.stdout + result.stderr
 
 
@@ -84,7 +84,7 @@ def test_kernels_do_not_spill(compiled, source):
     for name, arch, stores, loads in found:
         allowed = max((b for part, b in ALLOWED_SPILLS.items() if part in name), default=0)
         assert int(stores) + int(loads) <= allowed, (name, arch)
-    # Only the self-test has no kernel; else the pattern above has missed what ptxas says.
+    # The pattern must match the output of ptxas for every source that has a kernel.
     assert bool(found) == ("__global__" in source.read_text())
     assert {arch for _, arch, _, _ in found} in (set(), set(ARCHITECTURES))
 
@@ -92,7 +92,7 @@ def test_kernels_do_not_spill(compiled, source):
 @pytest.mark.slow
 @sources
 def test_float_operations_round_on_their_own(compiled, source):
-    """No fused multiply-add, nothing approximate, no flushed subnormals: what fast-math gives."""
+    """The signs of fast-math are absent: fused multiply-add, approximations, flushed subnormals."""
     result, output = compiled[source]
     assert result.returncode == 0
     listings = [path.read_text() for path in output.parent.glob(f"{source.stem}*.ptx")]
@@ -104,7 +104,7 @@ def test_float_operations_round_on_their_own(compiled, source):
 @pytest.mark.slow
 @sources
 def test_a_kernel_that_lets_its_successor_start_waits_for_its_predecessor(compiled, source):
-    """So it completes after it, and a successor that waits for this kernel waits for both."""
+    """So the kernel completes after its predecessor, and its successor waits for both."""
     result, output = compiled[source]
     assert result.returncode == 0
     listing = "".join(path.read_text() for path in output.parent.glob(f"{source.stem}*90a*.ptx"))
@@ -115,12 +115,12 @@ def test_a_kernel_that_lets_its_successor_start_waits_for_its_predecessor(compil
 
 @pytest.mark.slow
 def test_the_operator_compiles(tmp_path):
-    """Against the headers of this torch, be it built for CUDA or not."""
-    # The only header of torch's that a build for the CPU lacks says how torch itself was built.
+    """With the headers of this torch, whether it is built for CUDA or not."""
+    # A CPU build of torch lacks only this header, which tells how torch was built.
     macros = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
     macros.parent.mkdir(parents=True)
     macros.touch()
-    # nvcc adds the headers of CUDA, and leaves C++ to the host's compiler.
+    # nvcc adds CUDA's headers and passes C++ to the host's compiler.
     includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
     host = f"-Wall,-Wextra,-Werror,-fsyntax-only,-idirafter,{tmp_path}"
     command = [require("nvcc"), "-std=c++20", *includes, "-Xcompiler", host, "-c"]
@@ -130,7 +130,7 @@ def test_the_operator_compiles(tmp_path):
 
 @pytest.mark.slow
 def test_the_driver_compiles(tmp_path):
-    """Where it can run there may be no CI."""
+    """CI has no GPU to run it on."""
     output = compile_all([DRIVER], tmp_path, "-arch=sm_80")
     result, _ = output[DRIVER]
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Training on an NVIDIA GPU: the CPU's bits from its operators, gradients, what is saved."""
+"""Training on an NVIDIA GPU: the operators give the CPU's bits; gradients; saved memory."""
 
 from __future__ import annotations
 
@@ -29,12 +29,10 @@ def check_weight(w):
     assert torch.equal(again[0], w_packed)
     assert torch.equal(again[1], w_scale)
     for dtype in (None, *oracle.DTYPES):
-        for its_scale in (None, w_scale):
-            expanded = OPS.expand_weight(w_packed, w.shape[1], its_scale, dtype)
-            its_scale_here = None if its_scale is None else its_scale.cpu()
-            reference = ops.reference_expand_weight(
-                w_packed.cpu(), w.shape[1], its_scale_here, dtype
-            )
+        for scale_or_none in (None, w_scale):
+            expanded = OPS.expand_weight(w_packed, w.shape[1], scale_or_none, dtype)
+            scale_on_cpu = None if scale_or_none is None else scale_or_none.cpu()
+            reference = ops.reference_expand_weight(w_packed.cpu(), w.shape[1], scale_on_cpu, dtype)
             assert torch.equal(expanded.cpu(), reference)
 
 
@@ -130,7 +128,7 @@ def test_gradients_are_those_of_the_cpu(dtype):
 
     wanted = gradients(layer, x, grad)
     found = gradients(layer.cuda(), x.detach().cuda(), grad.cuda())
-    assert [its.dtype for its in found] == [dtype] * 3
+    assert [gradient.dtype for gradient in found] == [dtype] * 3
     # The products of 16-bit gradients are rounded, as those of nn.Linear are.
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     for one, other in zip(found, wanted):
@@ -177,7 +175,7 @@ def test_little_is_saved_for_the_backward_pass():
 
 
 def test_a_graph_of_a_step():
-    """What is quantised lies in the graph's own memory, and is found anew in every replay."""
+    """Quantised weights are in the graph's own memory, and every replay recomputes them."""
     layer = BitLinear(128, 64).cuda()
     x = torch.randn(32, 128, device="cuda")
     stream = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""What the compilers made of the kernels: the right instructions, and none of other ISAs."""
+"""The compilers' machine code: each kernel has its own instructions, and none of other ISAs."""
 
 from __future__ import annotations
 
@@ -8,38 +8,52 @@ import subprocess
 import pytest
 
 from bitlinear.kernels import VARIANTS
-from tests.kernels.native import compile_variant, compilers, objdump
+from tests.kernels.native import compilers, objdump, variants
 
-# variant: (must appear, must not appear), as regular expressions over objdump's lines
-EXPECTED = {
-    "amx_int8": (r"tdpbsud", r"\{vex\} vpdpbusd"),
-    "avx512_vnni": (r"vpdpbusd .*%zmm", r"\{vex\} vpdpbusd|tdpbsud"),
-    # VEX-encoded, which objdump marks where both encodings exist; no EVEX prefix (62) anywhere.
-    "avx_vnni": (r"\{vex\} vpdpbusd .*%ymm", r":\t62 "),
-    "avx2": (r"vpmaddubsw .*%ymm", r":\t62 |vpdpbusd"),
-    "neon_i8mm": (r"\tsmmla\t", r"\tz\d"),
-    "neon_dotprod": (r"\tsdot\t.*\.4b\[", r"\t(smmla|usdot)\t"),
-    "neon": (r"\tsmlal2\t", r"\t(sdot|udot|smmla|usdot)\t"),
-    "scalar": (r"pmullw|pmaddwd|imul|\tmla\t|\tsmlal\t", r"%ymm|%zmm|\tsdot\t"),
+# variant: the instruction that the kernel is made for, as a regular expression over objdump's lines
+PRESENT = {
+    "amx_int8": r"tdpbsud",
+    "avx512_vnni": r"vpdpbusd .*%zmm",
+    "avx_vnni": r"\{vex\} vpdpbusd .*%ymm",
+    "avx2": r"vpmaddubsw .*%ymm",
+    "neon_i8mm": r"\tsmmla\t",
+    "neon_dotprod": r"\tsdot\t.*\.4b\[",
+    "neon": r"\tsmlal2\t",
+    "scalar": r"pmullw|pmaddwd|imul|\tmla\t|\tsmlal\t",
+}
+
+# CPU flag: what shows that an instruction set is used. It is an error in a kernel that does not
+# require the flag. objdump marks VEX encodings of instructions that AVX-512 has too; the prefix
+# 62 is EVEX's.
+ISA_MARKS = {
+    "avx": r"%ymm",
+    "avx512f": r":\t62 |%zmm",
+    "avx_vnni": r"\{vex\} vpdpbusd",
+    "amx_int8": r"tdpb",
+    "asimddp": r"\t[su]dot\t",
+    "i8mm": r"\t(smmla|usdot)\t",
+    "sve": r"\tz\d",
 }
 
 
 @pytest.mark.slow
 @compilers
-@pytest.mark.parametrize("name", EXPECTED)
-def test_instructions(name, compiler, tmp_path):
-    variant = next(variant for variant in VARIANTS if variant.name == name)
-    compile_variant(compiler, variant, tmp_path / "kernel.o", "-c")
+@variants
+def test_instructions(variant, compiler, compiled_object):
     text = subprocess.run(
-        [*objdump(variant), "-dw", tmp_path / "kernel.o"],
+        [*objdump(variant), "-dw", compiled_object(compiler, variant)],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    present, absent = EXPECTED[name]
-    assert re.search(present, text)
-    assert not re.search(absent, text)
+    if variant.name in PRESENT:
+        assert re.search(PRESENT[variant.name], text)
+    for flag, mark in ISA_MARKS.items():
+        if flag not in variant.requires:
+            assert not re.search(mark, text), f"{variant.name} does not require {flag}"
 
 
-def test_every_variant_has_an_expectation():
-    assert set(EXPECTED) == {variant.name for variant in VARIANTS}
+def test_expectations_name_variants_and_flags():
+    assert set(PRESENT) <= {variant.name for variant in VARIANTS}
+    flags = frozenset().union(*(variant.requires for variant in VARIANTS))
+    assert set(ISA_MARKS) <= flags | {"sve"}

@@ -1,4 +1,4 @@
-"""The native driver: every variant, both compilers, sanitizers; emulated where it must be."""
+"""The native driver: every variant, both compilers, sanitizers; emulated on other machines."""
 
 from __future__ import annotations
 
@@ -42,32 +42,29 @@ def check(*command, env=None):
 
 @variants
 @compilers
-def test_driver(variant, compiler, tmp_path):
+def test_driver(variant, compiler, compiled_driver):
     first, *others = runners(variant)
-    driver = tmp_path / "driver"
-    compile_variant(compiler, variant, driver)
-    # All cases once per variant where they are emulated, which is slow.
+    driver = compiled_driver(compiler, variant)
+    # Emulation is slow: there all cases run with one compiler only.
     check(*first, driver, *(["quick"] if first and compiler != "g++" else []))
     for runner in others:
         check(*runner, driver, "quick")
 
 
 @variants
-def test_driver_under_sanitizers(variant, tmp_path):
+def test_driver_under_sanitizers(variant, compiled_driver):
     runner = runners(variant)[0]
-    driver = tmp_path / "driver"
-    compile_variant("g++", variant, driver, *SANITIZE)
-    # Where both are emulated, the cases that find the mistake below.
+    driver = compiled_driver("g++", variant, *SANITIZE)
+    # Under an emulator only the quick cases, which find the mistake below.
     check(*runner, driver, *(["quick"] if runner else []), env=NO_LEAK_DETECTOR if runner else None)
 
 
 @pytest.mark.parametrize("flag", ["-Os", "-fno-inline"])
-def test_amx_does_not_depend_on_what_is_inlined(flag, tmp_path):
-    """Where it is not, GCC drops what it does not know that the instructions of AMX read."""
+def test_amx_does_not_depend_on_inlining(flag, compiled_driver):
+    """GCC does not declare which memory AMX instructions read, and drops stores before them."""
     variant = next(variant for variant in VARIANTS if variant.name == "amx_int8")
     runners(variant)
-    compile_variant("g++", variant, tmp_path / "driver", flag)
-    check(tmp_path / "driver", "quick")
+    check(compiled_driver("g++", variant, flag), "quick")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +86,7 @@ def test_amx_does_not_depend_on_what_is_inlined(flag, tmp_path):
     ids=["scalar", "neon"],
 )
 def test_sanitizers_see_a_byte_beyond_the_buffer(name, file, correct, wrong, tmp_path):
-    """The pass above would be worth nothing if the driver's buffers had slack."""
+    """A pass under sanitizers proves nothing if the driver's buffers are too long."""
     variant = next(variant for variant in VARIANTS if variant.name == name)
     runner = runners(variant)[0]
     shutil.copytree(DIRECTORY, tmp_path / "kernels")
@@ -113,7 +110,7 @@ def test_sanitizers_see_a_byte_beyond_the_buffer(name, file, correct, wrong, tmp
     ids=["to bf16", "from bf16"],
 )
 def test_a_wrong_conversion_is_found(correct, wrong, tmp_path):
-    """The reference has conversions of its own."""
+    """The reference converts with code of its own, so it finds mistakes in convert.h."""
     variant = next(variant for variant in VARIANTS if variant.name == "scalar")
     shutil.copytree(DIRECTORY, tmp_path / "kernels")
     source = tmp_path / "kernels" / "cpu" / "convert.h"
@@ -141,15 +138,14 @@ def test_the_self_test_reports_that_it_is_out_of_memory(tmp_path):
 @pytest.mark.parametrize(
     ("name", "cpu"), [("neon_dotprod", "cortex-a53"), ("neon_i8mm", "cortex-a76")]
 )
-def test_an_emulated_cpu_faults_at_what_it_lacks(name, cpu, tmp_path):
-    """So that a pass on the least CPU of a variant shows that the variant needs no more."""
+def test_an_emulated_cpu_faults_at_instructions_that_it_lacks(name, cpu, compiled_driver):
+    """So a pass on the smallest CPU of a variant proves that the variant needs no more."""
     if this_machine().cpu.machine == "aarch64":
         pytest.skip("nothing is emulated here")
     variant = next(variant for variant in VARIANTS if variant.name == name)
-    compile_variant("g++", variant, tmp_path / "driver")
-    result = run(*emulator(cpu), tmp_path / "driver", "quick")
+    result = run(*emulator(cpu), compiled_driver("g++", variant), "quick")
     assert result.returncode == -signal.SIGILL
 
 
-def test_every_variant_for_arm_is_emulated():
-    assert set(EMULATED_CPUS) == {v.name for v in VARIANTS if v.arch == "aarch64"}
+def test_emulated_cpus_are_for_arm_variants():
+    assert set(EMULATED_CPUS) <= {v.name for v in VARIANTS if v.arch == "aarch64"}

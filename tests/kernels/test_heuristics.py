@@ -1,4 +1,4 @@
-"""How a call is divided among threads: heuristics.h, which is pure."""
+"""cpu/heuristics.h: the form of a product, and the division of a call among threads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Heuristics:
         self._library = library
         library.largest_part.restype = ctypes.c_int64
         library.choose_quantize_parts.restype = ctypes.c_int64
-        library.worth_a_team.restype = ctypes.c_bool
+        library.pays_for_threads.restype = ctypes.c_bool
         library.prefer_gemm.restype = ctypes.c_bool
 
     def call(self, name: str, *arguments: int) -> int:
@@ -109,7 +109,7 @@ def test_work_is_balanced(heuristics, m, n, k, threads, cost):
         return (part_tokens + cost[2]) * (part_rows + cost[3])
 
     grid = heuristics.grid(m, n, k, threads, cost)
-    if heuristics.call("worth_a_team", m * n * ceil(k, 4), threads):
+    if heuristics.call("pays_for_threads", m * n * ceil(k, 4), threads):
         assert price(*grid) == min(
             price(tokens, min(threads // tokens, ceil(n, cost[1])))
             for tokens in range(1, min(threads, ceil(m, cost[0])) + 1)
@@ -126,7 +126,7 @@ def test_grids_of_typical_layers(heuristics, threads, cost):
     # Many tokens and few rows: the tokens are.
     tokens, rows = heuristics.grid(100_000, 10, 4096, threads, cost)
     assert (tokens, rows) == (threads, 1)
-    # Small work is nobody else's.
+    # Small work stays on one thread.
     assert heuristics.grid(1, 256, 256, threads, cost) == (1, 1)
 
 
@@ -138,7 +138,7 @@ def test_quantising_is_divided_where_it_pays(heuristics, threads):
     # A token is quantised by one thread.
     assert parts(1, 1 << 20, threads) == 1
     assert parts(2, 1 << 20, threads) == min(2, threads)
-    # With threads that are awake anyway, sooner than alone.
+    # Sooner if the product wakes the threads anyway.
     assert parts(64, 1024, threads) == (1 if threads == 1 else threads)
     assert parts(64, 256, 1) == 1
     assert parts(4096, 4096, 1) == threads
@@ -146,17 +146,17 @@ def test_quantising_is_divided_where_it_pays(heuristics, threads):
 
 
 def test_more_threads_need_more_work(heuristics):
-    """A team's price grows with its size: what is worth two threads may not be worth 64."""
-    assert not heuristics.call("worth_a_team", 1 << 40, 1)
-    least = []
+    """Waking threads costs more, the more there are: the smallest product for n threads grows."""
+    assert not heuristics.call("pays_for_threads", 1 << 40, 1)
+    smallest = []
     for threads in (2, 4, 8, 16, 32, 64):
         low, high = 1, 1 << 40
         while low < high:
             middle = (low + high) // 2
-            if heuristics.call("worth_a_team", middle, threads):
+            if heuristics.call("pays_for_threads", middle, threads):
                 high = middle
             else:
                 low = middle + 1
-        least.append(low)
-    assert least == sorted(least)
-    assert least[0] == 96 * 1024
+        smallest.append(low)
+    assert smallest == sorted(smallest)
+    assert smallest[0] == 96 * 1024

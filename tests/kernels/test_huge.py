@@ -1,8 +1,8 @@
-"""More than 2^31 elements of each operand, where a 32-bit index would overflow; only if asked for.
+"""More than 2^31 elements of each operand, where a 32-bit index overflows; only with ``-m huge``.
 
 ``python -m pytest -m huge tests/kernels/test_huge.py`` needs 5 GB of memory and takes a minute, and
-on a GPU 7 GB of its memory. Rows that are not sampled are zeros, which the system hands out without
-memory behind them.
+on a GPU 7 GB of its memory. Rows that are not sampled are zeros, for which
+the system allocates no memory.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def device(request):
 
 
 def sampled(count):
-    """Of so many rows: the first, the middle one, and the last."""
+    """The indices of the first, the middle and the last of ``count`` rows."""
     return [0, count // 2, count - 1]
 
 
 def zeros(rows, columns, device):
-    """bf16; on the CPU NumPy's, which are the system's, untouched."""
+    """bf16 zeros. On the CPU NumPy allocates them, and the system maps no pages before a write."""
     if device == "cuda":
         return torch.zeros(rows, columns, dtype=torch.bfloat16, device=device)
     return torch.from_numpy(np.zeros((rows, columns), np.int16)).view(torch.bfloat16)
@@ -76,28 +76,28 @@ def test_packed_weights(device, m):
 
 
 def test_activations(device):
-    """And what is quantised of them."""
+    """Activations and quantised activations."""
     k, n = 4096, 3
     m = LIMIT // k + 3
     t = oracle.ternary(n, k)
-    some = random_tokens(3, k)
+    tokens = random_tokens(3, k)
     x = zeros(m, k, device)
-    x[sampled(m)] = some.to(device)
+    x[sampled(m)] = tokens.to(device)
     assert x.numel() > LIMIT
     operands = (torch.from_numpy(oracle.pack(t)), torch.tensor([0.3]))
     y = OPS.linear(x, *(operand.to(device) for operand in operands), None, k).cpu()
-    oracle.assert_same_bits(y[sampled(m)], oracle.expected(some, t, 0.3))
+    oracle.assert_same_bits(y[sampled(m)], oracle.expected(tokens, t, 0.3))
     y[sampled(m)] = 0
     assert not y.any()
 
     q, s_x = OPS.quantize_activations(x)
-    q_wanted, s_wanted = oracle.quantize_activations(some.float().numpy())
+    q_wanted, s_wanted = oracle.quantize_activations(tokens.float().numpy())
     assert (q[sampled(m)].cpu().numpy() == q_wanted).all()
     assert (s_x[sampled(m)].cpu().numpy() == s_wanted).all()
 
 
 def test_weights(device):
-    """Quantised, packed and, on a GPU, where that takes no more memory, expanded again."""
+    """Quantised and packed; on a GPU, whose memory is enough, also expanded."""
     k = 4096
     n = LIMIT // k + 3
     w = zeros(n, k, device)

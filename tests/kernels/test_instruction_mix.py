@@ -1,4 +1,4 @@
-"""Counting instructions: on a made-up listing, the kernels against the record, whole calls."""
+"""Instruction counts: of an invented listing, of the kernels against the record, of whole calls."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ def test_the_kernels_take_no_more_instructions_than_recorded():
     variant = next(variant for variant in VARIANTS if variant.arch == "aarch64")
     compiler = compiler_command("g++", variant)
     mixes = [mix.measure(loop, compiler, objdump(variant)) for loop in mix.LOOPS]
-    assert {its.variant for its in mixes} == {v.name for v in VARIANTS if v.arch == "aarch64"}
+    assert {entry.variant for entry in mixes} == {v.name for v in VARIANTS if v.arch == "aarch64"}
     assert not mix.worse(mixes, json.loads(mix.RESULTS.read_text()))
 
 
 def test_the_record_is_below_the_sequence_of_bitnet():
     recorded = json.loads(mix.RESULTS.read_text())
-    assert [(its["variant"], its["form"]) for its in recorded] == [
+    assert [(entry["variant"], entry["form"]) for entry in recorded] == [
         (loop.variant, loop.form) for loop in mix.LOOPS
     ]
-    for its in recorded:
-        if its["variant"] != "neon":  # which has no dot product, as their sequence does
-            assert its["counts"]["total"] < mix.BITNET["total"]
+    for entry in recorded:
+        if entry["variant"] != "neon":  # NEON without a dot product; bitnet.cpp uses one
+            assert entry["counts"]["total"] < mix.BITNET["total"]
 
 
 @pytest.mark.slow
 def test_the_form_that_is_chosen_executes_fewer_instructions(tmp_path):
-    """Or hardly more."""
+    """Up to a tenth more is accepted."""
     variants = [variant for variant in VARIANTS if variant.arch == "aarch64"]
     assert set(instruction_count.FORMS) == {variant.name for variant in variants}
     compiler_command("g++", variants[0])

@@ -18,7 +18,7 @@ EPS = 1e-6
 
 @pytest.fixture(params=VARIANTS, ids=lambda variant: variant.name, scope="module")
 def kernel(request):
-    """Makes the operator run one variant; afterwards the one that was chosen runs again."""
+    """Activate one variant; afterwards activate the chosen one again."""
     require_usable(request.param)
     if runtime.current().kernel is None:
         pytest.skip(runtime.current().problem)
@@ -29,14 +29,14 @@ def kernel(request):
 
 @pytest.fixture
 def flush():
-    """``flush(True)`` has this thread flush subnormal numbers to zero, until ``flush(False)``."""
+    """``flush(True)`` makes this thread flush subnormal numbers to zero, until ``flush(False)``."""
     yield torch.set_flush_denormal
     torch.set_flush_denormal(False)
 
 
 @pytest.fixture
 def threads():
-    """``threads(n)`` sets the number of threads for the length of a test."""
+    """``threads(n)`` sets the number of threads until the end of the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -1,13 +1,13 @@
-// AMX: tiles of 16 x 64 bytes and a matrix product of two of them in 16 cycles, 8 times the rate of
-// AVX512-VNNI. Intel from Sapphire Rapids on.
+// AMX: tiles of 16 x 64 bytes. The product of two tiles takes 16 cycles, which is 8 times the rate
+// of AVX512-VNNI. Intel from Sapphire Rapids on.
 //
-// The panels of gemm_panel.h are what tdpbsud reads: 16 steps of one strip are its second operand,
-// 16 tokens by 64 bytes of quantised activations, as they lie, its first. Decoding a panel costs as
-// much as 25 tokens, so the slice of k is short: codes and activations stay in the L1 cache.
+// tdpbsud reads the panels of gemm_panel.h: its first operand is 16 tokens by 64 bytes of quantised
+// activations, its second is 16 steps of one strip. Decoding a panel costs as much as 25 tokens, so
+// the slice of k is short, and codes and activations stay in the L1 cache.
 //
 // Bound: 5590 Gop/s on one core of a Sapphire Rapids, measured. Reached there at 4096 x 4096, one
 // thread: M = 32 1120, M = 256 1920; 16 threads on 8 cores: 9000. The loop loads 4 tiles for 4
-// products; while the activations come from the L2 cache that takes longer than the products.
+// products. Loads of activations from the L2 cache take longer than the products.
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -18,6 +18,8 @@ namespace bitlinear {
 namespace {
 
 struct AmxInt8 : Vnni<Zmm> {
+  // Fitted on a VM with 8 cores of a Sapphire Rapids; "Refit a constant" in ../README.md has the
+  // command.
   static constexpr int64_t kGemmTokens = 14;
   static constexpr int64_t kGemvOverhead = 10;
   static constexpr int kPanelTokens = 32;  // 2 x 2 tiles of sums
@@ -37,7 +39,7 @@ class AmxTiles {
   void multiply(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t tokens,
                 int64_t bytes, int32_t* sums, bool accumulate) {
     for (int64_t m = 0; m < tokens; m += AmxInt8::kPanelTokens) {
-      const int64_t count = least(tokens - m, AmxInt8::kPanelTokens);
+      const int64_t count = minimum(tokens - m, AmxInt8::kPanelTokens);
       configure(static_cast<uint8_t>(count));
       const auto product =
           count > 16 ? multiply_tile<true, kStrips> : multiply_tile<false, kStrips>;
@@ -47,7 +49,7 @@ class AmxTiles {
   }
 
  private:
-  // Rows of the tiles: as many as there are tokens, so that nothing beyond them is touched.
+  // Tiles have as many rows as there are tokens, so no load or store goes beyond them.
   void configure(uint8_t tokens) {
     if (tokens == tokens_) return;
     tokens_ = tokens;
@@ -63,7 +65,8 @@ class AmxTiles {
       config.row_bytes[tile] = 64;
       config.rows[tile] = rows[tile];
     }
-    // GCC 12 declares that this reads eight bytes: the others, too, have to be stored by now.
+    // GCC 12 declares that _tile_loadconfig reads eight bytes; the barrier makes it store the
+    // others too.
     __asm__ volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
@@ -74,7 +77,7 @@ class AmxTiles {
     constexpr int64_t kStep = kStrips * 64;
     constexpr int64_t kSumsStride = Panel<AmxInt8>::kBlockRows * 4;
     int32_t* below = sums + 16 * Panel<AmxInt8>::kBlockRows;
-    // GCC does not declare that the loads of tiles read memory.
+    // GCC does not declare that tile loads read memory.
     __asm__ volatile("" : : : "memory");
     if (accumulate) {
       _tile_loadd(0, sums, kSumsStride);
@@ -87,7 +90,7 @@ class AmxTiles {
       _tile_zero(2);
       _tile_zero(3);
     }
-    // 16 steps, one plane of a block, at a time; both operands are padded with zeros to whole
+    // 16 steps (one plane of a block) at a time. Both operands are padded with zeros to whole
     // blocks.
     const int64_t steps = (bytes + 63) / 64 * 64;
     for (int64_t step = 0; step < steps; step += 16) {
@@ -111,7 +114,7 @@ class AmxTiles {
   uint8_t tokens_ = 0;
 };
 
-// Linux keeps the tiles of a process only if it has asked for them.
+// Linux gives a process the use of tiles only on request.
 bool request_tiles() {
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr int kTileData = 18;               // XFEATURE_XTILEDATA

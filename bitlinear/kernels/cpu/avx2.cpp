@@ -1,5 +1,5 @@
 // AVX2: vpmaddubsw multiplies unsigned by signed bytes and adds pairs, saturating at 16 bits. The
-// 16-bit sums below are flushed to 32 bits before they can reach 2^15.
+// 16-bit sums are flushed to 32 bits before they can reach 2^15.
 #include "gemm_lookup.h"
 #include "vocabulary.h"
 #include "x86.h"
@@ -10,13 +10,14 @@ namespace {
 struct Avx2 : X86Ymm {
   static constexpr int kGemvTokens = 4;
   static constexpr int kGemvRows = 4;
+  // Fitted on one core of a Xeon VM; "Refit a constant" in ../README.md has the command.
   static constexpr int64_t kGemmTokens = 12;
   static constexpr int64_t kGemvOverhead = 0;
   static constexpr int kLookupVectors = 1;
 
   static __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
-  // One shift by 4 lets the masks 0x0C and 0x03 serve all planes, so factors are only 4 and 1.
+  // After one shift by 4 the masks 0x0C and 0x03 serve all planes, so the only factors are 4 and 1.
   struct PlaneSum {
     // A block adds 2 planes of at most 2 codes * 8 * 127 = 2032 to by4: 8 * 2 * 2032 = 32512 <
     // 2^15.

@@ -1,4 +1,4 @@
-// What the AVX-512 vocabularies share.
+// Shared by the AVX-512 vocabularies.
 #pragma once
 
 #include "vnni.h"
@@ -23,16 +23,16 @@ struct Zmm : X86Half {
   static void store_ints(int32_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
 
   static Bytes zero() { return _mm512_setzero_si512(); }
-  static Bytes bytes_of(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
-  static Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
-  // Bits of one byte enter the next: for masking afterwards.
+  static Bytes broadcast_byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+  static Bytes bitwise_and(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
+  // Bits of one byte enter the next one: mask the result.
   static Bytes shift_bytes_right(Bytes a, int bits) { return _mm512_srli_epi16(a, bits); }
-  static Bytes ints_of(int32_t value) { return _mm512_set1_epi32(value); }
+  static Bytes broadcast_int(int32_t value) { return _mm512_set1_epi32(value); }
   static Bytes dot(Bytes sum, Bytes codes, Bytes plane) {
 #if defined(__clang__)
     return _mm512_dpbusd_epi32(sum, codes, plane);
 #else
-    // As an intrinsic it costs GCC a register move for every sum in a nested loop: 40 % at M = 4.
+    // The intrinsic makes GCC move a register for every sum in a nested loop: 40 % slower at M = 4.
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "vm"(plane));
     return sum;
 #endif

@@ -6,6 +6,7 @@ namespace bitlinear {
 namespace {
 
 struct Avx512Vnni : Vnni<Zmm> {
+  // Fitted on one core of a Xeon VM; "Refit a constant" in ../README.md has the command.
   static constexpr int64_t kGemmTokens = 22;
   static constexpr int64_t kGemvOverhead = 10;
   static constexpr int kPanelTokens = 8;

@@ -1,5 +1,5 @@
 // AVX-VNNI: the dot product of AVX512-VNNI on 256-bit vectors, VEX-encoded. Intel from Alder Lake
-// on (also where AVX-512 is fused off), AMD from Zen 5 on.
+// on (which has AVX-512 fused off), AMD from Zen 5 on.
 #include "gemm_panel.h"
 #include "vnni.h"
 #include "x86.h"
@@ -8,22 +8,22 @@ namespace bitlinear {
 namespace {
 
 struct Ymm : X86Ymm {
-  static constexpr int kGemvTokens = 3;  // 12 sums, 4 more registers
+  static constexpr int kGemvTokens = 3;  // 3 tokens * 4 planes = 12 sums; 4 registers remain
   static constexpr int kGemvRows = 2;
 
   static Bytes load_ints(const int32_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
   static void store_ints(int32_t* p, Bytes a) { store(reinterpret_cast<uint8_t*>(p), a); }
   static Bytes zero() { return _mm256_setzero_si256(); }
-  static Bytes bytes_of(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
-  static Bytes both(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
-  // Bits of one byte enter the next: for masking afterwards.
+  static Bytes broadcast_byte(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
+  static Bytes bitwise_and(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
+  // Bits of one byte enter the next one: mask the result.
   static Bytes shift_bytes_right(Bytes a, int bits) { return _mm256_srli_epi16(a, bits); }
-  static Bytes ints_of(int32_t value) { return _mm256_set1_epi32(value); }
+  static Bytes broadcast_int(int32_t value) { return _mm256_set1_epi32(value); }
   static Bytes dot(Bytes sum, Bytes codes, Bytes plane) {
 #if defined(__clang__)
     return _mm256_dpbusd_avx_epi32(sum, codes, plane);
 #else
-    // As in avx512.h.
+    // The intrinsic costs GCC register moves, as in avx512.h.
     __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "xm"(plane));
     return sum;
 #endif
@@ -54,6 +54,7 @@ struct Ymm : X86Ymm {
 };
 
 struct AvxVnni : Vnni<Ymm> {
+  // Fitted on one core of a Xeon VM; "Refit a constant" in ../README.md has the command.
   static constexpr int64_t kGemmTokens = 21;
   static constexpr int64_t kGemvOverhead = 12;
   static constexpr int kPanelTokens = 6;

@@ -1,5 +1,5 @@
-// Conversions between fp32 and the 16-bit types, a few elements at a time. bf16 is integer
-// arithmetic that every compiler vectorises; fp16 comes from the variant's vocabulary.
+// Conversions between fp32 and the 16-bit types. bf16 is integer arithmetic that every compiler
+// vectorises. fp16 comes from the vocabulary V: F16C, NEON, or portable_half.h.
 #pragma once
 
 #include <stdint.h>
@@ -30,8 +30,8 @@ inline uint16_t bf16_from_float(float x) {
   return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
 }
 
-// The floats x[begin : begin + count] of any input dtype: in place where they are fp32 already,
-// else converted into `buffer`.
+// The floats x[begin : begin + count] of any input dtype. fp32 values are returned in place; others
+// are converted into `buffer`.
 template <class V>
 inline const float* as_floats(const void* x, int dtype, int64_t begin, int64_t count,
                               float* buffer) {

@@ -8,8 +8,8 @@
 
 namespace bitlinear {
 
-// Columns n .. n + count of the output, count <= kColumns. What does not depend on the token is
-// prepared once.
+// Columns n .. n + count of the output, count <= kColumns. Scales and bias, which all tokens share,
+// are loaded once.
 template <class V, int kColumns>
 class Epilogue {
  public:
@@ -17,7 +17,7 @@ class Epilogue {
       : task_(task), n_(n), count_(count) {
     for (int64_t i = 0; i < count; ++i) s_w_[i] = task.s_w[(n + i) * task.s_w_stride];
     if (task.bias == nullptr) {
-      // Adding -0 changes nothing, not even the sign of a zero: one loop with and without bias.
+      // Adding -0 changes no value, not even the sign of a zero: one loop serves both cases.
       for (int64_t i = 0; i < count; ++i) bias_[i] = -0.0f;
     } else {
       float buffer[kColumns];
@@ -32,7 +32,7 @@ class Epilogue {
     float buffer[kColumns];
     const int64_t begin = m * task_.y_stride + n_;
     float* out = task_.y_dtype == BITLINEAR_F32 ? static_cast<float*>(task_.y) + begin : buffer;
-    // A constant number of iterations makes straight vector code.
+    // A constant number of iterations compiles to vector code without a tail.
     if (count_ == kColumns) {
       scale(m, codes, kColumns, out);
     } else {

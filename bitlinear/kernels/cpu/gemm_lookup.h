@@ -1,21 +1,22 @@
-// Many tokens against many weight rows, with tables instead of multiplications (the method of four
-// Russians), for instruction sets without a dot product of bytes.
+// Lookup GEMM: many tokens against many weight rows, with tables in place of multiplications (the
+// method of four Russians), for instruction sets without a dot product of bytes.
 //
 // Four ternary weights select one of 81 sums +-x0 +-x1 +-x2 +-x3. For a tile of tokens, one per
-// 16-bit lane, and a group of four k these sums are computed once; then each packed byte of each
-// weight row costs one addition of a table row, worth 4 * kTokens multiplications. The tables of
-// kGroups groups take 10 or 20 KB of an L1 cache; the 16-bit sums of all rows stream past them.
+// 16-bit lane, and a group of four k, these 81 sums are computed once. Then each packed byte of a
+// weight row is the index of a table entry, and one vector addition replaces 4 * kTokens
+// multiplications. The tables of kGroups groups take 10 or 20 KB of an L1 cache; the 16-bit sums of
+// all rows stream past them.
 //
-// Bound: one 16-bit index and one vector are loaded per packed byte. AVX2, three loads a cycle:
+// Bound: one 16-bit index and one vector are loaded per packed byte. AVX2 with three loads a cycle:
 // 16 tokens * 4 in 2/3 cycle, against 1.5 dot products of 32 bytes with vpmaddubsw and vpaddw.
-// Reached, on one core of a Xeon at 2.8 GHz, at 4096 x 4096 and M = 256: 290 Gop/s, where the form
-// with vpmaddubsw gave 150; a fifth goes to the indices, and a tenth to summing in 32 bits.
+// Reached on one core of a Xeon at 2.8 GHz, at 4096 x 4096 and M = 256: 290 Gop/s. The form with
+// vpmaddubsw reached 150. A fifth of the time goes to the indices, a tenth to the 32-bit sums.
 // NEON's vectors are so short that two of them share an index: for 16 tokens * 4 it loads an index
 // and two vectors and adds twice (neon.cpp has the counts).
 //
-// With vectors of 64 bytes the same code reached 390 Gop/s there, 0.67 of the dot product's peak,
-// which panels reach fully: so the VNNI variants use panels. A Zen 4, which starts one dot product
-// of 64 bytes a cycle and not two, may judge otherwise; none was at hand.
+// With vectors of 64 bytes the same code reached 390 Gop/s there, 0.67 of the dot product's peak.
+// Panels reach all of that peak, so the VNNI variants use panels. A Zen 4 starts one dot product of
+// 64 bytes a cycle, not two, and could prefer tables: not measured.
 #pragma once
 
 #include <stdint.h>
@@ -32,9 +33,10 @@ struct Lookup {
   static constexpr int kTokens = kVectors * V::kWidth / 2;  // of a tile, in 16-bit lanes
   static constexpr int kGroups = 8;  // groups of four k whose tables exist at a time
   // |+-x0 +-x1 +-x2 +-x3| <= 4 * 127 = 508, and 64 * 508 = 32512 < 2^15.
-  static constexpr int kDepth = 64;       // groups until 16-bit sums are added to 32-bit ones
-  static constexpr int64_t kRows = 2048;  // the more rows, the less the tables cost
-  static constexpr int64_t kTiles = 8;    // the more tiles, the less the indices cost
+  static constexpr int kDepth =
+      64;  // groups between additions of the 16-bit sums to the 32-bit sums
+  static constexpr int64_t kRows = 2048;  // more rows amortise the tables
+  static constexpr int64_t kTiles = 8;    // more tiles amortise the indices
   static constexpr int kEntries = 81;
 
   typedef int16_t Words __attribute__((vector_size(V::kWidth)));
@@ -45,23 +47,25 @@ struct Lookup {
   alignas(64) Entry tables[kGroups][kEntries];
   static_assert(sizeof(tables) <= 1 << 16, "an index has 16 bits");
   alignas(64) int16_t x[kDepth][4][kTokens];
-  // Byte offsets of entries in `tables`. A few rows more than kRows: slices a power of two apart
-  // would compete for the same cache sets.
+  // Byte offsets of entries in `tables`. A few rows more than kRows, because slices a power of two
+  // apart would compete for the same cache sets.
   alignas(64) uint16_t index[kDepth / kGroups][kRows + 4][kGroups];
   alignas(64) Entry sums16[kRows];
-  alignas(64) int32_t sums[kTiles][kRows][kTokens];  // last: no longer than the tiles of a task
+  alignas(64) int32_t sums[kTiles][kRows][kTokens];  // the last member, so that scratch_bytes() can
+                                                     // leave out unused tiles
 };
 
 // x[g][j][t] = q[t, k] for k = 4 * (first_byte + g) + j; zeros beyond the tokens and the bytes.
 template <class V>
 inline void lookup_gather(const int8_t* q, int64_t q_stride, int64_t tokens, int64_t first_byte,
-                          int64_t bytes, Lookup<V>& s) {
-  if (tokens < Lookup<V>::kTokens || bytes < Lookup<V>::kDepth) memset(s.x, 0, sizeof(s.x));
+                          int64_t bytes, Lookup<V>& scratch) {
+  if (tokens < Lookup<V>::kTokens || bytes < Lookup<V>::kDepth)
+    memset(scratch.x, 0, sizeof(scratch.x));
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t g = 0; g < bytes; ++g) {
       const int64_t byte = first_byte + g;
       const int8_t* value = q + t * q_stride + byte / V::kWidth * 4 * V::kWidth + byte % V::kWidth;
-      for (int j = 0; j < 4; ++j) s.x[g][j][t] = value[j * V::kWidth];
+      for (int j = 0; j < 4; ++j) scratch.x[g][j][t] = value[j * V::kWidth];
     }
   }
 }
@@ -91,47 +95,47 @@ inline void lookup_table(const int16_t (&x)[4][Lookup<V>::kTokens],
 
 // The table offsets of up to kDepth packed bytes of one row.
 template <class V>
-inline void lookup_index(const uint8_t* packed, int64_t bytes, int64_t row, Lookup<V>& s) {
+inline void lookup_index(const uint8_t* packed, int64_t bytes, int64_t row, Lookup<V>& scratch) {
   constexpr int kDepth = Lookup<V>::kDepth;
   constexpr int kGroups = Lookup<V>::kGroups;
   uint8_t padded[kDepth];
   if (bytes < kDepth) {
-    memset(padded, 0x55, sizeof(padded));  // weight 0: a byte that every table has
+    memset(padded, 0x55, sizeof(padded));  // weight 0
     memcpy(padded, packed, static_cast<size_t>(bytes));
     packed = padded;
   }
-  // The same rows are read again, one slice of k further.
+  // The next slice of k of the same row.
   __builtin_prefetch(packed + kDepth);
   uint16_t offset[kDepth];
   for (int g = 0; g < kDepth; ++g) {
     // From digits of base 4 to base 3: 4a + b becomes 3a + b in each nibble, then 16A + B 9A + B.
     const uint8_t pairs = static_cast<uint8_t>(packed[g] - (packed[g] >> 2 & 0x33));
     const uint8_t entry = static_cast<uint8_t>(pairs - 7 * (pairs >> 4));
-    const size_t table = g % kGroups * sizeof(s.tables[0]);
-    offset[g] = static_cast<uint16_t>(table + entry * sizeof(s.tables[0][0]));
+    const size_t table = g % kGroups * sizeof(scratch.tables[0]);
+    offset[g] = static_cast<uint16_t>(table + entry * sizeof(scratch.tables[0][0]));
   }
   for (int slice = 0; slice < kDepth / kGroups; ++slice) {
-    memcpy(s.index[slice][row], offset + slice * kGroups, sizeof(s.index[slice][row]));
+    memcpy(scratch.index[slice][row], offset + slice * kGroups, sizeof(scratch.index[slice][row]));
   }
 }
 
-// Adds kGroups groups to the sums of all rows. The first slice starts them, the last one passes
-// them on.
+// Adds kGroups groups to the 16-bit sums of all rows. The first slice starts the sums; the last one
+// adds them to the 32-bit sums.
 template <class V, bool kFirst, bool kLast>
-inline void lookup_add(const uint16_t (*index)[Lookup<V>::kGroups], int64_t rows, Lookup<V>& s,
-                       int32_t (*sums)[Lookup<V>::kTokens]) {
+inline void lookup_add(const uint16_t (*index)[Lookup<V>::kGroups], int64_t rows,
+                       Lookup<V>& scratch, int32_t (*sums)[Lookup<V>::kTokens]) {
   using Entry = typename Lookup<V>::Entry;
   using Words = typename Lookup<V>::Words;
   constexpr int kVectors = Lookup<V>::kVectors;
   const char* tables[kVectors];
   for (int v = 0; v < kVectors; ++v) {
-    tables[v] = reinterpret_cast<const char*>(&s.tables[0][0].vector[v]);
-    // So that no compiler derives one base from the other: base plus index is an address, a
-    // constant more costs AArch64 an addition per vector.
+    tables[v] = reinterpret_cast<const char*>(&scratch.tables[0][0].vector[v]);
+    // Hides the value from the compiler, so that it derives no base from another one: base plus
+    // index is an address, but a further constant costs AArch64 an addition per vector.
     __asm__("" : "+r"(tables[v]));
   }
   for (int64_t r = 0; r < rows; ++r) {
-    Entry sum = kFirst ? Entry{} : s.sums16[r];
+    Entry sum = kFirst ? Entry{} : scratch.sums16[r];
     for (int g = 0; g < Lookup<V>::kGroups; ++g) {
       for (int v = 0; v < kVectors; ++v) {
         sum.vector[v] += *reinterpret_cast<const Words*>(tables[v] + index[r][g]);
@@ -142,33 +146,34 @@ inline void lookup_add(const uint16_t (*index)[Lookup<V>::kGroups], int64_t rows
       memcpy(lanes, &sum, sizeof(lanes));
       for (int t = 0; t < Lookup<V>::kTokens; ++t) sums[r][t] += lanes[t];
     } else {
-      s.sums16[r] = sum;
+      scratch.sums16[r] = sum;
     }
   }
 }
 
 // One tile of tokens against one slice of k, `bytes` packed bytes of every row.
 template <class V>
-inline void lookup_tile(int64_t rows, int64_t bytes, Lookup<V>& s,
+inline void lookup_tile(int64_t rows, int64_t bytes, Lookup<V>& scratch,
                         int32_t (*sums)[Lookup<V>::kTokens]) {
   constexpr int kGroups = Lookup<V>::kGroups;
   const int64_t slices = ceil_div(bytes, kGroups);
   for (int64_t slice = 0; slice < slices; ++slice) {
-    for (int g = 0; g < kGroups; ++g) lookup_table<V>(s.x[slice * kGroups + g], s.tables[g]);
+    for (int g = 0; g < kGroups; ++g)
+      lookup_table<V>(scratch.x[slice * kGroups + g], scratch.tables[g]);
     const bool last = slice == slices - 1;
     const auto add = slice == 0 ? (last ? lookup_add<V, true, true> : lookup_add<V, true, false>)
                                 : (last ? lookup_add<V, false, true> : lookup_add<V, false, false>);
-    add(s.index[slice], rows, s, sums);
+    add(scratch.index[slice], rows, scratch, sums);
   }
 }
 
-// From the sums of one tile to the output.
+// Writes the output of one tile from its sums.
 template <class V>
 inline void lookup_store(const bitlinear_task& task, int64_t m, int64_t tokens, int64_t n,
                          int64_t rows, const int32_t (*sums)[Lookup<V>::kTokens]) {
   constexpr int kColumns = 64;
   for (int64_t r = 0; r < rows; r += kColumns) {
-    const int64_t count = least(rows - r, kColumns);
+    const int64_t count = minimum(rows - r, kColumns);
     const Epilogue<V, kColumns> epilogue(task, n + r, count);
     for (int64_t t = 0; t < tokens; ++t) {
       int32_t codes[kColumns];
@@ -179,55 +184,55 @@ inline void lookup_store(const bitlinear_task& task, int64_t m, int64_t tokens, 
   }
 }
 
-// kTiles tiles of tokens or fewer against kRows rows or fewer.
+// At most kTiles tiles of tokens against at most kRows rows.
 template <class V>
 inline void lookup_block(const bitlinear_task& task, int64_t begin, int64_t tokens, int64_t n,
                          int64_t rows) {
   using L = Lookup<V>;
-  L& s = *static_cast<L*>(task.scratch);
+  L& scratch = *static_cast<L*>(task.scratch);
   const int64_t tiles = ceil_div(tokens, L::kTokens);
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    memset(s.sums[tile], 0, static_cast<size_t>(rows) * sizeof(s.sums[0][0]));
+    memset(scratch.sums[tile], 0, static_cast<size_t>(rows) * sizeof(scratch.sums[0][0]));
   }
   for (int64_t byte = 0; byte < task.row_bytes; byte += L::kDepth) {
-    const int64_t bytes = least(L::kDepth, task.row_bytes - byte);
+    const int64_t bytes = minimum(L::kDepth, task.row_bytes - byte);
     for (int64_t r = 0; r < rows; ++r) {
-      lookup_index<V>(task.w + (n + r) * task.row_bytes + byte, bytes, r, s);
+      lookup_index<V>(task.w + (n + r) * task.row_bytes + byte, bytes, r, scratch);
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t m = tile * L::kTokens;
       lookup_gather<V>(task.q + (begin + m) * task.q_stride, task.q_stride,
-                       least(L::kTokens, tokens - m), byte, bytes, s);
-      lookup_tile<V>(rows, bytes, s, s.sums[tile]);
+                       minimum(L::kTokens, tokens - m), byte, bytes, scratch);
+      lookup_tile<V>(rows, bytes, scratch, scratch.sums[tile]);
     }
   }
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t m = tile * L::kTokens;
-    lookup_store<V>(task, begin + m, least(L::kTokens, tokens - m), n, rows, s.sums[tile]);
+    lookup_store<V>(task, begin + m, minimum(L::kTokens, tokens - m), n, rows, scratch.sums[tile]);
   }
 }
 
-// What V provides besides: kLookupVectors, the vectors of a table entry. More of them make tiles of
-// more tokens, larger tables, and fewer indices per token.
+// V provides, in addition to the vocabulary of vocabulary.h: kLookupVectors, the vectors of a table
+// entry. More vectors mean more tokens per tile, larger tables, and fewer indices per token.
 template <class V>
 struct LookupGemm {
   using L = Lookup<V>;
 
-  // A table has as many entries as additions of 81 rows, and fetching its x some 50 more. An index
+  // Building a table costs the additions of 81 rows; gathering its x costs some 50 more. An index
   // costs as much as half a tile.
   static constexpr bitlinear_costs kCosts = {L::kTokens, 64, L::kTokens / 2, L::kEntries + 50};
 
-  // Of the scratch, only the tiles that the task has.
+  // The size of Lookup without the tiles that the task does not need.
   static int64_t scratch_bytes(int64_t M) {
-    const int64_t unused = L::kTiles - least(ceil_div(M, L::kTokens), L::kTiles);
+    const int64_t unused = L::kTiles - minimum(ceil_div(M, L::kTokens), L::kTiles);
     return static_cast<int64_t>(sizeof(L)) - unused * static_cast<int64_t>(sizeof(L::sums[0]));
   }
 
   static void run(const bitlinear_task& task) {
     for (int64_t n = task.n_begin; n < task.n_end; n += L::kRows) {
       for (int64_t m = 0; m < task.M; m += L::kTiles * L::kTokens) {
-        lookup_block<V>(task, m, least(task.M - m, L::kTiles * L::kTokens), n,
-                        least(task.n_end - n, L::kRows));
+        lookup_block<V>(task, m, minimum(task.M - m, L::kTiles * L::kTokens), n,
+                        minimum(task.n_end - n, L::kRows));
       }
     }
   }

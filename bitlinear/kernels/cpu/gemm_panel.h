@@ -1,15 +1,16 @@
-// Many tokens against many weight rows, with the dot product of four bytes (VNNI).
+// Panel GEMM: many tokens against many weight rows, for instruction sets with a dot product of four
+// bytes (VNNI, sdot, AMX).
 //
-// A panel of weight rows is decoded once into bytes that all tokens share: vector `step` of a strip
-// of kLanes rows holds, in lane r, four codes of row r. The order of k is that of the quantised
-// activations, so a step needs the four consecutive bytes q[4 * step ...], broadcast: no shuffle,
-// and every lane of an accumulator is an output. A tile of kPanelTokens x kPanelStrips accumulators
-// stays in registers while k streams by.
+// A panel of weight rows is decoded once into bytes that all tokens share. Vector `step` of a strip
+// of kLanes rows holds four codes of row r in lane r. k has the order of the quantised activations,
+// so a step broadcasts the four consecutive bytes q[4 * step ...]: it needs no shuffle, and every
+// lane of an accumulator is an output. A tile of kPanelTokens x kPanelStrips accumulators stays in
+// registers for a whole slice of k.
 //
-// Bound: the peak rate of the dot product (AVX512-VNNI at 2.8 GHz: 720 Gop/s and core); the loop is
-// 24 dot products, 11 loads and 4 others, 12 cycles where two dot products start in each. Decoding
-// costs about as much as 3 tokens. Reached, on one core of a Xeon that is otherwise idle, at 4096 x
-// 4096: M = 16 71 %, M = 32 87 %, M = 256 100 %; what is missing is the decoding.
+// Bound: the peak rate of the dot product (AVX512-VNNI at 2.8 GHz: 720 Gop/s per core). The loop
+// has 24 dot products, 11 loads and 4 others: 12 cycles if two dot products start in each. Decoding
+// costs about as much as 3 tokens. Reached on one core of an idle Xeon at 4096 x 4096: 71 % for M =
+// 16, 87 % for M = 32, 100 % for M = 256. The rest is decoding.
 #pragma once
 
 #include <stdint.h>
@@ -24,8 +25,8 @@ struct Panel {
   static constexpr int kLanes = V::kWidth / 4;  // rows of a strip
   static constexpr int64_t kRows = V::kPanelStrips * kLanes;
   static constexpr int64_t kBytes = V::kPanelDepth / 4;  // packed bytes of a row decoded at a time
-  // A block of the output whose sums are kept from one slice of k to the next: the activations of
-  // one slice stay in the L2 cache for all panels of the block.
+  // A block of the output, whose sums stay in memory between slices of k. The activations of one
+  // slice stay in the L2 cache for all panels of the block.
   static constexpr int64_t kBlockTokens = 256;
   static constexpr int64_t kBlockRows = 192;
   static_assert(kBlockRows % kRows == 0, "a block must hold whole panels");
@@ -66,9 +67,16 @@ struct DotTile {
                        int32_t* sums, bool accumulate) {
     constexpr int kLanes = Panel<V>::kLanes;
     typename V::Bytes tile[kTokens][kStrips] = {};
-    // The last block of k may be partial: of each of its planes only the beginning matters. One
-    // loop for all five ranges, since a compiler keeps the tile in registers only if it sees it
-    // used once.
+    // The last block of k can be partial: then only the first ceil(r / 4) steps of each of its
+    // planes have codes, r being its packed bytes (# multiplied, . skipped):
+    //
+    //   |<----- whole blocks ------>|<----------- the partial block ----------->|
+    //   |                           | plane 0 | plane 1 | plane 2 | plane 3     |
+    //   |###########################|###......|###......|###......|###..........|
+    //     range 0                     range 1   range 2   range 3   range 4
+    //
+    // One loop serves all five ranges, because compilers keep the tile in registers only if one
+    // loop uses it.
     const int64_t whole = bytes / V::kWidth * V::kWidth;
     const int64_t tail = (bytes - whole + 3) / 4;
     for (int range = 0; range < 5; ++range) {
@@ -76,7 +84,8 @@ struct DotTile {
       const int64_t steps = range == 0 ? whole : tail;
       const uint8_t* code = codes + first * kStrips * V::kWidth;
       const int8_t* quad = q + first * 4;
-      // Unrolled, since a core that runs two threads issues three instructions of each per cycle.
+      // Unrolled, because a core that runs two threads issues only three instructions of each per
+      // cycle.
 #pragma GCC unroll 4
       for (int64_t step = 0; step < steps; ++step) {
         typename V::Bytes strip[kStrips];
@@ -98,8 +107,8 @@ struct DotTile {
   }
 };
 
-// How the sums of a panel are computed: tiles in registers of kPanelTokens tokens, then of half as
-// many. Tile multiplies one of them, as DotTile. The AMX variant does it otherwise.
+// Computes the sums of a panel in tiles of registers: of kPanelTokens tokens, then half as many,
+// and so on. Tile multiplies one tile, as DotTile does. The AMX variant has AmxTiles instead.
 template <class V, class Tile>
 struct RegisterTiles {
   template <int kStrips, int kTokens = V::kPanelTokens>
@@ -147,29 +156,31 @@ inline void panel_block(const bitlinear_task& task, int64_t m, int64_t tokens, i
   using P = Panel<V>;
   int32_t* sums = static_cast<P*>(task.scratch)->sums[0];
   for (int64_t begin = 0; begin < task.row_bytes; begin += P::kBytes) {
-    const int64_t bytes = least(task.row_bytes - begin, P::kBytes);
+    const int64_t bytes = minimum(task.row_bytes - begin, P::kBytes);
     for (int64_t first = 0; first < rows; first += P::kRows) {
-      panel_slice<V, V::kPanelStrips>(task, m, tokens, n + first, least(rows - first, P::kRows),
+      panel_slice<V, V::kPanelStrips>(task, m, tokens, n + first, minimum(rows - first, P::kRows),
                                       begin, bytes, tiles, sums + first);
     }
   }
-  // All panels of a token together: the longer the run of addresses, the better it is fetched.
+  // All panels of a token are stored together: the prefetcher follows long runs of addresses
+  // better.
   const Epilogue<V, P::kBlockRows> epilogue(task, n, rows);
   for (int64_t t = 0; t < tokens; ++t) epilogue.store(m + t, sums + t * P::kBlockRows);
 }
 
-// What V provides besides (vnni.h, avx512.h): kPanelDepth; kPanelTokens and kPanelStrips, the tile
-// in registers; kDecodingTokens and kFetchingRows, the costs of a row and of a token; zero,
-// codes(w, shift), which is (w >> shift) & 3 in every byte, transpose(rows), store; and for DotTile
-// broadcast_quad(p), dot(sum, codes, activations), add, load_ints, store_ints.
+// V provides, in addition to the vocabulary of vocabulary.h (vnni.h and avx512.h are examples):
+// kPanelDepth, the values of k in a slice; kPanelTokens and kPanelStrips, the tile in registers;
+// kDecodingTokens and kFetchingRows, the costs of a row and of a token; zero; codes(w, shift),
+// which is (w >> shift) & 3 in every byte; transpose(rows); and for DotTile broadcast_quad(p),
+// dot(sum, codes, activations), add, load_ints, store_ints.
 template <class V, class Tiles = RegisterTiles<V, DotTile<V>>>
 struct PanelGemm {
-  // Rows beyond the last whole panel cost a narrower one: a strip is the unit.
+  // Rows beyond the last whole panel run in a narrower panel, so a strip is the unit.
   static constexpr bitlinear_costs kCosts = {V::kPanelTokens, Panel<V>::kLanes, V::kDecodingTokens,
                                              V::kFetchingRows};
   static int64_t scratch_bytes(int64_t M) {
     using P = Panel<V>;
-    const int64_t tokens = least(M, P::kBlockTokens);
+    const int64_t tokens = minimum(M, P::kBlockTokens);
     return static_cast<int64_t>(sizeof(P)) - (P::kBlockTokens - tokens) * P::kBlockRows * 4;
   }
   static void run(const bitlinear_task& task) {
@@ -177,8 +188,8 @@ struct PanelGemm {
     Tiles tiles;
     for (int64_t m = 0; m < task.M; m += P::kBlockTokens) {
       for (int64_t n = task.n_begin; n < task.n_end; n += P::kBlockRows) {
-        panel_block<V>(task, m, least(task.M - m, P::kBlockTokens), n,
-                       least(task.n_end - n, P::kBlockRows), tiles);
+        panel_block<V>(task, m, minimum(task.M - m, P::kBlockTokens), n,
+                       minimum(task.n_end - n, P::kBlockRows), tiles);
       }
     }
   }

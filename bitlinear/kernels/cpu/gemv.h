@@ -1,16 +1,17 @@
-// A few tokens against many weight rows, read as they are packed.
+// GEMV: a few tokens against many weight rows, which are read as packed bytes.
 //
 // In a vector of packed bytes w, the masks 0xC0, 0x30, 0x0C, 0x03 leave the codes of k = 0, 1, 2, 3
-// (mod 4), 64, 16, 4 and 1 times too large. The quantiser has laid the activations out in the same
-// four planes, so each plane is one dot product with an accumulator of its own, and the factors are
-// shifted away once at the end: no shift and no shuffle of weights.
+// (mod 4), 64, 16, 4 and 1 times too large. The quantiser stores the activations in the same four
+// planes. So each plane is one dot product with its own accumulator, and the factors are shifted
+// away once at the end: weights are neither shifted nor shuffled.
 //
-// Bound: per vector of packed bytes 1 load and 4 ands, which all tokens share, and 4 dot products
-// per token. AVX512-VNNI, two of either a cycle: 64 bytes in 4 cycles for one token (45 GB/s and
-// core at 2.8 GHz) and in 10 for four; beyond the cache the memory bandwidth. Reached on two cores
-// of a Xeon: 28672 x 8192, one token, all of the measured bandwidth of memory (43.9 GB/s); 4096 x
-// 4096, whose weights just overflow the L2 caches, 42 to 58 GB/s of 96. Four tokens on one core:
-// 0.74 of the dot product's peak, where 0.8 is the bound (16 of 20 instructions).
+// Bound: per vector of packed bytes 1 load and 4 ANDs, which all tokens share, and 4 dot products
+// per token. AVX512-VNNI starts two ANDs or two dot products a cycle: 64 bytes take 4 cycles for
+// one token (45 GB/s per core at 2.8 GHz) and 10 for four. Weights beyond the cache are bound by
+// memory bandwidth. Reached on two cores of a Xeon: 28672 x 8192, one token, all of the measured
+// bandwidth of memory (43.9 GB/s); 4096 x 4096, whose weights just overflow the L2 caches, 42 to 58
+// GB/s of 96. Four tokens on one core: 0.74 of the dot product's peak, where 0.8 is the bound (16
+// of 20 instructions).
 #pragma once
 
 #include <stdint.h>
@@ -20,7 +21,7 @@
 
 namespace bitlinear {
 
-// Columns of the output that are computed together.
+// Columns of the output that share an epilogue.
 constexpr int kGemvColumns = 64;
 
 // totals[m * kRows + r] = the exact sum over all lanes of sums[m][r].
@@ -42,12 +43,13 @@ inline void gemv_tile(const uint8_t* w, int64_t stride, int64_t blocks, const in
                       int64_t q_stride, int32_t* codes, bool accumulate) {
   typename V::PlaneSum sums[kTokens][kRows] = {};
   while (blocks > 0) {
-    const int64_t run = least(blocks, V::PlaneSum::kFlush);
+    const int64_t run = minimum(blocks, V::PlaneSum::kFlush);
     for (int64_t i = 0; i < run;) {
-      // Several strided streams defeat the hardware prefetcher: fetch the next row group.
+      // Several strided streams defeat the hardware prefetcher, so the next row group is prefetched
+      // here.
       for (int r = 0; r < kRows; ++r) __builtin_prefetch(w + (kRows + r) * stride);
-      // For short vectors once per cache line.
-      const int64_t end = V::kWidth >= 32 ? i + 1 : least(i + 64 / V::kWidth, run);
+      // Short vectors: one prefetch per cache line.
+      const int64_t end = V::kWidth >= 32 ? i + 1 : minimum(i + 64 / V::kWidth, run);
       for (; i < end; ++i) {
         typename V::Bytes packed[kRows];
         for (int r = 0; r < kRows; ++r) packed[r] = V::load(w + r * stride);
@@ -75,7 +77,7 @@ inline void gemv_tile(const uint8_t* w, int64_t stride, int64_t blocks, const in
   }
 }
 
-// The same over all of k.
+// As gemv_tile, over all of k.
 template <class V, int kTokens, int kRows>
 inline void gemv_rows(const uint8_t* w, int64_t row_bytes, const int8_t* q, int64_t q_stride,
                       int32_t* codes) {
@@ -111,7 +113,7 @@ inline void gemv_columns(const bitlinear_task& task, int64_t m, int64_t n, int64
   for (int t = 0; t < kTokens; ++t) epilogue.store(m + t, codes + t * kGemvColumns);
 }
 
-// kTokens at a time, then fewer.
+// kTokens tokens at a time, then the tail.
 template <class V, int kTokens>
 inline void gemv_tokens(const bitlinear_task& task, int64_t m, int64_t n, int64_t count,
                         const Epilogue<V, kGemvColumns>& epilogue) {
@@ -124,7 +126,7 @@ inline void gemv_tokens(const bitlinear_task& task, int64_t m, int64_t n, int64_
 template <class V>
 void gemv(const bitlinear_task& task) {
   for (int64_t n = task.n_begin; n < task.n_end; n += kGemvColumns) {
-    const int64_t count = least(task.n_end - n, kGemvColumns);
+    const int64_t count = minimum(task.n_end - n, kGemvColumns);
     const Epilogue<V, kGemvColumns> epilogue(task, n, count);
     gemv_tokens<V, V::kGemvTokens>(task, 0, n, count, epilogue);
   }

@@ -1,20 +1,19 @@
-// Which form of kernel runs, and how one call is divided among threads: pure functions of its
-// sizes, tested by tests/kernels/test_heuristics.py.
+// Chooses the form of a product and divides a call among threads. Pure functions of the sizes,
+// tested by tests/kernels/test_heuristics.py.
 #pragma once
 
 #include <stdint.h>
 
 #include "../abi.h"
+#include "../integers.h"
 
 namespace bitlinear {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Whether M tokens are better served by the GEMM than by a GEMV for every few of them. A GEMV reads
-// packed bytes directly and pays for summing across lanes once per row and token, as much as for
-// `gemv_overhead` vectors of packed bytes; the GEMM pays for decoding once per packed byte. Where a
-// row is long, the GEMM is ahead from gemm_tokens on, where it is short, earlier.
+// Whether the GEMM is faster than the GEMV for M tokens. The GEMV reads packed bytes directly, and
+// sums across lanes once per row and token, which costs as much as `gemv_overhead` vectors of
+// packed bytes. The GEMM decodes each packed byte once. For long rows the GEMM is faster from
+// gemm_tokens on, for short rows earlier. The README of the kernels says how both constants are
+// refitted.
 constexpr bool prefer_gemm(int64_t M, int64_t vectors_per_row, int64_t gemm_tokens,
                            int64_t gemv_overhead) {
   return M > 1 && M * (vectors_per_row + gemv_overhead) >= gemm_tokens * vectors_per_row;
@@ -29,12 +28,12 @@ constexpr Range part_of(int64_t size, int64_t unit, int64_t index, int64_t parts
   const int64_t units = ceil_div(size, unit);
   const int64_t begin = index * units / parts * unit;
   const int64_t end = (index + 1) * units / parts * unit;
-  return {least(begin, size), least(end, size)};
+  return {minimum(begin, size), minimum(end, size)};
 }
 
 // The size of the largest of those parts.
 constexpr int64_t largest_part(int64_t size, int64_t unit, int64_t parts) {
-  return least(ceil_div(ceil_div(size, unit), parts) * unit, size);
+  return minimum(ceil_div(ceil_div(size, unit), parts) * unit, size);
 }
 
 // The output (M, N) is cut into tokens x rows rectangles, one per thread.
@@ -42,25 +41,27 @@ struct Grid {
   int64_t tokens, rows;
 };
 
-// Waking a team of threads costs about 0.7 us a thread (GNU OpenMP, spinning; 2 to 16 threads), and
-// one thread multiplies about 45 KB of packed bytes by a token in a microsecond.
-constexpr bool worth_a_team(int64_t packed_bytes_times_tokens, int64_t threads) {
-  constexpr int64_t kTeamBytesPerThread = 24 * 1024;
+// Whether a product is large enough for several threads. Waking them costs about 0.7 us a thread
+// (GNU OpenMP, spinning; 2 to 16 threads of a Sapphire Rapids VM), and one thread multiplies about
+// 45 KB of packed bytes by a token in a microsecond. Refit: `python -m scripts.bench --threads 1 2
+// 4 8 16`.
+constexpr bool pays_for_threads(int64_t packed_bytes_times_tokens, int64_t threads) {
+  constexpr int64_t kBytesPerThread = 24 * 1024;
   return threads > 1 &&
-         packed_bytes_times_tokens * (threads - 1) >= kTeamBytesPerThread * threads * threads;
+         packed_bytes_times_tokens * (threads - 1) >= kBytesPerThread * threads * threads;
 }
 
-// The division that makes the largest part cheapest, by the variant's own account of its costs; of
-// equals the one with the fewest cuts between tokens, as every such cut reads the weights again.
+// The grid whose largest part is cheapest by the variant's costs. Of equal grids, the one with the
+// fewest cuts between tokens: each of these cuts reads the weights once more.
 constexpr Grid choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,
                            const bitlinear_costs& costs) {
-  if (!worth_a_team(M * N * row_bytes, threads)) return {1, 1};
+  if (!pays_for_threads(M * N * row_bytes, threads)) return {1, 1};
   const int64_t token_units = ceil_div(M, costs.token_unit);
   const int64_t row_units = ceil_div(N, costs.row_unit);
   Grid best = {1, 1};
   int64_t lowest = INT64_MAX;
   for (int64_t tokens = 1; tokens <= threads && tokens <= token_units; ++tokens) {
-    const int64_t rows = least(threads / tokens, row_units);
+    const int64_t rows = minimum(threads / tokens, row_units);
     const int64_t part_tokens = ceil_div(token_units, tokens) * costs.token_unit;
     const int64_t part_rows = ceil_div(row_units, rows) * costs.row_unit;
     const int64_t cost = (part_tokens + costs.per_row) * (part_rows + costs.per_token);
@@ -72,12 +73,12 @@ constexpr Grid choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t thre
   return best;
 }
 
-// The number of parts in which M tokens of K values are quantised, before the product on `parts`
-// threads. Where those are awake anyway, a part costs a barrier: as much as some 500 values. Else a
-// value counts as much as four packed bytes.
+// The number of parts in which M tokens of K values are quantised, before the product in `parts`
+// parts. If the product wakes the threads anyway, a part costs a barrier, as much as some 500
+// values. Else a value costs as much as four packed bytes.
 constexpr int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads, int64_t parts) {
-  const bool divide = parts > 1 ? M * K >= 512 * threads : worth_a_team(4 * M * K, threads);
-  return divide ? least(M, threads) : 1;
+  const bool divide = parts > 1 ? M * K >= 512 * threads : pays_for_threads(4 * M * K, threads);
+  return divide ? minimum(M, threads) : 1;
 }
 
 }  // namespace bitlinear

@@ -1,9 +1,9 @@
 // NEON of Armv8.0, which has no dot product: smlal multiplies eight signed bytes and adds the
 // products to 16-bit sums, which are flushed to 32 bits before they can reach 2^15.
 //
-// There was no Arm machine to time it on. Instructions per 64 packed bytes and token, which are 256
-// multiplications (scripts/instruction_mix.py): the GEMV takes 63, of which 32 are smlal and 20
-// masks and shifts; the lookup form takes 23, of which 12.5 are loads and 8 additions.
+// Not timed: no Arm machine was available. Instructions per 64 packed bytes and token, which are
+// 256 multiplications (`python -m scripts.dev.instruction_mix`): the GEMV takes 63, of which 32 are
+// smlal and 20 masks and shifts; the lookup form takes 23, of which 12.5 are loads and 8 additions.
 #include "neon.h"
 #include "gemm_lookup.h"
 #include "vocabulary.h"
@@ -14,7 +14,8 @@ namespace {
 struct Neon : NeonBytes {
   static constexpr int kGemvTokens = 2;
   static constexpr int kGemvRows = 4;
-  // Where the instructions of a whole call say, for 16 to 1024 packed bytes a row.
+  // Fitted to the instructions of whole calls, for rows of 16 to 1024 packed bytes (`python -m
+  // scripts.dev.instruction_count`).
   static constexpr int64_t kGemmTokens = 9;
   static constexpr int64_t kGemvOverhead = 0;
   static constexpr int kLookupVectors = 2;
@@ -42,8 +43,8 @@ struct Neon : NeonBytes {
 
    private:
     static int16x8_t add_products(int16x8_t sums, Bytes codes, Bytes plane) {
-      // As intrinsics they cost both compilers register moves: 70 instructions for a block of four
-      // rows (GCC 12), or 88 (clang 14), not 63.
+      // With intrinsics both compilers add register moves: 70 instructions for a block of four rows
+      // (GCC 12) or 88 (clang 14), where 63 are enough.
       __asm__("smlal %0.8h, %1.8b, %2.8b\n\tsmlal2 %0.8h, %1.16b, %2.16b"
               : "+w"(sums)
               : "w"(codes), "w"(plane));

@@ -1,5 +1,4 @@
-// What the NEON vocabularies share: vectors of 16 bytes, and the conversions of fp16, which Armv8.0
-// has.
+// Shared by the NEON vocabularies: vectors of 16 bytes, and the fp16 conversions of Armv8.0.
 #pragma once
 
 #include <arm_neon.h>
@@ -54,7 +53,7 @@ struct NeonBytes {
   }
 
  private:
-  // Eight at a time.
+  // Both convert eight values.
   static void widen(const uint16_t* half, float* out) {
     const float16x8_t eight = vreinterpretq_f16_u16(vld1q_u16(half));
     vst1q_f32(out, vcvt_f32_f16(vget_low_f16(eight)));

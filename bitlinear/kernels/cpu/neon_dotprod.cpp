@@ -1,9 +1,9 @@
 // NEON with the dot product of bytes: Armv8.2 with FEAT_DotProd, such as Cortex-A55 and A76,
 // Neoverse N1 and Apple's M1.
 //
-// There was no Arm machine to time it on. Instructions per 64 packed bytes and token, which are 256
-// multiplications (scripts/instruction_mix.py): the GEMV takes 43, of which 36 are what reading,
-// masking and multiplying needs; bitnet.cpp's sequence is 48 without reading activations. The panel
+// Not timed: no Arm machine was available. Instructions per 64 packed bytes and token, which are
+// 256 multiplications (`python -m scripts.dev.instruction_mix`): the GEMV takes 43, of which 36
+// read, mask and multiply. bitnet.cpp's sequence takes 48 without reading activations. The panel
 // takes 21, of which 16 are sdot.
 #include "neon_dotprod.h"
 
@@ -13,7 +13,8 @@ namespace bitlinear {
 namespace {
 
 struct NeonDotprod : NeonDot {
-  // Where the instructions of a whole call say, for 16 to 1024 packed bytes a row.
+  // Fitted to the instructions of whole calls, for rows of 16 to 1024 packed bytes (`python -m
+  // scripts.dev.instruction_count`).
   static constexpr int64_t kGemmTokens = 4;
   static constexpr int64_t kGemvOverhead = 1;
   static constexpr int kPanelTokens = 4;
@@ -35,10 +36,11 @@ struct NeonDotprod : NeonDot {
   }
 };
 
-// As DotTile, but sdot takes its quad from any place of a register: one load of activations serves
-// four steps, and there is nothing to broadcast.
+// As DotTile, but sdot takes its four bytes from any lane of a register: one load of activations
+// serves four steps, and no broadcast is needed.
 struct LaneTile {
-  // All lanes of `codes` times the four bytes in one lane of `quads`; as in neon_dotprod.h.
+  // All lanes of `codes` times the four bytes in lane kLane of `quads`. Assembly for the reason
+  // given in neon_dotprod.h.
   template <int kLane>
   static int32x4_t dot(int32x4_t sum, uint8x16_t codes, int8x16_t quads) {
 #if defined(__clang__)
@@ -53,7 +55,7 @@ struct LaneTile {
   static void multiply(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t bytes,
                        int32_t* sums, bool accumulate) {
     int32x4_t tile[kTokens][kStrips] = {};
-    // A plane of a block, four steps, at a time; a partial block is padded with zeros.
+    // Four steps (one plane of a block) at a time. A partial block is padded with zeros.
     const int64_t steps = ceil_div(bytes, NeonDot::kWidth) * NeonDot::kWidth;
     for (int64_t step = 0; step < steps; step += 4) {
       int8x16_t quads[kTokens];

@@ -1,5 +1,5 @@
-// The vocabulary of NEON with sdot, which multiplies signed bytes and adds the products of every
-// four to an int32 lane; what neon_dotprod.cpp and neon_i8mm.cpp share.
+// Shared by neon_dotprod.cpp and neon_i8mm.cpp: the vocabulary of NEON with sdot, which multiplies
+// signed bytes and adds every four products to an int32 lane.
 #pragma once
 
 #include "gemm_panel.h"
@@ -15,8 +15,8 @@ struct NeonDot : NeonBytes {
   static constexpr int64_t kPanelDepth = 512;  // 12 KB of codes, 2 KB of activations: an L1 cache
   static constexpr int kFetchingRows = 16;
 
-  // As intrinsics they cost GCC register moves and spills (GCC 12: 142 instructions for a tile of
-  // 96 sdot, not 126).
+  // With the intrinsic GCC adds register moves and spills (GCC 12: 142 instructions for a tile of
+  // 96 sdot, where 126 are enough).
   static int32x4_t dot(int32x4_t sum, Bytes codes, Bytes plane) {
 #if defined(__clang__)
     return vdotq_s32(sum, vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(plane));
@@ -30,7 +30,8 @@ struct NeonDot : NeonBytes {
     static constexpr int64_t kFlush = kNeverFlush;
     int32x4_t by16 = vdupq_n_s32(0), by4 = vdupq_n_s32(0), by1 = vdupq_n_s32(0);
     void add(Bytes w, const Bytes (&q)[4]) {
-      // Shifted, as the byte 0x80 would be negative; so it needs no sum of its own.
+      // Shifted, because sdot would take the byte 0x80 as negative. So this plane shares the sum
+      // by1.
       by1 = dot(by1, vshrq_n_u8(w, 6), q[0]);
       by16 = dot(by16, vandq_u8(w, vdupq_n_u8(0x30)), q[1]);
       by4 = dot(by4, vandq_u8(w, vdupq_n_u8(0x0C)), q[2]);

@@ -1,24 +1,26 @@
 // NEON with the product of 8-bit matrices: FEAT_I8MM, such as Neoverse V1 and N2, Cortex-X2 and
-// A710, Apple's M2. One smmla multiplies two tokens by two rows, eight k deep: twice an sdot. A
-// GEMV has no use for it, as half of it would be idle.
+// A710, Apple's M2. One smmla multiplies two tokens by two rows, eight k deep: twice the work of an
+// sdot. A GEMV would leave half of it idle, and uses sdot.
 //
-// There was no Arm machine to time it on. Instructions per 64 packed bytes and token, which are 256
-// multiplications (scripts/instruction_mix.py): the panel takes 13.5, of which 8 are smmla.
+// Not timed: no Arm machine was available. Instructions per 64 packed bytes and token, which are
+// 256 multiplications (`python -m scripts.dev.instruction_mix`): the panel takes 13.5, of which 8
+// are smmla.
 #include "neon_dotprod.h"
 
 namespace bitlinear {
 namespace {
 
 struct NeonI8mm : NeonDot {
-  // Where the instructions of a whole call say, for 16 to 1024 packed bytes a row.
+  // Fitted to the instructions of whole calls, for rows of 16 to 1024 packed bytes (`python -m
+  // scripts.dev.instruction_count`).
   static constexpr int64_t kGemmTokens = 4;
   static constexpr int64_t kGemvOverhead = 2;
   static constexpr int kPanelTokens = 4;
   static constexpr int kPanelStrips = 6;
   static constexpr int kDecodingTokens = 4;
 
-  // Of each pair of steps one vector holds rows 0 and 1 of the strip, eight codes each, the other
-  // rows 2 and 3.
+  // Of each pair of steps, one vector holds rows 0 and 1 of the strip, eight codes each; the other
+  // holds rows 2 and 3.
   static void transpose(Bytes (&rows)[4]) {
     const uint64x2_t a = vreinterpretq_u64_u8(rows[0]), b = vreinterpretq_u64_u8(rows[1]);
     const uint64x2_t c = vreinterpretq_u64_u8(rows[2]), d = vreinterpretq_u64_u8(rows[3]);
@@ -29,9 +31,10 @@ struct NeonI8mm : NeonDot {
   }
 };
 
-// As DotTile, with the tokens in pairs; the last one of an odd number is paired with itself.
+// As DotTile, with the tokens in pairs. The last token of an odd number is paired with itself.
 struct MatrixTile {
-  // sum (2 tokens, 2 rows) += tokens (2, 8) times rows (2, 8) transposed; as in neon_dotprod.h.
+  // sum (2 tokens, 2 rows) += tokens (2, 8) times rows (2, 8) transposed. Assembly for the reason
+  // given in neon_dotprod.h.
   static int32x4_t multiply_matrices(int32x4_t sum, int8x16_t tokens, int8x16_t rows) {
 #if defined(__clang__)
     return vmmlaq_s32(sum, tokens, rows);
@@ -48,7 +51,7 @@ struct MatrixTile {
     constexpr int64_t kStep = kStrips * NeonI8mm::kWidth;
     const int64_t second = kTokens > 1 ? q_stride : 0;
     int32x4_t tile[kPairs][kStrips][2] = {};  // (2 tokens, 2 rows) each
-    // A plane of a block, 16 k, at a time; a partial block is padded with zeros.
+    // 16 values of k (one plane of a block) at a time. A partial block is padded with zeros.
     const int64_t steps = ceil_div(bytes, NeonI8mm::kWidth) * NeonI8mm::kWidth;
     for (int64_t step = 0; step < steps; step += 4) {
       int8x16_t pairs[kPairs][2];  // (2 tokens, 8 k) each

@@ -1,7 +1,7 @@
-// torch.ops.bitlinear.linear on the CPU: arguments, memory and threads. The arithmetic is in the
-// kernel variant that bitlinear_use_kernels() received.
+// The operators torch.ops.bitlinear.* on the CPU: arguments, memory and threads. The arithmetic is
+// in the kernel variant that bitlinear_use_kernels() activates.
 //
-// The headers are chosen for compile time: this file is most of a cold import.
+// The headers are chosen for compile time: this file takes most of a cold import.
 #include <ATen/EmptyTensor.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
@@ -26,20 +26,21 @@ namespace {
 using at::ScalarType;
 using at::Tensor;
 using bitlinear::check_arguments;
-using bitlinear::data_of;
+using bitlinear::checked_data;
 using bitlinear::kernel_dtype;
 
 std::atomic<const bitlinear_kernel_table*> active_kernels{nullptr};
 
 const bitlinear_kernel_table* active_table() {
   const bitlinear_kernel_table* table = active_kernels.load(std::memory_order_acquire);
-  TORCH_CHECK(table != nullptr, "bitlinear: no CPU kernel is active; see bitlinear.doctor");
+  TORCH_CHECK(table != nullptr,
+              "bitlinear: no CPU kernel is active: run python -m bitlinear.doctor");
   return table;
 }
 
-constexpr int64_t kAlignment = 64;  // of torch's memory, of cache lines and of vectors
+constexpr int64_t kAlignment = 64;  // of torch's allocations, of cache lines and of vectors
 
-// The scratch memory of one call: on the stack where it is small, as it is for one token.
+// The scratch memory of one call: on the stack if it is small, as for one token.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
@@ -52,19 +53,19 @@ class Scratch {
   at::TensorBase heap_;
 };
 
-// Calls `row` for each of so many rows, on all threads where that is worth it.
+// Calls `row` for each row, on all threads if there is enough work.
 template <class Row>
 void for_each_row(int64_t rows, int64_t columns, const Row& row) {
-  constexpr int64_t kWorthATeam = 32 * 1024;
+  constexpr int64_t kParallelValues = 32 * 1024;
   const int64_t parts =
-      std::min(rows, rows * columns < kWorthATeam ? 1 : int64_t{4} * at::get_num_threads());
+      std::min(rows, rows * columns < kParallelValues ? 1 : int64_t{4} * at::get_num_threads());
   bitlinear::parallel(0, row, parts, [&](int64_t part) {
     const bitlinear::Range range = bitlinear::part_of(rows, 1, part, parts);
     for (int64_t i = range.begin; i < range.end; ++i) row(i);
   });
 }
 
-// Raises ValueError if the weights hold an invalid code, unless they are known to hold none.
+// Raises ValueError if the weights hold an invalid code. Weights in checked_weights() are not read.
 void check_codes(const Tensor& w_packed, const uint8_t* rows, int64_t K) {
   if (bitlinear::checked_weights().contains(w_packed, K)) return;
   const int64_t N = w_packed.size(0), row_bytes = w_packed.size(1);
@@ -95,15 +96,15 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const int64_t M = x.numel() / K;
   c10::DimVector shape(x.sizes());
   shape.back() = N;
-  // Not at::empty, whose way through the dispatcher costs as much as a small product.
+  // Not at::empty: its way through the dispatcher costs as much as a small product.
   Tensor y = Tensor(at::detail::empty_cpu(shape, y_dtype));
   if (M == 0 || N == 0) return y;
 
   const Tensor input = x.contiguous();
   const Tensor weight = w_packed.contiguous();
   const Tensor scale = w_scale.contiguous();
-  const Tensor addend = bitlinear::kernel_bias(bias);
-  const uint8_t* const packed = reinterpret_cast<const uint8_t*>(data_of(weight, "w_packed"));
+  const Tensor bias_values = bitlinear::kernel_bias(bias);
+  const uint8_t* const packed = reinterpret_cast<const uint8_t*>(checked_data(weight, "w_packed"));
   check_codes(w_packed, packed, K);
 
   const int64_t threads = at::get_num_threads();
@@ -111,7 +112,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const bitlinear::Grid grid = bitlinear::choose_grid(M, N, row_bytes, threads, kernels->costs);
   const int64_t parts = grid.tokens * grid.rows;
 
-  // One block of scratch: what each part needs, then the quantised activations, scales and sums.
+  // One allocation: scratch memory of each part, then quantised activations, scales and sums.
   const int64_t part_tokens = bitlinear::largest_part(M, kernels->costs.token_unit, grid.tokens);
   const int64_t part_bytes =
       bitlinear::ceil_div(kernels->scratch_bytes(part_tokens, row_bytes), kAlignment) * kAlignment;
@@ -124,7 +125,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   int32_t* q_sum = reinterpret_cast<int32_t*>(s_x + M);
 
   const int x_dtype = kernel_dtype(x.scalar_type());
-  const char* tokens = data_of(input, "x");
+  const char* tokens = checked_data(input, "x");
   const int64_t x_bytes = K * input.element_size();
   bitlinear_task task = {};
   task.q = q;
@@ -134,10 +135,10 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.M = M;
   task.w = packed;
   task.row_bytes = row_bytes;
-  task.s_w = reinterpret_cast<const float*>(data_of(scale, "w_scale"));
+  task.s_w = reinterpret_cast<const float*>(checked_data(scale, "w_scale"));
   task.s_w_stride = scale.dim() == 2 ? 1 : 0;
-  task.bias = addend.defined() ? data_of(addend, "bias") : nullptr;
-  task.bias_dtype = addend.defined() ? kernel_dtype(addend.scalar_type()) : BITLINEAR_F32;
+  task.bias = bias_values.defined() ? checked_data(bias_values, "bias") : nullptr;
+  task.bias_dtype = bias_values.defined() ? kernel_dtype(bias_values.scalar_type()) : BITLINEAR_F32;
   task.y = y.data_ptr();
   task.y_stride = N;
   task.y_dtype = kernel_dtype(y_dtype);
@@ -154,16 +155,16 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
         bitlinear::part_of(M, kernels->costs.token_unit, part / grid.rows, grid.tokens);
     const bitlinear::Range n =
         bitlinear::part_of(N, kernels->costs.row_unit, part % grid.rows, grid.rows);
-    bitlinear_task mine = task;
-    mine.q += m.begin * q_stride;
-    mine.s_x += m.begin;
-    mine.q_sum += m.begin;
-    mine.M = m.end - m.begin;
-    mine.n_begin = n.begin;
-    mine.n_end = n.end;
-    mine.scratch = part_scratch + part * part_bytes;
-    mine.y = static_cast<char*>(task.y) + m.begin * N * y.element_size();
-    kernels->linear(&mine);
+    bitlinear_task part_task = task;
+    part_task.q += m.begin * q_stride;
+    part_task.s_x += m.begin;
+    part_task.q_sum += m.begin;
+    part_task.M = m.end - m.begin;
+    part_task.n_begin = n.begin;
+    part_task.n_end = n.end;
+    part_task.scratch = part_scratch + part * part_bytes;
+    part_task.y = static_cast<char*>(task.y) + m.begin * N * y.element_size();
+    kernels->linear(&part_task);
   };
   bitlinear::parallel(quantize_parts, quantize, parts, multiply);
   return y;
@@ -175,14 +176,14 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   const int64_t N = weight.size(0), K = weight.size(1);
   const Tensor input = bitlinear::kernel_operand(weight);
   const int dtype = kernel_dtype(input.scalar_type());
-  const char* const rows = data_of(input, "weight");
+  const char* const rows = checked_data(input, "weight");
   const int64_t bytes = K * input.element_size();
   const int64_t row_bytes = bitlinear::ceil_div(K, 4);
   Tensor packed = Tensor(at::detail::empty_cpu({N, row_bytes}, ScalarType::Byte));
   Tensor scale = Tensor(at::detail::empty_cpu({1}, ScalarType::Float));
 
-  // Each row in an order of its own, then the rows one after the other: the same bits with any
-  // number of threads.
+  // Each row is summed in a fixed order, then the rows one after the other: the bits do not depend
+  // on the number of threads.
   std::vector<double> sums(static_cast<size_t>(N));
   for_each_row(N, K, [&](int64_t n) {
     sums[static_cast<size_t>(n)] = kernels->sum_magnitudes(rows + n * bytes, dtype, K);
@@ -190,8 +191,8 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   double sum = 0.0;
   for (const double row : sums) sum += row;
   const float mean = static_cast<float>(sum / static_cast<double>(N * K));
-  const float least = static_cast<float>(eps);
-  const float s_w = mean < least ? least : mean;  // a NaN stays
+  const float floor = static_cast<float>(eps);
+  const float s_w = mean < floor ? floor : mean;  // a NaN stays
   *scale.data_ptr<float>() = s_w;
   uint8_t* const out = packed.data_ptr<uint8_t>();
   for_each_row(N, K, [&](int64_t n) {
@@ -223,7 +224,7 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
   const int64_t K = x.size(-1), M = K == 0 ? 0 : x.numel() / K;
   const Tensor input = x.contiguous();
   const int dtype = kernel_dtype(input.scalar_type());
-  const char* const tokens = data_of(input, "x");
+  const char* const tokens = checked_data(input, "x");
   const int64_t bytes = K * input.element_size();
   c10::DimVector shape(x.sizes());
   Tensor q = Tensor(at::detail::empty_cpu(shape, ScalarType::Char));
@@ -240,27 +241,27 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
 
 }  // namespace
 
-// Makes a variant's kernels the ones that the operator runs. 0, or 1 if its interface is another.
+// Activates a variant. Returns 0, or 1 if the variant has another version of the interface.
 BITLINEAR_EXPORT int bitlinear_use_kernels(const bitlinear_kernel_table* kernels) {
   if (kernels == nullptr || kernels->abi_version != BITLINEAR_ABI_VERSION) return 1;
   active_kernels.store(kernels, std::memory_order_release);
   return 0;
 }
 
-// How many threads take part in one parallel region: 1 where the work would silently be serial.
+// The number of threads of a parallel region. 1 shows that the work is silently serial.
 BITLINEAR_EXPORT int bitlinear_parallel_threads(void) {
   std::mutex mutex;
   std::set<std::thread::id> threads;
-  const auto note = [&](int64_t) {
+  const auto record = [&](int64_t) {
     const std::lock_guard<std::mutex> lock(mutex);
     threads.insert(std::this_thread::get_id());
   };
-  bitlinear::parallel(0, note, at::get_num_threads(), note);
+  bitlinear::parallel(0, record, at::get_num_threads(), record);
   return static_cast<int>(threads.size());
 }
 
 TORCH_LIBRARY(bitlinear, m) {
-  // The same strings as SCHEMAS in ops.py, which says what the arguments mean.
+  // The same strings as SCHEMAS in ops.py, which documents the arguments.
   m.def(
       "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
       "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor",
@@ -284,7 +285,8 @@ TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
   m.impl("quantize_activations", quantize_activations);
 }
 
-// The operators have no derivative: a backward pass raises instead of losing the gradient.
+// The operators have no backward pass: torch's fallback raises, so that no gradient is silently
+// lost. (bitlinear.linear.BitLinear has one; it is built above the operators.)
 TORCH_LIBRARY_IMPL(bitlinear, Autograd, m) {
   for (const char* name : {"linear", "quantize_weight", "expand_weight", "quantize_activations",
                            "expand_activations"}) {

@@ -1,8 +1,8 @@
 // The fused activation quantiser: absmax, scale, rounding, plane order and sum of one token.
 //
-// Two sweeps over x, which the first one leaves in the cache: x[0:K] is read, 1 byte per element is
-// written. Plain loops: the arithmetic is exact or rounded as written (-ffp-contract=off), so every
-// compiler may vectorise it and every variant gives the same bits.
+// Two passes over x; the second one finds it in the cache. Memory traffic: x[0:K] is read, 1 byte
+// per element is written. The loops are plain: their arithmetic is exact or rounded as written
+// (-ffp-contract=off), so every compiler can vectorise it and every variant gives the same bits.
 #pragma once
 
 #include <stdint.h>
@@ -12,19 +12,18 @@
 namespace bitlinear {
 
 // Adding 1.5 * 2^23 leaves a float with no fraction bits: the sum is rounded to the nearest
-// integer, ties to even, and that integer can be read off its low mantissa bits. Exact for |x| <
-// 2^22.
+// integer, ties to even, and its low mantissa bits hold that integer. Exact for |x| < 2^22.
 constexpr float kRoundMagic = 12582912.0f;
 
-// |x * inv| <= 127 * (1 + 2^-22), which rounds to 127: the clamp of the numerics never acts.
+// |x * inv| <= 127 * (1 + 2^-22), which rounds to 127, so no clamp is needed.
 inline int32_t round_to_int(float x) {
   return static_cast<int32_t>(float_bits(x + kRoundMagic) - float_bits(kRoundMagic));
 }
 
 constexpr int64_t kQuantizeChunk = 1024;  // values converted to fp32 at a time
 
-// The scale of x[0:K]. `store(k, count, row)` receives its values, quantised, from k on; none where
-// the token has a NaN or an infinity.
+// Returns the scale of x[0:K]. Calls `store(k, count, row)` with the quantised values from k on;
+// never if the token has a NaN or an infinity.
 template <class V, class Store>
 float quantize(const void* x, int dtype, int64_t K, float eps, const Store& store) {
   constexpr int64_t kChunk = kQuantizeChunk;
@@ -82,7 +81,7 @@ void quantize_row(const void* x, int dtype, int64_t K, float eps, int8_t* q, flo
       }
     }
   });
-  // A NaN.
+  // The scale is NaN.
   if (*s_x != *s_x) memset(q, 0, static_cast<size_t>((K + kValues - 1) / kValues * kValues));
   *q_sum = sum;
 }

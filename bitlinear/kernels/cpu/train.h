@@ -1,5 +1,5 @@
-// What training needs besides the product: weights quantised and packed as they change, and both
-// operands read back for the gradients. Plain loops, as in quantize.h.
+// The functions for training other than the product: quantise and pack weights, and expand both
+// operands for the gradients. Plain loops, as in quantize.h.
 #pragma once
 
 #include <stdint.h>
@@ -36,8 +36,8 @@ template <class V>
 void pack_row(const void* w, int dtype, int64_t K, float s_w, uint8_t* packed) {
   constexpr int64_t kChunk = kQuantizeChunk;
   float floats[kChunk];
-  // w / s_w rounds to 1 where it exceeds 1/2 (which rounds to even), and a quotient of floats
-  // exceeds 1/2 just where w exceeds s_w / 2, which is exact.
+  // w / s_w rounds to 1 if it exceeds 1/2 (1/2 itself rounds to even, 0). A quotient of floats
+  // exceeds 1/2 exactly if w exceeds s_w / 2, and that product is exact.
   const float half = 0.5f * s_w;
   for (int64_t k = 0; k < K; k += kChunk) {
     const int64_t count = K - k < kChunk ? K - k : kChunk;

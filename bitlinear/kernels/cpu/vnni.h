@@ -1,6 +1,5 @@
-// The sums of codes times activations where one instruction (vpdpbusd) multiplies unsigned by
-// signed bytes and adds the products of every four into an int32 lane. No 16-bit sums, nothing to
-// flush.
+// Sums of codes times activations with vpdpbusd, which multiplies unsigned by signed bytes and adds
+// every four products into an int32 lane. There are no 16-bit sums, so nothing has to be flushed.
 #pragma once
 
 #include <stdint.h>
@@ -11,32 +10,32 @@
 namespace bitlinear {
 namespace {
 
-// Isa provides zero(), dot(sum, codes, plane), both(a, b) (bitwise and), shift_bytes_right(a,
-// bits), bytes_of(value), ints_of(value), and on int32 lanes shift_right<bits>(a), add(a, b),
+// Isa provides zero(), dot(sum, codes, plane), bitwise_and(a, b), shift_bytes_right(a, bits),
+// broadcast_byte(value), broadcast_int(value), and on int32 lanes shift_right<bits>(a), add(a, b),
 // reduce(a), reduce4(...).
 template <class Isa>
 struct Vnni : Isa {
   using Bytes = typename Isa::Bytes;
 
   static Bytes codes(Bytes w, int shift) {
-    return Isa::both(Isa::shift_bytes_right(w, shift), Isa::bytes_of(3));
+    return Isa::bitwise_and(Isa::shift_bytes_right(w, shift), Isa::broadcast_byte(3));
   }
 
-  // Four consecutive activations, in every lane.
+  // Four consecutive activations, copied to every lane.
   static Bytes broadcast_quad(const int8_t* p) {
     int32_t quad;
     memcpy(&quad, p, sizeof(quad));
-    return Isa::ints_of(quad);
+    return Isa::broadcast_int(quad);
   }
 
   struct PlaneSum {
     static constexpr int64_t kFlush = kNeverFlush;
     Bytes by64 = Isa::zero(), by16 = Isa::zero(), by4 = Isa::zero(), by1 = Isa::zero();
     void add(Bytes w, const Bytes (&q)[4]) {
-      by64 = Isa::dot(by64, Isa::both(w, Isa::bytes_of(0xC0)), q[0]);
-      by16 = Isa::dot(by16, Isa::both(w, Isa::bytes_of(0x30)), q[1]);
-      by4 = Isa::dot(by4, Isa::both(w, Isa::bytes_of(0x0C)), q[2]);
-      by1 = Isa::dot(by1, Isa::both(w, Isa::bytes_of(0x03)), q[3]);
+      by64 = Isa::dot(by64, Isa::bitwise_and(w, Isa::broadcast_byte(0xC0)), q[0]);
+      by16 = Isa::dot(by16, Isa::bitwise_and(w, Isa::broadcast_byte(0x30)), q[1]);
+      by4 = Isa::dot(by4, Isa::bitwise_and(w, Isa::broadcast_byte(0x0C)), q[2]);
+      by1 = Isa::dot(by1, Isa::bitwise_and(w, Isa::broadcast_byte(0x03)), q[3]);
     }
     void flush() {}
     Bytes lanes() const {

@@ -1,23 +1,25 @@
-// Turns an instruction set's vector vocabulary V into the table that a variant exports.
+// Turns the vector vocabulary V of an instruction set into the table that a variant exports.
 //
-// What V provides (avx2.cpp is the shortest example):
+// V provides (avx2.cpp is a short example, ../README.md has another one):
 //   kWidth                     bytes in a vector
 //   Bytes                      a vector of kWidth bytes
-//   load(p), load_partial(p, n)     packed bytes; the latter reads n < kWidth of them, rest zero
+//   load(p)                    kWidth packed bytes
+//   load_partial(p, n)         n < kWidth packed bytes, then zeros; reads no byte beyond them
 //   store(p, bytes)
-//   load_plane(p)              activations (int8), aligned or not
+//   load_plane(p)              kWidth activations (int8) at any address
 //   PlaneSum                   sum of codes times activations; add(w, q) takes packed bytes and the
 //                              four activation vectors of their block
-//     kFlush                   blocks that may be added before flush() must be called
-//     lanes()                  32-bit lanes whose total is the exact sum, after a flush()
+//     kFlush                   the maximum of blocks between two calls of flush()
+//     lanes()                  32-bit lanes; their total is the exact sum, after a flush()
 //   reduce(lanes)              their total
-//   reduce4(a, b, c, d, out)   the totals of four, to out[0] .. out[3]
-//   kGemvTokens                tokens that share the loads of packed bytes, as registers allow
+//   reduce4(a, b, c, d, out)   the totals of four vectors of lanes, to out[0] .. out[3]
+//   kGemvTokens                tokens that share the loads of packed bytes
 //   kGemvRows                  PlaneSums in registers: weight rows times tokens
-//   floats_from_fp16, fp16_from_floats
-//   kGemmTokens, kGemvOverhead from how many tokens on Gemm is faster: see heuristics.h
+//   floats_from_fp16, fp16_from_floats   conversions; portable_half.h has some for any ISA
+//   kGemmTokens, kGemvOverhead the number of tokens from which Gemm is faster: see heuristics.h
 //
-// Gemm, one of the templates in gemm_*.h, says what it needs besides.
+// Gemm is PanelGemm or LookupGemm (gemm_panel.h, gemm_lookup.h). Its file lists what it needs in
+// addition.
 #pragma once
 
 #include <limits.h>
@@ -57,14 +59,14 @@ constexpr bitlinear_kernel_table make_table(const char* name) {
   return {BITLINEAR_ABI_VERSION,
           name,
           V::kWidth,
-          CountingSubnormals<quantize_row<V>>::run,
-          CountingSubnormals<linear<V, Gemm>>::run,
+          PreservingSubnormals<quantize_row<V>>::run,
+          PreservingSubnormals<linear<V, Gemm>>::run,
           scratch_bytes<V, Gemm>,
           Gemm::kCosts,
-          CountingSubnormals<sum_magnitudes<V>>::run,
-          CountingSubnormals<pack_row<V>>::run,
-          CountingSubnormals<expand_row<V>>::run,
-          CountingSubnormals<quantize_in_order<V>>::run};
+          PreservingSubnormals<sum_magnitudes<V>>::run,
+          PreservingSubnormals<pack_row<V>>::run,
+          PreservingSubnormals<expand_row<V>>::run,
+          PreservingSubnormals<quantize_in_order<V>>::run};
 }
 
 }  // namespace bitlinear

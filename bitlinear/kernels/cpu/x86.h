@@ -1,4 +1,4 @@
-// What the x86 vocabularies share: F16C conversions, and 256-bit vectors of bytes.
+// Shared by the x86 vocabularies: F16C conversions, and 256-bit vectors of bytes.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// The instructions of sm_80 and later that CUDA C++ has no functions for.
+// Wrappers around PTX of sm_80 and later that CUDA C++ has no functions for.
 #pragma once
 
 #include "common.cuh"
@@ -6,8 +6,8 @@
 namespace bitlinear {
 namespace cuda {
 
-// c += a * b for 16 rows of 32 unsigned bytes and 8 columns of 32 signed bytes. Of each row and
-// column a lane holds eight of the 32, and which ones is free as long as a and b agree.
+// c += a * b for 16 rows of 32 unsigned bytes and 8 columns of 32 signed bytes. A lane holds eight
+// of the 32 bytes of each row and column. Any order of k is valid if a and b have the same.
 __device__ inline void mma_u8s8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                 uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
@@ -18,10 +18,10 @@ __device__ inline void mma_u8s8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint3
 #endif
 }
 
-// Leaves the sums of parts of 16 rows and 8 columns at `mine`, where a lane has row lane / 4 and
-// column lane % 4 * 2 of the first of them. Columns lie kPitch apart.
+// Stores the sums of parts of 16 rows and 8 columns. `first` is the address of this lane's first
+// sum: row lane / 4 and column lane % 4 * 2 of the first part. Columns are kPitch apart.
 template <int kPitch, int kRowParts, int kColumnParts>
-__device__ inline void leave_sums(int32_t* mine,
+__device__ inline void store_sums(int32_t* first,
                                   const int32_t (&sums)[kRowParts][kColumnParts][4]) {
 #pragma unroll
   for (int r = 0; r < kRowParts; ++r) {
@@ -29,14 +29,14 @@ __device__ inline void leave_sums(int32_t* mine,
     for (int t = 0; t < kColumnParts; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        mine[(8 * t + i % 2) * kPitch + 16 * r + 8 * (i / 2)] = sums[r][t][i];
+        first[(8 * t + i % 2) * kPitch + 16 * r + 8 * (i / 2)] = sums[r][t][i];
       }
     }
   }
 }
 
-// Copies 16 bytes from global to shared memory in the background; zeros if not valid, and then
-// nothing is read.
+// Copies 16 bytes from global to shared memory asynchronously. If not valid, writes zeros and reads
+// nothing.
 __device__ inline void copy_async(uint8_t* to, const void* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
@@ -46,14 +46,14 @@ __device__ inline void copy_async(uint8_t* to, const void* from, bool valid) {
 #endif
 }
 
-// Closes a group of copies (it may be empty).
+// Closes a group of copies, which can be empty.
 __device__ inline void commit_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Waits until at most kPending of this thread's groups, the latest ones, are under way.
+// Waits until at most the latest kPending groups of this thread are in flight.
 template <int kPending>
 __device__ inline void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800

@@ -1,4 +1,5 @@
-// What every kernel needs: conversions, the float operations of the numerics, dependent launches.
+// Shared by all kernels: layouts of the activations, conversions, the float operations of the
+// numerics, dependent launch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,31 +15,23 @@
 namespace bitlinear {
 namespace cuda {
 
-// Those of heuristics.h, for 32-bit numbers too.
-template <class T>
-__host__ __device__ constexpr T ceil_div(T a, T b) {
-  return (a + b - 1) / b;
-}
-template <class T>
-__host__ __device__ constexpr T least(T a, T b) {
-  return a < b ? a : b;
-}
-
-// How q lies in memory. A slice of a token, 256 values, is 4 planes of 64 bytes in either.
+// The layout of q in memory. In the first three, a slice of a token (256 values) is 4 planes of 64
+// bytes.
 //
-// kRows: (M, q_stride). Word w of plane p has the four values that meet word w of the packed slice.
+// kRows: (M, q_stride). Word w of plane p has the four values that are multiplied with word w of
+// the packed slice.
 //
-// kFragments: (token_groups, q_stride / 256, 4, 8, 64). As kRows, but what 8 tokens have of a plane
-// lies together: the fragments that a warp loads for mma.m16n8k32.
+// kFragments: (token_groups, q_stride / 256, 4, 8, 64). As kRows, but a plane of 8 tokens is
+// contiguous: the fragments that a warp loads for mma.m16n8k32.
 //
-// kTiles: (q_stride / 128, token_groups, 8, 128). What 8 tokens have of half a slice is an atom of
-// wgmma's 128-byte swizzle; the atoms of consecutive tokens follow each other, so that one bulk
-// copy fetches a tile. The words of a plane, seen as a 4 x 4 matrix, are transposed.
+// kTiles: (q_stride / 128, token_groups, 8, 128). Half a slice of 8 tokens is an atom of wgmma's
+// 128-byte swizzle. The atoms of consecutive tokens are contiguous, so that one bulk copy fetches a
+// tile. The words of a plane, seen as a 4 x 4 matrix, are transposed.
 //
-// kInOrder: (M, K), as x.
+// kInOrder: (M, K), in the order of x.
 enum class Layout { kRows, kFragments, kTiles, kInOrder };
 
-// What the quantiser leaves for the products.
+// Quantised activations: output of the quantiser, input of the products.
 struct Activations {
   int8_t* q;
   int64_t q_stride;      // a multiple of 256; kInOrder: K
@@ -47,10 +40,10 @@ struct Activations {
   int32_t* q_sum;        // (M,); kInOrder: null
 };
 
-// Where word `word` (0..15) of plane `plane` of a token's slice begins.
+// The offset of word `word` (0..15) of plane `plane` of a token's slice.
 template <Layout kLayout>
-__device__ inline int64_t place_of(const Activations& activations, int64_t m, int64_t slice,
-                                   int plane, int word) {
+__device__ inline int64_t word_offset(const Activations& activations, int64_t m, int64_t slice,
+                                      int plane, int word) {
   const int row = static_cast<int>(m % 8);
   if constexpr (kLayout == Layout::kRows) {
     return m * activations.q_stride + slice * kSliceValues + 64 * plane + 4 * word;
@@ -67,9 +60,10 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// A value as it lies in memory, and what it is: apart, so that a load need not be waited for.
+// Loading bits and converting them are two functions, so that no thread waits for a load before it
+// needs the value.
 __device__ inline uint32_t load_bits(const void* p, int dtype, int64_t i) {
-  // Predicates in place of branches, which would wait for the loads.
+  // Predicates, because branches would wait for the loads.
   const bool is_wide = dtype == BITLINEAR_F32;
   uint32_t bits;
   asm volatile(
@@ -84,14 +78,14 @@ __device__ inline uint32_t load_bits(const void* p, int dtype, int64_t i) {
         "r"(static_cast<int>(is_wide)));
   return bits;
 }
-__device__ inline float float_of(uint32_t bits, int dtype) {
+__device__ inline float float_from_bits(uint32_t bits, int dtype) {
   if (dtype == BITLINEAR_F32) return __uint_as_float(bits);
   if (dtype == BITLINEAR_BF16) return __uint_as_float(bits << 16);
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
 __device__ inline float load_as_float(const void* p, int dtype, int64_t i) {
-  return float_of(load_bits(p, dtype, i), dtype);
+  return float_from_bits(load_bits(p, dtype, i), dtype);
 }
 
 template <class Y>
@@ -105,9 +99,9 @@ __device__ inline Y from_float(float value) {
   }
 }
 
-// Calls `f` with a value of the C++ type that the dtype stands for.
+// Calls `f` with a zero of the C++ type of the dtype.
 template <class F>
-__device__ inline void with_type(int dtype, F&& f) {
+__device__ inline void with_dtype(int dtype, F&& f) {
   if (dtype == BITLINEAR_F32) {
     f(float{});
   } else if (dtype == BITLINEAR_F16) {
@@ -117,12 +111,12 @@ __device__ inline void with_type(int dtype, F&& f) {
   }
 }
 
-// Four neighbouring values of y, as they lie in memory.
-__device__ inline float4 four_of(float, const float (&v)[4]) {
+// Rounds four neighbouring values of y into one vector.
+__device__ inline float4 round_to_vector(float, const float (&v)[4]) {
   return make_float4(v[0], v[1], v[2], v[3]);
 }
 template <class Half>
-__device__ inline uint2 four_of(Half, const float (&v)[4]) {
+__device__ inline uint2 round_to_vector(Half, const float (&v)[4]) {
   const Half halves[4] = {from_float<Half>(v[0]), from_float<Half>(v[1]), from_float<Half>(v[2]),
                           from_float<Half>(v[3])};
   uint2 bits;
@@ -132,7 +126,7 @@ __device__ inline uint2 four_of(Half, const float (&v)[4]) {
 
 // Stores the first `count` of four values.
 template <class Y, class Four>
-__device__ inline void store_some(Y* y, const Four& four, int count) {
+__device__ inline void store_partial(Y* y, const Four& four, int count) {
   const Y* const each = reinterpret_cast<const Y*>(&four);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -145,16 +139,22 @@ __device__ inline float dequantize(int32_t codes, int32_t q_sum, float s_x, floa
   return __fmul_rn(__int2float_rn(codes - q_sum), __fmul_rn(s_x, s_w));
 }
 
-// Programmatic dependent launch (sm_90): a kernel may start while its predecessor in the stream
-// still runs; what that one wrote may be read, and what it reads overwritten, after the wait.
+// Programmatic dependent launch (sm_90): a kernel can start while its predecessor in the stream
+// still runs. Only after wait_for_predecessor() may it read what the predecessor wrote, or
+// overwrite what the predecessor reads.
 //
-// A kernel lets its successor start before it waits itself, so the successor may overlap the kernel
-// before this one too. That is safe for any successor, also one that is not ours: PTX promises it
-// nothing about the memory of earlier kernels before its own griddepcontrol.wait, and that returns
-// when all prerequisite grids in flight have completed, the one before this kernel included: every
-// kernel here waits, so it completes after its predecessor. Ours touch nothing but w before the
-// wait, and w only if it is settled (see ops.cpp). To allow the successor after the wait costs 15 %
-// on an H100: 3.4 us instead of 2.95 for one token of 4096 x 4096.
+// A kernel calls allow_successor() before it waits itself, so the successor can overlap the kernel
+// before this one too. That is safe for any successor, also for one of another library. PTX
+// promises a successor nothing about the memory of earlier kernels before its own
+// griddepcontrol.wait. That wait returns when all prerequisite grids in flight have completed,
+// including the one before this kernel: every kernel here waits, so it completes after its
+// predecessor.
+//
+// Invariant: before the wait our kernels touch no memory but w, and w only if w_prefetchable is
+// set. Then `w` was written before the previous kernel in this stream started (see ops.cpp).
+//
+// Tried, and slower: allow_successor() after the wait costs 15 % on an H100, 3.4 us instead of 2.95
+// for one token of 4096 x 4096.
 __device__ inline void allow_successor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -165,7 +165,7 @@ __device__ inline void wait_for_predecessor() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// Has weights brought into L2 (sm_90).
+// Prefetches weights into L2 (sm_90).
 __device__ inline void prefetch_l2(const void* p, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(p)),
@@ -193,7 +193,7 @@ __device__ inline int32_t warp_reduce_add(int32_t value) {
 #endif
 }
 
-// Weights are read once per call: they would only displace the activations from L1.
+// Weights are read once per call. In L1 they would only displace the activations.
 __device__ inline uint4 load_weights(const uint8_t* p) {
 #if __CUDA_ARCH__ >= 700
   uint4 v;
@@ -206,8 +206,8 @@ __device__ inline uint4 load_weights(const uint8_t* p) {
 #endif
 }
 
-// 16 packed bytes at `offset` of a row, zeros beyond its end. Aligned: rows start at multiples
-// of 16.
+// 16 packed bytes at `offset` of a row; zeros beyond its end. kAligned: rows start at multiples of
+// 16.
 template <bool kAligned>
 __device__ inline uint4 load_chunk(const uint8_t* row, int64_t offset, int64_t row_bytes) {
   if constexpr (kAligned) {

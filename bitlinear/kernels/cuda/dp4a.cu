@@ -1,10 +1,10 @@
-// y = epilogue(q @ w^T) with the dot product of four bytes, for any shape on any device that has it
-// (sm_61 and later). The fallback of all that is older than sm_80: plain before fast.
+// y = epilogue(q @ w^T) with the dot product of four bytes, for any shape on any device that has
+// dp4a (sm_61 and later). The fallback for devices older than sm_80: simple before fast.
 //
-// What bounds it, for many tokens: issuing instructions, of which dp4a is two thirds (the others
-// shift and mask). In us on an H100, with the quantiser, 4096 x 4096 takes 5.9 for one token, 32
-// for 16, 84 for 64 and 327 for 1024 (105 Top/s; by the profiler at 2.75 instructions per cycle of
-// 4), and one token of 8192 x 8192 9.4, or 1.8 TB/s. Up to 128 registers, no spills.
+// Bound for many tokens: issuing instructions, of which dp4a is two thirds; the others shift and
+// mask. Measured on an H100, in us, with the quantiser: 4096 x 4096 takes 5.9 for one token, 32 for
+// 16, 84 for 64 and 327 for 1024 (105 Top/s; by the profiler at 2.75 instructions per cycle of 4).
+// One token of 8192 x 8192 takes 9.4, or 1.8 TB/s. Up to 128 registers, no spills.
 #include "launch.cuh"
 
 namespace bitlinear {
@@ -13,36 +13,37 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Bits 2p of four packed bytes are four codes, which go with one word of plane p.
-__device__ inline int32_t codes_of(uint32_t packed, int p) {
+// The codes at bits 2p of four packed bytes; they are multiplied with one word of plane p.
+__device__ inline int32_t extract_codes(uint32_t packed, int p) {
   return static_cast<int32_t>(packed >> 2 * p & 0x03030303u);
 }
 
-// 16 packed bytes by the 64 values of a token that go with them.
+// Multiplies 16 packed bytes by the 64 values of a token that belong to them.
 __device__ inline void add_products(const uint4& packed, const uint4 (&planes)[4], int32_t& sum) {
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
     const uint4& q = planes[p];
-    sum = __dp4a(codes_of(packed.x, p), static_cast<int32_t>(q.x), sum);
-    sum = __dp4a(codes_of(packed.y, p), static_cast<int32_t>(q.y), sum);
-    sum = __dp4a(codes_of(packed.z, p), static_cast<int32_t>(q.z), sum);
-    sum = __dp4a(codes_of(packed.w, p), static_cast<int32_t>(q.w), sum);
+    sum = __dp4a(extract_codes(packed.x, p), static_cast<int32_t>(q.x), sum);
+    sum = __dp4a(extract_codes(packed.y, p), static_cast<int32_t>(q.y), sum);
+    sum = __dp4a(extract_codes(packed.z, p), static_cast<int32_t>(q.z), sum);
+    sum = __dp4a(extract_codes(packed.w, p), static_cast<int32_t>(q.w), sum);
   }
 }
 
-__device__ inline void store(const bitlinear_cuda_task& task, const Activations& in, int64_t m,
-                             int64_t n, int32_t codes) {
-  float value = dequantize(codes, in.q_sum[m], in.s_x[m], task.s_w[n * task.s_w_stride]);
+__device__ inline void store(const bitlinear_cuda_task& task, const Activations& activations,
+                             int64_t m, int64_t n, int32_t codes) {
+  float value =
+      dequantize(codes, activations.q_sum[m], activations.s_x[m], task.s_w[n * task.s_w_stride]);
   if (task.bias != nullptr) {
     value = __fadd_rn(value, load_as_float(task.bias, task.bias_dtype, n));
   }
-  with_type(task.y_dtype, [&](auto zero) {
+  with_dtype(task.y_dtype, [&](auto zero) {
     using Y = decltype(zero);
     static_cast<Y*>(task.y)[m * task.N + n] = from_float<Y>(value);
   });
 }
 
-// 16 packed bytes of a row; alike in all threads, so that the branch costs little.
+// 16 packed bytes of a row. All threads take the same branch, so it costs little.
 __device__ inline uint4 load_packed(const uint8_t* row, int64_t offset, int64_t row_bytes,
                                     bool aligned) {
   return aligned ? load_chunk<true>(row, offset, row_bytes)
@@ -53,7 +54,7 @@ __device__ inline uint4 load_packed(const uint8_t* row, int64_t offset, int64_t 
 
 template <int kTokens>
 __global__ void __launch_bounds__(kThreads)
-    dp4a_gemv(const bitlinear_cuda_task task, const Activations in, bool aligned) {
+    dp4a_gemv(const bitlinear_cuda_task task, const Activations activations, bool aligned) {
   const int lane = threadIdx.x % 32;
   const int64_t n = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
   allow_successor();
@@ -65,14 +66,15 @@ __global__ void __launch_bounds__(kThreads)
   int32_t sums[kTokens] = {};
   for (int64_t offset = 16 * lane; offset < row_bytes; offset += 16 * 32) {
     const uint4 packed = load_packed(row, offset, row_bytes, aligned);
-    const int8_t* block = in.q + offset / kSliceBytes * kSliceValues + offset % kSliceBytes;
+    const int8_t* block =
+        activations.q + offset / kSliceBytes * kSliceValues + offset % kSliceBytes;
 #pragma unroll
     for (int m = 0; m < kTokens; ++m) {
       if (m >= task.M) break;
       uint4 planes[4];
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
-        planes[p] = *reinterpret_cast<const uint4*>(block + m * in.q_stride + 64 * p);
+        planes[p] = *reinterpret_cast<const uint4*>(block + m * activations.q_stride + 64 * p);
       }
       add_products(packed, planes, sums[m]);
     }
@@ -80,21 +82,21 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int m = 0; m < kTokens; ++m) {
     const int32_t codes = warp_reduce_add(sums[m]);
-    if (lane == m && m < task.M) store(task, in, m, n, codes);
+    if (lane == m && m < task.M) store(task, activations, m, n, codes);
   }
 }
 
 // --- Many tokens: tiles of 64 rows by 16 or 64 tokens, 64 packed bytes at a time ---
 
 constexpr int kTileRows = 64;
-constexpr int kSide = 16;  // threads are in a square, each with every 16th row and token
+constexpr int kSide = 16;  // threads form a square; each has every 16th row and token
 constexpr int kRows = kTileRows / kSide;
 constexpr int kRowVectors = kSliceBytes / 16;
 constexpr int kTokenVectors = kSliceValues / 16;
 
 template <int kTileTokens>
 __global__ void __launch_bounds__(kThreads)
-    dp4a_tiles(const bitlinear_cuda_task task, const Activations in, bool aligned) {
+    dp4a_tiles(const bitlinear_cuda_task task, const Activations activations, bool aligned) {
   constexpr int kTokens = kTileTokens / kSide;
   constexpr int kFetches = kTileTokens * kTokenVectors / kThreads;
   static_assert(kTileRows * kRowVectors == kThreads, "a thread fetches 16 packed bytes");
@@ -110,7 +112,8 @@ __global__ void __launch_bounds__(kThreads)
   allow_successor();
   wait_for_predecessor();
 
-  // What this thread fetches of every slice. Rows and tokens that are not there count as zeros.
+  // The part of every slice that this thread fetches. Rows and tokens beyond the last one are
+  // zeros.
   const int row = threadIdx.x / kRowVectors, row_vector = threadIdx.x % kRowVectors;
   const auto fetch_w = [&](int64_t slice) {
     if (n_begin + row >= task.N) return make_uint4(0, 0, 0, 0);
@@ -121,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto fetch_q = [&](int64_t slice, int i) {
     const int64_t m = m_begin + token + i * (kThreads / kTokenVectors);
     if (m >= task.M) return make_uint4(0, 0, 0, 0);
-    const int8_t* block = in.q + m * in.q_stride + slice * kSliceValues;
+    const int8_t* block = activations.q + m * activations.q_stride + slice * kSliceValues;
     return reinterpret_cast<const uint4*>(block)[token_vector];
   };
 
@@ -138,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
       q_tile[token + i * (kThreads / kTokenVectors)][token_vector] = next_q[i];
     }
     __syncthreads();
-    // On their way while this slice is multiplied.
+    // Loads of the next slice overlap the products of this one.
     if (slice + 1 < slices) {
       next_w = fetch_w(slice + 1);
 #pragma unroll
@@ -166,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t out_m = m_begin + m + kSide * t, out_n = n_begin + n + kSide * r;
-      if (out_m < task.M && out_n < task.N) store(task, in, out_m, out_n, sums[t][r]);
+      if (out_m < task.M && out_n < task.N) store(task, activations, out_m, out_n, sums[t][r]);
     }
   }
 }
@@ -176,18 +179,19 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t dp4a(const Call& call, const Activations& q) {
   const bitlinear_cuda_task& task = call.task;
   const bool aligned = rows_aligned(task.w, ceil_div<int64_t>(task.K, 4));
-  const auto how = [](int64_t blocks) {
-    return Launch{dim3(static_cast<unsigned>(blocks)), kThreads};
+  const auto make_config = [](int64_t blocks) {
+    return LaunchConfig{dim3(static_cast<unsigned>(blocks)), kThreads};
   };
   if (task.M <= 4) {
-    const Launch rows = how(ceil_div<int64_t>(task.N, kThreads / 32));
+    const LaunchConfig rows = make_config(ceil_div<int64_t>(task.N, kThreads / 32));
     return task.M == 1 ? launch_kernel<dp4a_gemv<1>>(rows, call, task, q, aligned)
                        : launch_kernel<dp4a_gemv<4>>(rows, call, task, q, aligned);
   }
-  // One dimension, as the others end at 65,535 blocks; y would not fit a memory if this one ended.
+  // One grid dimension, because y and z end at 65,535 blocks. x ends only where y would fit no
+  // memory.
   const int tile_tokens = task.M <= 16 ? 16 : 64;
-  const Launch tiles =
-      how(ceil_div<int64_t>(task.N, kTileRows) * ceil_div<int64_t>(task.M, tile_tokens));
+  const LaunchConfig tiles =
+      make_config(ceil_div<int64_t>(task.N, kTileRows) * ceil_div<int64_t>(task.M, tile_tokens));
   return tile_tokens == 16 ? launch_kernel<dp4a_tiles<16>>(tiles, call, task, q, aligned)
                            : launch_kernel<dp4a_tiles<64>>(tiles, call, task, q, aligned);
 }

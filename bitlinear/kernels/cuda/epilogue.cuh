@@ -1,4 +1,4 @@
-// How a tile of y is written from its sums in shared memory.
+// Writes a tile of y from its sums in shared memory.
 #pragma once
 
 #include "common.cuh"
@@ -10,17 +10,16 @@ __device__ inline int4 add(const int4& a, const int4& b) {
   return make_int4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// Tokens of a tile: every step-th.
-struct Tokens {
+// The tokens first, first + step, ... below `end` of a tile.
+struct TokenRange {
   int first, step, end;
 };
 
-// What the end of a tile of kRows rows, from row n on, needs of the weights. Of kThreads threads,
-// each has four rows, as long as the tile's. To be made early: its loads then need not be waited
-// for.
+// Scales and bias of the rows of a tile that one of kThreads threads writes: four rows from row n
+// on. Construct it early, so that its loads are done when the tile ends.
 template <int kRows, int kThreads>
 struct TileRows {
-  static constexpr int kGroups = kRows / 4;  // of threads with different rows
+  static constexpr int kGroups = kRows / 4;  // of threads; a group has all rows
   int64_t n;
   int row, group, count;
   float s_w[4];
@@ -29,39 +28,40 @@ struct TileRows {
   __device__ TileRows(const bitlinear_cuda_task& task, int64_t n_begin, int thread)
       : row(thread % kGroups * 4), group(thread / kGroups) {
     n = n_begin + row;
-    count = static_cast<int>(least<int64_t>(4, task.N - n));
-    // Without a bias, anything: a branch would wait for the loads.
+    count = static_cast<int>(minimum<int64_t>(4, task.N - n));
+    // Without a bias, any address will do: a branch would wait for the loads.
     const bool has_bias = task.bias != nullptr;
     const void* const bias = has_bias ? task.bias : task.s_w;
     const int bias_dtype = has_bias ? task.bias_dtype : BITLINEAR_F32;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t its = least(n + i, task.N - 1);
-      s_w[i] = task.s_w[its * task.s_w_stride];
-      bias_bits[i] = load_bits(bias, bias_dtype, has_bias ? its : 0);
+      const int64_t row = minimum(n + i, task.N - 1);
+      s_w[i] = task.s_w[row * task.s_w_stride];
+      bias_bits[i] = load_bits(bias, bias_dtype, has_bias ? row : 0);
     }
   }
 };
 
-// Writes those rows of y for some tokens of a tile that begins with token m. codes_of(token, row)
-// has the sums of four rows, from `row` on; s_x and q_sum those of the tile's tokens. A thread
-// reads kBatch tokens before it stores the first of them: the compiler moves no load across.
-template <int kBatch = 4, int kRows, int kThreads, class CodesOf>
+// Writes these rows of y for some tokens of a tile that begins with token m. load_codes(token, row)
+// returns the sums of four rows from `row` on; s_x and q_sum belong to the tokens of the tile. A
+// thread reads kBatch tokens before it stores the first one, because the compiler moves no load
+// across a store.
+template <int kBatch = 4, int kRows, int kThreads, class LoadCodes>
 __device__ inline void write_tile(const bitlinear_cuda_task& task,
                                   const TileRows<kRows, kThreads>& rows, int64_t m,
-                                  const Tokens& tokens, const float* s_x, const int32_t* q_sum,
-                                  const CodesOf& codes_of) {
+                                  const TokenRange& tokens, const float* s_x, const int32_t* q_sum,
+                                  const LoadCodes& load_codes) {
   if (rows.count <= 0) return;
   float bias[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bias[i] = float_of(rows.bias_bits[i], task.bias_dtype);
+  for (int i = 0; i < 4; ++i) bias[i] = float_from_bits(rows.bias_bits[i], task.bias_dtype);
   const bool has_bias = task.bias != nullptr;
   const int step = tokens.step * (kThreads / rows.kGroups);
   const int64_t pitch = step * task.N;
 
   const auto write = [&](auto zero, auto is_whole) {
     using Y = decltype(zero);
-    using Four = decltype(four_of(Y{}, bias));
+    using Four = decltype(round_to_vector(Y{}, bias));
     int token = tokens.first + rows.group * tokens.step;
     Y* y = static_cast<Y*>(task.y) + (m + token) * task.N + rows.n;
     for (; token < tokens.end; token += kBatch * step, y += kBatch * pitch) {
@@ -70,10 +70,10 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
       float s[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int its = token + i * step < tokens.end ? token + i * step : token;
-        codes[i] = codes_of(its, rows.row);
-        q[i] = q_sum[its];
-        s[i] = s_x[its];
+        const int batch_token = token + i * step < tokens.end ? token + i * step : token;
+        codes[i] = load_codes(batch_token, rows.row);
+        q[i] = q_sum[batch_token];
+        s[i] = s_x[batch_token];
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -85,19 +85,19 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
         for (int j = 0; j < 4; ++j) {
           if (has_bias) values[j] = __fadd_rn(values[j], bias[j]);
         }
-        const Four four = four_of(zero, values);
+        const Four four = round_to_vector(zero, values);
         if (token + i * step < tokens.end) {
           if constexpr (decltype(is_whole)::value) {
             *reinterpret_cast<Four*>(y + i * pitch) = four;
           } else {
-            store_some(y + i * pitch, four, rows.count);
+            store_partial(y + i * pitch, four, rows.count);
           }
         }
       }
     }
   };
-  with_type(task.y_dtype, [&](auto zero) {
-    if (rows.count == 4 && task.N % 4 == 0) {  // and so at a multiple of its size
+  with_dtype(task.y_dtype, [&](auto zero) {
+    if (rows.count == 4 && task.N % 4 == 0) {  // so the address is a multiple of the vector size
       write(zero, std::true_type{});
     } else {
       write(zero, std::false_type{});

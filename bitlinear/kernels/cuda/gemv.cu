@@ -1,24 +1,23 @@
 // y = epilogue(quantize(x) @ w^T) for up to 4 tokens (sm_90 and later): the kernel of decoding,
 // bound by reading the weights and, for small layers, by latency.
 //
-// A block takes a range of weight rows. One warp copies them into a ring of stages in shared
-// memory, before the predecessor in the stream has ended: what decoding waits for is the
-// activations. Eight warps multiply: lanes load packed bytes straight into the fragments of
-// mma.m16n8k32, as a packed byte masked by 0x03, 0x0C, 0x30 or 0xC0 is an unsigned weight code, 1,
-// 4, 16 or 64 times too large, in a k-order of its own that the activations are laid out in. So a
-// fragment costs one AND per register, and each mask has accumulators of its own, shifted at the
-// end.
+// A block has a range of weight rows. One warp copies them into a ring of stages in shared memory,
+// before the predecessor in the stream has ended; only the activations have to wait for it. Eight
+// warps multiply. Lanes load packed bytes directly into the fragments of mma.m16n8k32: a packed
+// byte masked by 0x03, 0x0C, 0x30 or 0xC0 is an unsigned weight code, 1, 4, 16 or 64 times too
+// large, and the activations are stored in the order of k that results. So a fragment costs one AND
+// per register, and each mask has its own accumulators, which are shifted at the end.
 //
-// What bounds it: reading the weights, at most 3.35 TB/s on an H100. 28672 x 8192, 59 MB, would
-// take 17.5 us and takes 22.7 (2.6 TB/s); 8192 x 8192 5.0 and 7.7; 4096 x 4096 1.3 and 2.9, of
-// which 1.2 pass between the end of one call and the first work of the next, and the rest in
-// fetching and quantising the token, in the products of 16 rows after the last weights, and in the
-// sum over the warps. 95 registers, no spills, one block or two per multiprocessor: 13 or 27 % of
-// the warps that it can hold. By the profiler, so without a predecessor behind which to begin,
-// 28672 x 8192 reads 2.1 TB/s (66 % of the peak) at 1.4 instructions per cycle.
+// Bound: reading the weights, at most 3.35 TB/s on an H100. Bound and measured time there, in us:
+// 28672 x 8192 (59 MB) 17.5 and 22.7 (2.6 TB/s); 8192 x 8192 5.0 and 7.7; 4096 x 4096 1.3 and 2.9.
+// Of these 2.9, 1.2 pass between the end of one call and the first work of the next; the rest
+// fetches and quantises the token, multiplies 16 rows after the last weights have arrived, and sums
+// over the warps. 95 registers, no spills, one or two blocks per multiprocessor: 13 or 27 % of the
+// warps that it can hold. Under the profiler, where no predecessor hides the start, 28672 x 8192
+// reads 2.1 TB/s (66 % of the peak) at 1.4 instructions per cycle.
 //
-// Tried, and slower: weights straight into registers; 16 warps; copies of 512 bytes of a row, or of
-// whole tiles; prefetching into L2 alone before the predecessor ends.
+// Tried, and slower: weights directly into registers; 16 warps; copies of 512 bytes of a row, or of
+// whole tiles; only a prefetch into L2 before the predecessor ends.
 #include "ampere.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
@@ -28,7 +27,7 @@ namespace bitlinear {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = kGemvWarps;  // that multiply; one more copies
+constexpr int kWarps = kGemvWarps;  // that multiply; one more warp copies
 constexpr int kConsumers = 32 * kWarps;
 constexpr int kThreads = kConsumers + 32;
 constexpr int kFragmentRows = 16;
@@ -36,31 +35,31 @@ constexpr int kMaxStages = 8;
 
 struct Shared {
   Barrier full[kMaxStages], empty[kMaxStages];
-  // By warp of a split, token and row, double-buffered.
+  // Partial sums by warp of a split, token and row; double-buffered.
   int32_t partial[2][kWarps * kGemvTokens * (kFragmentRows + 4)];
   uint32_t warp_max[kWarps];
   float s_x[kGemvTokens];
   int32_t q_sum[kGemvTokens];
 };
 static_assert(sizeof(Shared) <= kGemvStaticBytes, "see heuristics.h");
-static_assert(kGemvHeldValues == kGemvGroups * kGroup * kConsumers, "see heuristics.h");
+static_assert(kGemvRegisterValues == kGemvGroups * kGroup * kConsumers, "see heuristics.h");
 
-__device__ inline void sync_consumers() { sync_first<kConsumers>(); }
+__device__ inline void sync_consumers() { sync_leading_threads<kConsumers>(); }
 
-// What follows from the sizes of a call.
+// Derived sizes of a call.
 struct Sizes {
   int row_bytes, chunk_bytes, chunks, pitch, q_stride;
 
   __host__ __device__ explicit Sizes(int64_t K)
       : row_bytes(static_cast<int>((K + 3) / 4)),
-        chunk_bytes(least(row_bytes, kChunkBytes)),
+        chunk_bytes(minimum(row_bytes, kChunkBytes)),
         chunks(ceil_div(row_bytes, chunk_bytes)),
         pitch(row_pitch(row_bytes)),
         q_stride(ceil_div(row_bytes, kSliceBytes) * kSliceValues + kGemvTokenPad) {}
 };
 
-// Quantises all tokens at once, each by its share of the warps, which keep the values in registers
-// between finding the largest and rounding.
+// Quantises all tokens at once. Each token has its share of the warps, which keep the values in
+// registers between the maximum and the rounding.
 template <class X>
 __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_stride, int8_t* q,
                                        Shared& shared) {
@@ -111,8 +110,7 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_st
   sync_consumers();
 }
 
-// X: the dtype of x.
-// kLogSplit: the logarithm of how many warps share 16 rows, along K.
+// X: the dtype of x. kLogSplit: log2 of the number of warps that share 16 rows, along K.
 template <class X, int kLogSplit>
 __global__ void __launch_bounds__(kThreads, 2)
     gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages) {
@@ -143,21 +141,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   allow_successor();
 
   if (warp == kWarps) {
-    RingPosition at(stages);
+    RingPosition ring(stages);
     for (int tile = 0; tile < tiles; ++tile) {
-      const int present = least(kTileRows, rows - tile * kTileRows);
+      const int present = minimum(kTileRows, rows - tile * kTileRows);
       const uint8_t* w = task.w + (n_begin + tile * kTileRows) * sizes.row_bytes;
-      for (int c = 0; c < sizes.chunks; ++c, at.advance()) {
+      for (int c = 0; c < sizes.chunks; ++c, ring.advance()) {
         const int begin = c * sizes.chunk_bytes;
-        const int bytes = least(sizes.chunk_bytes, sizes.row_bytes - begin);
-        Barrier& full = shared.full[at.stage];
+        const int bytes = minimum(sizes.chunk_bytes, sizes.row_bytes - begin);
+        Barrier& full = shared.full[ring.stage];
         if (lane == 0) {
-          shared.empty[at.stage].wait(at.parity ^ 1);
+          shared.empty[ring.stage].wait(ring.parity ^ 1);
           full.arrive_expecting(present * bytes);
         }
         __syncwarp();
         for (int row = lane; row < present; row += 32) {
-          copy_bulk(dynamic + at.stage * stage_bytes + row * sizes.pitch,
+          copy_bulk(dynamic + ring.stage * stage_bytes + row * sizes.pitch,
                     w + row * sizes.row_bytes + begin, bytes, full);
         }
       }
@@ -166,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   wait_for_predecessor();
-  // Row r of the block is finished by thread r mod 256, which has the scales ready.
+  // Thread r mod 256 writes row r of the block; it has loaded the scales in advance.
   float s_w = 0.0f;
   uint32_t bias_bits = 0;
   const auto load_scales = [&](int row) {
@@ -181,18 +179,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const int g = lane / 4, tig = lane % 4;
   const int group = warp >> kLogSplit, member = warp & (kSplit - 1);
-  // Columns beyond the tokens repeat the first one, at no cost, and are dropped.
+  // Columns beyond the last token repeat the first one, at no cost, and are dropped.
   const int8_t* const my_q = q + (g < tokens ? g : 0) * sizes.q_stride + 16 * tig;
   const uint8_t* const my_w = dynamic + (group * kFragmentRows + g) * sizes.pitch + 16 * tig;
-  RingPosition at(stages);
+  RingPosition ring(stages);
   for (int tile = 0; tile < tiles; ++tile) {
     int32_t sums[4][4] = {};
-    for (int c = 0; c < sizes.chunks; ++c, at.advance()) {
-      const int bytes = least(sizes.chunk_bytes, sizes.row_bytes - c * sizes.chunk_bytes);
-      shared.full[at.stage].wait(at.parity);
+    for (int c = 0; c < sizes.chunks; ++c, ring.advance()) {
+      const int bytes = minimum(sizes.chunk_bytes, sizes.row_bytes - c * sizes.chunk_bytes);
+      shared.full[ring.stage].wait(ring.parity);
 #pragma unroll 2
       for (int s = member; s < ceil_div(bytes, kSliceBytes); s += kSplit) {
-        const uint8_t* w = my_w + at.stage * stage_bytes + s * kSliceBytes;
+        const uint8_t* w = my_w + ring.stage * stage_bytes + s * kSliceBytes;
         const uint4 low = *reinterpret_cast<const uint4*>(w);
         const uint4 high = *reinterpret_cast<const uint4*>(w + 8 * sizes.pitch);
         const int8_t* slice = my_q + (c * (kChunkBytes / kSliceBytes) + s) * kSliceValues;
@@ -204,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           mma_u8s8(sums[p], low.z & mask, high.z & mask, low.w & mask, high.w & mask, b.z, b.w);
         }
       }
-      shared.empty[at.stage].arrive();
+      shared.empty[ring.stage].arrive();
     }
 
     int32_t* const partial = shared.partial[tile % 2];
@@ -220,9 +218,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int row = (threadIdx.x - tile * kTileRows) & (kConsumers - 1);
     if (row < kTileRows && tile * kTileRows + row < rows) {
       const int64_t n = n_begin + tile * kTileRows + row;
-      const float bias = float_of(bias_bits, task.bias_dtype);
+      const float bias = float_from_bits(bias_bits, task.bias_dtype);
       const bool has_bias = task.bias != nullptr;
-      with_type(task.y_dtype, [&](auto zero) {
+      with_dtype(task.y_dtype, [&](auto zero) {
         using Y = decltype(zero);
 #pragma unroll 1
         for (int m = 0; m < tokens; ++m) {
@@ -244,10 +242,10 @@ template <class X, int kLogSplit>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
   const Sizes sizes(call.task.K);
   const int stage_bytes = static_cast<int>(gemv_stage_bytes(sizes.row_bytes, kLogSplit));
-  const int stages = least(plan.ring_bytes / stage_bytes, kMaxStages);
+  const int stages = minimum(plan.ring_bytes / stage_bytes, kMaxStages);
   const int shared_bytes = stages * stage_bytes + static_cast<int>(call.task.M) * sizes.q_stride;
-  const Launch how = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
-  return launch_kernel<gemv_kernel<X, kLogSplit>>(how, call, call.task, stages);
+  const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
+  return launch_kernel<gemv_kernel<X, kLogSplit>>(config, call, call.task, stages);
 }
 
 template <class X>

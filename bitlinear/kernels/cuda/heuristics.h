@@ -1,22 +1,27 @@
-// Which CUDA kernel computes a product, and how: pure functions of the device and the sizes,
+// Chooses the CUDA kernel of a product and its plan. Pure functions of the device and the sizes,
 // without CUDA's headers, tested by tests/kernels/test_cuda_heuristics.py.
+//
+// Constants are fitted to times on one H100 80 GB (torch 2.11, 2026-11). Refit: `python -m
+// scripts.bench --device cuda --grid floor --modes cold`; bitlinear_cuda_force() runs one kernel
+// alone.
 #pragma once
 
 #include <stdint.h>
 
 #include <initializer_list>
 
+#include "../integers.h"
 #include "task.h"
 
 namespace bitlinear {
 namespace cuda {
 
 struct Device {
-  int capability;  // of the code that runs on it: 10 * major + minor, for example 90
+  int capability;  // of the compiled code that runs on it: 10 * major + minor, for example 90
   bool has_wgmma;  // the code was compiled for sm_90a
   int multiprocessors;
-  int shared_bytes;  // that a block can have
-  int index;         // as CUDA counts
+  int shared_bytes;  // the maximum of a block
+  int index;         // of the device, as CUDA counts
 };
 
 struct Shape {
@@ -24,16 +29,13 @@ struct Shape {
   bool x_aligned, w_aligned;  // every row of x, or of w, starts at a multiple of 16 bytes
 };
 
-// Packed bytes that the tensor-core kernels take at a time from a weight row: 16 for each of the
+// Packed bytes of a weight row that the tensor-core kernels multiply at a time: 16 for each of the
 // four lanes that share a row in a fragment.
 constexpr int kSliceBytes = 64;
 constexpr int kSliceValues = 4 * kSliceBytes;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t size, int64_t unit) { return ceil_div(size, unit) * unit; }
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Tokens that the workspace has room for: whole tiles, so that a kernel may read all of its last.
+// Tokens that the workspace has room for: whole tiles, so that a kernel can read all of its last
+// tile.
 constexpr int64_t padded_tokens(int64_t M) {
   if (M <= 64) return M <= 32 ? 32 : 64;
   const int64_t of_96 = round_up(M, 96), of_128 = round_up(M, 128);
@@ -43,21 +45,22 @@ constexpr int64_t padded_tokens(int64_t M) {
 // ----------------------------------------------------------------------------- the quantiser
 
 constexpr int kQuantizerWarps = 32;  // of a block, at most
-constexpr int kQuantizerGroups = 2;  // of 16 values, that a thread keeps between the two passes
+constexpr int kQuantizerGroups =
+    2;  // groups of 16 values that a thread keeps between the two passes
 
 struct QuantizerPlan {
-  int warps;   // that share a token
-  int tokens;  // of a block
+  int warps;   // warps that share a token
+  int tokens;  // tokens of a block
 };
 
 constexpr QuantizerPlan plan_quantizer(const Device& device, int64_t M, int64_t K) {
-  // Of few tokens a thread gets one group, as that is soon done; of many two, for more loads at a
-  // time. With enough warps it has no others, and so reads all of its values once.
+  // With few tokens a thread gets one group, for latency; with many it gets two, for more loads in
+  // flight. With enough warps it gets no other groups, and reads all values once.
   constexpr int64_t kBlockWarps = 8;
   const int64_t groups = M < 8 * device.multiprocessors ? 1 : kQuantizerGroups;
-  const int64_t warps = least(ceil_div(K, groups * 16 * 32), kQuantizerWarps);
-  // Blocks of several tokens are fewer to start, but all multiprocessors should have one. A power
-  // of two, as the workspace has room for a multiple of 32 tokens.
+  const int64_t warps = minimum(ceil_div(K, groups * 16 * 32), kQuantizerWarps);
+  // Blocks of several tokens cost fewer starts, as long as all multiprocessors have a block. The
+  // number is a power of two, because the workspace has room for a multiple of 32 tokens.
   int tokens = 1;
   while (2 * tokens * warps <= kBlockWarps && 2 * tokens * device.multiprocessors <= M) tokens *= 2;
   return {static_cast<int>(warps), tokens};
@@ -65,28 +68,28 @@ constexpr QuantizerPlan plan_quantizer(const Device& device, int64_t M, int64_t 
 
 // ---------------------------------------------------------------------- the ring of weights
 
-// The GEMV and the small-batch kernel fetch weights into a ring in shared memory. Bytes of a row in
-// a stage, at most; shorter copies cost more than they carry.
+// The GEMV and the small-batch kernel copy weights into a ring in shared memory. This is the
+// maximum of bytes of a row in a stage: shorter copies are bound by their number.
 constexpr int kChunkBytes = 1024;
 
 // Rows an odd multiple of 64 bytes apart have no bank conflicts among the rows of a fragment.
 constexpr int row_pitch(int64_t row_bytes) {
-  return static_cast<int>((least(row_bytes, kChunkBytes) + 63) / 64 * 64 | 64);
+  return static_cast<int>((minimum(row_bytes, kChunkBytes) + 63) / 64 * 64 | 64);
 }
 
 // ------------------------------------------------------------------------------------- GEMV
 
 constexpr int kGemvTokens = 4;
-constexpr int kGemvWarps = 8;  // that multiply, each 16 rows at a time
-// It quantises the tokens itself, and first holds them in registers: groups of 16 values per
-// thread.
+constexpr int kGemvWarps = 8;  // warps that multiply, each 16 rows at a time
+// The GEMV quantises the tokens itself and keeps them in registers meanwhile: groups of 16 values
+// per thread.
 constexpr int kGemvGroups = 4;
-constexpr int64_t kGemvHeldValues = int64_t{kGemvGroups} * 16 * 32 * kGemvWarps;
+constexpr int64_t kGemvRegisterValues = int64_t{kGemvGroups} * 16 * 32 * kGemvWarps;
 constexpr int kGemvTokenPad = 64;  // between tokens in shared memory, against bank conflicts
-// What it declares as shared memory, at most (the compiler adds a little of its own).
+// The maximum of its static shared memory (the compiler adds a little of its own).
 constexpr int kGemvStaticBytes = 5632;
 
-// A stage holds a chunk of each of so many rows.
+// Rows of a stage, which holds a chunk of each.
 constexpr int gemv_tile_rows(int log_split) { return 16 * kGemvWarps >> log_split; }
 
 constexpr int64_t gemv_stage_bytes(int64_t row_bytes, int log_split) {
@@ -101,31 +104,31 @@ constexpr int64_t gemv_room(const Device& device, const Shape& shape) {
 
 struct GemvPlan {
   int blocks;
-  int log_split;  // 1, 2 or 3: the logarithm of how many of 8 warps share 16 rows, along K
+  int log_split;  // 1, 2 or 3: log2 of the number of warps, of 8, that share 16 rows along K
   int ring_bytes;
 };
 
 constexpr GemvPlan plan_gemv(const Device& device, const Shape& shape) {
-  // One block per multiprocessor leaves room for one of the successor's, which loads weights
-  // meanwhile. Where a block's weights exceed its ring, two keep more of them under way.
+  // One block per multiprocessor leaves room for a block of the successor, which loads weights
+  // meanwhile. If the weights of a block exceed its ring, two blocks keep more loads in flight.
   constexpr int64_t kRing = 96 * 1024, kRingOfTwo = 70 * 1024, kBlockRows = 8;
   const int64_t row_bytes = ceil_div(shape.K, 4);
   const int64_t room = gemv_room(device, shape);
   const bool two = shape.N * row_bytes > device.multiprocessors * (kRing + 10 * 1024) &&
                    2 * (device.shared_bytes - room + kRingOfTwo) <= device.shared_bytes;
   const int64_t blocks =
-      least(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
-  const int64_t ring_bytes = least(two ? kRingOfTwo : kRing, room);
+      minimum(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
+  const int64_t ring_bytes = minimum(two ? kRingOfTwo : kRing, room);
 
-  // Tall tiles end in fewer barriers: as tall as the rows of a block, if the ring holds four
-  // stages, or all that the block fills.
+  // Tall tiles need fewer barriers. A tile is at most as tall as the rows of a block, and the ring
+  // must hold four stages, or all stages that the block fills.
   const int64_t rows = ceil_div(shape.N, blocks);
   const int64_t chunks = ceil_div(row_bytes, kChunkBytes);
   int log_split = 3;
   for (int candidate = 2; candidate >= 1; --candidate) {
     const int64_t tile_rows = gemv_tile_rows(candidate);
     const int64_t filled = ceil_div(rows, tile_rows) * chunks;
-    const int64_t held = filled < 2 ? 2 : least(filled, 4);
+    const int64_t held = filled < 2 ? 2 : minimum(filled, 4);
     if (rows > tile_rows / 2 && held * gemv_stage_bytes(row_bytes, candidate) <= ring_bytes) {
       log_split = candidate;
     }
@@ -136,17 +139,17 @@ constexpr GemvPlan plan_gemv(const Device& device, const Shape& shape) {
 // ------------------------------------------------------------------------------- small batch
 
 constexpr int kSmallBatchTokens = 32;
-constexpr int kSmallBatchWarps = 8;  // that multiply, sharing K
+constexpr int kSmallBatchWarps = 8;  // warps that multiply; they share K
 constexpr int kSmallBatchStageRows = 16;
 constexpr int kSmallBatchStages = 16;  // at most
-// What it declares as shared memory, at most (the compiler adds a little of its own).
+// The maximum of its static shared memory (the compiler adds a little of its own).
 constexpr int kSmallBatchStaticBytes = 1024;
 
 constexpr int64_t small_batch_stage_bytes(int64_t row_bytes) {
   return int64_t{kSmallBatchStageRows} * row_pitch(row_bytes);
 }
 
-// Each warp leaves its sums of a tile there; the padding spreads them over the banks.
+// Each warp stores its sums of a tile in shared memory; the padding spreads them over the banks.
 constexpr int small_batch_sum_pitch(int row_parts) { return 16 * row_parts + 4; }
 constexpr int64_t small_batch_sum_bytes(int row_parts, int token_parts) {
   return int64_t{kSmallBatchWarps} * 8 * token_parts * small_batch_sum_pitch(row_parts) * 4;
@@ -162,25 +165,25 @@ struct SmallBatchPlan {
 constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& shape) {
   const int token_parts = shape.M <= 8 ? 1 : shape.M <= 16 ? 2 : 4;
   const int64_t row_bytes = ceil_div(shape.K, 4);
-  // Two blocks on a multiprocessor hide each other's waiting, as long as their rings hold most of
-  // the weights, and if possible in the lowest of tiles.
+  // Two blocks on a multiprocessor hide each other's latency, as long as their rings hold most of
+  // the weights; preferably with the lowest tiles.
   const bool low = shape.N <= int64_t{2 * kSmallBatchStageRows} * device.multiprocessors;
   const int64_t bytes_for_two = (low ? 115 : 90) * 1024;
   const bool two =
       token_parts <= 2 && shape.N * row_bytes <= device.multiprocessors * bytes_for_two;
   constexpr int64_t kBlockRows = 8;
-  const int64_t most_blocks =
-      least(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
-  const int64_t shared_rows = ceil_div(shape.N, most_blocks);
-  // High tiles where there are many rows: the activations are fetched again for each tile.
+  const int64_t max_blocks =
+      minimum(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
+  const int64_t shared_rows = ceil_div(shape.N, max_blocks);
+  // High tiles if there are many rows, because each tile fetches the activations again.
   int row_parts = shared_rows <= 16 ? 1 : shared_rows <= 64 || token_parts == 4 ? 2 : 4;
-  // Whole tiles, for the same reason.
+  // Whole tiles, for the same reason: fewer fetches.
   const int64_t tile_rows = kSmallBatchStageRows * row_parts;
   const int64_t rows =
       shared_rows <= tile_rows || two ? shared_rows : round_up(shared_rows, tile_rows);
-  const int64_t blocks = two ? most_blocks : ceil_div(shape.N, rows);
+  const int64_t blocks = two ? max_blocks : ceil_div(shape.N, rows);
 
-  constexpr int64_t kReservedBytes = 1024;  // for every block, by the system
+  constexpr int64_t kReservedBytes = 1024;  // that the system reserves for every block
   const int64_t shared =
       two ? (device.shared_bytes + kReservedBytes) / 2 - kReservedBytes : device.shared_bytes;
   const auto stages_beside = [&](int parts) {
@@ -189,7 +192,7 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
   };
   while (row_parts > 1 && stages_beside(row_parts) < row_parts) row_parts /= 2;
   const int64_t needed = ceil_div(rows, kSmallBatchStageRows) * ceil_div(row_bytes, kChunkBytes);
-  const int64_t stages = least(least(stages_beside(row_parts), needed), kSmallBatchStages);
+  const int64_t stages = minimum(minimum(stages_beside(row_parts), needed), kSmallBatchStages);
   return {row_parts, token_parts, static_cast<int>(blocks), static_cast<int>(stages)};
 }
 
@@ -203,10 +206,10 @@ struct SmallLayerPlan {
 };
 constexpr SmallLayerPlan kSmallLayerTiles[] = {{64, 16},  {128, 16}, {64, 32},
                                                {128, 32}, {256, 32}, {512, 32}};
-// What it declares as shared memory, at most (the compiler adds a little of its own).
+// The maximum of its static shared memory (the compiler adds a little of its own).
 constexpr int kSmallLayerStaticBytes = 512;
 
-// Each token's sums of a tile lie there; the padding spreads them over the banks.
+// The sums of a tile in shared memory, by token; the padding spreads them over the banks.
 constexpr int small_layer_sum_pitch(int rows) { return rows + 4; }
 constexpr int64_t small_layer_bytes(const SmallLayerPlan& tile, int64_t K) {
   const int64_t q_bytes = tile.tokens * round_up(K, kSliceValues);
@@ -219,7 +222,7 @@ constexpr int64_t small_layer_blocks(const SmallLayerPlan& tile, const Shape& sh
   return ceil_div(shape.N, tile.rows) * ceil_div(shape.M, tile.tokens);
 }
 
-// The smallest tile of which a multiprocessor has one at most, or else the largest.
+// The smallest tile that gives each multiprocessor at most one tile; else the largest tile.
 constexpr SmallLayerPlan plan_small_layer(const Device& device, const Shape& shape) {
   SmallLayerPlan plan = kSmallLayerTiles[0];
   for (const SmallLayerPlan& tile : kSmallLayerTiles) {
@@ -238,7 +241,7 @@ struct WgmmaPlan {
   int splits;  // blocks of a cluster that share a tile along K: 1, 2, 4 or 8
 };
 
-// What there are of tiles, and what they cost, in nanoseconds.
+// The tiles, with their costs in nanoseconds on an H100.
 struct WgmmaTile {
   int rows, tokens;
   int64_t slice_cost, block_cost;
@@ -252,11 +255,11 @@ constexpr bool has_room(const WgmmaTile& tile, int64_t M) {
   return round_up(M, tile.tokens) <= padded_tokens(M);
 }
 
-// The cheapest plan by a model of what a block costs, in nanoseconds, fitted to times on an H100:
-// so much to start and to end, so much per slice of K (256 values), which the tensor cores or the
-// way of the operands to them take, and so much between two tiles. Multiprocessors that a whole
-// number of clusters does not fill stay idle.
-constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape, int most_splits = 8) {
+// The cheapest plan by a model of the costs of a block, fitted to times on an H100: block_cost to
+// start and to end; slice_cost per slice of K (256 values), for the tensor cores or for the
+// transport of operands to them; kNextTileCost between two tiles; kClusterCost for a cluster.
+// Multiprocessors that a whole number of clusters does not fill stay idle.
+constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape, int max_splits = 8) {
   constexpr int64_t kClusterCost = 2460, kNextTileCost = 510;
   const int64_t slices = ceil_div(shape.K, kSliceValues);
   WgmmaPlan best = {64, 32, 1};
@@ -264,7 +267,7 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape, int mos
   for (const WgmmaTile& tile : kWgmmaTiles) {
     if (!has_room(tile, shape.M)) continue;
     const int64_t tiles = ceil_div(shape.N, tile.rows) * ceil_div(shape.M, tile.tokens);
-    for (int splits = 1; splits <= most_splits && (splits == 1 || 2 * splits <= slices);
+    for (int splits = 1; splits <= max_splits && (splits == 1 || 2 * splits <= slices);
          splits *= 2) {
       const int64_t usable = splits <= 2   ? device.multiprocessors
                              : splits == 4 ? device.multiprocessors * 10 / 11
@@ -284,8 +287,8 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape, int mos
   return best;
 }
 
-// The same where the device may refuse clusters, as a part of one (MIG) or a share of it (MPS)
-// does: `runs_clusters(plan)` says whether it runs those of a plan.
+// As plan_wgmma, for a device that can refuse clusters, as a part of one (MIG) or a share of it
+// (MPS) does. `runs_clusters(plan)` returns whether it runs the clusters of a plan.
 template <class RunsClusters>
 constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape,
                                const RunsClusters& runs_clusters) {
@@ -295,13 +298,13 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape,
 
 // ------------------------------------------------------------------------------------- choice
 
-// Whether the kernel quantises the tokens itself, and so needs no workspace.
-constexpr bool quantizes(int kernel) {
+// Whether the kernel quantises the tokens itself; then it needs no workspace.
+constexpr bool fuses_quantizer(int kernel) {
   return kernel == BITLINEAR_CUDA_GEMV || kernel == BITLINEAR_CUDA_SMALL_LAYER;
 }
 
-// Whether a kernel gives the right result there.
-constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
+// Whether a kernel gives the right result for this shape on this device.
+constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
   switch (kernel) {
     case BITLINEAR_CUDA_DP4A:
       return device.capability >= 61;
@@ -310,7 +313,7 @@ constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
       int64_t shares = 1;
       while (shares < shape.M) shares *= 2;
       return device.capability >= 90 && shape.w_aligned && shape.x_aligned &&
-             shape.M <= kGemvTokens && shares * shape.K <= kGemvHeldValues &&
+             shape.M <= kGemvTokens && shares * shape.K <= kGemvRegisterValues &&
              gemv_room(device, shape) >= 2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
     }
     case BITLINEAR_CUDA_SMALL_BATCH:
@@ -327,9 +330,9 @@ constexpr bool admits(int kernel, const Device& device, const Shape& shape) {
   }
 }
 
-// Whether the kernel for small layers, where it admits the shape, is faster than the others, by
-// times on an H100: as long as a multiprocessor has one tile at most, and of long rows a small one.
-// A GEMV for two tokens or more is slower where its rows are short.
+// Whether the kernel for small layers, if it supports the shape, is faster than the others on an
+// H100. It is as long as a multiprocessor has at most one tile, and for long rows a small tile. The
+// GEMV for two tokens or more is slower only for short rows.
 constexpr bool prefers_small_layer(const Device& device, const Shape& shape) {
   const SmallLayerPlan tile = plan_small_layer(device, shape);
   if (small_layer_blocks(tile, shape) > device.multiprocessors) return false;
@@ -337,15 +340,15 @@ constexpr bool prefers_small_layer(const Device& device, const Shape& shape) {
   return shape.K <= 512 || (shape.M > 16 && tile.rows * tile.tokens <= 128 * 16);
 }
 
-// The fastest kernel that admits the shape, or BITLINEAR_CUDA_AUTO where none does.
+// The fastest kernel that supports the shape; BITLINEAR_CUDA_AUTO if none does.
 constexpr int choose_kernel(const Device& device, const Shape& shape) {
-  // Beyond 16 tokens, where the activations are fetched for more than one tile of rows, wgmma.cu
-  // gets by with less of that.
+  // With more than 16 tokens and several tiles of rows per block, wgmma.cu fetches the activations
+  // fewer times.
   const bool is_small = shape.M <= 16 || shape.N <= int64_t{64} * device.multiprocessors;
   for (const int kernel :
        {BITLINEAR_CUDA_SMALL_LAYER, BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH,
         BITLINEAR_CUDA_WGMMA, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_DP4A}) {
-    if (!admits(kernel, device, shape)) continue;
+    if (!supports(kernel, device, shape)) continue;
     if (kernel == BITLINEAR_CUDA_SMALL_LAYER && !prefers_small_layer(device, shape)) continue;
     if (kernel == BITLINEAR_CUDA_SMALL_BATCH && !is_small && device.has_wgmma) continue;
     return kernel;

@@ -1,4 +1,4 @@
-// Small wrappers around Hopper's PTX: barriers in shared memory and bulk copies.
+// Wrappers around PTX of sm_90: barriers in shared memory and bulk copies.
 #pragma once
 
 #include "common.cuh"
@@ -10,7 +10,8 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// A barrier in shared memory (mbarrier): a phase ends when all arrivals and all bytes are in.
+// A barrier in shared memory (mbarrier). A phase completes when all threads have arrived and all
+// expected bytes have been copied.
 struct Barrier {
   uint64_t state;
 
@@ -28,7 +29,7 @@ struct Barrier {
         "r"(bytes)
         : "memory");
   }
-  // Returns once the phase of this parity has ended.
+  // Returns when the phase of this parity has completed.
   __device__ void wait(uint32_t parity) {
     uint32_t done;
     do {
@@ -45,7 +46,7 @@ struct Barrier {
   }
 };
 
-// Where a pass over a ring of stages, each with such barriers, stands.
+// The position in a ring of stages: the stage, and the parity of the phase of its barriers.
 struct RingPosition {
   int stages;
   int stage = 0;
@@ -60,18 +61,19 @@ struct RingPosition {
   }
 };
 
-// A barrier of the first kThreads threads of a block, while others go their own way.
+// Synchronises the first kThreads threads of a block; the other threads do not take part.
 template <int kThreads>
-__device__ inline void sync_first() {
+__device__ inline void sync_leading_threads() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
-// Makes initialised barriers visible to the copy engine; a __syncthreads() does so to the threads.
+// Makes initialised barriers visible to the copy engine. A __syncthreads() makes them visible to
+// the threads.
 __device__ inline void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Copies bytes (a multiple of 16, as both addresses) into shared memory; they count for `barrier`.
+// Copies bytes into shared memory; `barrier` counts them. Size and addresses are multiples of 16.
 __device__ inline void copy_bulk(void* shared, const void* global, uint32_t bytes,
                                  Barrier& barrier) {
   asm volatile(

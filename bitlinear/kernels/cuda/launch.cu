@@ -1,4 +1,4 @@
-// The C interface: which kernel, on which memory, and what to say where it cannot be.
+// The C interface: inspects the device, lays out the workspace, chooses the kernel, reports errors.
 #include "launch.cuh"
 
 #include <mutex>
@@ -9,8 +9,8 @@ namespace {
 
 constexpr int64_t kWorkspaceAlignment = 256;
 
-// Tells which of the architectures that this library was compiled for the driver has picked; and by
-// its shared memory whether that is sm_90a.
+// The attributes of this kernel tell for which architecture of this library the driver has loaded
+// code. Its shared memory is above 0 if that is sm_90a.
 __global__ void probe(int* out) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   __shared__ int mark;
@@ -21,27 +21,27 @@ __global__ void probe(int* out) {
 }
 
 cudaError_t inspect_device(int index, Device* device) {
-  const auto ask = [&](cudaDeviceAttr attribute, int* value) {
+  const auto query = [&](cudaDeviceAttr attribute, int* value) {
     return cudaDeviceGetAttribute(value, attribute, index);
   };
   int major = 0, minor = 0;
   cudaFuncAttributes code = {};
   device->index = index;
-  cudaError_t error = ask(cudaDevAttrComputeCapabilityMajor, &major);
-  if (error == cudaSuccess) error = ask(cudaDevAttrComputeCapabilityMinor, &minor);
-  if (error == cudaSuccess) error = ask(cudaDevAttrMultiProcessorCount, &device->multiprocessors);
+  cudaError_t error = query(cudaDevAttrComputeCapabilityMajor, &major);
+  if (error == cudaSuccess) error = query(cudaDevAttrComputeCapabilityMinor, &minor);
+  if (error == cudaSuccess) error = query(cudaDevAttrMultiProcessorCount, &device->multiprocessors);
   if (error == cudaSuccess) {
-    error = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes);
+    error = query(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes);
   }
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, probe);
   const int capability = 10 * major + minor;
-  // Code for an older device, translated for this one, has no newer instruction in it.
+  // Code for an older device that the driver has translated has no newer instructions.
   device->capability = code.ptxVersion < capability ? code.ptxVersion : capability;
   device->has_wgmma = code.sharedSizeBytes > 0;
   return error;
 }
 
-// The parts of the workspace. Every size is a multiple of the alignment but the last.
+// The layout of the workspace. The size of each part is a multiple of the alignment.
 struct Workspace {
   int64_t tokens, q_stride, s_x_offset, q_sum_offset, bytes;
 
@@ -67,11 +67,11 @@ Shape shape_of(const bitlinear_cuda_task& task) {
           rows_aligned(task.w, ceil_div<int64_t>(task.K, 4))};
 }
 
-// The kernel that is asked for, or the best; BITLINEAR_CUDA_AUTO if there is none.
+// The requested kernel, or the best one; BITLINEAR_CUDA_AUTO if no kernel can run.
 int kernel_for(const bitlinear_cuda_task& task, int kernel, const Device& device) {
   const Shape shape = shape_of(task);
   if (kernel == BITLINEAR_CUDA_AUTO) return choose_kernel(device, shape);
-  return admits(kernel, device, shape) ? kernel : BITLINEAR_CUDA_AUTO;
+  return supports(kernel, device, shape) ? kernel : BITLINEAR_CUDA_AUTO;
 }
 
 cudaError_t run(int kernel, Call call) {
@@ -86,7 +86,7 @@ cudaError_t run(int kernel, Call call) {
                                                              : Layout::kRows;
   const cudaError_t error = quantize(call, q, layout);
   if (error != cudaSuccess) return error;
-  call.task.w_settled = 1;  // before the quantiser
+  call.task.w_prefetchable = 1;  // w was written before the quantiser started
   switch (kernel) {
     case BITLINEAR_CUDA_SMALL_BATCH:
       return small_batch(call, q, plan_small_batch(call.device, shape));
@@ -110,21 +110,21 @@ Activations activations_of(const bitlinear_cuda_task& task) {
 }
 
 cudaError_t current_device(Device* device) {
-  // Asked once per device; a failure may pass.
+  // Each device is inspected once. Failures are not cached: they can be temporary.
   static std::mutex mutex;
-  static Device known[kKnownDevices];
+  static Device cache[kCachedDevices];
   int index = 0;
   cudaError_t error = cudaGetDevice(&index);
   if (error != cudaSuccess) return error;
-  if (index >= kKnownDevices) return inspect_device(index, device);
+  if (index >= kCachedDevices) return inspect_device(index, device);
   const std::lock_guard<std::mutex> lock(mutex);
-  if (known[index].capability == 0) {
+  if (cache[index].capability == 0) {
     Device found;
     error = inspect_device(index, &found);
     if (error != cudaSuccess) return error;
-    known[index] = found;
+    cache[index] = found;
   }
-  *device = known[index];
+  *device = cache[index];
   return cudaSuccess;
 }
 
@@ -135,9 +135,9 @@ BITLINEAR_EXPORT int64_t bitlinear_cuda_workspace_bytes(const bitlinear_cuda_tas
                                                         int kernel) {
   using namespace bitlinear::cuda;
   Device device;
-  // An error comes again, and then is reported.
+  // bitlinear_cuda_linear() meets the same error and reports it.
   if (current_device(&device) != cudaSuccess) return 0;
-  if (quantizes(kernel_for(*task, kernel, device))) return 0;
+  if (fuses_quantizer(kernel_for(*task, kernel, device))) return 0;
   return Workspace(task->M, task->K).bytes;
 }
 

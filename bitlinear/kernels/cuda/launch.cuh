@@ -1,4 +1,4 @@
-// Host side: how kernels are launched, and the launchers of each kernel file.
+// Host side: launches kernels, and declares the entry point of each kernel file.
 #pragma once
 
 #include <atomic>
@@ -10,54 +10,55 @@
 namespace bitlinear {
 namespace cuda {
 
-// What is found out about the first so many devices is kept.
-constexpr int kKnownDevices = 128;
+// Properties of this many devices are cached.
+constexpr int kCachedDevices = 128;
 
 // The current device, and the code in this library that it runs.
 cudaError_t current_device(Device* device);
 
-// What a call of the C interface is about. The device is the current one.
+// The arguments of a call of the C interface. The device is the current one.
 struct Call {
   bitlinear_cuda_task task;
   const Device& device;
   cudaStream_t stream;
 };
 
-struct Launch {
+struct LaunchConfig {
   dim3 grid;
   dim3 threads;
   int shared_bytes = 0;
-  int cluster = 1;  // neighbouring blocks that share their memory
+  int cluster = 1;  // blocks of a cluster, which read each other's shared memory
 };
 
-// Lets the kernel have as much shared memory as the launch needs, if the device does.
+// Raises the kernel's limit of dynamic shared memory if the launch needs more than the default.
 template <auto kKernel>
-cudaError_t allow_shared_bytes(const Launch& how, const Device& device) {
-  if (how.shared_bytes == 0) return cudaSuccess;
-  // The limit belongs to the kernel, not to this call: other threads are launching it too.
-  static std::atomic<int> allowed[kKnownDevices];
+cudaError_t allow_shared_bytes(const LaunchConfig& config, const Device& device) {
+  if (config.shared_bytes == 0) return cudaSuccess;
+  // The limit belongs to the kernel, not to this call. It never shrinks, because other threads
+  // launch the kernel too.
+  static std::atomic<int> allowed[kCachedDevices];
   const int index = device.index;
-  if (index < kKnownDevices && allowed[index].load() >= how.shared_bytes) return cudaSuccess;
+  if (index < kCachedDevices && allowed[index].load() >= config.shared_bytes) return cudaSuccess;
   cudaFuncAttributes declared;
   cudaError_t error = cudaFuncGetAttributes(&declared, kKernel);
   if (error != cudaSuccess) return error;
-  const int most = device.shared_bytes - static_cast<int>(declared.sharedSizeBytes);
-  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  if (error == cudaSuccess && index < kKnownDevices) allowed[index].store(most);
+  const int available = device.shared_bytes - static_cast<int>(declared.sharedSizeBytes);
+  error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, available);
+  if (error == cudaSuccess && index < kCachedDevices) allowed[index].store(available);
   return error;
 }
 
-// The configuration of a launch; both arguments must outlive it.
-inline cudaLaunchConfig_t configuration_of(const Launch& how, cudaStream_t stream,
-                                           cudaLaunchAttribute* attributes, unsigned count) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = how.grid;
-  config.blockDim = how.threads;
-  config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return config;
+// The configuration for CUDA. It refers to `attributes`, which must outlive it.
+inline cudaLaunchConfig_t cuda_config(const LaunchConfig& config, cudaStream_t stream,
+                                      cudaLaunchAttribute* attributes, unsigned count) {
+  cudaLaunchConfig_t cuda = {};
+  cuda.gridDim = config.grid;
+  cuda.blockDim = config.threads;
+  cuda.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
+  cuda.stream = stream;
+  cuda.attrs = attributes;
+  cuda.numAttrs = count;
+  return cuda;
 }
 
 inline cudaLaunchAttribute cluster_attribute(int blocks) {
@@ -69,43 +70,44 @@ inline cudaLaunchAttribute cluster_attribute(int blocks) {
 
 // Whether the device has room for a cluster of this launch at all. An error counts as no.
 template <auto kKernel>
-bool has_room_for_cluster(const Launch& how, const Device& device) {
-  cudaLaunchAttribute attribute = cluster_attribute(how.cluster);
-  const cudaLaunchConfig_t config = configuration_of(how, nullptr, &attribute, 1);
+bool has_room_for_cluster(const LaunchConfig& config, const Device& device) {
+  cudaLaunchAttribute attribute = cluster_attribute(config.cluster);
+  const cudaLaunchConfig_t cuda = cuda_config(config, nullptr, &attribute, 1);
   int clusters = 0;
-  cudaError_t error = allow_shared_bytes<kKernel>(how, device);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config);
-  if (error != cudaSuccess) cudaGetLastError();  // taken back: nobody reports it
+  cudaError_t error = allow_shared_bytes<kKernel>(config, device);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kKernel, &cuda);
+  if (error != cudaSuccess) cudaGetLastError();  // clears the error: no caller reports it
   return error == cudaSuccess && clusters > 0;
 }
 
-// Launches a kernel which, where w_settled and the device allow it, starts before its predecessor
-// in the stream has ended: before wait_for_predecessor() it may touch nothing but w.
+// Launches a kernel. If w_prefetchable is set and the device supports it, the kernel starts before
+// its predecessor in the stream has ended: before wait_for_predecessor() it may touch no memory but
+// w.
 template <auto kKernel, class... Arguments>
-cudaError_t launch_kernel(const Launch& how, const Call& call, Arguments&&... arguments) {
-  const cudaError_t error = allow_shared_bytes<kKernel>(how, call.device);
+cudaError_t launch_kernel(const LaunchConfig& config, const Call& call, Arguments&&... arguments) {
+  const cudaError_t error = allow_shared_bytes<kKernel>(config, call.device);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
   // Older devices know neither attribute.
-  if (call.task.w_settled && call.device.capability >= 90) {
+  if (call.task.w_prefetchable && call.device.capability >= 90) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (how.cluster > 1) attributes[count++] = cluster_attribute(how.cluster);
-  const cudaLaunchConfig_t config = configuration_of(how, call.stream, attributes, count);
-  return cudaLaunchKernelEx(&config, kKernel, std::forward<Arguments>(arguments)...);
+  if (config.cluster > 1) attributes[count++] = cluster_attribute(config.cluster);
+  const cudaLaunchConfig_t cuda = cuda_config(config, call.stream, attributes, count);
+  return cudaLaunchKernelEx(&cuda, kKernel, std::forward<Arguments>(arguments)...);
 }
 
-// Calls `f` with a value of the type that the dtype stands for.
+// Calls `f` with a zero of the C++ type of the dtype.
 template <class F>
-cudaError_t of_type(int dtype, F&& f) {
+cudaError_t dispatch_dtype(int dtype, F&& f) {
   if (dtype == BITLINEAR_F32) return f(float{});
   if (dtype == BITLINEAR_F16) return f(__half{});
   return f(__nv_bfloat16{});
 }
 
-// The message, with the error taken back: it is ours to report, not that of the next call.
+// The message of an error, or null. Clears the error, so that the next call does not report it.
 inline const char* report(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
@@ -122,8 +124,8 @@ Activations activations_of(const bitlinear_cuda_task& task);
 
 cudaError_t quantize(const Call& call, const Activations& out, Layout layout);
 
-// The products, by gemv() and small_layer() of x itself, and by the others of what quantize() has
-// written: in kFragments for small_batch(), in kTiles for wgmma(), else in kRows.
+// The products. gemv() and small_layer() read x. The others read the output of quantize():
+// small_batch() in the layout kFragments, wgmma() in kTiles, dp4a() and mma() in kRows.
 cudaError_t dp4a(const Call& call, const Activations& q);
 cudaError_t gemv(const Call& call, const GemvPlan& plan);
 cudaError_t mma(const Call& call, const Activations& q);

@@ -1,27 +1,29 @@
 // y = epilogue(q @ w^T) for many tokens, with the tensor cores of sm_80 and later.
 //
 // A block computes a tile of y. It copies blocks of 256 values of k (64 packed bytes of each weight
-// row, 256 bytes of each token) through a ring of stages in shared memory; from there lanes load 16
-// bytes at a time, which are the fragments of mma.m16n8k32 as they lie: a packed byte shifted by 0,
-// 2, 4 or 6 and masked is an unsigned weight code, and the quantiser has laid the activations out
-// in four planes to match. The small tiles let warps share k, for more blocks on small problems.
+// row, 256 bytes of each token) through a ring of stages in shared memory. From there lanes load 16
+// bytes at a time, which already have the order of the fragments of mma.m16n8k32: a packed byte
+// shifted by 0, 2, 4 or 6 and masked is an unsigned weight code, and the quantiser stores the
+// activations in four planes to match. In small tiles warps share k, so that small problems have
+// more blocks.
 //
-// What bounds it: cycles that a multiprocessor spends on 256 values of k of a tile of 256 x 128.
-//   Products: 4096 at the rate of an A100, 2048 at the peak of an H100 (short of which mma.sync is
-//     known to fall; only wgmma reaches it).
+// Bound: cycles of a multiprocessor for 256 values of k of a tile of 256 x 128.
+//   Products: 4096 at the rate of an A100, 2048 at the peak of an H100 (which only
+//     wgmma reaches, not mma.sync).
 //   Shared memory: 1280. Each warp loads 8 + 32 chunks per lane, for 64 rows x 64 tokens.
-//   Shifts and masks: 908. Seven for four registers of weights, which then serve 64 tokens.
+//   Shifts and masks: 908. Seven instructions for four registers of weights, which serve 64 tokens.
 //   Issue: 1224. Of the 612 instructions of a warp 256 are mma.
-//   Copies: 48 KB, or 12 (A100) to 24 bytes per cycle. A row costs a quarter of what a token does,
-//     hence more rows than tokens in a tile.
-// So large products are bound by the tensor cores: 8192 x 8192 with M = 4096, 550 G operations, by
+//   Copies: 48 KB, or 12 (A100) to 24 bytes per cycle. A row has a quarter of the bytes of a
+//     token, so a tile has more rows than tokens.
+// So large products are bound by the tensor cores: 8192 x 8192 with M = 4096 (550 G operations) by
 // 881 us on an A100 and 278 us on an H100, where its 117 MB (bf16) take 39 us. With few tokens the
-// floor is the reading of w; but each block also fetches all of K for its tokens, through L2.
+// bound is reading w; but each block also fetches all of K for its tokens, through L2.
 //
-// On an H100, where only what wgmma.cu does not serve comes here, in us with the quantiser: 4096 x
-// 4096 with M = 1 6.3, 16 6.7, 64 11.5, 256 17.5, 1024 45.8. By the profiler 8192 x 8192 with M =
-// 4096 takes 627 us (877 Top/s), mma.sync being under way in 69 % of the cycles, at 1.2
-// instructions per cycle and 13 % of the warps; 4096 x 4096 with M = 1024 in 65 %.
+// Measured on an H100 (where the other kernels leave it only unaligned rows), in us with the
+// quantiser, 4096 x 4096: 6.3 for M = 1, 6.7 for 16, 11.5 for 64, 17.5 for 256, 45.8 for 1024. By
+// the profiler 8192 x 8192 with M = 4096 takes 627 us (877 Top/s): mma.sync runs in 69 % of the
+// cycles, at 1.2 instructions per cycle and 13 % of the warps. For 4096 x 4096 with M = 1024 it
+// runs in 65 %.
 //
 // Registers per thread (nvcc 13.0, sm_80 / sm_90a; no spills), shared memory and blocks per
 // multiprocessor (of 164 / 228 KB):
@@ -45,8 +47,9 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kChunk = 16;  // bytes that a thread copies or loads at a time
 
-// The tile of a block, divided among its warps along rows, tokens and, if warps are left, k. A warp
-// has kRowParts parts of 16 rows times kTokenParts parts of 8 tokens, with four accumulators each.
+// The tile of a block, divided among its warps along rows and tokens; warps that are left divide k.
+// A warp has kRowParts parts of 16 rows times kTokenParts parts of 8 tokens, with four accumulators
+// each.
 template <int kRowWarps_, int kTokenWarps_, int kRowParts_, int kTokenParts_, int kStages_,
           int kBlocksPerSm_>
 struct Tile {
@@ -62,8 +65,8 @@ struct Tile {
   static constexpr int kQBytes = kDepth * kTokens * kSliceValues;  // of a stage
   static constexpr int kWBytes = kDepth * kRows * kSliceBytes;
   static constexpr int kStageBytes = kQBytes + kWBytes;
-  // The products take the place of the stages in the end: (kDepth, kTokens, kPitch). This pitch
-  // spreads both the scattered writes and the vector reads over all banks.
+  // In the end the sums overwrite the stages: (kDepth, kTokens, kPitch). The pitch spreads both the
+  // scattered writes and the vector reads over all banks.
   static constexpr int kPitch = kRows + 4;
   static constexpr int kRingBytes = kStages * kStageBytes > kDepth * kTokens * kPitch * 4
                                         ? kStages * kStageBytes
@@ -77,12 +80,12 @@ using Tile128x64 = Tile<2, 2, 4, 4, 2, 1>;
 using Tile64x32 = Tile<2, 1, 2, 4, 2, 2>;
 using Tile32x16 = Tile<2, 1, 1, 2, 3, 2>;
 
-// What a thread copies next: a chunk of every 16th token and of every 64th row, from its first
-// ones.
+// The next chunks that a thread copies: of every 16th token and of every 64th row, from its first
+// ones on.
 struct Source {
   const int8_t* q;
   int q_stride;
-  int tokens;  // that exist, from its first one on
+  int tokens;  // tokens that exist, from the first one of this thread on
   const uint8_t* w;
   int row_bytes;
   int rows;
@@ -92,36 +95,36 @@ struct Source {
 
 // Starts copying the next kDepth blocks of k to a stage. Shared memory: q as (kDepth, kTokens, 256)
 // with the planes of odd tokens swapped in pairs, then w as (kDepth, kRows, 64). So eight lanes
-// that load the chunks of one plane, for two tokens or rows, meet all banks once.
+// that load the chunks of one plane, for two tokens or rows, have no bank conflict.
 template <class Tile, bool kAligned>
-__device__ inline void copy_stage(Source& from, uint8_t* stage) {
+__device__ inline void copy_stage(Source& source, uint8_t* stage) {
   const int thread = threadIdx.x;
   uint8_t* const q_stage = stage + (thread ^ thread / 16 % 2 * 4) * kChunk;
 #pragma unroll
   for (int i = 0; i < Tile::kQBytes / kChunk / kThreads; ++i) {
     const int token = 16 * i % Tile::kTokens, depth = 16 * i / Tile::kTokens;
     copy_async(q_stage + i * kThreads * kChunk,
-               from.q + token * from.q_stride + depth * kSliceValues,
-               token < from.tokens && (Tile::kDepth == 1 || depth < from.blocks));
+               source.q + token * source.q_stride + depth * kSliceValues,
+               token < source.tokens && (Tile::kDepth == 1 || depth < source.blocks));
   }
   uint8_t* const w_stage = stage + Tile::kQBytes + thread * kChunk;
-  // The loads of single bytes would take up too many registers at once.
+  // Unrolled loads of single bytes would need too many registers.
 #pragma unroll(kAligned ? 8 : 1)
   for (int i = 0; i < Tile::kWBytes / kChunk / kThreads; ++i) {
     const int row = 64 * i % Tile::kRows, offset = 64 * i / Tile::kRows * kSliceBytes;
-    const uint8_t* const w = from.w + row * from.row_bytes;
+    const uint8_t* const w = source.w + row * source.row_bytes;
     uint8_t* const to = w_stage + i * kThreads * kChunk;
     if constexpr (kAligned) {
-      copy_async(to, w + offset, row < from.rows && offset < from.w_left);
+      copy_async(to, w + offset, row < source.rows && offset < source.w_left);
     } else {
       *reinterpret_cast<uint4*>(to) =
-          load_chunk<false>(w, offset, row < from.rows ? from.w_left : 0);
+          load_chunk<false>(w, offset, row < source.rows ? source.w_left : 0);
     }
   }
-  from.q += Tile::kDepth * kSliceValues;
-  from.w += Tile::kDepth * kSliceBytes;
-  from.w_left -= Tile::kDepth * kSliceBytes;
-  from.blocks -= Tile::kDepth;
+  source.q += Tile::kDepth * kSliceValues;
+  source.w += Tile::kDepth * kSliceBytes;
+  source.w_left -= Tile::kDepth * kSliceBytes;
+  source.blocks -= Tile::kDepth;
 }
 
 __device__ inline uint4 load_shared(const uint8_t* p) { return *reinterpret_cast<const uint4*>(p); }
@@ -129,12 +132,12 @@ __device__ inline uint4 load_shared(const uint8_t* p) { return *reinterpret_cast
 template <class Tile>
 using Sums = int32_t[Tile::kRowParts][Tile::kTokenParts][4];
 
-// Adds the product over one block of k. `w`, `q_even` and `q_odd` are where this lane's chunks of
-// the weights, and of the first even and the first odd plane, lie.
+// Adds the product over one block of k. `w`, `q_even` and `q_odd` are the addresses of this lane's
+// chunks of the weights, and of the first even and the first odd plane.
 template <class Tile>
 __device__ inline void multiply(const uint8_t* w, const uint8_t* q_even, const uint8_t* q_odd,
                                 Sums<Tile>& sums) {
-  // Rows g and g + 8 of each part: four words of each, in the order that fragments want them.
+  // Rows g and g + 8 of each part: four words of each, in the order of the fragments.
   uint32_t packed[Tile::kRowParts][8];
 #pragma unroll
   for (int r = 0; r < Tile::kRowParts; ++r) {
@@ -153,7 +156,8 @@ __device__ inline void multiply(const uint8_t* w, const uint8_t* q_even, const u
       for (int i = 0; i < 8; ++i) a[r][i] = packed[r][i] >> 2 * p & 0x03030303u;
     }
     const uint8_t* const q = (p % 2 ? q_odd : q_even) + p / 2 * 2 * kSliceBytes;
-    // Two parts at a time: an accumulator's next product should not have to wait for its last.
+    // Two parts at a time, so that the next product of an accumulator does not wait for its
+    // previous one.
 #pragma unroll
     for (int t = 0; t < Tile::kTokenParts; t += 2) {
       const uint4 b[2] = {load_shared(q + 8 * t * kSliceValues),
@@ -175,21 +179,21 @@ __device__ inline void multiply(const uint8_t* w, const uint8_t* q_even, const u
   }
 }
 
-// Where a block's tile lies in y, and a thread's first products in the tile.
+// The position of a block's tile in y, and of a thread's first sums in the tile.
 template <class Tile>
 struct Position {
   int64_t n, m;
-  int rows, tokens;  // that exist
-  int g, tig;        // of the fragments: the row or token, and which quarter of its 64 bytes
+  int rows, tokens;  // of the tile, that exist in y
+  int g, tig;        // in fragments: the row or token, and the quarter of its 64 bytes
   int depth, row, token;
 
-  // Tiles of the same tokens come one after the other: a row is a quarter of the bytes of a token.
+  // Consecutive blocks share tokens: a token has four times the bytes of a row.
   __device__ Position(const bitlinear_cuda_task& task, unsigned block, int thread) {
     const unsigned row_tiles = static_cast<unsigned>(ceil_div<int64_t>(task.N, Tile::kRows));
     n = int64_t{block % row_tiles} * Tile::kRows;
     m = int64_t{block / row_tiles} * Tile::kTokens;
-    rows = static_cast<int>(least<int64_t>(Tile::kRows, task.N - n));
-    tokens = static_cast<int>(least<int64_t>(Tile::kTokens, task.M - m));
+    rows = static_cast<int>(minimum<int64_t>(Tile::kRows, task.N - n));
+    tokens = static_cast<int>(minimum<int64_t>(Tile::kTokens, task.M - m));
     const int warp = thread / 32;
     g = thread % 32 / 4;
     tig = thread % 4;
@@ -199,36 +203,37 @@ struct Position {
   }
 };
 
-// As blockIdx.x and threadIdx.x, but read anew: what was worked out from those before need not take
-// up registers until then.
-__device__ inline unsigned block_anew() {
+// blockIdx.x and threadIdx.x, read again. Values derived from them at the start then need no
+// registers during the main loop.
+__device__ inline unsigned reread_block_index() {
   unsigned block;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
   return block;
 }
-__device__ inline int thread_anew() {
+__device__ inline int reread_thread_index() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
 
 template <class Tile>
-__device__ inline Source source_of(const bitlinear_cuda_task& task, const Activations& activations,
-                                   const Position<Tile>& at) {
+__device__ inline Source first_source(const bitlinear_cuda_task& task,
+                                      const Activations& activations,
+                                      const Position<Tile>& position) {
   const int token = threadIdx.x / 16, q_offset = threadIdx.x % 16 * kChunk;
   const int row = threadIdx.x / 4 % Tile::kRows, depth = threadIdx.x / 4 / Tile::kRows;
   const int w_offset = depth * kSliceBytes + threadIdx.x % 4 * kChunk;
   const int row_bytes = static_cast<int>((task.K + 3) / 4);
-  Source from;
-  from.q = activations.q + (at.m + token) * activations.q_stride + q_offset;
-  from.q_stride = static_cast<int>(activations.q_stride);
-  from.tokens = at.tokens - token;
-  from.w = task.w + (at.n + row) * row_bytes + w_offset;
-  from.row_bytes = row_bytes;
-  from.rows = at.rows - row;
-  from.w_left = row_bytes - w_offset;
-  from.blocks = ceil_div(row_bytes, kSliceBytes);
-  return from;
+  Source source;
+  source.q = activations.q + (position.m + token) * activations.q_stride + q_offset;
+  source.q_stride = static_cast<int>(activations.q_stride);
+  source.tokens = position.tokens - token;
+  source.w = task.w + (position.n + row) * row_bytes + w_offset;
+  source.row_bytes = row_bytes;
+  source.rows = position.rows - row;
+  source.w_left = row_bytes - w_offset;
+  source.blocks = ceil_div(row_bytes, kSliceBytes);
+  return source;
 }
 
 // kAligned: the rows of w start at multiples of 16 bytes.
@@ -239,41 +244,43 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
   extern __shared__ __align__(128) uint8_t shared[];
   float* const s_x = reinterpret_cast<float*>(shared + Tile::kRingBytes);
   int32_t* const q_sum = reinterpret_cast<int32_t*>(s_x + Tile::kTokens);
-  const Position<Tile> at(task, blockIdx.x, threadIdx.x);
-  Source from = source_of(task, activations, at);
+  const Position<Tile> position(task, blockIdx.x, threadIdx.x);
+  Source source = first_source(task, activations, position);
 
-  // The weights can be on their way while the quantiser still runs.
-  if (kAligned && threadIdx.x == 0 && at.m == 0) {
-    prefetch_l2(from.w, static_cast<uint32_t>(least(at.rows * from.row_bytes, 256 * 1024)));
+  // Prefetches weights while the quantiser still runs.
+  if (kAligned && threadIdx.x == 0 && position.m == 0) {
+    prefetch_l2(source.w,
+                static_cast<uint32_t>(minimum(position.rows * source.row_bytes, 256 * 1024)));
   }
   allow_successor();
   wait_for_predecessor();
 
 #pragma unroll
   for (int s = 0; s < Tile::kStages - 1; ++s) {
-    if (from.blocks > 0) copy_stage<Tile, kAligned>(from, shared + s * Tile::kStageBytes);
+    if (source.blocks > 0) copy_stage<Tile, kAligned>(source, shared + s * Tile::kStageBytes);
     commit_copies();
   }
-  if (threadIdx.x < at.tokens) {
-    s_x[threadIdx.x] = activations.s_x[at.m + threadIdx.x];
-    q_sum[threadIdx.x] = activations.q_sum[at.m + threadIdx.x];
+  if (threadIdx.x < position.tokens) {
+    s_x[threadIdx.x] = activations.s_x[position.m + threadIdx.x];
+    q_sum[threadIdx.x] = activations.q_sum[position.m + threadIdx.x];
   }
 
-  const int w_offset =
-      Tile::kQBytes + (at.depth * Tile::kRows + at.row + at.g) * kSliceBytes + at.tig * kChunk;
-  const int q_even = (at.depth * Tile::kTokens + at.token + at.g) * kSliceValues +
-                     at.g % 2 * kSliceBytes + at.tig * kChunk;
+  const int w_offset = Tile::kQBytes +
+                       (position.depth * Tile::kRows + position.row + position.g) * kSliceBytes +
+                       position.tig * kChunk;
+  const int q_even = (position.depth * Tile::kTokens + position.token + position.g) * kSliceValues +
+                     position.g % 2 * kSliceBytes + position.tig * kChunk;
   Sums<Tile> sums = {};
   int read = 0;
-  int left = ceil_div(from.row_bytes, kSliceBytes) - at.depth;
+  int blocks_left = ceil_div(source.row_bytes, kSliceBytes) - position.depth;
 #pragma unroll 1
-  for (; left > -at.depth; left -= Tile::kDepth) {
+  for (; blocks_left > -position.depth; blocks_left -= Tile::kDepth) {
     wait_for_copies<Tile::kStages - 2>();
-    __syncthreads();  // a stage has arrived, and nobody reads the one before it any more
+    __syncthreads();  // the stage has arrived, and no thread reads the previous one any more
     const int before = (read == 0 ? Tile::kStages * Tile::kStageBytes : read) - Tile::kStageBytes;
-    if (from.blocks > 0) copy_stage<Tile, kAligned>(from, shared + before);
+    if (source.blocks > 0) copy_stage<Tile, kAligned>(source, shared + before);
     commit_copies();
-    if (Tile::kDepth == 1 || left > 0) {
+    if (Tile::kDepth == 1 || blocks_left > 0) {
       const uint8_t* const stage = shared + read;
       multiply<Tile>(stage + w_offset, stage + q_even, stage + (q_even ^ kSliceBytes), sums);
     }
@@ -281,15 +288,17 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
   }
 
   __syncthreads();
-  const Position<Tile> end(task, block_anew(), thread_anew());
-  const TileRows<Tile::kRows, kThreads> rows(task, end.n, threadIdx.x);
+  const Position<Tile> end_position(task, reread_block_index(), reread_thread_index());
+  const TileRows<Tile::kRows, kThreads> rows(task, end_position.n, threadIdx.x);
   int32_t* const codes = reinterpret_cast<int32_t*>(shared);
-  int32_t* const mine = codes +
-                        (end.depth * Tile::kTokens + end.token + 2 * end.tig) * Tile::kPitch +
-                        end.row + end.g;
-  leave_sums<Tile::kPitch>(mine, sums);
+  int32_t* const thread_codes =
+      codes +
+      (end_position.depth * Tile::kTokens + end_position.token + 2 * end_position.tig) *
+          Tile::kPitch +
+      end_position.row + end_position.g;
+  store_sums<Tile::kPitch>(thread_codes, sums);
   __syncthreads();
-  const auto codes_of = [&](int token, int row) {
+  const auto load_codes = [&](int token, int row) {
     int4 sum = make_int4(0, 0, 0, 0);
 #pragma unroll
     for (int depth = 0; depth < Tile::kDepth; ++depth) {
@@ -298,15 +307,15 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
     }
     return sum;
   };
-  write_tile(task, rows, end.m, {0, 1, end.tokens}, s_x, q_sum, codes_of);
+  write_tile(task, rows, end_position.m, {0, 1, end_position.tokens}, s_x, q_sum, load_codes);
 }
 
 template <class Tile, bool kAligned>
 cudaError_t launch(const Call& call, const Activations& q) {
   const int64_t blocks =
       ceil_div<int64_t>(call.task.N, Tile::kRows) * ceil_div<int64_t>(call.task.M, Tile::kTokens);
-  const Launch how = {dim3(static_cast<unsigned>(blocks)), kThreads, Tile::kSharedBytes};
-  return launch_kernel<mma_kernel<Tile, kAligned>>(how, call, call.task, q);
+  const LaunchConfig config = {dim3(static_cast<unsigned>(blocks)), kThreads, Tile::kSharedBytes};
+  return launch_kernel<mma_kernel<Tile, kAligned>>(config, call, call.task, q);
 }
 
 template <class Tile>
@@ -327,9 +336,10 @@ constexpr Candidate kCandidates[] = {candidate<Tile256x128>(), candidate<Tile128
                                      candidate<Tile128x64>(), candidate<Tile64x32>(),
                                      candidate<Tile32x16>()};
 
-// The tile that promises the fewest cycles for a value of k. Tiles take turns on a multiprocessor,
-// or share it, so it needs as many rounds as it gets tiles; in each, the fetching of the operands
-// is hidden behind the products only in part.
+// The tile with the fewest cycles per value of k, by a model fitted to times on an H100. A
+// multiprocessor needs as many rounds as it gets tiles. In each round the products hide only a part
+// of the loads. Refit: `python -m scripts.bench --device cuda`, with
+// bitlinear_cuda_force(BITLINEAR_CUDA_MMA).
 const Candidate& choose_tile(int64_t M, int64_t N, const Device& device) {
   constexpr float kProductsPerCycle = 2500, kBytesPerCycle = 80;
   const Candidate* best = std::end(kCandidates) - 1;

@@ -1,7 +1,7 @@
-// The operators on CUDA: arguments, memory and the stream. The arithmetic is behind task.h. The
-// schemas are registered by ../ops.cpp.
+// The operators on CUDA: arguments, memory and the stream. The arithmetic is behind task.h.
+// ../cpu/ops.cpp registers the schemas.
 //
-// The headers are chosen for compile time: this file is most of a cold import.
+// The headers are chosen for compile time.
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -24,7 +24,7 @@ namespace {
 
 using at::ScalarType;
 using at::Tensor;
-using bitlinear::data_of;
+using bitlinear::checked_data;
 using bitlinear::kernel_dtype;
 
 std::atomic<int> forced_kernel{BITLINEAR_CUDA_AUTO};
@@ -35,20 +35,23 @@ bool is_capturing(const c10::cuda::CUDAStream& stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// The weights that calls have read, each as it was then. A call that finds its own here may read
-// them while the work ahead of it in the stream still runs: they were written before that earlier
-// call, which began after all work ahead of it had ended. What writes past torch's version counters
-// (a foreign kernel, `.data`) has to be followed by something else than a call.
-class SettledWeights {
+// A cache of the weights that calls have read, with their versions. On a hit, a kernel can read the
+// weights while the previous work in the stream still runs.
+//
+// Invariant: the weights were written before an earlier call, which started after all work before
+// it had ended; their version has not changed since. A write past torch's version counter (a
+// foreign kernel, `.data`) breaks the invariant if a call follows it directly.
+class PrefetchableWeights {
  public:
-  // Whether `w` is here, unchanged. What a graph captures runs after all that is here.
+  // Whether `w` is cached, unchanged. A captured graph runs after all calls that the cache has
+  // seen.
   bool contains(const Tensor& w, const c10::cuda::CUDAStream& stream) {
-    if (w.is_inference()) return false;  // its changes are not counted
+    if (w.is_inference()) return false;  // it has no version counter
     c10::cuda::CUDAStream reader = stream;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = seen_.find(w.unsafeGetTensorImpl());
-      if (found == seen_.end() || found->second.version != w._version() ||
+      const auto found = entries_.find(w.unsafeGetTensorImpl());
+      if (found == entries_.end() || found->second.version != w._version() ||
           found->second.data != w.const_data_ptr()) {
         return false;
       }
@@ -57,43 +60,43 @@ class SettledWeights {
     return reader == stream || is_capturing(stream);
   }
 
-  // To be called when a call that reads `w` is in the stream. One that is merely captured may never
+  // Call this when work that reads `w` is in the stream. Captured work is not added: it may never
   // run.
   void add(const Tensor& w, const c10::cuda::CUDAStream& stream) {
     if (w.is_inference() || is_capturing(stream)) return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (seen_.size() >= next_sweep_) sweep();
+    if (entries_.size() >= next_sweep_) sweep();
     const c10::weak_intrusive_ptr<c10::TensorImpl> tensor(w.getIntrusivePtr());
-    seen_.insert_or_assign(w.unsafeGetTensorImpl(),
-                           Seen{tensor, w.const_data_ptr(), w._version(), stream});
+    entries_.insert_or_assign(w.unsafeGetTensorImpl(),
+                              Entry{tensor, w.const_data_ptr(), w._version(), stream});
   }
 
  private:
-  struct Seen {
-    c10::weak_intrusive_ptr<c10::TensorImpl> tensor;  // keeps its address from being used again
+  struct Entry {
+    c10::weak_intrusive_ptr<c10::TensorImpl> tensor;  // keeps the address from being reused
     const void* data;
     int64_t version;
     c10::cuda::CUDAStream stream;
   };
 
   void sweep() {
-    for (auto entry = seen_.begin(); entry != seen_.end();) {
-      entry = entry->second.tensor.expired() ? seen_.erase(entry) : std::next(entry);
+    for (auto entry = entries_.begin(); entry != entries_.end();) {
+      entry = entry->second.tensor.expired() ? entries_.erase(entry) : std::next(entry);
     }
-    next_sweep_ = 2 * seen_.size() + 64;
+    next_sweep_ = 2 * entries_.size() + 64;
   }
 
   std::mutex mutex_;
-  std::unordered_map<const c10::TensorImpl*, Seen> seen_;
+  std::unordered_map<const c10::TensorImpl*, Entry> entries_;
   size_t next_sweep_ = 64;
 };
 
-SettledWeights& settled_weights() {
-  static auto* const weights = new SettledWeights;  // outlives every thread
+PrefetchableWeights& prefetchable_weights() {
+  static auto* const weights = new PrefetchableWeights;  // outlives every thread
   return *weights;
 }
 
-// Not at::empty, whose way through the dispatcher costs as much as a launch.
+// Not at::empty: its way through the dispatcher costs as much as a launch.
 Tensor empty(at::IntArrayRef shape, ScalarType dtype, const Tensor& like) {
   return Tensor(at::detail::empty_cuda(shape, dtype, like.device(), std::nullopt));
 }
@@ -102,8 +105,8 @@ void* current_stream(const Tensor& tensor) {
   return c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
 }
 
-// Raises ValueError if the weights hold an invalid code, unless they are known to hold none. Waits
-// for the answer, so that nothing is asked of weights that are used in a capture.
+// Raises ValueError if the weights hold an invalid code. Weights in checked_weights() are not read.
+// The check waits for the GPU, which a capture forbids, so a capture skips it.
 void check_codes(const Tensor& w_packed, const uint8_t* packed, int64_t K,
                  const c10::cuda::CUDAStream& stream) {
   if (bitlinear::checked_weights().contains(w_packed, K) || is_capturing(stream)) return;
@@ -140,37 +143,37 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const Tensor input = x.contiguous();
   const Tensor weight = w_packed.contiguous();
   const Tensor scale = w_scale.contiguous();
-  const Tensor addend = bitlinear::kernel_bias(bias);
+  const Tensor bias_values = bitlinear::kernel_bias(bias);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(x.device().index());
   bitlinear_cuda_task task = {};
-  task.x = data_of(input, "x");
+  task.x = checked_data(input, "x");
   task.x_dtype = kernel_dtype(x.scalar_type());
   task.M = M;
   task.N = N;
   task.K = in_features;
   task.eps = static_cast<float>(eps);
-  task.w = reinterpret_cast<const uint8_t*>(data_of(weight, "w_packed"));
+  task.w = reinterpret_cast<const uint8_t*>(checked_data(weight, "w_packed"));
   check_codes(w_packed, task.w, in_features, stream);
-  task.s_w = reinterpret_cast<const float*>(data_of(scale, "w_scale"));
+  task.s_w = reinterpret_cast<const float*>(checked_data(scale, "w_scale"));
   task.s_w_stride = scale.dim() == 2 ? 1 : 0;
-  task.bias = addend.defined() ? data_of(addend, "bias") : nullptr;
-  task.bias_dtype = addend.defined() ? kernel_dtype(addend.scalar_type()) : BITLINEAR_F32;
+  task.bias = bias_values.defined() ? checked_data(bias_values, "bias") : nullptr;
+  task.bias_dtype = bias_values.defined() ? kernel_dtype(bias_values.scalar_type()) : BITLINEAR_F32;
   task.y = y.data_ptr();
   task.y_dtype = kernel_dtype(y_dtype);
   const int kernel = forced_kernel.load(std::memory_order_relaxed);
-  // Of the current stream: what is freed at the end of this call serves only what is queued after
-  // the kernels, also in a graph that is being captured.
+  // The workspace belongs to the current stream. Memory that is freed at the end of this call is
+  // reused only by work queued after the kernels, also in a captured graph.
   at::DataPtr workspace;
   if (const int64_t bytes = bitlinear_cuda_workspace_bytes(&task, kernel)) {
     workspace = c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes));
   }
   task.workspace = workspace.get();
   const bool is_copy = !weight.is_same(w_packed);
-  task.w_settled = !is_copy && settled_weights().contains(w_packed, stream);
+  task.w_prefetchable = !is_copy && prefetchable_weights().contains(w_packed, stream);
   const char* error = bitlinear_cuda_linear(&task, kernel, static_cast<void*>(stream.stream()));
   TORCH_CHECK(error == nullptr, "bitlinear: a product of (", M, ", ", in_features, ") by (", N,
               ", ", in_features, ") failed on ", x.device(), ": ", error);
-  if (!is_copy && !task.w_settled) settled_weights().add(w_packed, stream);
+  if (!is_copy && !task.w_prefetchable) prefetchable_weights().add(w_packed, stream);
   return y;
 }
 
@@ -189,8 +192,9 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   const auto bytes = static_cast<size_t>(bitlinear_cuda_weight_workspace_bytes(N, K));
   const at::DataPtr workspace = c10::cuda::CUDACachingAllocator::get()->allocate(bytes);
   const char* const error = bitlinear_cuda_quantize_weight(
-      data_of(input, "weight"), kernel_dtype(input.scalar_type()), N, K, static_cast<float>(eps),
-      packed.data_ptr<uint8_t>(), scale.data_ptr<float>(), workspace.get(), current_stream(weight));
+      checked_data(input, "weight"), kernel_dtype(input.scalar_type()), N, K,
+      static_cast<float>(eps), packed.data_ptr<uint8_t>(), scale.data_ptr<float>(), workspace.get(),
+      current_stream(weight));
   check_launch(error, "quantize_weight", weight);
   if (!is_capturing(c10::cuda::getCurrentCUDAStream(weight.device().index()))) {
     bitlinear::checked_weights().add(packed, K);
@@ -206,9 +210,9 @@ Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
   const Tensor input = w_packed.contiguous();
   Tensor weight = empty({w_packed.size(0), in_features}, w_dtype, w_packed);
   const char* const error = bitlinear_cuda_expand_weight(
-      reinterpret_cast<const uint8_t*>(data_of(input, "w_packed")), w_packed.size(0), in_features,
-      w_scale.has_value() ? w_scale->const_data_ptr<float>() : nullptr, weight.data_ptr(),
-      kernel_dtype(w_dtype), current_stream(w_packed));
+      reinterpret_cast<const uint8_t*>(checked_data(input, "w_packed")), w_packed.size(0),
+      in_features, w_scale.has_value() ? w_scale->const_data_ptr<float>() : nullptr,
+      weight.data_ptr(), kernel_dtype(w_dtype), current_stream(w_packed));
   check_launch(error, "expand_weight", w_packed);
   return weight;
 }
@@ -223,7 +227,7 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
   shape.back() = 1;
   Tensor scale = empty(shape, ScalarType::Float, x);
   const char* const error = bitlinear_cuda_quantize_activations(
-      data_of(input, "x"), kernel_dtype(x.scalar_type()), M, K, static_cast<float>(eps),
+      checked_data(input, "x"), kernel_dtype(x.scalar_type()), M, K, static_cast<float>(eps),
       q.data_ptr<int8_t>(), scale.data_ptr<float>(), current_stream(x));
   check_launch(error, "quantize_activations", x);
   return {q, scale};
@@ -237,16 +241,16 @@ Tensor expand_activations(const Tensor& q, const Tensor& s_x, std::optional<Scal
   const Tensor tokens = q.contiguous(), scales = s_x.contiguous();
   Tensor x = empty(q.sizes(), x_dtype, q);
   const char* const error = bitlinear_cuda_expand_activations(
-      reinterpret_cast<const int8_t*>(data_of(tokens, "q")), scales.const_data_ptr<float>(), M, K,
-      x.data_ptr(), kernel_dtype(x_dtype), current_stream(q));
+      reinterpret_cast<const int8_t*>(checked_data(tokens, "q")), scales.const_data_ptr<float>(), M,
+      K, x.data_ptr(), kernel_dtype(x_dtype), current_stream(q));
   check_launch(error, "expand_activations", q);
   return x;
 }
 
 }  // namespace
 
-// For tests and benchmarks: the operator runs only this one of enum bitlinear_cuda_kernel, in every
-// thread; 0 lets heuristics.h choose again. Returns what was forced before.
+// For tests and benchmarks: the operator runs only this kernel of enum bitlinear_cuda_kernel, in
+// every thread; 0 lets heuristics.h choose again. Returns the kernel that was forced before.
 BITLINEAR_EXPORT int bitlinear_cuda_force(int kernel) { return forced_kernel.exchange(kernel); }
 
 TORCH_LIBRARY_IMPL(bitlinear, CUDA, m) {

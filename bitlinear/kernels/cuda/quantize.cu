@@ -1,10 +1,10 @@
-// The row quantiser: some warps per token, one token or several per block; absmax, scale, rounding,
-// plane order and sum.
+// The row quantiser: absmax, scale, rounding, plane order and sum. One or more warps per token, one
+// or more tokens per block.
 //
-// x is read once, as long as a thread can keep its part (up to 32768 values), and 1 byte per value
-// written: bound by memory. 4096 x 8192 in bf16, 100 MB, takes 33 us on an H100, 77 % of its
-// memory's peak by the profiler; a few tokens 1.4 us, which is latency. 50 to 61 registers, no
-// spills.
+// Bound: memory. x is read once, as long as the threads can keep a token in registers (up to 32768
+// values), and 1 byte per value is written. Measured on an H100: 4096 x 8192 in bf16 (100 MB) takes
+// 33 us, 77 % of the memory's peak by the profiler; a few tokens take 1.4 us, which is latency. 50
+// to 61 registers, no spills.
 #include "launch.cuh"
 #include "quantize.cuh"
 
@@ -12,7 +12,7 @@ namespace bitlinear {
 namespace cuda {
 namespace {
 
-// The first `count` values of a group, which lie in its planes.
+// Stores the first `count` values of a group in the order of x, from its planes.
 __device__ inline void store_in_order(int8_t* q, const uint32_t (&planes)[4], int count,
                                       bool aligned) {
   uint32_t words[4];
@@ -39,25 +39,25 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
   __shared__ uint32_t warp_max[kQuantizerWarps];
   __shared__ int32_t warp_sum[kQuantizerWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int first_warp = threadIdx.y * warps;  // of this token in the block
+  const int first_warp = threadIdx.y * warps;  // the first warp of this token
   const int64_t m = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-  // Beyond the last token, it is quantised again: the workspace has room for whole blocks.
-  const X* row = x + least(m, M - 1) * K;
+  // Threads beyond the last token quantise it again: the workspace has room for whole blocks.
+  const X* row = x + minimum(m, M - 1) * K;
   const int first = static_cast<int>(threadIdx.x) * kGroup;
   const int step = static_cast<int>(blockDim.x) * kGroup;
   const auto load = [&](int k) { return load_group(row + k, K - k, aligned); };
   allow_successor();
   wait_for_predecessor();
 
-  Group<X> held[kQuantizerGroups];
+  Group<X> kept[kQuantizerGroups];
   uint32_t absmax = 0;
 #pragma unroll
   for (int i = 0; i < kQuantizerGroups; ++i) {
-    if (first + i * step < out.q_stride) held[i] = load(first + i * step);
+    if (first + i * step < out.q_stride) kept[i] = load(first + i * step);
   }
 #pragma unroll
   for (int i = 0; i < kQuantizerGroups; ++i) {
-    if (first + i * step < out.q_stride) absmax = max(absmax, held[i].magnitude_bits());
+    if (first + i * step < out.q_stride) absmax = max(absmax, kept[i].magnitude_bits());
   }
   for (int k = first + kQuantizerGroups * step; k < K; k += step) {
     absmax = max(absmax, load(k).magnitude_bits());
@@ -82,13 +82,14 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
       const int word = k / kGroup % 16;
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
-        *reinterpret_cast<uint32_t*>(out.q + place_of<kLayout>(out, m, slice, p, word)) = planes[p];
+        *reinterpret_cast<uint32_t*>(out.q + word_offset<kLayout>(out, m, slice, p, word)) =
+            planes[p];
       }
     }
   };
 #pragma unroll
   for (int i = 0; i < kQuantizerGroups; ++i) {
-    if (first + i * step < out.q_stride) quantize(first + i * step, held[i]);
+    if (first + i * step < out.q_stride) quantize(first + i * step, kept[i]);
   }
   for (int k = first + kQuantizerGroups * step; k < out.q_stride; k += step) quantize(k, load(k));
   sum = warp_reduce_add(sum);
@@ -108,11 +109,12 @@ cudaError_t launch(const Call& call, const Activations& out) {
   const X* x = static_cast<const X*>(task.x);
   const bool aligned = rows_aligned(x, task.K * static_cast<int64_t>(sizeof(X)));
   QuantizerPlan plan = plan_quantizer(call.device, task.M, task.K);
-  if (kLayout == Layout::kInOrder && task.M % plan.tokens != 0) plan.tokens = 1;  // no room beyond
-  const Launch how = {
+  if (kLayout == Layout::kInOrder && task.M % plan.tokens != 0)
+    plan.tokens = 1;  // q has no room for whole blocks
+  const LaunchConfig config = {
       dim3(static_cast<unsigned>(ceil_div<int64_t>(task.M, plan.tokens))),
       dim3(static_cast<unsigned>(32 * plan.warps), static_cast<unsigned>(plan.tokens))};
-  return launch_kernel<quantize_rows<X, kLayout>>(how, call, x, task.M, static_cast<int>(task.K),
+  return launch_kernel<quantize_rows<X, kLayout>>(config, call, x, task.M, static_cast<int>(task.K),
                                                   task.eps, aligned, out);
 }
 
@@ -127,8 +129,8 @@ cudaError_t launch(const Call& call, const Activations& out, Layout layout) {
 }  // namespace
 
 cudaError_t quantize(const Call& call, const Activations& out, Layout layout) {
-  return of_type(call.task.x_dtype,
-                 [&](auto zero) { return launch<decltype(zero)>(call, out, layout); });
+  return dispatch_dtype(call.task.x_dtype,
+                        [&](auto zero) { return launch<decltype(zero)>(call, out, layout); });
 }
 
 }  // namespace cuda

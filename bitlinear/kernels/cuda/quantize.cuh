@@ -1,4 +1,4 @@
-// The activation quantiser's parts that the row kernel and the GEMV share.
+// Parts of the activation quantiser that quantize.cu, gemv.cu and small_layer.cu share.
 #pragma once
 
 #include <string.h>
@@ -8,10 +8,11 @@
 namespace bitlinear {
 namespace cuda {
 
-// Values of x that one thread takes at a time: they become one 32-bit word in each of four planes.
+// Values of x that a thread quantises at a time. They become one 32-bit word in each of four
+// planes.
 constexpr int kGroup = 16;
 
-// Some of these, as they lie in memory.
+// kGroup values of x, as they are in memory.
 template <class X>
 struct Group {
   uint4 vectors[kGroup * sizeof(X) / sizeof(uint4)];
@@ -23,7 +24,7 @@ struct Group {
       vectors[v] = reinterpret_cast<const uint4*>(x)[v];
     }
   }
-  // From anywhere, the first `count` values, then zeros.
+  // From any address: the first `count` values, then zeros.
   __device__ void load(const X* x, int64_t count) {
     X* const values = reinterpret_cast<X*>(vectors);
 #pragma unroll
@@ -37,21 +38,21 @@ struct Group {
   // The largest magnitude, as the bits of a float: as unsigned integers these order finite <
   // infinity < NaN, and so do those of the 16-bit formats.
   __device__ uint32_t magnitude_bits() const {
-    uint32_t most = 0;
+    uint32_t largest = 0;
 #pragma unroll
     for (const uint4& v : vectors) {
       for (const uint32_t word : {v.x, v.y, v.z, v.w}) {
         if constexpr (sizeof(X) == 4) {
-          most = max(most, word & 0x7FFFFFFFu);
+          largest = max(largest, word & 0x7FFFFFFFu);
         } else {
-          most = __vmaxu2(most, word & 0x7FFF7FFFu);
+          largest = __vmaxu2(largest, word & 0x7FFF7FFFu);
         }
       }
     }
     if constexpr (sizeof(X) == 4) {
-      return most;
+      return largest;
     } else {
-      const uint16_t bits = static_cast<uint16_t>(max(most & 0xFFFFu, most >> 16));
+      const uint16_t bits = static_cast<uint16_t>(max(largest & 0xFFFFu, largest >> 16));
       X value;
       memcpy(&value, &bits, sizeof(value));
       return __float_as_uint(to_float(value));

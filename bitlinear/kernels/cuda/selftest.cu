@@ -1,4 +1,4 @@
-// The self-test that the kernels pass on every device before they may be used there: some hundred
+// The self-test of the kernels on a device, which runs before they are used there: some hundred
 // small cases.
 #include "selftest.cuh"
 
@@ -15,7 +15,7 @@ namespace {
 using selftest::Case;
 using selftest::Data;
 
-// Makes a device current, and then the one that was.
+// Makes a device current, and restores the previous one at the end of the scope.
 class DeviceScope {
  public:
   explicit DeviceScope(int device) {
@@ -30,12 +30,12 @@ class DeviceScope {
   int previous_ = 0;
 };
 
-// The first difference that a kernel shows, or "".
+// Returns the first difference of a kernel, or "".
 std::string check_kernel(int kernel, const Device& device, const Stream& stream) {
-  constexpr Data kKinds[] = {Data::kRandom, Data::kExtreme, Data::kZero, Data::kNonFinite,
-                             Data::kSubnormal};
+  constexpr Data kDataKinds[] = {Data::kRandom, Data::kLargestSums, Data::kZero, Data::kNonFinite,
+                                 Data::kSubnormal};
   uint64_t seed = 0;
-  // 192, 256 and 4160: rows that are aligned, and so those that the GEMV takes.
+  // Rows of 192, 256 and 4160 are aligned, as the GEMV requires.
   for (const int64_t K : {5, 192, 255, 256, 1100, 4160}) {
     for (const int64_t M : {1, 2, 7, 20, 131}) {
       ++seed;
@@ -45,10 +45,10 @@ std::string check_kernel(int kernel, const Device& device, const Stream& stream)
                       static_cast<int>(seed % 3),
                       seed % 2 == 0,
                       seed % 4 == 0,
-                      kKinds[seed / 2 % 5],
+                      kDataKinds[seed / 2 % 5],
                       0};
       const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
-      if (!takes(kernel, device, c, placement)) continue;
+      if (!supports_case(kernel, device, c, placement)) continue;
       const std::string difference = check_case(kernel, c, seed, placement, stream);
       if (!difference.empty()) return difference;
     }
@@ -57,13 +57,13 @@ std::string check_kernel(int kernel, const Device& device, const Stream& stream)
 }
 
 std::string check_training(const Stream& stream) {
-  constexpr Data kKinds[] = {Data::kRandom, Data::kNonFinite, Data::kZero, Data::kExtreme,
-                             Data::kSubnormal};
+  constexpr Data kDataKinds[] = {Data::kRandom, Data::kNonFinite, Data::kZero, Data::kLargestSums,
+                                 Data::kSubnormal};
   uint64_t seed = 0;
   for (const int64_t K : {1, 6, 15, 16, 100, 1030, 2048}) {
     for (const int64_t M : {1, 5, 300}) {
       ++seed;
-      const Case c = {M, 1, K, static_cast<int>(seed % 3), false, false, kKinds[seed % 5], 0};
+      const Case c = {M, 1, K, static_cast<int>(seed % 3), false, false, kDataKinds[seed % 5], 0};
       const Placement placement = seed % 5 == 0 ? Placement::kUnaligned : Placement::kAligned;
       const std::string difference = check_training(c, seed, placement, stream);
       if (!difference.empty()) return difference;
@@ -98,7 +98,7 @@ BITLINEAR_EXPORT int bitlinear_cuda_selftest(int device, char* message, int64_t 
     snprintf(message, size, "%s", difference.c_str());
     return 1;
   } catch (const bitlinear::cuda::CudaFailure& failure) {
-    cudaGetLastError();  // reported here, and not again by the next call
+    cudaGetLastError();  // clears the error, so that the next call does not report it
     snprintf(message, size, "%s (%s)", cudaGetErrorString(failure.error), failure.call);
   } catch (const std::exception& error) {
     snprintf(message, size, "%s", error.what());

@@ -1,8 +1,7 @@
-// Compares a CUDA kernel with the numerics as they are written down (../selftest.h). selftest.cu
-// runs some hundred cases after every build, the native driver in tests/ thousands. Every array is
-// a device allocation of exactly the size the interface promises, so compute-sanitizer sees any
-// byte read or written beyond it; what surrounds y and follows the workspace is looked at in any
-// case.
+// Compares a CUDA kernel with the reference in ../selftest.h. selftest.cu runs some hundred cases
+// after every build, the native driver in tests/ runs thousands. Every array is a device allocation
+// of exactly the promised size, so compute-sanitizer sees each byte that is read or written beyond
+// it. Guard bytes around y and behind the workspace are checked in every run.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +13,7 @@
 namespace bitlinear {
 namespace cuda {
 
-// The runtime itself failed: not a wrong result, but no result.
+// The CUDA runtime failed: there is no result, rather than a wrong one.
 struct CudaFailure {
   cudaError_t error;
   const char* call;
@@ -27,7 +26,7 @@ struct CudaFailure {
 
 class Stream {
  public:
-  // Not in step with the default stream: what is queued there, as by another thread, may go on.
+  // Does not synchronise with the default stream, in which other threads can have queued work.
   Stream() { BITLINEAR_CUDA_CALL(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
   ~Stream() { cudaStreamDestroy(stream_); }
   Stream(const Stream&) = delete;
@@ -46,7 +45,7 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
-// A device array, `offset` bytes into its allocation, which ends where it ends.
+// A device array. It starts `offset` bytes after its allocation, and both end together.
 class DeviceArray {
  public:
   DeviceArray(const Stream& stream, const void* data, size_t bytes, size_t offset = 0)
@@ -73,13 +72,13 @@ class DeviceArray {
   size_t offset_;
 };
 
-// Where the operands lie: as torch allocates them, or with nothing aligned but to its own type.
+// The alignment of the operands: that of torch's allocations, or only that of their types.
 enum class Placement { kAligned, kUnaligned };
 
 constexpr size_t kGuardBytes = 256;  // a multiple of the alignment of y and of the workspace
 constexpr uint8_t kGuard = 0xA5;
 
-inline bool untouched(const uint8_t* guard) {
+inline bool is_intact(const uint8_t* guard) {
   for (size_t i = 0; i < kGuardBytes; ++i) {
     if (guard[i] != kGuard) return false;
   }
@@ -96,13 +95,14 @@ inline Shape shape_of(const selftest::Case& c, Placement placement) {
           row_aligned(placement, (c.K + 3) / 4)};
 }
 
-// Whether the kernel is to be tried on a case: any kernel that the heuristics may choose for it.
-inline bool takes(int kernel, const Device& device, const selftest::Case& c, Placement placement) {
-  return kernel == BITLINEAR_CUDA_AUTO || admits(kernel, device, shape_of(c, placement));
+// Whether the kernel supports a case. AUTO supports every case.
+inline bool supports_case(int kernel, const Device& device, const selftest::Case& c,
+                          Placement placement) {
+  return kernel == BITLINEAR_CUDA_AUTO || supports(kernel, device, shape_of(c, placement));
 }
 
-// Returns "" or what differs; throws CudaFailure. `run` queues the task on the stream, by this
-// kernel: null, or why it has not; `name` says in messages what it is.
+// Returns "" or the first difference; throws CudaFailure. `run` queues the task on the stream with
+// this kernel and returns null or an error message. `name` stands for the kernel in messages.
 template <class Run>
 std::string check_case(const std::string& name, int kernel, const Run& run, const selftest::Case& c,
                        uint64_t seed, Placement placement, const Stream& stream) {
@@ -132,9 +132,10 @@ std::string check_case(const std::string& name, int kernel, const Run& run, cons
   task.s_w_stride = c.per_channel ? 1 : 0;
   task.bias = c.bias ? bias.data() : nullptr;
   task.y = y.data() + kGuardBytes;
-  task.w_settled = seed % 3 != 0;  // other copies follow the one of w
+  task.w_prefetchable =
+      seed % 3 != 0;  // the copies of other operands follow the copy of w in the stream
   const size_t workspace_bytes = static_cast<size_t>(bitlinear_cuda_workspace_bytes(&task, kernel));
-  // Nothing that is left in the workspace may matter.
+  // The old contents of the workspace must not matter.
   std::vector<uint8_t> guard(workspace_bytes + kGuardBytes, kGuard);
   const DeviceArray workspace(stream, guard.data(), guard.size());
   task.workspace = workspace.data();
@@ -145,10 +146,10 @@ std::string check_case(const std::string& name, int kernel, const Run& run, cons
   stream.download(y_memory.data(), y.data(), y_memory.size());
   stream.download(guard.data(), workspace.data() + workspace_bytes, kGuardBytes);
 
-  if (!untouched(y_memory.data()) || !untouched(y_memory.data() + kGuardBytes + y_bytes)) {
+  if (!is_intact(y_memory.data()) || !is_intact(y_memory.data() + kGuardBytes + y_bytes)) {
     return "written beyond y at " + describe(c) + where;
   }
-  if (!untouched(guard.data())) return "written beyond the workspace at " + describe(c) + where;
+  if (!is_intact(guard.data())) return "written beyond the workspace at " + describe(c) + where;
   selftest::Buffer got(c.dtype, c.M * c.N);
   memcpy(got.data(), y_memory.data() + kGuardBytes, y_bytes);
   for (int64_t m = 0; m < c.M; ++m) {
@@ -169,7 +170,7 @@ inline std::string check_case(int kernel, const selftest::Case& c, uint64_t seed
   return check_case("kernel " + std::to_string(kernel), kernel, run, c, seed, placement, stream);
 }
 
-// Whether value i is what this fp32 value rounds to.
+// Whether value i is this fp32 value, rounded to the dtype.
 inline bool same_value(const selftest::Buffer& values, int64_t i, float wanted) {
   selftest::Buffer rounded(values.dtype(), 1);
   rounded.set(0, wanted);
@@ -177,8 +178,8 @@ inline bool same_value(const selftest::Buffer& values, int64_t i, float wanted) 
   return value == rounded.get(0) || (isnan(value) && isnan(wanted));
 }
 
-// What training reads and writes, with x in the place of weights, and then of activations. Returns
-// "" or what differs.
+// Checks the functions for training on x, as weights and then as activations. Returns "" or the
+// first difference.
 inline std::string check_training(const selftest::Case& c, uint64_t seed, Placement placement,
                                   const Stream& stream) {
   const selftest::Operands operands(c, seed);
@@ -193,22 +194,22 @@ inline std::string check_training(const selftest::Case& c, uint64_t seed, Placem
   const std::vector<uint8_t> sums(
       static_cast<size_t>(bitlinear_cuda_weight_workspace_bytes(c.M, c.K)));
   float s_w = 0;
-  const DeviceArray its_sums(stream, sums.data(), sums.size());
-  const DeviceArray its_packed(stream, packed.data(), packed.size());
-  const DeviceArray its_scale(stream, &s_w, sizeof(s_w));
-  const DeviceArray its_w(stream, w.data(), w.size());
-  const char* refusal =
-      bitlinear_cuda_quantize_weight(x.data(), c.dtype, c.M, c.K, operands.eps, its_packed.data(),
-                                     its_scale.data<float>(), its_sums.data(), stream.get());
+  const DeviceArray device_sums(stream, sums.data(), sums.size());
+  const DeviceArray device_packed(stream, packed.data(), packed.size());
+  const DeviceArray device_scale(stream, &s_w, sizeof(s_w));
+  const DeviceArray device_w(stream, w.data(), w.size());
+  const char* refusal = bitlinear_cuda_quantize_weight(
+      x.data(), c.dtype, c.M, c.K, operands.eps, device_packed.data(), device_scale.data<float>(),
+      device_sums.data(), stream.get());
   if (refusal != nullptr) return refusal + where;
   const bool scaled = seed % 2 == 0;
-  refusal = bitlinear_cuda_expand_weight(its_packed.data(), c.M, c.K,
-                                         scaled ? its_scale.data<float>() : nullptr, its_w.data(),
-                                         c.dtype, stream.get());
+  refusal = bitlinear_cuda_expand_weight(device_packed.data(), c.M, c.K,
+                                         scaled ? device_scale.data<float>() : nullptr,
+                                         device_w.data(), c.dtype, stream.get());
   if (refusal != nullptr) return refusal + where;
-  stream.download(packed.data(), its_packed.data(), packed.size());
-  stream.download(&s_w, its_scale.data(), sizeof(s_w));
-  stream.download(w.data(), its_w.data(), w.size());
+  stream.download(packed.data(), device_packed.data(), packed.size());
+  stream.download(&s_w, device_scale.data(), sizeof(s_w));
+  stream.download(w.data(), device_w.data(), w.size());
 
   std::vector<float> values(count);
   double sum = 0.0;
@@ -240,20 +241,21 @@ inline std::string check_training(const selftest::Case& c, uint64_t seed, Placem
 
   std::vector<int8_t> q(count);
   std::vector<float> s_x(static_cast<size_t>(c.M));
-  const DeviceArray its_q(stream, q.data(), q.size());
-  const DeviceArray its_scales(stream, s_x.data(), s_x.size() * sizeof(float));
+  const DeviceArray device_q(stream, q.data(), q.size());
+  const DeviceArray device_scales(stream, s_x.data(), s_x.size() * sizeof(float));
   refusal = bitlinear_cuda_quantize_activations(x.data(), c.dtype, c.M, c.K, operands.eps,
-                                                its_q.data<int8_t>(), its_scales.data<float>(),
-                                                stream.get());
+                                                device_q.data<int8_t>(),
+                                                device_scales.data<float>(), stream.get());
   if (refusal != nullptr) return refusal + where;
-  stream.download(q.data(), its_q.data(), q.size());
-  stream.download(s_x.data(), its_scales.data(), s_x.size() * sizeof(float));
+  stream.download(q.data(), device_q.data(), q.size());
+  stream.download(s_x.data(), device_scales.data(), s_x.size() * sizeof(float));
   selftest::Buffer tokens(c.dtype, c.M * c.K);
-  const DeviceArray its_tokens(stream, tokens.data(), tokens.size());
-  refusal = bitlinear_cuda_expand_activations(its_q.data<int8_t>(), its_scales.data<float>(), c.M,
-                                              c.K, its_tokens.data(), c.dtype, stream.get());
+  const DeviceArray device_tokens(stream, tokens.data(), tokens.size());
+  refusal =
+      bitlinear_cuda_expand_activations(device_q.data<int8_t>(), device_scales.data<float>(), c.M,
+                                        c.K, device_tokens.data(), c.dtype, stream.get());
   if (refusal != nullptr) return refusal + where;
-  stream.download(tokens.data(), its_tokens.data(), tokens.size());
+  stream.download(tokens.data(), device_tokens.data(), tokens.size());
   for (int64_t m = 0; m < c.M; ++m) {
     const selftest::Expected expected(operands, m);
     for (int64_t k = 0; k < c.K; ++k) {

@@ -1,23 +1,21 @@
-// y = epilogue(q @ w^T) for up to 32 tokens (sm_90 and later), from what the row kernel has
-// quantised.
+// y = epilogue(q @ w^T) for up to 32 tokens (sm_90 and later), which quantize.cu has quantised.
 //
-// As in the GEMV, a block takes a range of weight rows, and one warp copies them into a ring in
-// shared memory before the predecessor in the stream has ended. Eight warps share K, each with all
-// rows and tokens of a tile: so each value of the activations, which all come through L2, is loaded
-// once per tile, by one warp, and straight into registers, as the quantiser has laid it out in
-// fragments.
+// As in the GEMV, a block has a range of weight rows, and one warp copies them into a ring in
+// shared memory before the predecessor in the stream has ended. Eight warps share K; each has all
+// rows and tokens of a tile. So one warp loads each activation once per tile, through L2, and
+// directly into registers, because the quantiser stores activations in the order of the fragments.
 //
-// What bounds it, for 16 tokens and 4096 x 4096: each of 132 multiprocessors fetches all 64 KB of
-// the activations, 8.4 MB through L2, or 1.5 us; mma.m16n8k32 takes 16 cycles of a quarter of a
-// multiprocessor, together 1.2 us; the quantiser takes 1.4 us before, the rest is latency: 4.8 us
-// on an H100, where the GEMV takes 2.9 for one token. 8192 x 8192 takes 12.1 us (7.5), of which
-// reading the weights is 5.5, and 28672 x 8192 31 us (21.5 and 20); there, by the profiler, at 1.7
-// TB/s, with the tensor cores busy in 22 % of the cycles and 14 % of the warps that would fit. No
-// spills; 96 registers where two blocks share a multiprocessor, up to 166 for one.
+// Bound, for 16 tokens and 4096 x 4096 on an H100: each of 132 multiprocessors fetches all 64 KB of
+// the activations, together 8.4 MB through L2, in 1.5 us. mma.m16n8k32 takes 16 cycles of a quarter
+// of a multiprocessor, together 1.2 us. The quantiser takes 1.4 us before. The rest is latency: 4.8
+// us in all; the GEMV takes 2.9 for one token. 8192 x 8192 takes 12.1 us (GEMV 7.5; reading the
+// weights 5.5). 28672 x 8192 takes 31 us (21.5; 20): by the profiler at 1.7 TB/s, with the tensor
+// cores busy in 22 % of the cycles and 14 % of the warps that would fit. No spills; 96 registers if
+// two blocks share a multiprocessor, up to 166 for one block.
 //
-// Tried, and slower: activations by bulk copies in shared memory, also by multicast to clusters;
+// Tried, and slower: activations by bulk copies into shared memory, also by multicast to clusters;
 // wgmma, which takes 50 cycles for 64 rows and any number of tokens up to 32; two slices of
-// activations under way instead of one; more than one warp that copies weights.
+// activations in flight instead of one; more than one warp that copies weights.
 #include "ampere.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
@@ -26,7 +24,7 @@ namespace bitlinear {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = kSmallBatchWarps;  // that multiply; one more copies
+constexpr int kWarps = kSmallBatchWarps;  // that multiply; one more warp copies
 constexpr int kConsumers = 32 * kWarps;
 constexpr int kThreads = kConsumers + 32;
 constexpr int kPartRows = kSmallBatchStageRows;
@@ -79,22 +77,22 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
   __syncthreads();
   allow_successor();
 
-  RingPosition at(stages);
+  RingPosition ring(stages);
   if (warp == kWarps) {
     for (int tile = 0; tile < tiles; ++tile) {
-      const int tile_end = least(rows, (tile + 1) * T::kRows);
+      const int tile_end = minimum(rows, (tile + 1) * T::kRows);
       for (int begin = 0; begin < row_bytes; begin += kChunkBytes) {
-        const int bytes = least(kChunkBytes, row_bytes - begin);
-        for (int first = tile * T::kRows; first < tile_end; first += kPartRows, at.advance()) {
-          const int present = least(kPartRows, tile_end - first);
-          Barrier& full = shared.full[at.stage];
+        const int bytes = minimum(kChunkBytes, row_bytes - begin);
+        for (int first = tile * T::kRows; first < tile_end; first += kPartRows, ring.advance()) {
+          const int present = minimum(kPartRows, tile_end - first);
+          Barrier& full = shared.full[ring.stage];
           if (lane == 0) {
-            shared.empty[at.stage].wait(at.parity ^ 1);
+            shared.empty[ring.stage].wait(ring.parity ^ 1);
             full.arrive_expecting(present * bytes);
           }
           __syncwarp();
           if (lane < present) {
-            copy_bulk(dynamic + at.stage * stage_bytes + lane * pitch,
+            copy_bulk(dynamic + ring.stage * stage_bytes + lane * pitch,
                       task.w + (n_begin + first + lane) * row_bytes + begin, bytes, full);
           }
         }
@@ -108,9 +106,9 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
   const int8_t* q[kTokenParts];
 #pragma unroll
   for (int t = 0; t < kTokenParts; ++t) {
-    // Columns beyond the tokens repeat the last one, and are dropped.
-    const int m = least(8 * t + g, tokens - 1);
-    q[t] = activations.q + place_of<Layout::kFragments>(activations, m, 0, 0, 4 * tig);
+    // Columns beyond the last token repeat it, and are dropped.
+    const int m = minimum(8 * t + g, tokens - 1);
+    q[t] = activations.q + word_offset<Layout::kFragments>(activations, m, 0, 0, 4 * tig);
   }
   uint4 b[4][kTokenParts];  // of a slice, by plane
   const auto load_plane = [&](int slice, int p) {
@@ -129,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
   }
 
   int32_t* const partial = reinterpret_cast<int32_t*>(dynamic + stages * stage_bytes);
-  const int row = threadIdx.x % T::kRows;  // that this thread finishes
+  const int row = threadIdx.x % T::kRows;  // that this thread writes
   for (int tile = 0; tile < tiles; ++tile) {
     const int left = rows - tile * T::kRows;
     const int64_t n = n_begin + tile * T::kRows + row;
@@ -140,12 +138,12 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
       if (task.bias != nullptr) bias_bits = load_bits(task.bias, task.bias_dtype, n);
     }
 
-    const int parts = least(kRowParts, ceil_div(left, kPartRows));
+    const int parts = minimum(kRowParts, ceil_div(left, kPartRows));
     int32_t sums[kRowParts][kTokenParts][4] = {};
     int slice = warp;
     for (int c = 0; c < chunks; ++c) {
       const uint8_t* w[kRowParts];
-      RingPosition ready = at;
+      RingPosition ready = ring;
 #pragma unroll
       for (int r = 0; r < kRowParts; ++r) {
         if (r < parts) {
@@ -156,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
           w[r] = w[0];  // computed again, and dropped
         }
       }
-      const int end = least(slices, (c + 1) * kChunkSlices);
+      const int end = minimum(slices, (c + 1) * kChunkSlices);
 #pragma unroll 1
       for (; slice < end; slice += kWarps) {
         const int offset = (slice - c * kChunkSlices) * kSliceBytes;
@@ -187,18 +185,18 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
 #pragma unroll
       for (int r = 0; r < kRowParts; ++r) {
         if (r < parts) {
-          shared.empty[at.stage].arrive();
-          at.advance();
+          shared.empty[ring.stage].arrive();
+          ring.advance();
         }
       }
     }
 
-    leave_sums<T::kPitch>(partial + (warp * T::kTokens + 2 * tig) * T::kPitch + g, sums);
-    sync_first<kConsumers>();
+    store_sums<T::kPitch>(partial + (warp * T::kTokens + 2 * tig) * T::kPitch + g, sums);
+    sync_leading_threads<kConsumers>();
     if (row < left) {
       const bool has_bias = task.bias != nullptr;
-      const float bias = float_of(bias_bits, task.bias_dtype);
-      with_type(task.y_dtype, [&](auto zero) {
+      const float bias = float_from_bits(bias_bits, task.bias_dtype);
+      with_dtype(task.y_dtype, [&](auto zero) {
         using Y = decltype(zero);
         for (int m = threadIdx.x / T::kRows; m < tokens; m += kConsumers / T::kRows) {
           int32_t codes = 0;
@@ -212,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
         }
       });
     }
-    if (tile + 1 < tiles) sync_first<kConsumers>();
+    if (tile + 1 < tiles) sync_leading_threads<kConsumers>();
   }
 #endif
 }
@@ -222,9 +220,9 @@ cudaError_t launch(const Call& call, const Activations& q, const SmallBatchPlan&
   const int64_t stage_bytes = small_batch_stage_bytes(ceil_div<int64_t>(call.task.K, 4));
   const int64_t shared_bytes =
       plan.stages * stage_bytes + small_batch_sum_bytes(kRowParts, kTokenParts);
-  const Launch how = {dim3(static_cast<unsigned>(plan.blocks)), kThreads,
-                      static_cast<int>(shared_bytes)};
-  return launch_kernel<small_batch_kernel<kRowParts, kTokenParts>>(how, call, call.task, q,
+  const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads,
+                               static_cast<int>(shared_bytes)};
+  return launch_kernel<small_batch_kernel<kRowParts, kTokenParts>>(config, call, call.task, q,
                                                                    plan.stages);
 }
 

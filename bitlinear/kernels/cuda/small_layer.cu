@@ -1,23 +1,25 @@
-// y = epilogue(quantize(x) @ w^T) for layers of few inputs (sm_80 and later), in one kernel: a
-// second one, and the wait between the two, would cost more than it does that every block which
-// needs a token quantises it again.
+// y = epilogue(quantize(x) @ w^T) for layers of up to 1024 inputs (sm_80 and later), in one kernel.
+// Every block quantises the tokens that it needs again: that costs less than a second kernel and
+// the wait between the two.
 //
-// A block has a tile of rows and tokens. It copies the weights of the one into shared memory before
-// the predecessor in the stream has ended, then quantises the other into shared memory, both in the
+// A block has a tile of rows and tokens. It copies the rows into shared memory before the
+// predecessor in the stream has ended, then quantises the tokens into shared memory, both in the
 // order of the fragments of mma.m16n8k32, and multiplies.
 //
-// What bounds it, for few tokens: latency. 512 x 256 with M = 64 takes 2.1 us on an H100 (nn.Linear
-// in bf16 3.4), of which 1.2 pass between the end of one call and the first work of the next, as in
-// the GEMV; then x comes from L2, is quantised, multiplied and written, each after the other. For
-// many, the products, 16 cycles of a quarter of a multiprocessor each, and the instructions of the
-// quantiser, 340 for 32 lanes of 32 values: of the 5.1 us of 512 x 256 with M = 4096 (bf16 5.5) 2.0
-// and 0.3 us. So tiles are as small as all multiprocessors allow: with twice the tokens in a tile,
-// 512 x 512 with M = 64 takes 3.4 instead of 2.7 us. Registers (no spills): 96 in tiles of 64 and
-// 128 rows, 126 and 197 in those of 256 and 512; two blocks per multiprocessor, of the last one.
+// Bound for few tokens: latency. 512 x 256 with M = 64 takes 2.1 us on an H100 (nn.Linear in bf16:
+// 3.4). Of these, 1.2 pass between the end of one call and the first work of the next, as in the
+// GEMV; then x comes from L2, is quantised, multiplied and written, one step after the other.
 //
-// Tried, and slower: weights straight into registers; 16 warps; 3 blocks; a token on twice as many
-// lanes, for which the reductions and divisions are the same; letting the successor in before the
-// wait, as the other kernels do.
+// Bound for many tokens: the products, 16 cycles of a quarter of a multiprocessor each, and the
+// instructions of the quantiser, 340 for 32 lanes of 32 values. They take 2.0 and 0.3 us of the 5.1
+// us of 512 x 256 with M = 4096 (bf16: 5.5). So the plan takes the smallest tiles that all
+// multiprocessors can run at once: with twice the tokens in a tile, 512 x 512 with M = 64 takes 3.4
+// instead of 2.7 us. Registers (no spills): 96 in tiles of 64 and 128 rows, 126 and 197 in tiles of
+// 256 and 512. Two blocks per multiprocessor; one of the last tile.
+//
+// Tried, and slower: weights directly into registers; 16 warps; 3 blocks; twice as many lanes per
+// token, which does not reduce the reductions and divisions; allow_successor() before the wait, as
+// in the other kernels.
 #include "ampere.cuh"
 #include "epilogue.cuh"
 #include "launch.cuh"
@@ -31,8 +33,8 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kChunk = 16;  // bytes that a thread copies or loads at a time
 constexpr int kSliceGroups = kSliceValues / kGroup;
-constexpr int kHeld = 2;  // groups of a token that a lane keeps
-static_assert(kSmallLayerInputs == kHeld * kGroup * 32, "a warp has all of a token");
+constexpr int kGroupsInRegisters = 2;  // groups of a token that a lane keeps
+static_assert(kSmallLayerInputs == kGroupsInRegisters * kGroup * 32, "a warp has all of a token");
 
 // A tile, divided among the warps along rows and tokens. A warp has kRowParts parts of 16 rows
 // times kTokenParts parts of 8 tokens.
@@ -45,13 +47,13 @@ struct Tile {
   static constexpr int kBlocks = kRowParts == 4 ? 1 : 2;  // of a multiprocessor
 };
 
-// Where a plane of a slice of a token of the tile begins, as in Layout::kFragments.
-__device__ inline int place_of(int token, int slices, int slice, int plane) {
+// The offset of a plane of a slice of a token of the tile, as in Layout::kFragments.
+__device__ inline int plane_offset(int token, int slices, int slice, int plane) {
   return ((token / 8 * slices + slice) * 4 + plane) * 512 + token % 8 * 64;
 }
 
-// Quantises the tile's tokens. As many lanes share a token as it takes for each to keep its part in
-// registers between finding the largest value and rounding.
+// Quantises the tile's tokens. Enough lanes share a token for each to keep its part in registers
+// between the maximum and the rounding.
 template <class X>
 __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, const X* x, int tokens,
                                        int8_t* q, uint32_t* absmaxes, int32_t* q_sum) {
@@ -63,27 +65,28 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, const X*
   int token = static_cast<int>(threadIdx.x) >> log_lanes;
   int first = static_cast<int>(threadIdx.x & ~31u) >> log_lanes;  // of the warp
 
-  // Beyond the last token, and beyond K, the last ones are read again: what comes of the first is
-  // dropped, and the others meet zeros among the weights.
-  Group<X> next[kHeld];
+  // Beyond the last token the last one is read again, and its results are dropped. Beyond K the
+  // last values are read again; the weights there are 0.
+  Group<X> next[kGroupsInRegisters];
   const auto load = [&]() {
-    const X* const its = x + int64_t{least(token, tokens - 1)} * K;
+    const X* const row = x + int64_t{minimum(token, tokens - 1)} * K;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      next[i].load(its + least((lane + i * lanes) * kGroup, K - kGroup));
+    for (int i = 0; i < kGroupsInRegisters; ++i) {
+      next[i].load(row + minimum((lane + i * lanes) * kGroup, K - kGroup));
     }
   };
-  constexpr bool kEarly = sizeof(X) == 2;  // both this token and the next fit the registers
+  constexpr bool kPrefetchNext =
+      sizeof(X) == 2;  // this token and the next one fit the registers together
   if (first < tokens) load();
 #pragma unroll 1
   while (first < tokens) {
-    Group<X> groups[kHeld];
+    Group<X> groups[kGroupsInRegisters];
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) groups[i] = next[i];
-    const int now = token;
+    for (int i = 0; i < kGroupsInRegisters; ++i) groups[i] = next[i];
+    const int current = token;
     token += step;
     first += step;
-    if (kEarly && first < tokens) load();
+    if (kPrefetchNext && first < tokens) load();
 
     uint32_t absmax = 0;
 #pragma unroll
@@ -95,18 +98,18 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, const X*
     const TokenScale scale(absmax, task.eps);
     int32_t sum = 0;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < kGroupsInRegisters; ++i) {
       const int group = lane + i * lanes;
       float values[kGroup];
       groups[i].convert(values);
       uint32_t planes[4];
-      const int32_t its_sum = quantize_group(values, scale.inv, planes);
-      if (group * kGroup < K) sum += its_sum;
+      const int32_t group_sum = quantize_group(values, scale.inv, planes);
+      if (group * kGroup < K) sum += group_sum;
       if (i == 0 || group < slices * kSliceGroups) {
-        int8_t* const its = q + place_of(now, slices, group / kSliceGroups, 0);
+        int8_t* const word = q + plane_offset(current, slices, group / kSliceGroups, 0);
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-          *reinterpret_cast<uint32_t*>(its + 512 * p + group % kSliceGroups * 4) = planes[p];
+          *reinterpret_cast<uint32_t*>(word + 512 * p + group % kSliceGroups * 4) = planes[p];
         }
       }
     }
@@ -115,10 +118,10 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, const X*
       if (mask < lanes) sum += __shfl_xor_sync(~0u, sum, mask);
     }
     if (lane == 0) {
-      absmaxes[now] = absmax;
-      q_sum[now] = sum;
+      absmaxes[current] = absmax;
+      q_sum[current] = sum;
     }
-    if (!kEarly && first < tokens) load();
+    if (!kPrefetchNext && first < tokens) load();
   }
 }
 
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
   const int row_tiles = static_cast<int>(ceil_div<int64_t>(task.N, T::kRows));
   const int64_t n = int64_t{static_cast<int>(blockIdx.x) % row_tiles} * T::kRows;
   const int64_t m = int64_t{static_cast<int>(blockIdx.x) / row_tiles} * T::kTokens;
-  const int tokens = static_cast<int>(least<int64_t>(T::kTokens, task.M - m));
+  const int tokens = static_cast<int>(minimum<int64_t>(T::kTokens, task.M - m));
   const int row_bytes = static_cast<int>((task.K + 3) / 4);
   const int slices = ceil_div(row_bytes, kSliceBytes), pitch = row_pitch(row_bytes);
   uint8_t* const w = dynamic;
@@ -144,20 +147,20 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
 #pragma unroll 1
   for (int row = threadIdx.x / kCopiers; row < T::kRows; row += kThreads / kCopiers) {
     // Rows beyond the last one are computed from it, and not stored.
-    const uint8_t* const its = task.w + least(n + row, task.N - 1) * row_bytes;
+    const uint8_t* const source = task.w + minimum(n + row, task.N - 1) * row_bytes;
     const int chunk = threadIdx.x % kCopiers * kChunk;
 #pragma unroll 1
     for (int offset = chunk; offset < slices * kSliceBytes; offset += kSliceBytes) {
-      copy_async(w + row * pitch + offset, its + offset, offset < row_bytes);
+      copy_async(w + row * pitch + offset, source + offset, offset < row_bytes);
     }
   }
   commit_copies();
-  // In this order, as blocks of several kernels that wait would crowd on some multiprocessors, and
-  // then slow each other down.
+  // In this order, because waiting blocks of several kernels would fill some multiprocessors and
+  // slow each other down.
   wait_for_predecessor();
   allow_successor();
 
-  with_type(task.x_dtype, [&](auto zero) {
+  with_dtype(task.x_dtype, [&](auto zero) {
     const auto* const x = static_cast<const decltype(zero)*>(task.x) + m * task.K;
     quantize_tokens(task, x, tokens, q, absmaxes, q_sum);
   });
@@ -175,10 +178,10 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
     uint4 low[T::kRowParts], high[T::kRowParts];
 #pragma unroll
     for (int r = 0; r < T::kRowParts; ++r) {
-      const uint8_t* const its =
+      const uint8_t* const packed =
           w + (first_row + 16 * r + g) * pitch + slice * kSliceBytes + kChunk * tig;
-      low[r] = *reinterpret_cast<const uint4*>(its);
-      high[r] = *reinterpret_cast<const uint4*>(its + 8 * pitch);
+      low[r] = *reinterpret_cast<const uint4*>(packed);
+      high[r] = *reinterpret_cast<const uint4*>(packed + 8 * pitch);
     }
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
@@ -186,8 +189,8 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
       uint4 b[T::kTokenParts];
 #pragma unroll
       for (int t = 0; t < T::kTokenParts; ++t) {
-        const int8_t* const its = q + place_of(first_token + 8 * t, slices, slice, p);
-        b[t] = *reinterpret_cast<const uint4*>(its + kChunk * lane);
+        const int8_t* const plane = q + plane_offset(first_token + 8 * t, slices, slice, p);
+        b[t] = *reinterpret_cast<const uint4*>(plane + kChunk * lane);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -206,9 +209,9 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
     }
   }
 
-  __syncthreads();  // the sums take the place of the operands
+  __syncthreads();  // the sums overwrite the operands
   int32_t* const codes = reinterpret_cast<int32_t*>(dynamic);
-  leave_sums<T::kPitch>(codes + (first_token + 2 * tig) * T::kPitch + first_row + g, sums);
+  store_sums<T::kPitch>(codes + (first_token + 2 * tig) * T::kPitch + first_row + g, sums);
   __syncthreads();
   constexpr int kTokensOfThread = T::kTokens * T::kRows / 4 / kThreads;
   constexpr int kBatch = kTokensOfThread < 4 ? kTokensOfThread : 4;
@@ -220,21 +223,23 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
 template <class T>
 cudaError_t launch(const Call& call, const SmallLayerPlan& plan) {
   const Shape shape = {call.task.M, call.task.N, call.task.K, true, true};
-  const Launch how = {dim3(static_cast<unsigned>(small_layer_blocks(plan, shape))), kThreads,
-                      static_cast<int>(small_layer_bytes(plan, shape.K))};
-  return launch_kernel<small_layer_kernel<T>>(how, call, call.task);
+  const LaunchConfig config = {dim3(static_cast<unsigned>(small_layer_blocks(plan, shape))),
+                               kThreads, static_cast<int>(small_layer_bytes(plan, shape.K))};
+  return launch_kernel<small_layer_kernel<T>>(config, call, call.task);
 }
 
 }  // namespace
 
 cudaError_t small_layer(const Call& call, const SmallLayerPlan& plan) {
-  const auto is = [&](int rows, int tokens) { return plan.rows == rows && plan.tokens == tokens; };
-  if (is(64, 16)) return launch<Tile<4, 1, 1>>(call, plan);
-  if (is(64, 32)) return launch<Tile<4, 1, 2>>(call, plan);
-  if (is(128, 16)) return launch<Tile<8, 1, 2>>(call, plan);
-  if (is(128, 32)) return launch<Tile<8, 1, 4>>(call, plan);
-  if (is(256, 32)) return launch<Tile<8, 2, 4>>(call, plan);
-  if (is(512, 32)) return launch<Tile<8, 4, 4>>(call, plan);
+  const auto matches = [&](int rows, int tokens) {
+    return plan.rows == rows && plan.tokens == tokens;
+  };
+  if (matches(64, 16)) return launch<Tile<4, 1, 1>>(call, plan);
+  if (matches(64, 32)) return launch<Tile<4, 1, 2>>(call, plan);
+  if (matches(128, 16)) return launch<Tile<8, 1, 2>>(call, plan);
+  if (matches(128, 32)) return launch<Tile<8, 1, 4>>(call, plan);
+  if (matches(256, 32)) return launch<Tile<8, 2, 4>>(call, plan);
+  if (matches(512, 32)) return launch<Tile<8, 4, 4>>(call, plan);
   return cudaErrorInvalidValue;
 }
 

@@ -1,10 +1,10 @@
-// What training needs besides the product: weights quantised and packed as they change, and both
-// operands read back for the gradients. (The activations are quantised by quantize.cu.)
+// The functions for training other than the product: quantise and pack weights, and expand both
+// operands for the gradients. (quantize.cu quantises the activations.)
 //
-// Bound by memory: the weights are read twice, once for their mean, and a sixteenth of fp32 is
-// written; what is expanded is written once. 4096 x 4096 in bf16 takes, on an H100, 17 us for the
-// sum (2.0 TB/s), 12 for packing, partly from L2, and 17 for expanding (2.2 TB/s); to expand 8192
-// tokens of 4096 takes 44 us (2.3 TB/s).
+// Bound: memory. The weights are read twice, the first time for their mean, and a sixteenth of fp32
+// is written; expanded operands are written once. Measured on an H100: 4096 x 4096 in bf16 takes 17
+// us for the sum (2.0 TB/s), 12 for packing (partly from L2), and 17 for expanding (2.2 TB/s).
+// Expanding 8192 tokens of 4096 takes 44 us (2.3 TB/s).
 #include "launch.cuh"
 #include "quantize.cuh"
 
@@ -13,16 +13,17 @@ namespace cuda {
 namespace {
 
 constexpr int kSumThreads = 256;
-// So many threads go along a row, each by 16 weights, and so many rows are in a block.
+// Threads along a row, each with 16 weights at a time, and rows of a block.
 constexpr int kRowThreads = 64, kBlockRows = 4;
 
-// Blocks that add up magnitudes: the same on every GPU, so that sums have the same order.
+// Blocks that sum magnitudes. Their number is the same on every GPU, so that sums have the same
+// order.
 constexpr int64_t sum_blocks(int64_t count) {
   const int64_t blocks = ceil_div<int64_t>(count, int64_t{kSumThreads} * kGroup);
-  return blocks < 1 ? 1 : least<int64_t>(blocks, 1024);
+  return blocks < 1 ? 1 : minimum<int64_t>(blocks, 1024);
 }
 
-// The sum over a block, in its first thread.
+// The sum over a block; valid in its first thread.
 __device__ inline double block_sum(double sum) {
   __shared__ double warps[kSumThreads / 32];
   for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(~0u, sum, step);
@@ -64,8 +65,8 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
   if (n >= N) return;
   const int row_bytes = (K + 3) / 4;
-  // w / s_w rounds to 1 where it exceeds 1/2 (which rounds to even), and a quotient of floats
-  // exceeds 1/2 just where w exceeds s_w / 2, which is exact.
+  // w / s_w rounds to 1 if it exceeds 1/2 (1/2 itself rounds to even, 0). A quotient of floats
+  // exceeds 1/2 exactly if w exceeds s_w / 2, and that product is exact.
   const float half = __fmul_rn(0.5f, *s_w);
   for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
     float values[kGroup];
@@ -76,31 +77,30 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
       const uint32_t code = 1 + (values[i] > half) - (values[i] < -half);
       word |= code << (8 * (i / 4) + 6 - 2 * (i % 4));
     }
-    uint8_t* const place = packed + n * row_bytes + k / 4;
+    uint8_t* const bytes = packed + n * row_bytes + k / 4;
     if (row_bytes % 4 == 0) {
-      *reinterpret_cast<uint32_t*>(place) = word;
+      *reinterpret_cast<uint32_t*>(bytes) = word;
     } else {
-      store_some(place, word, row_bytes - k / 4);
+      store_partial(bytes, word, row_bytes - k / 4);
     }
   }
 }
 
-// Stores the first `count` of a group's values.
+// Stores the first `count` values of a group.
 template <class T>
-__device__ inline void store_group(T* place, const float (&values)[kGroup], int count,
-                                   bool aligned) {
+__device__ inline void store_group(T* out, const float (&values)[kGroup], int count, bool aligned) {
   alignas(16) T rounded[kGroup];
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) rounded[i] = from_float<T>(values[i]);
   if (aligned && count >= kGroup) {
 #pragma unroll
     for (int v = 0; v < static_cast<int>(sizeof(T)); ++v) {
-      reinterpret_cast<uint4*>(place)[v] = reinterpret_cast<const uint4*>(rounded)[v];
+      reinterpret_cast<uint4*>(out)[v] = reinterpret_cast<const uint4*>(rounded)[v];
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      if (i < count) place[i] = rounded[i];
+      if (i < count) out[i] = rounded[i];
     }
   }
 }
@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   }
 }
 
-// The position of the first byte that holds a code 3, or other weights than 0 past K, is written
-// to `first`, which was ~0.
+// Writes the position of the first byte that holds a code 3, or a weight other than 0 past K, to
+// `first`, which the caller has set to ~0.
 __global__ void __launch_bounds__(kRowThreads* kBlockRows)
     find_invalid_byte(const uint8_t* packed, int64_t N, int K, unsigned long long* first) {
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
@@ -156,15 +156,15 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   const int unused = (1 << 2 * (4 * row_bytes - K)) - 1;
   for (int b = static_cast<int>(threadIdx.x); b < row_bytes; b += kRowThreads) {
     const int byte = packed[n * row_bytes + b];
-    const bool code3 = (byte & byte >> 1 & 0x55) != 0;
-    if (code3 || (b == row_bytes - 1 && ((byte ^ 0x55) & unused) != 0)) {
+    const bool has_code3 = (byte & byte >> 1 & 0x55) != 0;
+    if (has_code3 || (b == row_bytes - 1 && ((byte ^ 0x55) & unused) != 0)) {
       atomicMin(first, static_cast<unsigned long long>(n * row_bytes + b));
       return;
     }
   }
 }
 
-Launch by_rows(int64_t N) {
+LaunchConfig row_blocks(int64_t N) {
   return {dim3(static_cast<unsigned>(ceil_div<int64_t>(N, kBlockRows))),
           dim3(kRowThreads, kBlockRows)};
 }
@@ -173,7 +173,7 @@ template <class V>
 cudaError_t quantize_weight(const Call& call, const V* w, int64_t N, int64_t K, float eps,
                             uint8_t* packed, float* s_w, double* sums) {
   const int blocks = static_cast<int>(sum_blocks(N * K));
-  const Launch by_blocks = {dim3(static_cast<unsigned>(blocks)), kSumThreads};
+  const LaunchConfig by_blocks = {dim3(static_cast<unsigned>(blocks)), kSumThreads};
   cudaError_t error =
       launch_kernel<sum_magnitudes<V>>(by_blocks, call, w, N * K, rows_aligned(w, 16), sums);
   if (error != cudaSuccess) return error;
@@ -181,13 +181,13 @@ cudaError_t quantize_weight(const Call& call, const V* w, int64_t N, int64_t K, 
   error = launch_kernel<find_scale>({dim3(1), kSumThreads}, call, sums, blocks, count, eps, s_w);
   if (error != cudaSuccess || N == 0) return error;
   const bool aligned = rows_aligned(w, K * static_cast<int64_t>(sizeof(V)));
-  return launch_kernel<pack_rows<V>>(by_rows(N), call, w, N, static_cast<int>(K), aligned, s_w,
+  return launch_kernel<pack_rows<V>>(row_blocks(N), call, w, N, static_cast<int>(K), aligned, s_w,
                                      packed);
 }
 
-// What `launch` says, of a call on the current device.
+// Returns the error message of `launch`, called for the current device, or null.
 template <class F>
-const char* on_device(int64_t rows, int64_t K, void* stream, F&& launch) {
+const char* run_on_current_device(int64_t rows, int64_t K, void* stream, F&& launch) {
   if (rows > INT32_MAX || K > INT32_MAX / 2) {
     return "there must be fewer than 2^31 rows, and K must be less than 2^30";
   }
@@ -210,8 +210,8 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_weight(const void* w, int d
                                                             float* s_w, void* workspace,
                                                             void* stream) {
   using namespace bitlinear::cuda;
-  return on_device(N, K, stream, [&](const Call& call) {
-    return of_type(dtype, [&](auto zero) {
+  return run_on_current_device(N, K, stream, [&](const Call& call) {
+    return dispatch_dtype(dtype, [&](auto zero) {
       return quantize_weight(call, static_cast<const decltype(zero)*>(w), N, K, eps, packed, s_w,
                              static_cast<double*>(workspace));
     });
@@ -223,11 +223,11 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_expand_weight(const uint8_t* packed,
                                                           int dtype, void* stream) {
   using namespace bitlinear::cuda;
   if (N == 0) return nullptr;
-  return on_device(N, K, stream, [&](const Call& call) {
-    return of_type(dtype, [&](auto zero) {
+  return run_on_current_device(N, K, stream, [&](const Call& call) {
+    return dispatch_dtype(dtype, [&](auto zero) {
       using T = decltype(zero);
-      return launch_kernel<expand_weights<T>>(by_rows(N), call, packed, N, static_cast<int>(K), s_w,
-                                              static_cast<T*>(w));
+      return launch_kernel<expand_weights<T>>(row_blocks(N), call, packed, N, static_cast<int>(K),
+                                              s_w, static_cast<T*>(w));
     });
   });
 }
@@ -237,12 +237,12 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_find_invalid_byte(const uint8_t* pac
                                                               uint8_t* byte, void* workspace,
                                                               void* stream) {
   using namespace bitlinear::cuda;
-  return on_device(N, K, stream, [&](const Call& call) {
+  return run_on_current_device(N, K, stream, [&](const Call& call) {
     auto* const first = static_cast<unsigned long long*>(workspace);
     cudaError_t error = cudaMemsetAsync(first, 0xFF, sizeof(*first), call.stream);
     if (error != cudaSuccess) return error;
-    error =
-        launch_kernel<find_invalid_byte>(by_rows(N), call, packed, N, static_cast<int>(K), first);
+    error = launch_kernel<find_invalid_byte>(row_blocks(N), call, packed, N, static_cast<int>(K),
+                                             first);
     if (error != cudaSuccess) return error;
     error =
         cudaMemcpyAsync(position, first, sizeof(*position), cudaMemcpyDeviceToHost, call.stream);
@@ -260,7 +260,7 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_activations(const void* x, 
                                                                  void* stream) {
   using namespace bitlinear::cuda;
   if (M == 0 || K == 0) return nullptr;
-  return on_device(M, K, stream, [&](Call call) {
+  return run_on_current_device(M, K, stream, [&](Call call) {
     call.task.x = x;
     call.task.x_dtype = dtype;
     call.task.M = M;
@@ -275,11 +275,11 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_expand_activations(const int8_t* q, 
                                                                int dtype, void* stream) {
   using namespace bitlinear::cuda;
   if (M == 0 || K == 0) return nullptr;
-  return on_device(M, K, stream, [&](const Call& call) {
-    return of_type(dtype, [&](auto zero) {
+  return run_on_current_device(M, K, stream, [&](const Call& call) {
+    return dispatch_dtype(dtype, [&](auto zero) {
       using T = decltype(zero);
-      return launch_kernel<expand_activations<T>>(by_rows(M), call, q, s_x, M, static_cast<int>(K),
-                                                  static_cast<T*>(x));
+      return launch_kernel<expand_activations<T>>(row_blocks(M), call, q, s_x, M,
+                                                  static_cast<int>(K), static_cast<T*>(x));
     });
   });
 }

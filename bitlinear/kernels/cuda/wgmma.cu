@@ -1,28 +1,45 @@
 // y = epilogue(q @ w^T) for many tokens on sm_90a, by warpgroup matrix multiplication.
 //
-// The weights are the operand in registers: as in the GEMV, lanes load packed bytes straight into
-// the fragments, here shifted down and masked, as one accumulator serves all planes. So weights
-// never pass through shared memory; what does are the activations, which one warp copies in, a tile
-// of tokens at a time, in the order that the tensor cores want: the quantiser has written them so.
-// One or two warpgroups multiply. They leave the sums of a tile in shared memory and go on to the
-// block's next tile, while two warps write y from them. Where there are too few tiles to go round,
-// the blocks of a cluster share one along K and add up their sums through each other's memory.
+// The weights are the operand in registers. As in the GEMV, lanes load packed bytes directly into
+// the fragments; here they are shifted and masked, because one accumulator serves all planes. So
+// weights never pass through shared memory. The activations do: one thread copies a tile of tokens
+// at a time, which the quantiser has stored in the order of the tensor cores. One or two warpgroups
+// multiply. They store the sums of a tile in shared memory and continue with the block's next tile,
+// while two warps write y from the sums. If there are fewer tiles than multiprocessors, the blocks
+// of a cluster share a tile along K and add their sums through distributed shared memory.
 //
-// What bounds it, for many tokens: the tensor cores. 8192 x 8192 with M = 4096 is 550 G operations,
-// 278 us at the peak of an H100, and takes 330 us there (1670 Top/s), with 37 us before it for the
-// quantiser, which is bound by its 100 MB; in turns with cuBLAS, which heats the chip, 438 us in
-// all. Per 256 values of k, a tile of 256 x 128 needs 2050 to 2150 cycles, of which the tensor
-// cores are busy for 2048, while it fetches 32 KB of activations and 16 KB of weights, 24 bytes per
-// cycle: with more tokens and fewer rows it would be more, as a weight is a quarter of the size.
-// Between two tiles they wait for 2500 cycles: 1200 in which the sums are left, the rest until the
-// next product is under way. The last tile of a block ends 4000 cycles after its sums are there.
+// A block over time (t: tile; s: slice of 256 values of k; -> time):
 //
-// With few tokens a product of a warpgroup takes 70 cycles where 8 to 32 would do: fetching its
-// fragment from registers takes about 50. 1024 x 1024 with M = 64 takes 4.6 us: 1.4 the quantiser,
-// 0.7 until its results have come, 1.2 the products, 0.8 the end of the tile, and the launches.
+//   copier      |q t0s0|q t0s1|q t0s2|q t1s0|q t1s1|...                      1 thread
+//   consumers          |mma t0s0|mma t0s1|mma t0s2|store t0|mma t1s0|...     1 or 2 warpgroups
+//   their loads |w t0s0|w t0s1|w t0s2|w t1s0|w t1s1|...                      into registers
+//   storers                                                |write y of t0|   2 warps
 //
-// Tiles of 96 tokens are for sizes that those of 128 divide badly: 2560 x 6912 with M = 1024, 80
-// tiles of 256 x 128 for 132 multiprocessors, takes 35.3 us in 110 of 256 x 96, and 42.8 in those.
+//   full[stage]    copier -> consumers: the activations of a stage have arrived
+//   empty[stage]   consumers -> copier: no product reads the stage any more
+//   sums_full      consumers -> storers: the sums of a tile are in shared memory
+//   sums_empty     storers -> consumers: y is written, the sums can be overwritten
+//
+// The consumers themselves write the last tile of a block, after the sum over the cluster.
+//
+// Bound for many tokens: the tensor cores. 8192 x 8192 with M = 4096 is 550 G operations, 278 us at
+// the peak of an H100. It takes 330 us there (1670 Top/s), after 37 us for the quantiser, which is
+// bound by its 100 MB. In turns with cuBLAS, which heats the chip, quantiser and product together
+// take 438 us. Per 256 values of k, a tile of 256 x 128 needs 2050 to 2150 cycles, of which the
+// tensor cores are busy for 2048; meanwhile it fetches 32 KB of activations and 16 KB of weights,
+// 24 bytes per cycle. More tokens and fewer rows would fetch more, because a weight has a quarter
+// of the bytes. Between two tiles the tensor cores wait for 2500 cycles: 1200 store the sums, the
+// rest passes until the next product runs. The last tile of a block is written 4000 cycles after
+// its sums are ready.
+//
+// Bound for few tokens: a product of a warpgroup takes 70 cycles, where the tensor cores need 8 to
+// 32, because reading its fragment from registers takes about 50. 1024 x 1024 with M = 64 takes 4.6
+// us: 1.4 for the quantiser, 0.7 until its results arrive, 1.2 for the products, 0.8 for the end of
+// the tile, the rest for the launches.
+//
+// Tiles of 96 tokens are for sizes that tiles of 128 tokens divide badly: 2560 x 6912 with M = 1024
+// takes 42.8 us in 80 tiles of 256 x 128 on 132 multiprocessors, and 35.3 us in 110 tiles of 256 x
+// 96.
 //
 // 168 registers (up to 176 in tiles of 64 rows), no spills, 228 KB of shared memory: one block
 // fills a multiprocessor. By the profiler the tensor cores are busy in 90 % of the cycles of 8192 x
@@ -91,9 +108,9 @@ struct Wgmma<128> {
 };
 // clang-format on
 
-// Has the register written before what follows.
-__device__ inline void pin(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
-// The registers of a thread of this warpgroup from here on.
+// Makes the compiler write the register before the following instructions.
+__device__ inline void fence_operand(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
+// Set the number of registers of each thread of this warpgroup from here on.
 template <int kRegisters>
 __device__ inline void shrink_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -119,7 +136,8 @@ __device__ inline void sync_cluster() {
           : "memory");
 }
 
-// Reads the shared memory of block `rank` of this cluster, where this block has `p`.
+// Reads, in the shared memory of block `rank` of this cluster, the address that `p` has in this
+// block.
 __device__ inline int4 load_remote(const int32_t* p, int rank) {
   int4 v;
   asm volatile(
@@ -133,14 +151,14 @@ __device__ inline int4 load_remote(const int32_t* p, int rank) {
 }
 
 // The descriptor of the operand at `address`: rows of 128 bytes in atoms of 8, swizzled.
-__device__ inline uint64_t describe(uint32_t address) {
+__device__ inline uint64_t make_descriptor(uint32_t address) {
   constexpr uint64_t kAtomBytes = 1024;
   return uint64_t{(address & 0x3FFFFu) >> 4} | uint64_t{1} << 16 | (kAtomBytes >> 4) << 32 |
          uint64_t{1} << 62;
 }
 
-// A tile of rows, and how a block makes it: by one or two warpgroups that multiply, each with one
-// or two blocks of 64 rows, and one that copies and stores.
+// A tile, and the block that computes it: one or two warpgroups that multiply, each with one or two
+// blocks of 64 rows, and one warpgroup that copies and stores.
 template <int kWarpgroups, int kRowBlocks, int kTileTokens>
 struct Tile {
   static constexpr int kBlocks = kRowBlocks, kTokens = kTileTokens;
@@ -149,29 +167,29 @@ struct Tile {
   static constexpr int kThreads = kConsumers + 128;
   static constexpr int kStageBytes = kTokens * kSliceValues;
   static constexpr int kSumBytes = kTokens * kRows * 4;
-  static constexpr int kRoom = 224 * 1024 - kSumBytes;  // for stages
-  static constexpr int kStages = kRoom / kStageBytes < 8 ? kRoom / kStageBytes : 8;
+  static constexpr int kStageBudget = 224 * 1024 - kSumBytes;  // bytes for stages
+  static constexpr int kStages = kStageBudget / kStageBytes < 8 ? kStageBudget / kStageBytes : 8;
   static constexpr int kSharedBytes = kStages * kStageBytes + kSumBytes + 1024;
-  // Slices of weights in registers, on their way.
-  static constexpr int kAhead = kTokens == 32 ? 4 : kRowBlocks == 1 ? 2 : 1;
-  // A product that adds to the sums of the last one waits for it. With few tokens that is long:
-  // even and odd steps then have sums of their own.
-  static constexpr int kStepKinds = kTokens < 128 && kRowBlocks == 1 ? 2 : 1;
-  // Steps under way, each with fragments of its own.
+  // Slices of weights in flight, in registers.
+  static constexpr int kPrefetched = kTokens == 32 ? 4 : kRowBlocks == 1 ? 2 : 1;
+  // A product that adds to the same sums as the previous one waits for it. With few tokens the wait
+  // is long, so even and odd steps have their own sums.
+  static constexpr int kAccumulatorSets = kTokens < 128 && kRowBlocks == 1 ? 2 : 1;
+  // Steps in flight, each with its own fragments.
   static constexpr int kDepth = kRowBlocks == 1 ? 4 : 2;
-  // Two warpgroups that multiply need registers of the third. Of a thread of that one, and of
-  // theirs:
-  static constexpr bool kMovesRegisters = kWarpgroups == 2;
-  static constexpr int kFewRegisters = 72, kManyRegisters = 216;
+  // Two warpgroups that multiply need registers of the third. Registers per thread, after the
+  // change:
+  static constexpr bool kReallocatesRegisters = kWarpgroups == 2;
+  static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 
-  // Where the sums of a row for a token are. The exclusive or spreads over the banks what a warp
-  // writes at a time, 8 rows for every other of 8 tokens, and leaves fours of rows together.
-  static __device__ int place(int token, int row) {
+  // The index of the sum of a row and a token. A warp writes 8 rows for every other of 8 tokens at
+  // a time: the exclusive or spreads them over the banks, and keeps groups of four rows contiguous.
+  static __device__ int sum_index(int token, int row) {
     return token * kRows + (row ^ (token & 6) * 4);
   }
 };
 
-// A block's share of the work: its part of K, in every step-th tile from first_tile on.
+// The work of a block: its part of K, in every step-th tile from first_tile on.
 template <class T>
 struct Share {
   int tiles, row_tiles, first_tile, step;
@@ -192,20 +210,20 @@ struct Share {
   __device__ bool is_last(int tile) const { return tile + step >= tiles; }
 };
 
-// What a thread reads of a slice: of rows g and g + 8 of each block of 64.
+// The packed bytes that a thread reads of a slice: rows g and g + 8 of each block of 64 rows.
 template <int kRowBlocks>
 struct Weights {
   uint4 low[kRowBlocks], high[kRowBlocks];
 };
 
-// A thread's way through the weights: the slices of one tile after the other, each tile filled up
-// with zeros to a multiple of kAhead.
+// Reads a thread's weights slice by slice, one tile after the other. Each tile is padded with zeros
+// to a multiple of kPrefetched slices.
 template <class T>
 class WeightReader {
  public:
   __device__ WeightReader(const bitlinear_cuda_task& task, const Share<T>& share)
       : task_(task), share_(share), row_bytes_((task.K + 3) / 4) {
-    enter(share.first_tile);
+    start_tile(share.first_tile);
   }
   __device__ Weights<T::kBlocks> read() {
     const int64_t offset = int64_t{slice_} * kSliceBytes + 16 * (threadIdx.x % 4);
@@ -216,8 +234,8 @@ class WeightReader {
       weights.low[r] = load_chunk<true>(low_[r], offset, end);
       weights.high[r] = load_chunk<true>(high_[r], offset, end);
     }
-    if (++slice_ >= share_.slice_end && (slice_ - share_.slice_begin) % T::kAhead == 0) {
-      enter(tile_ + share_.step);
+    if (++slice_ >= share_.slice_end && (slice_ - share_.slice_begin) % T::kPrefetched == 0) {
+      start_tile(tile_ + share_.step);
     }
     return weights;
   }
@@ -228,15 +246,15 @@ class WeightReader {
   }
 
  private:
-  __device__ void enter(int tile) {
+  __device__ void start_tile(int tile) {
     tile_ = tile;
     slice_ = share_.slice_begin;
     const int64_t first = share_.row_of(tile) + first_row();
 #pragma unroll
     for (int r = 0; r < T::kBlocks; ++r) {
       // Rows beyond the last one are computed from it, and not stored.
-      low_[r] = task_.w + least(first + 64 * r, task_.N - 1) * row_bytes_;
-      high_[r] = task_.w + least(first + 64 * r + 8, task_.N - 1) * row_bytes_;
+      low_[r] = task_.w + minimum(first + 64 * r, task_.N - 1) * row_bytes_;
+      high_[r] = task_.w + minimum(first + 64 * r + 8, task_.N - 1) * row_bytes_;
     }
   }
 
@@ -248,19 +266,20 @@ class WeightReader {
   const uint8_t* high_[T::kBlocks];
 };
 
-// Adds to the sums of this block, for every splits-th token, those of the others of its cluster.
+// Adds the sums of the other blocks of the cluster to those of this block, for every splits-th
+// token.
 template <class T>
-__device__ inline void gather(const TileRows<T::kRows, T::kConsumers>& rows, int32_t* sums,
-                              int split, int splits) {
+__device__ inline void add_cluster_sums(const TileRows<T::kRows, T::kConsumers>& rows,
+                                        int32_t* sums, int split, int splits) {
   const int step = T::kConsumers / rows.kGroups * splits;
 #pragma unroll 4
   for (int token = split + rows.group * splits; token < T::kTokens; token += step) {
-    int32_t* const place = sums + T::place(token, rows.row);
-    int4 sum = *reinterpret_cast<int4*>(place);
+    int32_t* const sum_of_rows = sums + T::sum_index(token, rows.row);
+    int4 sum = *reinterpret_cast<int4*>(sum_of_rows);
     for (int rank = 0; rank < splits; ++rank) {
-      if (rank != split) sum = add(sum, load_remote(place, rank));
+      if (rank != split) sum = add(sum, load_remote(sum_of_rows, rank));
     }
-    *reinterpret_cast<int4*>(place) = sum;
+    *reinterpret_cast<int4*>(sum_of_rows) = sum;
   }
 }
 
@@ -295,29 +314,29 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   // Writes a tile of y, or every step-th of its tokens.
   const auto write = [&](const auto& rows, int tile, int first, int step) {
     const int64_t m = share.token_of(tile);
-    const int tokens = static_cast<int>(least<int64_t>(task.M - m, kTokens));
+    const int tokens = static_cast<int>(minimum<int64_t>(task.M - m, kTokens));
     write_tile(task, rows, m, {first, step, tokens}, s_x, q_sum, [&](int token, int row) {
-      return *reinterpret_cast<const int4*>(sums_out + T::place(token, row));
+      return *reinterpret_cast<const int4*>(sums_out + T::sum_index(token, row));
     });
   };
 
   if (warp >= kConsumers / 32) {
-    if constexpr (T::kMovesRegisters) shrink_registers<T::kFewRegisters>();
+    if constexpr (T::kReallocatesRegisters) shrink_registers<T::kProducerRegisters>();
     wait_for_predecessor();
     const int thread = static_cast<int>(threadIdx.x) - kConsumers;
     if (thread == 0) {
-      RingPosition at(T::kStages);
+      RingPosition ring(T::kStages);
       for (int tile = share.first_tile; tile < share.tiles; tile += share.step) {
         const int64_t group = share.token_of(tile) / 8;
-        for (int slice = share.slice_begin; slice < share.slice_end; ++slice, at.advance()) {
-          Barrier& barrier = full[at.stage];
-          empty[at.stage].wait(at.parity ^ 1);
+        for (int slice = share.slice_begin; slice < share.slice_end; ++slice, ring.advance()) {
+          Barrier& barrier = full[ring.stage];
+          empty[ring.stage].wait(ring.parity ^ 1);
           barrier.arrive_expecting(T::kStageBytes);
           for (int half = 0; half < 2; ++half) {
             const int8_t* q =
                 activations.q +
                 ((2 * int64_t{slice} + half) * activations.token_groups + group) * 1024;
-            copy_bulk(stages + at.stage * T::kStageBytes + half * (T::kStageBytes / 2), q,
+            copy_bulk(stages + ring.stage * T::kStageBytes + half * (T::kStageBytes / 2), q,
                       T::kStageBytes / 2, barrier);
           }
         }
@@ -334,25 +353,25 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     return;
   }
 
-  if constexpr (T::kMovesRegisters) grow_registers<T::kManyRegisters>();
+  if constexpr (T::kReallocatesRegisters) grow_registers<T::kConsumerRegisters>();
   WeightReader<T> reader(task, share);
-  Weights<kBlocks> ring[T::kAhead];
+  Weights<kBlocks> prefetched[T::kPrefetched];
 #pragma unroll
-  for (auto& weights : ring) weights = reader.read();
+  for (auto& weights : prefetched) weights = reader.read();
   wait_for_predecessor();
 
   const int last =
       share.first_tile + (share.tiles - 1 - share.first_tile) / share.step * share.step;
   const TileRows<T::kRows, kConsumers> rows(task, share.row_of(last), threadIdx.x);
-  RingPosition at(T::kStages);
+  RingPosition ring(T::kStages);
   uint32_t parity = 1;
   for (int tile = share.first_tile; tile < share.tiles; tile += share.step, parity ^= 1) {
-    // What one token needs at the end.
+    // Scale and sum of one token, for the end of the tile.
     const int64_t m = share.token_of(tile) + threadIdx.x;
-    const float its_scale = activations.s_x[least(m, task.M - 1)];
-    const int32_t its_sum = activations.q_sum[least(m, task.M - 1)];
+    const float token_scale = activations.s_x[minimum(m, task.M - 1)];
+    const int32_t token_sum = activations.q_sum[minimum(m, task.M - 1)];
 
-    int32_t sums[kBlocks * T::kStepKinds][kTokens / 2];
+    int32_t sums[kBlocks * T::kAccumulatorSets][kTokens / 2];
 #pragma unroll
     for (auto& kind : sums) {
 #pragma unroll
@@ -360,14 +379,14 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     }
     int previous = -1;
     uint32_t a[T::kDepth][kBlocks][4];
-    for (int first = share.slice_begin; first < share.slice_end; first += T::kAhead) {
+    for (int first = share.slice_begin; first < share.slice_end; first += T::kPrefetched) {
 #pragma unroll
-      for (int ahead = 0; ahead < T::kAhead; ++ahead) {
-        const Weights<kBlocks> weights = ring[ahead];
-        ring[ahead] = reader.read();
+      for (int ahead = 0; ahead < T::kPrefetched; ++ahead) {
+        const Weights<kBlocks> weights = prefetched[ahead];
+        prefetched[ahead] = reader.read();
         if (first + ahead >= share.slice_end) continue;
-        full[at.stage].wait(at.parity);
-        const uint32_t base = shared_address(stages + at.stage * T::kStageBytes);
+        full[ring.stage].wait(ring.parity);
+        const uint32_t base = shared_address(stages + ring.stage * T::kStageBytes);
 #pragma unroll
         for (int step = 0; step < 8; ++step) {
           const int p = step / 2, j = step % 2;
@@ -381,22 +400,23 @@ __global__ void __launch_bounds__(T::kThreads, 1)
             fragment[2] = (j == 0 ? low.y : low.w) >> 2 * p & 0x03030303u;
             fragment[3] = (j == 0 ? high.y : high.w) >> 2 * p & 0x03030303u;
 #pragma unroll
-            for (uint32_t& word : fragment) pin(word);
+            for (uint32_t& word : fragment) fence_operand(word);
           }
-          const uint64_t b = describe(base + p / 2 * (T::kStageBytes / 2) + p % 2 * 64 + j * 32);
+          const uint64_t b =
+              make_descriptor(base + p / 2 * (T::kStageBytes / 2) + p % 2 * 64 + j * 32);
           wgmma_fence();
 #pragma unroll
           for (int r = 0; r < kBlocks; ++r) {
-            Wgmma<kTokens>::run(sums[r * T::kStepKinds + step % T::kStepKinds],
+            Wgmma<kTokens>::run(sums[r * T::kAccumulatorSets + step % T::kAccumulatorSets],
                                 a[step % T::kDepth][r], b);
           }
           wgmma_commit();
           wgmma_wait<T::kDepth - 1>();
-          // No step of the stage before this one is under way any more.
+          // No step of the previous stage is in flight any more.
           if (step == T::kDepth - 2 && previous >= 0 && lane == 0) empty[previous].arrive();
         }
-        previous = at.stage;
-        at.advance();
+        previous = ring.stage;
+        ring.advance();
       }
     }
     wgmma_wait<0>();
@@ -409,33 +429,33 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) {
         const int token = i / 4 * 8 + 2 * tig + i % 2;
-        int32_t sum = sums[r * T::kStepKinds][i];
-        if constexpr (T::kStepKinds == 2) sum += sums[r * T::kStepKinds + 1][i];
-        sums_out[T::place(token, my_row + 64 * r + i % 4 / 2 * 8)] = sum;
+        int32_t sum = sums[r * T::kAccumulatorSets][i];
+        if constexpr (T::kAccumulatorSets == 2) sum += sums[r * T::kAccumulatorSets + 1][i];
+        sums_out[T::sum_index(token, my_row + 64 * r + i % 4 / 2 * 8)] = sum;
       }
     }
     if (threadIdx.x < kTokens) {
-      s_x[threadIdx.x] = its_scale;
-      q_sum[threadIdx.x] = its_sum;
+      s_x[threadIdx.x] = token_scale;
+      q_sum[threadIdx.x] = token_sum;
     }
     if (!share.is_last(tile)) sums_full.arrive();
   }
 
-  // The last tile is everybody's. Each block of a cluster finishes its share of the tokens.
+  // All consumers write the last tile. Each block of a cluster writes its share of the tokens.
   const int split = static_cast<int>(blockIdx.x) % splits;
   if (splits > 1) {
     sync_cluster();
-    gather<T>(rows, sums_out, split, splits);
+    add_cluster_sums<T>(rows, sums_out, split, splits);
     sync_cluster();  // no block may leave while others read its sums
   } else {
-    sync_first<kConsumers>();
+    sync_leading_threads<kConsumers>();
   }
   write(rows, last, split, splits);
 #endif
 }
 
 template <class T>
-Launch launch_of(int64_t blocks, int splits) {
+LaunchConfig launch_config(int64_t blocks, int splits) {
   return {dim3(static_cast<unsigned>(blocks)), T::kThreads, T::kSharedBytes, splits};
 }
 
@@ -443,38 +463,40 @@ template <class T>
 cudaError_t launch(const Call& call, const Activations& q, int splits) {
   const bitlinear_cuda_task& task = call.task;
   int64_t tiles = ceil_div<int64_t>(task.N, T::kRows) * ceil_div<int64_t>(task.M, T::kTokens);
-  // A block takes one tile after the other; a cluster only one.
-  if (splits == 1) tiles = least<int64_t>(tiles, call.device.multiprocessors);
-  return launch_kernel<wgmma_kernel<T>>(launch_of<T>(tiles * splits, splits), call, task, q,
+  // A block computes one tile after the other; a cluster only one.
+  if (splits == 1) tiles = minimum<int64_t>(tiles, call.device.multiprocessors);
+  return launch_kernel<wgmma_kernel<T>>(launch_config<T>(tiles * splits, splits), call, task, q,
                                         splits);
 }
 
-// Asked once per device, tile and number of splits.
+// Queried once per device, tile and number of splits.
 template <class T>
 bool runs_clusters(const Device& device, int splits) {
   enum Answer { kUnknown, kYes, kNo };
-  static std::atomic<int> answers[kKnownDevices][9];
-  const auto ask = [&] {
-    return has_room_for_cluster<wgmma_kernel<T>>(launch_of<T>(splits, splits), device);
+  static std::atomic<int> answers[kCachedDevices][9];
+  const auto query = [&] {
+    return has_room_for_cluster<wgmma_kernel<T>>(launch_config<T>(splits, splits), device);
   };
-  if (device.index >= kKnownDevices) return ask();
+  if (device.index >= kCachedDevices) return query();
   std::atomic<int>& answer = answers[device.index][splits];
-  if (answer.load() == kUnknown) answer.store(ask() ? kYes : kNo);
+  if (answer.load() == kUnknown) answer.store(query() ? kYes : kNo);
   return answer.load() == kYes;
 }
 
 // Calls `f` with the tile of a plan.
 template <class Result, class F>
 Result with_tile(const WgmmaPlan& plan, Result unknown, const F& f) {
-  const auto is = [&](int rows, int tokens) { return plan.rows == rows && plan.tokens == tokens; };
-  if (is(64, 32)) return f(Tile<1, 1, 32>{});
-  if (is(64, 64)) return f(Tile<1, 1, 64>{});
-  if (is(128, 32)) return f(Tile<2, 1, 32>{});
-  if (is(128, 64)) return f(Tile<2, 1, 64>{});
-  if (is(128, 96)) return f(Tile<2, 1, 96>{});
-  if (is(128, 128)) return f(Tile<2, 1, 128>{});
-  if (is(256, 96)) return f(Tile<2, 2, 96>{});
-  if (is(256, 128)) return f(Tile<2, 2, 128>{});
+  const auto matches = [&](int rows, int tokens) {
+    return plan.rows == rows && plan.tokens == tokens;
+  };
+  if (matches(64, 32)) return f(Tile<1, 1, 32>{});
+  if (matches(64, 64)) return f(Tile<1, 1, 64>{});
+  if (matches(128, 32)) return f(Tile<2, 1, 32>{});
+  if (matches(128, 64)) return f(Tile<2, 1, 64>{});
+  if (matches(128, 96)) return f(Tile<2, 1, 96>{});
+  if (matches(128, 128)) return f(Tile<2, 1, 128>{});
+  if (matches(256, 96)) return f(Tile<2, 2, 96>{});
+  if (matches(256, 128)) return f(Tile<2, 2, 128>{});
   return unknown;
 }
 
