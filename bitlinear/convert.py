@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import coverage, foreign, integrations, references
+from . import foreign, integrations
+from .conversion import coverage, references
 from .linear import BitLinear
 from .quantize import check_quant_type, check_strength
 from .state import why_no_plain_weight

@@ -29,11 +29,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .. import packing
-from ..convert import _CALL_HOOKS
-from ..linear import BitLinear
-from ..quantize import dtype_name
-from ..state import check_packed
+from ... import packing
+from ...convert import _CALL_HOOKS
+from ...linear import BitLinear
+from ...quantize import dtype_name
+from ...state import check_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

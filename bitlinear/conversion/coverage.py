@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .linear import BitLinear
+from ..linear import BitLinear
 
 # What a sound model keeps in floating point is a few percent: position tables, gates, the
 # convolutions of ConvNeXt-T 7 %. A model whose layers are of another kind keeps most of its

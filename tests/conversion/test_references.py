@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from bitlinear import BitLinear, convert, references
+from bitlinear import BitLinear, convert
+from bitlinear.conversion import references
 
 Pair = namedtuple("Pair", "layer number")
 X = torch.randn(3, 8)
