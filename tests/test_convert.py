@@ -204,7 +204,7 @@ def with_state_hook():
         (lambda *_: parametrized(), "it is parametrized"),
         (lambda *_: nn.utils.weight_norm(nn.Linear(8, 8)), "computed, not a parameter"),
         (lambda *_: with_forward_replaced(), "its forward has been replaced"),
-        (lambda *_: with_adapter(), "nn.Linear has not: lora_A"),
+        (lambda *_: with_adapter(), "nn.Linear does not have: lora_A"),
         (lambda *_: with_state_hook(), "hooks that cannot be moved: _load_state_dict_pre_hooks"),
         (BitLinear, "it is a BitLinear already"),
     ],
@@ -280,9 +280,9 @@ def test_every_layer_and_a_summary_are_logged(log):
 @pytest.mark.parametrize(
     ("exclude", "advice"),
     [
-        ("blocks", r"'blocks\.\*' excludes those inside, such as blocks\.0\.up"),
-        ("blocks.1", r"'blocks\.1\.\*' excludes those inside, such as blocks\.1\.up"),
-        ("head", r"names of layers here are .*lm_head, blocks\.0\.up"),
+        ("blocks", r"'blocks\.\*' to exclude the layers inside, such as blocks\.0\.up"),
+        ("blocks.1", r"'blocks\.1\.\*' to exclude the layers inside, such as blocks\.1\.up"),
+        ("head", r"its layers are lm_head, blocks\.0\.up"),
         (("up", "down.0"), r"'down\.0' matches no linear layer"),
     ],
 )
@@ -339,7 +339,10 @@ HARDLY = {
     "own forward": (nn.Sequential(OwnForward(8, 8)), r"0\.weight .*OwnForward defines forward"),
     "parametrized": (nn.Sequential(parametrized()), r"original1 .*: it is parametrized; call"),
     "lazy": (nn.Sequential(nn.LazyLinear(8)), r"0\.weight \(LazyLinear: it is lazy; run it once"),
-    "a parameter": (nn.ParameterList([torch.randn(8, 8)]), r"\(ParameterList: it is no nn\.Linear"),
+    "a parameter": (
+        nn.ParameterList([torch.randn(8, 8)]),
+        r"\(ParameterList: it is not an nn\.Linear",
+    ),
 }
 
 
@@ -802,7 +805,7 @@ def test_encoder_layers_call_their_linears_in_evaluation(norm_first, log):
     assert isinstance(layer.linear1, BitLinear)
     assert isinstance(layer.linear2, BitLinear)
     wanted = in_python(layer, x)
-    assert any("fast path is off" in line for line in log())
+    assert any("disabled its fast path" in line for line in log())
     with torch.no_grad():
         torch.testing.assert_close(layer(x), wanted)
     deploy(layer)
@@ -859,7 +862,7 @@ def test_a_hand_made_output_projection_is_not_deployed():
     assert torch.equal(attention(x, x, x)[0], before)
     model = nn.ModuleDict({"attention": attention, "head": BitLinear(8, 8)})
     with pytest.raises(
-        ValueError, match=r"attention\.out_proj: its owner .* has to be an nn\.Linear"
+        ValueError, match=r"attention\.out_proj: its owner .* must be an nn\.Linear"
     ):
         deploy(model)
     assert not model["head"].is_deployed

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bitlinear import BitLinear, convert
-from bitlinear.conversion import references
+from bitlinear.conversion import object_contents
 
 Pair = namedtuple("Pair", "layer number")
 X = torch.randn(3, 8)
@@ -187,7 +187,7 @@ def test_references_that_cannot_be_replaced_are_named(kind):
     model = nn.Sequential(Holder(hold, None))
     Hash.silent = True
     try:
-        with pytest.warns(UserWarning, match=r"(?s)also holds .*: 0\." + ".*" + where) as caught:
+        with pytest.warns(UserWarning, match=rf"(?s)cannot replace .*: 0\..*{where}") as caught:
             convert(model)
     finally:
         Hash.silent = False
@@ -259,14 +259,14 @@ def test_layers_that_are_excluded_stay_where_they_are():
 
 
 def test_a_long_chain_takes_linear_time(monkeypatch):
-    steps, contents = [], references._contents
+    steps, contents = [], object_contents.contents
 
     def counted(holder):
         for entry in contents(holder):
             steps.append(None)
             yield entry
 
-    monkeypatch.setattr(references, "_contents", counted)
+    monkeypatch.setattr(object_contents, "contents", counted)
     end = model = Holder(Plain, None)
     for _ in range(10_000):
         end.__dict__["next"] = Plain((None, {"layer": model.layer}))

@@ -30,7 +30,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ... import packing
-from ...convert import _CALL_HOOKS
+from ...conversion.replacement import CALL_HOOKS
 from ...linear import BitLinear
 from ...quantize import dtype_name
 from ...state import check_packed
@@ -446,7 +446,7 @@ def _deployed(old: Any) -> BitLinear:
     new.load_state_dict(state, assign=True)
     if norm is not None:
         new.rms_norm = norm
-    for name in (*_CALL_HOOKS, "_is_hf_initialized"):
+    for name in (*CALL_HOOKS, "_is_hf_initialized"):
         if name in vars(old):
             vars(new)[name] = vars(old)[name]
     return new.train(old.training)
