@@ -352,7 +352,9 @@ def test_files_that_are_damaged_or_something_else(kind, saved):
     damage(kind, path)
     model = Model()
     before = tensors_of(model)
-    with pytest.raises(ValueError, match=r"model\.safetensors is no safetensors file, or a dam"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is not a safetensors file, or is dam"
+    ):
         load_deployed(path, model)
     assert all(tensor is before[name] for name, tensor in tensors_of(model).items())
 
@@ -361,7 +363,7 @@ def test_files_that_are_damaged_or_something_else(kind, saved):
 def test_an_index_that_is_none(text, tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"is no index of safetensors files .*'weight_map'"):
+    with pytest.raises(ValueError, match=r"is not an index of safetensors files .*'weight_map'"):
         load_deployed(path, Model())
 
 
@@ -445,7 +447,7 @@ def test_non_persistent_buffers_left_on_meta(tmp_path):
 
     save_model(bitlinear.deploy(Rotary()), str(tmp_path / "model.safetensors"))
     with pytest.raises(
-        RuntimeError, match=r"nothing for frequencies, on the meta.*before load_dep"
+        RuntimeError, match=r"no values for frequencies, on the meta.*before load_dep"
     ):
         load_deployed(tmp_path, on_meta(Rotary))
     model = on_meta(Rotary)
@@ -470,7 +472,7 @@ def test_other_kinds_of_layers(strict, tmp_path):
 def test_without_safetensors(saved, monkeypatch):
     _, path = saved
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"pip install 'bitlinear\[safetensors\]'"):
+    with pytest.raises(ImportError, match=r"pip install safetensors$"):
         load_deployed(path, Model())
 
 

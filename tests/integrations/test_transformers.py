@@ -563,7 +563,7 @@ def test_deploying_survives_what_is_wrong_with_transformers(monkeypatch, caplog)
     monkeypatch.setitem(sys.modules, "bitlinear.integrations.transformers", None)
     model = bitlinear.deploy(bitlinear.convert(make_llama()))
     assert all(layer.is_deployed for layer in layers(model).values())
-    assert "save_pretrained will not write this model" in caplog.text
+    assert "from_pretrained cannot load this model" in caplog.text
 
 
 # --- Layers ---
@@ -795,7 +795,7 @@ def test_what_cannot_be_taken_is_named_and_nothing_is_changed(make, message):
 def test_models_that_are_none():
     with pytest.raises(ValueError, match=r"Linear has no BitNet layer.*use bitlinear\.convert"):
         convert(nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="convert needs the model that holds this layer"):
+    with pytest.raises(ValueError, match="pass the model that holds this layer"):
         convert(packed_layer(oracle.ternary(8, 8)))
 
 
