@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 
@@ -54,3 +55,14 @@ def gpu_processes():
     pool = Processes("cuda")
     yield pool
     pool.stop()
+
+
+@pytest.fixture
+def log(caplog):
+    """A function that returns the messages of the logger ``"bitlinear"`` so far."""
+    caplog.set_level(logging.INFO, logger="bitlinear")
+
+    def lines():
+        return [r.getMessage() for r in caplog.records if r.name == "bitlinear"]
+
+    return lines
