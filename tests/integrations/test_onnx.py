@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
 import os
 import subprocess
 import sys
@@ -13,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bitlinear import BitLinear, integrations, packing
+from bitlinear import BitLinear, packing
 from bitlinear.integrations import onnx as bitlinear_onnx
 from bitlinear.quantize import EXACT_K
 from tests import oracle
@@ -93,7 +91,7 @@ def test_deployed_layers(exporter, n, k, bias, per_feature, tmp_path):
 
 
 @both
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_models_in_training(exporter, grad, tmp_path):
     model = nn.Sequential(BitLinear(70, 33), nn.ReLU(), BitLinear(33, 130, bias=False)).eval()
     with torch.set_grad_enabled(grad):
@@ -307,53 +305,3 @@ assert operators <= lowerings.keys(), operators - lowerings.keys()
 def test_inductor_compiles_in_ci_whatever_has_been_imported(first):
     code = f"import sys, torch, {first}, torch.onnx\n{COMPILE}"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CI": "true"})
-
-
-# --- Imports ---
-
-
-def test_the_import_of_bitlinear_does_not_import_torch_onnx():
-    code = """
-import sys, torch
-early = "torch.onnx" in sys.modules  # in old versions
-import bitlinear
-assert early or "torch.onnx" not in sys.modules
-assert early or "bitlinear.integrations.onnx" not in sys.modules
-import torch.onnx
-assert "bitlinear.integrations.onnx" in sys.modules
-assert torch.onnx.__spec__.name == "torch.onnx"
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.fixture
-def stranger(tmp_path, monkeypatch):
-    """Modules ``stranger`` and ``stranger_integration``, not imported yet."""
-    (tmp_path / "stranger.py").write_text("value = 1\n")
-    (tmp_path / "stranger_integration.py").write_text(
-        "import stranger\ncalls = []\ndef register():\n    calls.append(stranger.value)\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = list(sys.meta_path)
-    yield
-    assert sys.meta_path == before
-    for name in ("stranger", "stranger_integration"):
-        sys.modules.pop(name, None)
-
-
-def test_an_integration_follows_the_import(stranger):
-    integrations.register_after_import("stranger", "stranger_integration")
-    assert "stranger" not in sys.modules
-    importlib.import_module("stranger")
-    assert sys.modules["stranger_integration"].calls == [1]
-    importlib.reload(sys.modules["stranger"])
-    assert sys.modules["stranger_integration"].calls == [1]
-    integrations.register_after_import("stranger", "stranger_integration")
-    assert sys.modules["stranger_integration"].calls == [1, 1]
-
-
-def test_an_integration_that_fails_breaks_no_import(stranger, caplog):
-    caplog.set_level(logging.INFO, logger="bitlinear")
-    integrations.register_after_import("stranger", "no_such_integration")
-    assert importlib.import_module("stranger").value == 1
-    assert "no_such_integration cannot be used: ModuleNotFoundError" in caplog.text
