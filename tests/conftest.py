@@ -1,10 +1,14 @@
-"""Shared by all tests: the same random numbers in every run; ``import oracle`` finds oracle.py."""
+"""Fixtures of all tests, and the same random numbers in every run."""
 
 from __future__ import annotations
 
 import logging
 import os
 import tempfile
+
+# Read when torch loads its OpenMP library. Threads that wait then sleep: if they spin, small layers
+# take ten times as long on a machine whose cores are busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest
