@@ -18,10 +18,6 @@ from tests.integrations.transformers.checkpoints import (
     transformers,
 )
 
-# What the quick run leaves out takes about a second of both cores for each model.
-NORM_AND_BIAS = [(True, True), pytest.param(False, False, marks=pytest.mark.slow)]
-QUICK_KINDS = ["online", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "online")]
-
 
 def generate(model):
     """The tokens that greedy decoding adds, and by how much each won."""
@@ -54,7 +50,7 @@ def distance(actual, wanted):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("norm", "bias"), NORM_AND_BIAS)
+@pytest.mark.parametrize(("norm", "bias"), [(False, False), (True, True)])
 def test_fp32_models_agree(kind, norm, bias, tmp_path):
     save_checkpoint(tmp_path, kind, norm, bias)
     model = load(tmp_path)
@@ -71,8 +67,8 @@ def test_fp32_models_agree(kind, norm, bias, tmp_path):
     assert torch.equal(generate(model)[0], tokens)
 
 
-@pytest.mark.parametrize("kind", QUICK_KINDS)
-@pytest.mark.parametrize(("norm", "bias"), NORM_AND_BIAS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("norm", "bias"), [(False, False), (True, True)])
 def test_bf16_models_are_as_close_to_fp32_as_transformers_is(kind, norm, bias, tmp_path):
     save_checkpoint(tmp_path, kind, norm, bias, torch.bfloat16)
     model = load(tmp_path)

@@ -48,9 +48,7 @@ def assert_loads_alike(model, folder, **kwargs):
     return loaded
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("make", "count"),
     [
