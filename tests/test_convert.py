@@ -15,7 +15,7 @@ from tests.models import ALL, IDS, Block, Model, converted
 # --- Which layers ---
 
 
-def test_everything_but_the_head():
+def test_convert_replaces_everything_but_the_head():
     model = Model()
     parameters = dict(model.named_parameters())
     assert convert(model) is model
@@ -38,7 +38,7 @@ def test_filter_fn_sees_names_and_modules():
     assert seen == dict.fromkeys(ALL - {"lm_head"}, nn.Linear)
 
 
-def test_a_model_that_is_one_linear():
+def test_a_model_that_is_one_linear_is_replaced():
     linear = nn.Linear(8, 4)
     layer = convert(linear)
     assert isinstance(layer, BitLinear)
@@ -48,7 +48,7 @@ def test_a_model_that_is_one_linear():
     assert convert(layer) is layer
 
 
-def test_a_linear_excluded_by_filter_is_returned_as_it_is():
+def test_a_linear_that_filter_fn_excludes_is_returned():
     linear = nn.Linear(8, 4)
     assert convert(linear, filter_fn=lambda name, module: name != "") is linear
 
@@ -69,7 +69,7 @@ def test_wrong_quant_type_changes_nothing():
 
 @pytest.mark.parametrize("value", [3, "model.pt", None, nn.Linear, [nn.Linear(2, 2)]])
 @pytest.mark.parametrize("function", [convert, deploy])
-def test_what_is_no_model(function, value):
+def test_an_argument_that_is_not_a_module_raises(function, value):
     shown = "the class Linear" if value is nn.Linear else repr(value)[:20]
     with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module, but got ") as error:
         function(value)
@@ -87,14 +87,14 @@ def test_every_layer_and_a_summary_are_logged(log):
     assert sum(": converted to BitLinear(in_features=" in line for line in lines) == 3
 
 
-def test_the_package_exports_them():
+def test_the_package_exports_convert_and_deploy():
     assert (bitlinear.convert, bitlinear.deploy) == (convert, deploy)
 
 
 @pytest.mark.parametrize(
     "function", [deploy, lambda m: bitlinear.set_quantization_strength(m, 0.5)]
 )
-def test_a_model_without_layers_is_reported(function):
+def test_a_model_without_layers_warns(function):
     with pytest.warns(UserWarning, match=r"did nothing: this Sequential has no BitLinear inside"):
         function(nn.Sequential(nn.Linear(4, 4)))
 
@@ -102,7 +102,7 @@ def test_a_model_without_layers_is_reported(function):
 # --- Sharing ---
 
 
-def test_a_module_in_two_places_stays_one_module(log):
+def test_a_shared_module_stays_one_module(log):
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(nn.ReLU(), shared)})
     convert(model)
@@ -114,7 +114,7 @@ def test_a_module_in_two_places_stays_one_module(log):
     assert model["a"][0].is_deployed
 
 
-def test_a_module_in_two_places_is_excluded_in_both():
+def test_a_shared_module_is_excluded_under_both_names():
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"proj": shared, "lm_head": shared})
     convert(model)
@@ -129,7 +129,7 @@ def test_a_shared_block_is_converted_once():
     assert model[0] is model[1] is block
 
 
-def test_two_layers_that_share_a_weight_share_the_packed_one():
+def test_layers_that_share_a_weight_share_the_packed_weight():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight
     convert(model)

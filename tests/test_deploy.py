@@ -13,7 +13,7 @@ from bitlinear import BitLinear, convert, deploy
 from tests.models import ALL, IDS, Block, Model, converted
 
 
-def test_deploy_a_model(log):
+def test_deploy_changes_no_result(log):
     model = convert(Model()).eval()
     before = model(IDS).detach()
     assert deploy(model) is model
@@ -24,7 +24,7 @@ def test_deploy_a_model(log):
     assert log()[-1] == "deployed 0 BitLinear layers"
 
 
-def test_deploy_refuses_by_name_and_changes_nothing():
+def test_deploy_names_the_layers_that_it_cannot_deploy():
     model = convert(Model())
     with torch.no_grad():
         model.blocks[1].up.weight[0, 0] = float("nan")
@@ -37,7 +37,7 @@ def test_deploy_refuses_by_name_and_changes_nothing():
     assert not any(m.is_deployed for m in model.modules() if isinstance(m, BitLinear))
 
 
-def test_layers_that_were_never_called_are_named():
+def test_deploy_names_layers_that_were_never_called():
     model = convert(Model(), exclude=())
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach())
     for name in ALL - {"blocks.1.up"}:
@@ -52,7 +52,7 @@ def test_layers_that_were_never_called_are_named():
 
 
 @pytest.mark.parametrize("called", [True, False])
-def test_deploy_is_quiet_if_all_layers_were_called_or_none(called):
+def test_deploy_does_not_warn_if_all_layers_were_called_or_none(called):
     model = convert(Model())
     for name in converted(model):
         vars(model.get_submodule(name))["_called"] = called
@@ -103,7 +103,7 @@ def offload(layer, *wrappers, **attributes):
         lambda model: offload(model, offload=True, place_submodules=True),
     ],
 )
-def test_deploy_refuses_offloaded_weights(make):
+def test_deploy_of_offloaded_weights_raises(make):
     model = convert(nn.Sequential(Block(), Block()))
     make(model)
     with pytest.raises(ValueError, match=r"0\.up: its weight is offloaded by accelerate"):
@@ -112,13 +112,13 @@ def test_deploy_refuses_offloaded_weights(make):
 
 
 @pytest.mark.parametrize("attributes", [{}, {"offload": False}, {"offload": True}])
-def test_deploy_of_a_model_on_meta_whose_hooks_bring_nothing(attributes):
+def test_deploy_of_a_meta_model_without_offloading_hooks(attributes):
     model = convert(nn.Sequential(Block()))
     offload(model, **attributes)
     deploy(model)
 
 
-def test_deploy_of_a_model_that_accelerate_offloads():
+def test_deploy_of_an_offloaded_model_of_accelerate_raises():
     accelerate = pytest.importorskip("accelerate")
     model = convert(nn.Sequential(Block()))
     x = torch.randn(3, 8)

@@ -36,17 +36,17 @@ def test_harmless_subclasses_are_converted(make):
 
 
 @pytest.mark.parametrize("make", [OwnForward, OwnHelper, Mixed])
-def test_from_linear_refuses_what_may_compute_something_else(make):
+def test_from_linear_rejects_subclasses_with_methods(make):
     with pytest.raises(TypeError, match=r"from_linear cannot convert this .* defines"):
         BitLinear.from_linear(make(8, 8))
 
 
-def test_from_linear_refuses_a_forward_of_the_instance():
+def test_from_linear_rejects_a_replaced_forward():
     with pytest.raises(TypeError, match="its forward has been replaced on the instance"):
         BitLinear.from_linear(with_forward_replaced())
 
 
-def test_from_linear_of_what_is_no_layer():
+def test_from_linear_of_a_number_raises():
     with pytest.raises(TypeError, match=r"needs a torch\.nn\.Linear, but got int: use bitlinear"):
         BitLinear.from_linear(3)
 
@@ -102,7 +102,7 @@ def test_a_conv1d_is_converted_and_keeps_its_parameter(conv1d):
     deploy(model)(x)
 
 
-def test_from_linear_takes_a_conv1d(conv1d):
+def test_from_linear_converts_a_conv1d(conv1d):
     old = conv1d(6, 8).eval()
     old.weight.requires_grad_(False)
     values = old.weight.clone()
@@ -113,7 +113,7 @@ def test_from_linear_takes_a_conv1d(conv1d):
     assert (layer.training, layer.weight.requires_grad) == (False, False)
 
 
-def test_a_conv1d_that_shares_its_weight_is_left_alone(conv1d, log):
+def test_a_conv1d_that_shares_its_weight_is_not_converted(conv1d, log):
     model = nn.Sequential(conv1d(8, 8), conv1d(8, 8), Block(), Block())
     model[1].weight = model[0].weight
     with pytest.warns(UserWarning, match="another module shares its weight"):
@@ -122,7 +122,7 @@ def test_a_conv1d_that_shares_its_weight_is_left_alone(conv1d, log):
     assert any("another module shares its weight" in line for line in log())
 
 
-def test_subclasses_of_a_conv1d(conv1d):
+def test_subclasses_of_a_conv1d_follow_the_same_rules(conv1d):
     class Harmless1D(conv1d):
         pass
 
@@ -135,7 +135,7 @@ def test_subclasses_of_a_conv1d(conv1d):
         BitLinear.from_linear(Own1D(6, 8))
 
 
-def test_layers_of_transformers():
+def test_conv1d_and_falcon_linear_of_transformers_are_converted():
     falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     x = torch.randn(3, 8)
@@ -151,7 +151,7 @@ def test_layers_of_transformers():
 
 
 @pytest.mark.filterwarnings("ignore:.*convert.*floating point")
-def test_checkpoints_of_a_conv1d_are_not_taken_for_those_of_a_bitlinear():
+def test_a_checkpoint_of_a_conv1d_does_not_load_silently():
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
     for n, k in ((32, 16), (16, 16)):
         model = nn.Sequential(pytorch_utils.Conv1D(n, k))
@@ -190,7 +190,7 @@ class Wrapped(torch.Tensor):
         raise NotImplementedError(function)
 
 
-def test_weights_that_are_wrapper_subclasses(log):
+def test_weights_of_tensor_subclasses_are_rejected(log):
     layer = nn.Linear(8, 8)
     layer.weight = nn.Parameter(Wrapped(torch.randn(8, 8)), requires_grad=False)
     with pytest.raises(TypeError, match=r"its weight is a Wrapped, a tensor subclass.*dequantise"):
@@ -204,7 +204,7 @@ def test_weights_that_are_wrapper_subclasses(log):
         deploy(hand_made)
 
 
-def test_fake_weights_are_plain():
+def test_fake_weights_are_ordinary_weights():
     with torch._subclasses.FakeTensorMode():
         assert type(convert(nn.Sequential(nn.Linear(8, 8)))[0]) is BitLinear
 
@@ -225,7 +225,7 @@ class Tuner(nn.Module):
         self.router = nn.Linear(8, 8)
 
 
-def test_adapters_are_left_alone(log):
+def test_adapters_are_not_converted(log):
     model = nn.Sequential(Tuner(nn.Linear(8, 8)), nn.Linear(8, 8), Tuner(Tuner(nn.Linear(8, 8))))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -234,7 +234,7 @@ def test_adapters_are_left_alone(log):
     assert sum("part of an adapter of PEFT" in line for line in log()) == 9
 
 
-def test_a_conv1d_under_an_adapter_is_left_alone(conv1d):
+def test_a_conv1d_under_an_adapter_is_not_converted(conv1d):
     """Its adapter adds a transposed matrix to the weight when it is merged."""
     model = nn.Sequential(Tuner(conv1d(8, 8)), Block(), Block())
     with pytest.warns(UserWarning, match=r"0\.base_layer\.weight .*convert before adding it"):
@@ -242,7 +242,7 @@ def test_a_conv1d_under_an_adapter_is_left_alone(conv1d):
     assert type(model[0].base_layer) is conv1d
 
 
-def test_adapters_of_peft():
+def test_peft_trains_adapters_over_converted_layers():
     peft = pytest.importorskip("peft")
     base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)

@@ -11,7 +11,7 @@ from torch import nn
 from bitlinear import convert, deploy
 
 
-def test_a_network_of_three_layers_learns_digits_and_deploys():
+def test_a_network_learns_digits_and_deploys():
     data = load_digits()
     x = torch.tensor(data.data / 16, dtype=torch.float32)
     y = torch.tensor(data.target)

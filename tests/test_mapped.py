@@ -126,7 +126,7 @@ def test_round_trip(make, built, tmp_path):
     assert torch.equal(fresh.eval()(IDS), model(IDS))
 
 
-def test_one_layer_and_a_converted_model(tmp_path):
+def test_round_trip_of_one_layer_and_of_a_converted_model(tmp_path):
     path, x = tmp_path / "layer.safetensors", torch.randn(3, 20)
     layer = BitLinear(20, 6).deploy()
     save_file(layer.state_dict(), path)
@@ -151,7 +151,7 @@ def sharded(model, directory):
     return index
 
 
-def test_sharded_and_from_a_directory(saved, tmp_path):
+def test_loading_shards_and_directories(saved, tmp_path):
     model, file = saved
     assert torch.equal(load_deployed(tmp_path, on_meta(Model))(IDS), model(IDS))
     other = bitlinear.deploy(Model())
@@ -164,7 +164,7 @@ def test_sharded_and_from_a_directory(saved, tmp_path):
     assert torch.equal(load_deployed(file, on_meta(Model))(IDS), model(IDS))
 
 
-def test_what_the_file_does_not_align_is_copied(tmp_path):
+def test_unaligned_tensors_are_copied(tmp_path):
     """safetensors pads its header so that this does not happen; other writers need not."""
     layer = BitLinear(20, 6).deploy()
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
@@ -208,7 +208,7 @@ def test_writing_to_a_tensor_does_not_reach_the_file(saved):
 
 
 @linux
-def test_the_file_may_be_deleted_or_replaced(saved, tmp_path):
+def test_the_file_can_be_deleted_or_replaced(saved, tmp_path):
     model, path = saved
     loaded = load_deployed(path, on_meta(Model))
     save_model(bitlinear.deploy(Model()), str(tmp_path / "other.safetensors"))
@@ -227,7 +227,7 @@ def test_copies_are_ordinary_models(clone, saved):
     assert torch.equal(copied(IDS), model(IDS))
 
 
-def test_it_is_a_model_like_any_other_afterwards(saved, tmp_path):
+def test_a_loaded_model_saves_trains_and_casts_as_any_other(saved, tmp_path):
     model, path = saved
     loaded = load_deployed(path, on_meta(Model))
     for save in (save_model, lambda m, p: torch.save(m.state_dict(), p)):
@@ -242,7 +242,7 @@ def test_it_is_a_model_like_any_other_afterwards(saved, tmp_path):
     loaded.load_state_dict(model.state_dict())
 
 
-def test_in_inference_mode_and_under_a_default_device(saved):
+def test_loading_in_inference_mode_and_under_a_default_device(saved):
     model, path = saved
     with torch.inference_mode():
         loaded = load_deployed(path, on_meta(Model))
@@ -254,7 +254,7 @@ def test_in_inference_mode_and_under_a_default_device(saved):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("make", [Model, lambda: on_meta(Model)], ids=["cuda", "meta"])
-def test_on_a_gpu(make, saved):
+def test_loading_on_a_gpu(make, saved):
     model, path = saved
     built = make()
     if not built.lm_head.weight.is_meta:
@@ -289,7 +289,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("metadata", [True, False])
 @pytest.mark.parametrize("make", [Tied, lambda: on_meta(Tied)], ids=["cpu", "meta"])
-def test_tied_weights(make, metadata, tmp_path):
+def test_tied_weights_stay_tied(make, metadata, tmp_path):
     model, path = bitlinear.deploy(Tied()), tmp_path / "model.safetensors"
     save_model(model, str(path))
     if not metadata:  # Hugging Face records no ties: those of the model have to do
@@ -303,7 +303,7 @@ def test_tied_weights(make, metadata, tmp_path):
     assert torch.equal(load_deployed(tmp_path / "again.safetensors", make())(IDS), model(IDS))
 
 
-def test_what_save_model_left_out_is_found_for_a_model_without_ties(tmp_path):
+def test_tensors_that_save_model_omitted_are_found_for_a_model_without_ties(tmp_path):
     class Untied(Tied):
         def __init__(self):
             super().__init__()
@@ -317,7 +317,7 @@ def test_what_save_model_left_out_is_found_for_a_model_without_ties(tmp_path):
     assert torch.equal(loaded(IDS), model(IDS))
 
 
-def test_what_the_file_has_twice_is_loaded_twice(tmp_path):
+def test_tied_tensors_with_different_values_in_the_file_are_untied(tmp_path):
     state = {name: t.clone() for name, t in bitlinear.deploy(Tied()).state_dict().items()}
     state["lm_head.weight"] += 1
     save_file(state, tmp_path / "model.safetensors", metadata={"note": "embed.weight"})
@@ -328,7 +328,7 @@ def test_what_the_file_has_twice_is_loaded_twice(tmp_path):
 # --- Errors ---
 
 
-def test_files_that_cannot_be_opened(tmp_path):
+def test_missing_files_raise(tmp_path):
     for path in (tmp_path / "model.safetensors", tmp_path / "x.safetensors.index.json"):
         with pytest.raises(FileNotFoundError, match=re.escape(path.name)):
             load_deployed(path, Model())
@@ -347,7 +347,7 @@ def damage(kind, path):
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "short", "header", "torch.save"])
-def test_files_that_are_damaged_or_something_else(kind, saved):
+def test_damaged_and_foreign_files_raise(kind, saved):
     _, path = saved
     damage(kind, path)
     model = Model()
@@ -360,14 +360,14 @@ def test_files_that_are_damaged_or_something_else(kind, saved):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
-def test_an_index_that_is_none(text, tmp_path):
+def test_an_invalid_index_raises(text, tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"is not an index of safetensors files .*'weight_map'"):
         load_deployed(path, Model())
 
 
-def test_an_index_of_other_files(tmp_path):
+def test_an_index_of_other_files_raises(tmp_path):
     index = sharded(bitlinear.deploy(Model()), tmp_path)
     save_file({"other": torch.ones(1)}, tmp_path / "model-00002.safetensors")
     with pytest.raises(ValueError, match=r"names tensors that are not in their files.* and 6 more"):
@@ -398,7 +398,7 @@ def rewrite(path, change):
         ("blocks.0.up.extra", torch.ones(1), r"Unexpected key.*blocks\.0\.up\.extra"),
     ],
 )
-def test_tensors_that_do_not_fit(name, tensor, message, saved):
+def test_tensors_that_do_not_fit_raise(name, tensor, message, saved):
     _, path = saved
     rewrite(path, lambda state: state.update({name: tensor}))
     with pytest.raises(RuntimeError, match=message):
@@ -406,7 +406,7 @@ def test_tensors_that_do_not_fit(name, tensor, message, saved):
 
 
 @pytest.mark.parametrize("name", ["blocks.1.norm.bias", "blocks.0.up.bias", "blocks.0.up.w_scale"])
-def test_what_the_file_lacks_is_named(name, saved):
+def test_missing_tensors_are_named(name, saved):
     _, path = saved
     rewrite(path, lambda state: state.pop(name))
     message = "w_scale is missing" if "w_scale" in name else f"Missing key.*{re.escape(name)}"
@@ -414,7 +414,7 @@ def test_what_the_file_lacks_is_named(name, saved):
         load_deployed(path, on_meta(Model))
 
 
-def test_not_strict(saved, caplog):
+def test_not_strict_logs_the_differences(saved, caplog):
     model, path = saved
 
     def change(state):
@@ -438,7 +438,7 @@ def test_not_strict(saved, caplog):
     ]
 
 
-def test_non_persistent_buffers_left_on_meta(tmp_path):
+def test_non_persistent_buffers_on_meta_raise(tmp_path):
     class Rotary(nn.Module):
         def __init__(self):
             super().__init__()
@@ -456,7 +456,7 @@ def test_non_persistent_buffers_left_on_meta(tmp_path):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_other_kinds_of_layers(strict, tmp_path):
+def test_a_file_with_other_kinds_of_layers_raises(strict, tmp_path):
     path = tmp_path / "model.safetensors"
     model = Model()
     before = tensors_of(model)
@@ -469,7 +469,7 @@ def test_other_kinds_of_layers(strict, tmp_path):
     assert all(tensor is before[name] for name, tensor in tensors_of(model).items())
 
 
-def test_without_safetensors(saved, monkeypatch):
+def test_without_safetensors_the_error_names_it(saved, monkeypatch):
     _, path = saved
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"pip install safetensors$"):
@@ -510,7 +510,7 @@ print(kib("RssAnon") - anonymous, kib("VmHWM") - rss)
 
 @linux
 @pytest.mark.parametrize("layers", [4, pytest.param(64, marks=pytest.mark.slow)])
-def test_loading_costs_no_memory_besides_the_file(layers, tmp_path):
+def test_loading_takes_no_memory_beyond_the_file(layers, tmp_path):
     """64 MB (slow: 1 GB) of packed weights, and one token through all of them."""
     if not bitlinear.HAS_BITLINEAR:
         pytest.skip("the reference implementation expands a few rows at a time")

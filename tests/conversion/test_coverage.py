@@ -91,7 +91,7 @@ def test_the_largest_of_many_are_named():
         (lambda: nn.ModuleDict({"a": Experts(), "b": Block()}), {"exclude": ("b.*", "a")}),
     ],
 )
-def test_models_that_are_quiet(make, arguments):
+def test_models_that_convert_without_a_warning(make, arguments):
     model = make()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -35,7 +35,7 @@ def test_exclude_by_qualified_name(exclude, left_alone):
 
 
 @pytest.mark.parametrize("exclude", [None, (3,), ("lm_head", nn.ReLU)])
-def test_patterns_that_are_no_strings(exclude):
+def test_patterns_that_are_not_strings_raise(exclude):
     with pytest.raises(TypeError, match=r"exclude must hold names .* but it holds .*filter_fn"):
         convert(Model(), exclude=exclude)
 
@@ -49,7 +49,7 @@ def test_patterns_that_are_no_strings(exclude):
         (("up", "down.0"), r"'down\.0' matches no linear layer"),
     ],
 )
-def test_a_pattern_that_matches_nothing(exclude, advice):
+def test_a_pattern_without_a_match_warns(exclude, advice):
     with pytest.warns(UserWarning, match=advice) as caught:
         convert(Model(), exclude=exclude)
     assert len(caught) == 1
@@ -57,7 +57,7 @@ def test_a_pattern_that_matches_nothing(exclude, advice):
 
 
 @pytest.mark.parametrize("exclude", [("lm_head",), "lm_head", (), ("embed",), ("lm_head", "up")])
-def test_patterns_that_are_quiet(exclude):
+def test_patterns_that_do_not_warn(exclude):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(Model().blocks if exclude == ("lm_head",) else Model(), exclude=exclude)

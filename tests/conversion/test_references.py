@@ -149,7 +149,7 @@ REPLACED = {
 
 
 @pytest.mark.parametrize("kind", REPLACED)
-def test_layers_that_are_also_held_elsewhere_are_replaced_there(kind):
+def test_other_references_to_layers_are_replaced(kind):
     model = Holder(*REPLACED[kind])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -196,7 +196,7 @@ def test_references_that_cannot_be_replaced_are_named(kind):
     assert type(model[0].layer) is BitLinear
 
 
-def test_attributes_that_are_not_registered_are_replaced():
+def test_attributes_outside_of_modules_are_replaced():
     model = nn.Sequential(nn.Linear(8, 8))
     vars(model)["alias"] = model[0]
     model[0].owner = Plain(model[0])
@@ -212,7 +212,7 @@ def test_hooks_with_closures_are_followed():
     assert torch.equal(model(X), model[0](model[1].forward(model[0](X))))
 
 
-def test_what_holds_both_keeps_its_identity():
+def test_shared_holders_stay_shared():
     """Two attributes that are one list, or one tuple, still are."""
     model = Holder(lambda layer: [layer], None)
     model.again = model.held
@@ -225,7 +225,7 @@ def test_what_holds_both_keeps_its_identity():
     assert model.same[0] is model.layer
 
 
-def test_cycles_end():
+def test_the_search_ends_in_cycles():
     model = Holder(lambda layer: [layer], None)
     model.held.append((model.held, model))
     model.held.append(model.held)
@@ -233,14 +233,14 @@ def test_cycles_end():
     assert model.held[0] is model.held[1][0][0] is model.layer
 
 
-def test_the_users_own_variables_are_left_alone():
+def test_variables_outside_of_the_model_stay_as_they_are():
     model = nn.Sequential(nn.Linear(8, 8))
     mine = [model[0]]
     convert(model)
     assert type(mine[0]) is nn.Linear
 
 
-def test_globals_and_classes_are_left_alone():
+def test_globals_and_classes_stay_as_they_are():
     class Shared:
         layers = []  # noqa: RUF012
 
@@ -250,7 +250,7 @@ def test_globals_and_classes_are_left_alone():
     assert type(Shared.layers[0]) is nn.Linear
 
 
-def test_layers_that_are_excluded_stay_where_they_are():
+def test_references_to_excluded_layers_stay():
     model = Holder(lambda layer: (layer,), None)
     held, layer = model.held, model.layer
     convert(model, exclude=("layer",))

@@ -57,7 +57,7 @@ def test_encoders_with_padding_call_their_linears_in_evaluation():
         deploy(model)
 
 
-def test_a_hand_made_encoder_is_put_right_by_deploy():
+def test_deploy_disables_the_fast_path_of_a_hand_made_encoder():
     layer, x = encoder_layer().eval(), torch.randn(3, 5, 8)
     layer.linear1 = BitLinear.from_linear(layer.linear1)
     wanted = in_python(layer, x)

@@ -101,7 +101,7 @@ def test_models_in_training(exporter, grad, tmp_path):
 
 @pytest.mark.slow
 @both
-def test_weights_that_are_zero_or_not_finite(exporter, tmp_path):
+def test_weights_of_zero_and_nan(exporter, tmp_path):
     model = nn.Sequential(BitLinear(16, 8), BitLinear(8, 4))
     model[0].weight.data.zero_()
     export(model, torch.randn(3, 16), tmp_path / "zero.onnx", exporter)
@@ -114,7 +114,7 @@ def test_weights_that_are_zero_or_not_finite(exporter, tmp_path):
 @pytest.mark.slow
 @both
 @pytest.mark.parametrize("is_deployed", [True, False])
-def test_a_product_whose_fp32_sums_would_round(exporter, is_deployed, tmp_path):
+def test_a_product_with_inexact_fp32_sums_is_exact(exporter, is_deployed, tmp_path):
     k = 2 * EXACT_K + 7
     layer = BitLinear(k, 3)
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_a_product_whose_fp32_sums_would_round(exporter, is_deployed, tmp_path):
 @pytest.mark.slow
 @both
 @pytest.mark.parametrize("shape", [(24,), (2, 24), (2, 3, 24), (2, 3, 4, 24)])
-def test_any_number_of_dimensions(exporter, shape, tmp_path):
+def test_inputs_with_any_number_of_dimensions(exporter, shape, tmp_path):
     layer, x = deployed(6, 24), torch.randn(shape)
     export(layer, x, tmp_path / "m.onnx", exporter, any_batch=len(shape) > 1)
     batches = [x] if len(shape) == 1 else [x, torch.randn(5, *shape[1:])]
@@ -163,7 +163,7 @@ def test_inputs_and_parameters_in_16_bits(exporter, dtype, is_deployed, tmp_path
 
 @pytest.mark.slow
 @both
-def test_fp16_files(exporter, tmp_path):
+def test_models_in_fp16(exporter, tmp_path):
     layer, x = deployed(33, 70, dtype=torch.float16), torch.randn(4, 70).half()
     export(layer, x, tmp_path / "m.onnx", exporter)
     assert_runs_alike(layer, tmp_path / "m.onnx", x)
@@ -199,7 +199,7 @@ def test_a_layer_behind_parameters_that_require_gradients(exporter, tmp_path):
 
 @pytest.mark.slow
 @both
-def test_a_quantisation_strength_below_one(exporter, tmp_path):
+def test_a_quantisation_strength_below_one_is_exported(exporter, tmp_path):
     layer = BitLinear(40, 12).eval()
     layer.quantization_strength = 0.5
     x = torch.randn(6, 40)
@@ -219,7 +219,7 @@ def test_the_file_has_the_packed_weights(exporter, tmp_path):
     assert {node.domain for node in model.graph.node} == {""}  # no operators but ONNX's own
 
 
-def test_models_on_another_device():
+def test_decompositions_run_on_the_device_of_the_model():
     layer = BitLinear(24, 8, device="meta")
     x, weight = torch.empty(3, 24, device="meta"), layer.weight
     w_packed, w_scale = bitlinear_onnx.quantize_weight(weight)
@@ -231,7 +231,7 @@ def test_models_on_another_device():
 
 
 @both
-def test_reserved_arguments_are_refused(exporter, tmp_path):
+def test_reserved_arguments_raise(exporter, tmp_path):
     class Grouped(nn.Module):
         def forward(self, x):
             w_packed, w_scale = torch.zeros(8, 6, dtype=torch.uint8), torch.ones(1)
@@ -302,6 +302,6 @@ assert operators <= lowerings.keys(), operators - lowerings.keys()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["torch.onnx", "torch._inductor.lowering", "bitlinear"])
-def test_inductor_compiles_in_ci_whatever_has_been_imported(first):
+def test_inductor_compiles_in_ci_after_any_order_of_imports(first):
     code = f"import sys, torch, {first}, torch.onnx\n{COMPILE}"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CI": "true"})

@@ -77,7 +77,7 @@ def test_lora_over_deployed_layers(dtype, use_dora, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the weight of a deployed BitLinear was dequantised")
-def test_an_adapter_is_not_merged_into_packed_weights():
+def test_merging_an_adapter_into_packed_weights_raises():
     model = adapted(bitlinear.deploy(Model()), init_lora_weights=False).eval()
     with torch.no_grad():
         before = model(TOKENS)
@@ -99,7 +99,7 @@ def test_lora_over_layers_in_training():
 
 
 @pytest.mark.parametrize("config", ["IA3Config", "LoHaConfig", "VeraConfig"])
-def test_other_adapters(config):
+def test_other_adapters_train(config):
     kinds = {
         "IA3Config": {"feedforward_modules": ["down"]},
         "LoHaConfig": {"r": 4},

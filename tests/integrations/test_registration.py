@@ -41,7 +41,7 @@ def stranger(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_an_integration_follows_the_import(stranger):
+def test_an_integration_is_registered_after_the_import(stranger):
     integrations.register_after_import("stranger", "stranger_integration")
     assert "stranger" not in sys.modules
     importlib.import_module("stranger")

@@ -60,7 +60,7 @@ def test_packed_layers_give_the_results_of_the_oracle_and_of_transformers(n, k, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_offline_layers_scale_their_bias_too(bias, dtype):
+def test_offline_layers_scale_their_bias(bias, dtype):
     t = oracle.ternary(33, 70)
     addend = torch.randn(33).to(dtype) if bias else None
     layer = float_layer(t, addend, 0.3, dtype)
@@ -75,7 +75,7 @@ def test_offline_layers_scale_their_bias_too(bias, dtype):
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("spread", [0.02, 1e-6, 0.0])
-def test_online_layers_have_the_weights_of_every_forward_pass(spread, dtype):
+def test_online_layers_have_the_weights_of_a_forward_pass(spread, dtype):
     weight = spread * torch.randn(300, 4096)  # more than one step
     layer = float_layer(weight, torch.randn(300), dtype=dtype)
     theirs = bitnet.WeightQuant.apply(layer.weight.detach()).float()
@@ -89,7 +89,7 @@ def test_online_layers_have_the_weights_of_every_forward_pass(spread, dtype):
 
 
 @pytest.mark.parametrize("online", [True, False])
-def test_a_norm_is_kept(online):
+def test_convert_keeps_a_norm(online):
     layer = bitnet.AutoBitLinear(20, 6, online_quant=online, use_rms_norm=True, rms_norm_eps=0.5)
     if not online:
         layer.weight = nn.Parameter(torch.from_numpy(oracle.ternary(6, 20)).float())
@@ -103,10 +103,20 @@ def test_a_norm_is_kept(online):
         torch.testing.assert_close(ours(x), theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_a_layer_with_a_norm_is_a_leaf_of_a_symbolic_trace():
+    layer = bitnet.AutoBitLinear(20, 6, online_quant=True, use_rms_norm=True)
+    model, x = convert(nn.Sequential(layer)), torch.randn(3, 20)
+    traced = torch.fx.symbolic_trace(model)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == ["0"]
+    with torch.no_grad():
+        oracle.assert_same_bits(traced(x), model(x))
+
+
 # --- Other modules, hooks, and layers that are refused ---
 
 
-def test_other_modules_hooks_and_modes_stay(caplog):
+def test_other_modules_hooks_and_modes_stay_as_they_are(caplog):
     caplog.set_level(logging.INFO, logger="bitlinear")
     layer, calls = packed_layer(oracle.ternary(8, 8)).eval(), []
     handle = layer.register_forward_hook(lambda module, *_: calls.append(type(module)))
@@ -175,7 +185,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("make", "message"), WRONG)
-def test_what_cannot_be_taken_is_named_and_nothing_is_changed(make, message):
+def test_invalid_layers_are_named_and_nothing_changes(make, message):
     model = nn.Sequential(packed_layer(oracle.ternary(8, 8)), make())
     before = list(model)
     with pytest.raises(ValueError, match=message) as error:
@@ -185,14 +195,14 @@ def test_what_cannot_be_taken_is_named_and_nothing_is_changed(make, message):
     assert all(a is b for a, b in zip(model, before))
 
 
-def test_models_that_are_none():
+def test_models_without_bitnet_layers_raise():
     with pytest.raises(ValueError, match=r"Linear has no BitNet layer.*use bitlinear\.convert"):
         convert(nn.Linear(8, 8))
     with pytest.raises(ValueError, match="pass the model that holds this layer"):
         convert(packed_layer(oracle.ternary(8, 8)))
 
 
-def test_bitlinear_leaves_the_layers_of_transformers_alone():
+def test_bitlinear_convert_keeps_bitnet_layers():
     model = nn.Sequential(float_layer(torch.randn(8, 8)), packed_layer(oracle.ternary(8, 8)))
     before = list(model)
     bitlinear.convert(model)

@@ -83,7 +83,7 @@ def test_bf16_models_are_as_close_to_fp32_as_transformers_is(kind, norm, bias, t
     assert torch.equal(generate(model)[0], tokens)
 
 
-def test_a_bitnet_model(tmp_path):
+def test_a_bitnet_model_agrees(tmp_path):
     save_checkpoint(tmp_path, "bitlinear", llama=False)
     model = load(tmp_path)
     assert isinstance(model, transformers.BitNetForCausalLM)
@@ -93,7 +93,7 @@ def test_a_bitnet_model(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("bitlinear", 2), ("autobitlinear", 16)])
-def test_memory(kind, bits, tmp_path):
+def test_a_converted_model_takes_less_memory(kind, bits, tmp_path):
     save_checkpoint(tmp_path, kind, dtype=torch.bfloat16)
     model = load(tmp_path)
     before = state_bytes(model)

@@ -73,7 +73,7 @@ def test_deployed_models_are_saved_and_loaded(make, count, dtype, tmp_path):
     assert_loads_alike(model, tmp_path / "2", device_map="cpu")
 
 
-def test_layers_that_differ_are_described(tmp_path):
+def test_layers_with_different_settings_are_described(tmp_path):
     model = bitlinear.convert(make_llama(mlp_bias=True))
     model.model.layers[0].mlp.up_proj.eps = 0.25
     bitlinear.deploy(model).eval()
@@ -90,7 +90,7 @@ def test_layers_that_differ_are_described(tmp_path):
     }
 
 
-def test_layers_that_share_their_weight(tmp_path):
+def test_layers_that_share_their_weight_are_saved(tmp_path):
     model = bitlinear.convert(make_llama())
     first, second = (layer.mlp for layer in model.model.layers)
     second.up_proj.weight = first.up_proj.weight
@@ -100,14 +100,14 @@ def test_layers_that_share_their_weight(tmp_path):
     assert_loads_alike(model, tmp_path)
 
 
-def test_some_layers_only(tmp_path):
+def test_a_model_with_some_layers_deployed(tmp_path):
     model = bitlinear.convert(make_llama(), exclude=["lm_head", "layers.0.*", "down_proj"])
     bitlinear.deploy(model).eval()
     model.save_pretrained(tmp_path)
     assert len(layers(assert_loads_alike(model, tmp_path))) == 6
 
 
-def test_the_models_inside_a_model(tmp_path):
+def test_the_models_inside_a_model_are_saved_alone(tmp_path):
     model = bitlinear.deploy(bitlinear.convert(make_llama())).eval()
     model.model.save_pretrained(tmp_path / "body")
     model.save_pretrained(tmp_path / "whole")
@@ -120,7 +120,7 @@ def test_the_models_inside_a_model(tmp_path):
             oracle.assert_same_bits(body(IDS).last_hidden_state, wanted)
 
 
-def test_a_model_inside_a_module(tmp_path):
+def test_a_model_inside_a_module_is_saved(tmp_path):
     model = nn.ModuleDict({"inner": bitlinear.convert(make_llama()), "outer": nn.Linear(4, 4)})
     bitlinear.deploy(model).eval()
     model["inner"].save_pretrained(tmp_path)
@@ -152,7 +152,7 @@ def test_undeployed_layers_are_saved_in_floating_point(tmp_path, caplog):
     assert_loads_alike(model, tmp_path / "all")
 
 
-def test_layers_of_unknown_classes_are_not_saved(tmp_path):
+def test_saving_layers_of_unknown_classes_raises(tmp_path):
     class Other(BitLinear):
         pass
 
@@ -164,7 +164,7 @@ def test_layers_of_unknown_classes_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_with_loaded_layers(tmp_path):
+def test_a_model_with_loaded_layers_is_saved(tmp_path):
     model = bitlinear.deploy(bitlinear.convert(make_llama())).eval()
     safetensors.torch.save_model(model, tmp_path / "deployed.safetensors")
     other = bitlinear.convert(make_llama()).eval()
@@ -173,7 +173,7 @@ def test_a_model_with_loaded_layers(tmp_path):
     assert_loads_alike(model, tmp_path)
 
 
-def test_a_deployed_model_is_used_as_before():
+def test_a_deployed_model_is_copied_and_cast_as_before():
     model = bitlinear.deploy(bitlinear.convert(make_llama()))
     model.half().float().to(torch.bfloat16)
     copied = copy.deepcopy(model.eval())
@@ -181,14 +181,14 @@ def test_a_deployed_model_is_used_as_before():
     transformers.LlamaForCausalLM(model.config)
 
 
-def test_a_model_of_another_quantiser_is_warned_of(caplog):
+def test_deploying_a_model_of_another_quantiser_warns(caplog):
     model = bitlinear.convert(make_llama())
     model.hf_quantizer = object()
     bitlinear.deploy(model)
     assert "this LlamaForCausalLM is quantised by transformers, with object" in caplog.text
 
 
-def test_deploying_survives_what_is_wrong_with_transformers(monkeypatch, caplog):
+def test_an_error_of_the_integration_does_not_stop_deploy(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="bitlinear")
     monkeypatch.setitem(sys.modules, "bitlinear.integrations.transformers", None)
     model = bitlinear.deploy(bitlinear.convert(make_llama()))

@@ -48,7 +48,7 @@ assert "bitlinear.integrations.transformers" not in sys.modules
         for order in IMPORTS
     ],
 )
-def test_a_fresh_process_loads_what_was_saved(order, tmp_path):
+def test_a_fresh_process_loads_saved_models(order, tmp_path):
     save_checkpoint(tmp_path / "theirs", "autobitlinear", True, True, torch.bfloat16)
     models = {
         "converted": convert(load(tmp_path / "theirs")),
@@ -75,14 +75,14 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
 
 
 @pytest.mark.slow
-def test_a_process_without_bitlinear_is_warned(tmp_path):
+def test_a_process_without_bitlinear_gets_a_warning(tmp_path):
     bitlinear.deploy(bitlinear.convert(make_llama())).save_pretrained(tmp_path)
     command = [sys.executable, "-c", WITHOUT_BITLINEAR, tmp_path]
     stderr = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     assert "Unknown quantization type, got bitlinear" in stderr
 
 
-def test_an_old_version_is_refused(monkeypatch):
+def test_an_old_version_raises(monkeypatch):
     # The first import of this file used another module object: transformers replaces its own.
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
     monkeypatch.delitem(sys.modules, "bitlinear.integrations.transformers")

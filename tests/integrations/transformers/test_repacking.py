@@ -22,7 +22,7 @@ def test_repack_equals_the_oracle_and_drops_rows_past_n(n, k, seed):
     assert packed.numpy().tolist() == oracle.pack(t).tolist()
 
 
-def test_bytes_are_made_of_bytes():
+def test_repack_computes_on_bytes_in_small_temporaries():
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         largest = 0
 

@@ -83,7 +83,7 @@ def logits_dtype(model):
         return model(IDS).logits.dtype
 
 
-def test_a_damaged_file_is_refused(tmp_path):
+def test_a_damaged_file_raises(tmp_path):
     save_checkpoint(tmp_path / "theirs", "bitlinear")
     convert(load(tmp_path / "theirs")).save_pretrained(tmp_path / "ours")
     file = tmp_path / "ours" / "model.safetensors"
