@@ -44,7 +44,7 @@ def converted(model):
 
 
 class Harmless(nn.Linear):
-    """Another way to be made, filled and printed."""
+    """A subclass that changes how a layer is made, filled and printed."""
 
     __constants__ = ("in_features",)
     note: str

@@ -1,4 +1,4 @@
-"""``bitlinear.convert``: the layers that it replaces, and what stays as it was."""
+"""``bitlinear.convert``: the layers that it replaces, shared layers, hooks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_convert_replaces_everything_but_the_head():
     parameters = dict(model.named_parameters())
     assert convert(model) is model
     assert converted(model) == ALL - {"lm_head"}
-    # The very same parameters: an optimizer made before goes on working.
+    # The parameters are the same objects, so an existing optimizer keeps working.
     assert all(parameters[name] is p for name, p in model.named_parameters())
     assert len(parameters) == len(list(model.parameters()))
     model(IDS).sum().backward()

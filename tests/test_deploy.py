@@ -76,7 +76,7 @@ def test_a_deployed_model_loads_into_a_fresh_one(tmp_path):
 
 
 def test_training_stays_possible_around_deployed_layers():
-    # As a frozen feature extractor: what comes after a deployed layer still trains.
+    # The deployed layer is a frozen feature extractor; the layer behind it trains.
     model = nn.Sequential(BitLinear(8, 8).deploy(), nn.Linear(8, 2))
     model(torch.randn(3, 8)).sum().backward()
     assert model[1].weight.grad is not None
@@ -86,7 +86,7 @@ def test_training_stays_possible_around_deployed_layers():
 
 
 def offload(layer, *wrappers, **attributes):
-    """As accelerate does: the weight goes to the meta device, the hook brings it for each call."""
+    """Offload as accelerate does: the weight is on meta; a hook loads it in each call."""
     hook = types.SimpleNamespace(**attributes)
     for _ in wrappers:
         hook = types.SimpleNamespace(hooks=(types.SimpleNamespace(), hook))

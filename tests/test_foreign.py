@@ -56,7 +56,7 @@ def test_from_linear_of_a_number_raises():
 
 @pytest.fixture
 def conv1d(monkeypatch):
-    """A class like that of transformers, which need not be installed."""
+    """A class like ``Conv1D`` of transformers, which need not be installed."""
 
     class Conv1D(nn.Module):
         def __init__(self, nf, nx):
@@ -87,7 +87,7 @@ def test_a_conv1d_is_converted_and_keeps_its_parameter(conv1d):
     assert layer.weight is weight
     assert torch.equal(layer.weight, values.t())
     assert layer.weight.is_contiguous()
-    assert torch.equal(old(x), before)  # The user may still hold it.
+    assert torch.equal(old(x), before)  # User code may still hold the old layer.
 
     wanted = nn.Linear(8, 6)
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_a_checkpoint_of_a_conv1d_does_not_load_silently():
 
 
 class Wrapped(torch.Tensor):
-    """A tensor subclass as torchao and optimum-quanto have them."""
+    """A tensor subclass like those of torchao and optimum-quanto."""
 
     @staticmethod
     def __new__(cls, data):
@@ -213,7 +213,7 @@ def test_fake_weights_are_ordinary_weights():
 
 
 class Tuner(nn.Module):
-    """As a LoRA layer of PEFT."""
+    """A module like a LoRA layer of PEFT."""
 
     adapter_layer_names = ("lora_A", "lora_B")
 
@@ -235,7 +235,7 @@ def test_adapters_are_not_converted(log):
 
 
 def test_a_conv1d_under_an_adapter_is_not_converted(conv1d):
-    """Its adapter adds a transposed matrix to the weight when it is merged."""
+    """A merge of its adapter adds a transposed matrix to the weight."""
     model = nn.Sequential(Tuner(conv1d(8, 8)), Block(), Block())
     with pytest.warns(UserWarning, match=r"0\.base_layer\.weight .*convert before adding it"):
         convert(model)

@@ -1,4 +1,4 @@
-"""Models that run from the mapped file."""
+"""``load_deployed``: models that run from the mapped file."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def on_meta(make):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A deployed model and the file that it is in."""
+    """A deployed model, and the path of its file."""
     model = bitlinear.deploy(Model())
     save_model(model, str(tmp_path / "model.safetensors"))
     return model, tmp_path / "model.safetensors"
@@ -68,7 +68,7 @@ def tensors_of(model):
 
 
 def mapped_ranges(path):
-    """The addresses at which this process has mapped a file."""
+    """The address ranges to which this process has mapped a file."""
     with open("/proc/self/maps") as maps:
         lines = [line.split() for line in maps if line.rstrip().endswith(f" {path}")]
     return [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
@@ -141,7 +141,7 @@ def test_round_trip_of_one_layer_and_of_a_converted_model(tmp_path):
 
 
 def sharded(model, directory):
-    """Saves a model in two files and an index, as Hugging Face does."""
+    """Save a model in two files and an index, as Hugging Face does."""
     state = model.state_dict()
     weight_map = {name: f"model-{1 + i % 2:05}.safetensors" for i, name in enumerate(state)}
     for file in set(weight_map.values()):
@@ -156,7 +156,7 @@ def test_loading_shards_and_directories(saved, tmp_path):
     assert torch.equal(load_deployed(tmp_path, on_meta(Model))(IDS), model(IDS))
     other = bitlinear.deploy(Model())
     index = sharded(other, tmp_path)
-    for path in (index, tmp_path):  # the index comes before single files
+    for path in (index, tmp_path):  # a directory with an index and single files uses the index
         assert torch.equal(load_deployed(path, on_meta(Model))(IDS), other(IDS))
     index.unlink()
     with pytest.raises(FileNotFoundError, match=r"several models, model-00001\.safetensors, .*: "):
@@ -165,7 +165,7 @@ def test_loading_shards_and_directories(saved, tmp_path):
 
 
 def test_unaligned_tensors_are_copied(tmp_path):
-    """safetensors pads its header so that this does not happen; other writers need not."""
+    """safetensors pads its header to align the tensors; other writers may not."""
     layer = BitLinear(20, 6).deploy()
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
     data = (tmp_path / "layer.safetensors").read_bytes()
@@ -190,7 +190,7 @@ def test_every_tensor_lies_in_the_mapped_file(make, saved):
     assert tensors_of(model)
     for tensor in tensors_of(model).values():
         assert is_mapped(tensor, path)
-        # Its storage is its own: pickling one layer does not write the whole file.
+        # Each tensor has a storage of its own: pickling one layer does not write the whole file.
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     del model, tensor
     assert not mapped_ranges(path)
@@ -292,7 +292,7 @@ class Tied(nn.Module):
 def test_tied_weights_stay_tied(make, metadata, tmp_path):
     model, path = bitlinear.deploy(Tied()), tmp_path / "model.safetensors"
     save_model(model, str(path))
-    if not metadata:  # Hugging Face records no ties: those of the model have to do
+    if not metadata:  # Hugging Face records no ties, so the ties of the model count
         save_file(safetensors.torch.load_file(path), path)
     loaded = load_deployed(path, make())
     assert loaded.lm_head.weight is loaded.embed.weight
@@ -499,9 +499,9 @@ def run(path, layers):
     return model
 
 x = torch.randn(1, 8192)
-run(small, 1)  # code, threads and their stacks
+run(small, 1)  # warm up: code, threads and their stacks
 with open("/proc/self/clear_refs", "w") as refs:
-    refs.write("5")  # the peak starts anew
+    refs.write("5")  # reset the peak
 rss, anonymous = kib("VmRSS"), kib("RssAnon")
 model = run(large, layers)
 print(kib("RssAnon") - anonymous, kib("VmHWM") - rss)
@@ -531,8 +531,8 @@ def test_loading_takes_no_memory_beyond_the_file(layers, tmp_path):
     )
     anonymous, peak = (1024 * int(kib) for kib in result.stdout.split())
     print(f"anonymous {anonymous / 2**20:.1f} MB, peak {peak / 2**20:.1f} of {file / 2**20:.1f} MB")
-    # Less than one of the layers; a few freed temporaries may still be in the heap.
+    # The limit is one layer: a few freed temporaries can still be in the heap.
     assert anonymous < 2**24
-    # Every page of the file was resident: with a copy of it, the peak would be twice that.
+    # Every page of the file was resident. With a copy, the peak would be twice the file.
     assert peak < file + 2**25
     paths[layers].unlink()  # pytest keeps the folders of three runs

@@ -28,7 +28,7 @@ from tests.models import ALL, Model, converted
 @pytest.mark.filterwarnings("ignore:exclude=")
 def test_exclude_by_qualified_name(exclude, left_alone):
     assert converted(convert(Model(), exclude=exclude)) == ALL - left_alone
-    # The same pattern where the model is inside another one.
+    # The same pattern works if the model is inside another one.
     outer = nn.ModuleDict({"model": Model()})
     wanted = {f"model.{name}" for name in ALL - left_alone}
     assert converted(convert(outer, exclude=exclude)) == wanted

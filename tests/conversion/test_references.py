@@ -1,3 +1,5 @@
+"""The replacement of references outside of the submodules: lists, closures, hooks, ..."""
+
 from __future__ import annotations
 
 import functools
@@ -20,7 +22,7 @@ X = torch.randn(3, 8)
 
 
 class Plain:
-    """An object with attributes, one of them a property that must not be read."""
+    """An object whose property, comparison and missing attributes must not be evaluated."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -54,7 +56,7 @@ class Frozen:
 
 
 class Hash:
-    """A key whose hash and comparison must not be computed."""
+    """A key whose hash must not be computed while ``silent``."""
 
     silent = False
 
@@ -71,7 +73,7 @@ def closure(layer):
 
 
 class Holder(nn.Module):
-    """Calls its layer by ``use(self.held, x)`` only."""
+    """A module that calls its layer by ``use(self.held, x)``."""
 
     def __init__(self, hold, use):
         super().__init__()
@@ -213,7 +215,7 @@ def test_hooks_with_closures_are_followed():
 
 
 def test_shared_holders_stay_shared():
-    """Two attributes that are one list, or one tuple, still are."""
+    """Two attributes with the same list, or the same tuple, still have the same one."""
     model = Holder(lambda layer: [layer], None)
     model.again = model.held
     model.pairs = [(model.layer, 1)]

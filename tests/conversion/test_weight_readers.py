@@ -1,4 +1,4 @@
-"""Modules of torch that read the weights of their linear layers."""
+"""Modules of torch that read the weights of their linear layers instead of calling them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def encoder_layer(**kwargs):
 
 
 def in_python(model, *args, **kwargs):
-    """The result without torch's fast path, which would bypass the layers."""
+    """The result without torch's fast path, which bypasses the layers."""
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
@@ -85,7 +85,7 @@ def test_attention_keeps_its_output_projection(replaced, log):
 
 
 def test_a_hand_made_output_projection_is_not_deployed():
-    """As F.multi_head_attention_forward takes the weight of any layer for that of an nn.Linear."""
+    """F.multi_head_attention_forward reads the weight of any layer as of an nn.Linear."""
     attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)
     before = attention(x, x, x)[0]
     attention.out_proj = BitLinear.from_linear(attention.out_proj)
@@ -104,7 +104,7 @@ def test_a_hand_made_output_projection_is_not_deployed():
 
 
 class Attention(nn.MultiheadAttention):
-    """One with a forward of its own, which calls the layer."""
+    """Attention whose own forward calls the layer."""
 
     def forward(self, x):
         return self.out_proj(x)

@@ -23,7 +23,7 @@ if torch.__version__ >= "2.7":
 
 ONNXRUNTIME = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
 
-# Before torch 2.7 the exporter of torch.export was a preview: its decompositions were others.
+# Before torch 2.7 the exporter of torch.export was a preview with other decompositions.
 needs_dynamo = pytest.mark.skipif(torch.__version__ < "2.7", reason="dynamo=True is of torch 2.7")
 both = pytest.mark.parametrize(
     "exporter", [pytest.param("dynamo", marks=needs_dynamo), "torchscript"]
@@ -33,7 +33,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def export(model, x, path, exporter, any_batch=True):
-    """Exports with one argument and nothing but torch's own means; the file, loaded by onnx."""
+    """Export a model with one input by torch alone, and load the file with onnx."""
     options = {"dynamo": exporter == "dynamo"} if torch.__version__ >= "2.5" else {}
     if any_batch and exporter == "dynamo":
         options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
@@ -58,7 +58,7 @@ def assert_runs_alike(model, path, *batches):
 
 
 def rows(k):
-    """Tokens that are hard on a quantiser, and some that are not finite."""
+    """Tokens that are hard to quantise, and some that are not finite."""
     x = torch.from_numpy(oracle.adversarial_rows(k))
     bad = torch.randn(4, k)
     bad[0, 0], bad[1, -1], bad[2, k // 2] = NAN, INF, -INF
@@ -139,7 +139,7 @@ def test_inputs_with_any_number_of_dimensions(exporter, shape, tmp_path):
 
 
 class InDtype(nn.Module):
-    """A layer with inputs in 16 bits, inside a model with fp32 ones: NumPy has no bf16."""
+    """A layer with inputs in 16 bits, in a model with fp32 inputs, because NumPy has no bf16."""
 
     def __init__(self, layer, dtype):
         super().__init__()
@@ -216,7 +216,7 @@ def test_the_file_has_the_packed_weights(exporter, tmp_path):
     assert [list(i.dims) for i in packed] == [list(packing.packed_shape(1024, 1022))]
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert size < 1.1 * layer.w_packed.numel()
-    assert {node.domain for node in model.graph.node} == {""}  # no operators but ONNX's own
+    assert {node.domain for node in model.graph.node} == {""}  # only operators of ONNX itself
 
 
 def test_decompositions_run_on_the_device_of_the_model():

@@ -24,7 +24,7 @@ IDS = torch.arange(18).reshape(2, 9) * 5
 
 
 def save_checkpoint(folder, kind, norm=False, bias=False, dtype=torch.float32, llama=True):
-    """A random BitNet checkpoint, as it lies on the Hub."""
+    """Save a random BitNet checkpoint in the format of the Hub."""
     sizes = {
         "vocab_size": 97,
         "hidden_size": 64,
@@ -44,8 +44,8 @@ def save_checkpoint(folder, kind, norm=False, bias=False, dtype=torch.float32, l
     else:
         model = transformers.BitNetForCausalLM(transformers.BitNetConfig(**sizes))
     with torch.no_grad():
-        # Each token resembles the head of the next one, so that one logit stands out: greedy
-        # decoding must not depend on roundings.
+        # Each token resembles the head of the next token, so that one logit is clearly the
+        # largest: greedy decoding must not depend on roundings.
         model.lm_head.weight.copy_(model.model.embed_tokens.weight.roll(1, dims=0))
         model.model.embed_tokens.weight.mul_(10)
     state = dict(model.to(dtype).state_dict())
@@ -84,7 +84,7 @@ def layers(model):
 
 
 def packed_layer(t, bias=None, scale=3.0, dtype=torch.float32, norm=False):
-    """transformers' layer with packed weights ``t``."""
+    """The ``BitLinear`` of transformers, with packed weights ``t``."""
     n, k = t.shape
     layer = bitnet.BitLinear(k, n, bias=bias is not None, dtype=dtype, use_rms_norm=norm)
     layer.weight = bitnet.pack_weights(torch.from_numpy(t).to(torch.int8))
@@ -95,7 +95,7 @@ def packed_layer(t, bias=None, scale=3.0, dtype=torch.float32, norm=False):
 
 
 def float_layer(weight, bias=None, scale=None, dtype=torch.float32):
-    """transformers' AutoBitLinear; online without a scale."""
+    """The ``AutoBitLinear`` of transformers: offline with a scale, online without one."""
     n, k = weight.shape
     layer = bitnet.AutoBitLinear(k, n, bias is not None, dtype=dtype, online_quant=scale is None)
     with torch.no_grad():

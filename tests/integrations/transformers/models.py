@@ -19,27 +19,27 @@ def make_llama(**kwargs):
     return transformers.LlamaForCausalLM(config)
 
 
-def make_bert():  # its last layer has the weight of the embedding, and a bias of its owner
+def make_bert():  # The last layer has the weight of the embedding, and the bias of its parent.
     return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
 
 
-def make_falcon():  # layers of a subclass of nn.Linear
+def make_falcon():  # Its layers are of a subclass of nn.Linear.
     return transformers.FalconForCausalLM(transformers.FalconConfig(**SIZES, bias=True))
 
 
-def make_gpt2():  # layers that are no nn.Linear
+def make_gpt2():  # Its layers are not nn.Linear.
     sizes = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
 
 
-def make_t5():  # tied embeddings, and parts that are kept in fp32
+def make_t5():  # It has tied embeddings, and parts that stay in fp32.
     sizes = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
     return transformers.T5ForConditionalGeneration(
         transformers.T5Config(**sizes, num_heads=4, decoder_start_token_id=0)
     )
 
 
-def make_encoder_decoder():  # of two models of transformers
+def make_encoder_decoder():  # It contains two models of transformers.
     encoder = transformers.BertConfig(**SIZES)
     decoder = transformers.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)

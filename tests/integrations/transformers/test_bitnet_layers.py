@@ -22,20 +22,20 @@ def converted(layer):
     return new
 
 
-def assert_close_to_theirs(ours, theirs, x, w_scale):
-    """Within what an error of the int8 activations by 1 does.
+def assert_close_to_reference(actual, reference, x, w_scale):
+    """Check that the results differ by no more than a change of the int8 activations by 1.
 
-    In fp32 none or one of up to 70 may differ, where it was a tie. In bf16 their scale is rounded
-    to 8 bits and so is the product with it, so that many of them differ: by a half, in the root of
-    the mean square, and at most by 1; and the result is rounded to 8 bits three or four times.
+    In fp32, at most one of up to 70 activations may differ: a tie. In bf16, transformers rounds the
+    scale of the activations and the product with it to 8 bits, so many of them differ: by 0.5 in
+    the root mean square, and at most by 1. It also rounds the result three or four times.
     """
     step = x.float().abs().amax(-1, keepdim=True) / 127 * float(w_scale)
     if x.dtype == torch.float32:
         steps, roundings = 1.001, 1e-6
     else:
         steps, roundings = 4 * 0.5 * x.shape[-1] ** 0.5 + 1, 4 * 2**-8
-    limit = steps * step + roundings * (theirs.float().abs() + 1)
-    assert ((ours.float() - theirs.float()).abs() <= limit).all()
+    limit = steps * step + roundings * (reference.float().abs() + 1)
+    assert ((actual.float() - reference.float()).abs() <= limit).all()
 
 
 @given(
@@ -47,45 +47,45 @@ def assert_close_to_theirs(ours, theirs, x, w_scale):
 )
 def test_packed_layers_give_the_results_of_the_oracle_and_of_transformers(n, k, seed, bias, dtype):
     t = oracle.ternary(n, k, seed)
-    addend = torch.randn(n).to(dtype) if bias else None
+    bias_values = torch.randn(n).to(dtype) if bias else None
     layer = packed_layer(t, None, dtype=dtype)
     x = torch.randn(3, k).to(dtype)
-    theirs = layer(x)[:, :n] + (0 if addend is None else addend)
-    ours = converted(packed_layer(t, addend, dtype=dtype))
+    reference = layer(x)[:, :n] + (0 if bias_values is None else bias_values)
+    new = converted(packed_layer(t, bias_values, dtype=dtype))
     w_scale = oracle.F32(1) / oracle.F32(3)
-    assert ours.w_scale.item() == w_scale
-    oracle.assert_same_bits(ours(x), oracle.expected(x, t, w_scale, addend, eps=1e-5))
-    assert_close_to_theirs(ours(x), theirs, x, w_scale)
+    assert new.w_scale.item() == w_scale
+    oracle.assert_same_bits(new(x), oracle.expected(x, t, w_scale, bias_values, eps=1e-5))
+    assert_close_to_reference(new(x), reference, x, w_scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_offline_layers_scale_their_bias(bias, dtype):
     t = oracle.ternary(33, 70)
-    addend = torch.randn(33).to(dtype) if bias else None
-    layer = float_layer(t, addend, 0.3, dtype)
+    bias_values = torch.randn(33).to(dtype) if bias else None
+    layer = float_layer(t, bias_values, 0.3, dtype)
     scale = layer.weight_scale.float()
     x = torch.randn(3, 70).to(dtype)
-    theirs = layer(x)
-    ours = converted(layer)
-    scaled = None if addend is None else addend.float() * scale
-    oracle.assert_same_bits(ours(x), oracle.expected(x, t, scale, scaled, eps=1e-5))
-    assert_close_to_theirs(ours(x), theirs, x, scale)
+    reference = layer(x)
+    new = converted(layer)
+    scaled = None if bias_values is None else bias_values.float() * scale
+    oracle.assert_same_bits(new(x), oracle.expected(x, t, scale, scaled, eps=1e-5))
+    assert_close_to_reference(new(x), reference, x, scale)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("spread", [0.02, 1e-6, 0.0])
 def test_online_layers_have_the_weights_of_a_forward_pass(spread, dtype):
-    weight = spread * torch.randn(300, 4096)  # more than one step
+    weight = spread * torch.randn(300, 4096)  # more than one chunk
     layer = float_layer(weight, torch.randn(300), dtype=dtype)
-    theirs = bitnet.WeightQuant.apply(layer.weight.detach()).float()
+    reference = bitnet.WeightQuant.apply(layer.weight.detach()).float()
     x = torch.randn(3, 4096).to(dtype)
     wanted = layer(x).detach()
-    ours = converted(layer)
-    t = packing.unpack_ternary(ours.w_packed, 4096)
-    assert torch.equal(t * ours.w_scale, theirs)
+    new = converted(layer)
+    t = packing.unpack_ternary(new.w_packed, 4096)
+    assert torch.equal(t * new.w_scale, reference)
     assert (t.count_nonzero() > 0) == (spread == 0.02)
-    assert_close_to_theirs(ours(x), wanted, x, ours.w_scale)
+    assert_close_to_reference(new(x), wanted, x, new.w_scale)
 
 
 @pytest.mark.parametrize("online", [True, False])
@@ -95,12 +95,12 @@ def test_convert_keeps_a_norm(online):
         layer.weight = nn.Parameter(torch.from_numpy(oracle.ternary(6, 20)).float())
     norm, x = layer.rms_norm, torch.randn(2, 3, 20)
     norm.weight.data.uniform_(0.5, 1.5)
-    theirs = layer(x)
-    ours = converted(layer)
-    assert isinstance(ours, NormedBitLinear)
-    assert ours.rms_norm is norm
+    reference = layer(x)
+    new = converted(layer)
+    assert isinstance(new, NormedBitLinear)
+    assert new.rms_norm is norm
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(new(x), reference, rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_with_a_norm_is_a_leaf_of_a_symbolic_trace():

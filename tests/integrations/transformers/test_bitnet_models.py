@@ -20,7 +20,7 @@ from tests.integrations.transformers.checkpoints import (
 
 
 def generate(model):
-    """The tokens that greedy decoding adds, and by how much each won."""
+    """The tokens that greedy decoding adds, and the smallest margin of their logits."""
     out = model.generate(
         IDS,
         max_new_tokens=6,
@@ -38,7 +38,7 @@ def state_bytes(model):
 
 
 def in_fp32(model):
-    """A model with BitNet layers of transformers, computing in fp32."""
+    """Make a model with BitNet layers of transformers compute in fp32."""
     for module in model.to(torch.float32).modules():
         if isinstance(module, bitnet.BitLinear):
             module.dtype = torch.float32
@@ -58,9 +58,9 @@ def test_fp32_models_agree(kind, norm, bias, tmp_path):
     assert convert(model) is model
     assert len(layers(model)) == 14
     assert type(model.lm_head) is nn.Linear
-    # The product is exact in both. The float operations around it round differently, by 1e-7; but
-    # where that moves an activation across a half, its int8 value differs by 1, which is 0.4 % of
-    # what one of 64 typical inputs contributes to a token.
+    # The product is exact in both. The float operations around it round differently, by 1e-7. If
+    # this moves an activation across a half, its int8 value differs by 1, which is 0.4 % of the
+    # contribution of one of 64 typical inputs to a token.
     actual = logits(model)
     assert distance(actual, wanted) < 0.01
     assert margin > 10 * (actual - wanted).abs().max()
@@ -73,13 +73,13 @@ def test_bf16_models_are_as_close_to_fp32_as_transformers_is(kind, norm, bias, t
     save_checkpoint(tmp_path, kind, norm, bias, torch.bfloat16)
     model = load(tmp_path)
     assert model.dtype == torch.bfloat16
-    theirs, (tokens, margin) = logits(model), generate(model)
+    reference_bf16, (tokens, margin) = logits(model), generate(model)
     convert(model)
-    ours = logits(model)
-    reference = logits(in_fp32(load(tmp_path)))
-    # Both are rounded to 8 bits between the layers; inside them, theirs is as well.
-    assert distance(ours, reference) < 1.25 * distance(theirs, reference) < 0.05
-    assert margin > 2 * (ours - theirs).abs().max()
+    actual = logits(model)
+    reference_fp32 = logits(in_fp32(load(tmp_path)))
+    # Both models round to 8 bits between the layers; transformers also rounds inside of them.
+    assert distance(actual, reference_fp32) < 1.25 * distance(reference_bf16, reference_fp32) < 0.05
+    assert margin > 2 * (actual - reference_bf16).abs().max()
     assert torch.equal(generate(model)[0], tokens)
 
 

@@ -42,8 +42,8 @@ def assert_loads_alike(model, folder, **kwargs):
         oracle.assert_same_bits(tensor, wanted[name])
     for name, layer in layers(model).items():
         assert repr(loaded.get_submodule(name)) == repr(layer)
-    # All that is ours has the same bits. torch's float operations may read mapped memory, which is
-    # aligned in another way, by another path; an activation may then round to the next integer.
+    # The BitLinear layers give the same bits. torch's float operations can take another path on
+    # mapped memory, whose alignment differs, and an activation can then round to the next integer.
     torch.testing.assert_close(outputs(loaded), outputs(model), rtol=0, atol=0.02)
     return loaded
 

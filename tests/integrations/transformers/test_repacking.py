@@ -14,10 +14,10 @@ from tests.integrations.transformers.checkpoints import bitnet
 @given(n=st.integers(1, 40), k=st.integers(1, 70), seed=st.integers(0, 2**16))
 def test_repack_equals_the_oracle_and_drops_rows_past_n(n, k, seed):
     t = oracle.ternary(n, k, seed)
-    theirs = bitnet.pack_weights(torch.from_numpy(t).to(torch.int8))
-    for row in range(n, 4 * len(theirs)):
-        theirs[row % len(theirs)] |= 3 << (2 * (row // len(theirs)))
-    packed = repack(theirs, n, k)
+    source = bitnet.pack_weights(torch.from_numpy(t).to(torch.int8))
+    for row in range(n, 4 * len(source)):
+        source[row % len(source)] |= 3 << (2 * (row // len(source)))
+    packed = repack(source, n, k)
     assert packed.is_contiguous()
     assert packed.numpy().tolist() == oracle.pack(t).tolist()
 
@@ -33,10 +33,10 @@ def test_repack_computes_on_bytes_in_small_temporaries():
                 self.largest = max(self.largest, result.numel())
             return result
 
-    theirs = torch.full((1000, 4096), 0b10_01_00_01, dtype=torch.uint8)
+    source = torch.full((1000, 4096), 0b10_01_00_01, dtype=torch.uint8)
     with Watch() as watch:
-        packed = repack(theirs, 4000, 4096)
+        packed = repack(source, 4000, 4096)
     assert watch.largest == packed.numel() > 2**20
     with Watch() as watch:
-        repack(theirs[:256], 1024, 4096)
+        repack(source[:256], 1024, 4096)
     assert watch.largest == 2**20
