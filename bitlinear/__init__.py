@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import ops, runtime
+from . import integrations, ops, runtime
 from .runtime.verdicts import Verdict
 
 _loaded = runtime.load()
@@ -20,10 +20,12 @@ HAS_BITLINEAR: bool = any(verdict.status == "chosen" for verdict in _loaded.verd
 
 ops.register(compiled=_loaded.kernel is not None)
 
-# These modules look the operator up, so it has to exist first.
+# These modules resolve the operators, which must be registered first.
 from .convert import convert, deploy, set_quantization_strength  # noqa: E402
 from .linear import BitLinear  # noqa: E402
 from .mapped import load_deployed  # noqa: E402
+
+integrations.watch_imports()
 
 __version__ = "0.1.0"
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import foreign, integrations
+from .arguments import check_quant_type, check_strength
 from .conversion import coverage, references
 from .conversion.exclusion import DEFAULT_EXCLUDE, Exclusion
 from .conversion.layers import Convertibility, LinearLayer, find_linear_layers
@@ -17,7 +18,8 @@ from .conversion.replacement import replace_layer
 from .conversion.weight_readers import READ_BY_ATTENTION, disable_fast_paths, read_by_attention
 from .linear import BitLinear
 from .messages import list_names
-from .quantize import check_quant_type, check_strength
+from .packable import pack_together, was_called
+from .preconditions import why_not_deployable
 
 _logger = logging.getLogger("bitlinear")
 
@@ -148,9 +150,8 @@ def deploy(model: _Model) -> _Model:
     for name, layer in layers.items():
         tied.setdefault((id(layer.weight), layer.eps), []).append(name)
     for (weight, _), names in tied.items():
-        w_packed, w_scale = layers[names[0]]._pack()
+        pack_together([layers[name] for name in names])
         for name in names:
-            layers[name]._drop_weight(w_packed, w_scale, shared=len(names) > 1)
             user = other_users.get(weight)
             note = f"; {user} keeps the shared weight in floating point" if user else ""
             _logger.info("%s: deployed%s", name, note)
@@ -254,7 +255,7 @@ def _check_deployable(model: nn.Module, layers: dict[str, BitLinear]) -> None:
             (READ_BY_ATTENTION if id(layer) in attention_weights else "")
             or foreign.why_offloaded(layer, ancestors)
             or foreign.why_sharded(layer, ancestors)
-            or layer._why_not_deployable()
+            or why_not_deployable(layer)
         )
         if reason:
             problems.append(f"{name}: {reason}")
@@ -272,7 +273,7 @@ def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
 
 def _describe_never_called(layers: dict[str, BitLinear]) -> str:
     """The message of a warning about layers whose weights another module may read, or ``""``."""
-    idle = [name for name, layer in layers.items() if not vars(layer).get("_called", False)]
+    idle = [name for name, layer in layers.items() if not was_called(layer)]
     if not idle or len(idle) == len(layers):
         return ""
     return (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import integrations
 from .linear import BitLinear
 from .messages import list_names
-from .state import find_ties
+from .packable import update_ties
 
 _logger = logging.getLogger("bitlinear")
 
@@ -83,7 +83,7 @@ def load_deployed(path: str | os.PathLike[str], model: _Model, *, strict: bool =
             tensors.setdefault(name, tensors[kept])
     _move_and_tie(tensors, targets)
     result = model.load_state_dict(tensors, strict=strict, assign=True)
-    find_ties(module for module in model.modules() if isinstance(module, BitLinear))
+    update_ties(module for module in model.modules() if isinstance(module, BitLinear))
 
     on_meta = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if on_meta and strict:

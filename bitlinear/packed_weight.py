@@ -1,9 +1,9 @@
-"""What ``layer.weight`` is after ``deploy()``: a read-only tensor that has no memory of its own.
+"""``layer.weight`` after ``deploy()``: a read-only tensor that has no memory of its own.
 
 Much code reads the shape, dtype or device of ``layer.weight``, and some passes it to
-``torch.nn.functional.linear`` itself. A :class:`PackedWeight` serves both: it looks like the weight
-from before deployment, and ``linear`` runs the kernel on the packed bytes. Any other computation
-gets the dequantised values. Writing raises, as the values would be lost.
+``torch.nn.functional.linear``. :class:`PackedWeight` serves both: it looks like the weight from
+before deployment, and ``linear`` runs the kernel on the packed bytes. Any other computation gets
+the dequantised values. Writing raises an error, because the values would be lost.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-# Setters and methods that reach no operator, so that __torch_dispatch__ does not see them. There is
-# no storage, and one could be written to.
+# Setters and methods that call no operator, so that __torch_dispatch__ does not see them. The
+# storage, which callers could write to, does not exist.
 _WRITES = (
     Tensor.requires_grad_,
     Tensor.share_memory_,
@@ -40,16 +40,16 @@ class PackedWeight(Tensor):
         shape: ``(N, K)`` for the weight itself.
         dtype: The dtype that the weight had before deployment.
         device: The device of the packed bytes.
-        values: Computes the dequantised values, of this shape, dtype and device.
-        linear: Called with ``x`` and ``bias`` in the place of ``F.linear``; None for a view.
-        strides: Of a view; else those of a contiguous tensor.
+        dequantize: Computes the values, with this shape, dtype and device.
+        linear: Computes ``F.linear`` from ``x`` and ``bias``; None for a view.
+        strides: Strides of a view; None for a contiguous tensor.
     """
 
-    # transformers initialises the weights that do not have this attribute.
+    # transformers initialises weights without this attribute.
     _is_hf_initialized = True
 
-    _compute_values: Callable[[], Tensor]
-    _compute_linear: Callable[[Tensor, Tensor | None], Tensor] | None
+    _dequantize: Callable[[], Tensor]
+    _linear: Callable[[Tensor, Tensor | None], Tensor] | None
 
     @staticmethod
     def __new__(  # noqa: D102
@@ -57,15 +57,15 @@ class PackedWeight(Tensor):
         shape: Any,
         dtype: torch.dtype,
         device: torch.device,
-        values: Callable[[], Tensor],
+        dequantize: Callable[[], Tensor],
         linear: Callable[[Tensor, Tensor | None], Tensor] | None = None,
         strides: Any = None,
     ) -> PackedWeight:
         weight: PackedWeight = Tensor._make_wrapper_subclass(
             cls, shape, strides=strides, dtype=dtype, device=device
         )
-        weight._compute_values = values
-        weight._compute_linear = linear
+        weight._dequantize = dequantize
+        weight._linear = linear
         return weight
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -73,24 +73,24 @@ class PackedWeight(Tensor):
         return f"PackedWeight(shape={shape}, dtype={self.dtype}, device={str(self.device)!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self._compute_values()
+        return self._dequantize()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._compute_values().__reduce_ex__(protocol)
+        return self._dequantize().__reduce_ex__(protocol)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
-            if isinstance(weight, PackedWeight) and weight._compute_linear is not None:
-                return weight._compute_linear(x, bias)
+            if isinstance(weight, PackedWeight) and weight._linear is not None:
+                return weight._linear(x, bias)
         if func in _WRITES:
             _raise_read_only()
         if func in _READS:
-            return func(*_dequantized(args), **kwargs)
+            return func(*_dequantize_all(args), **kwargs)
         if func in _NUMPY_READS:
-            array = func(*_dequantized(args), **kwargs)
+            array = func(*_dequantize_all(args), **kwargs)
             array.flags.writeable = False
             return array
         with torch._C.DisableTorchFunctionSubclass():
@@ -103,7 +103,7 @@ class PackedWeight(Tensor):
         kwargs = kwargs or {}
         arguments = func._schema.arguments
         given = {**{argument.name: value for argument, value in zip(arguments, args)}, **kwargs}
-        aliased = None  # a weight that the result is a view of
+        aliased = None  # the argument that the result is a view of
         for argument in arguments:
             value = given.get(argument.name)
             if argument.alias_info is None or not _holds_packed_weight(value):
@@ -113,16 +113,16 @@ class PackedWeight(Tensor):
             aliased = value
         name = func._schema.name.partition("::")[2]
         if name.endswith("_like") or name.startswith("new_"):
-            return func(*_without_values(args), **_without_values(kwargs))
+            return func(*_with_empty_weights(args), **_with_empty_weights(kwargs))
         if isinstance(aliased, PackedWeight):
-            views = _views(aliased, func, args, kwargs)
+            views = _view(aliased, func, args, kwargs)
             if views is not None:
                 return views
-        return func(*_dequantized(args), **_dequantized(kwargs))
+        return func(*_dequantize_all(args), **_dequantize_all(kwargs))
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
-    """The arguments of ``F.linear``, however they were passed."""
+    """The arguments of ``F.linear``, passed by position or by name."""
     return input, weight, bias
 
 
@@ -131,12 +131,12 @@ def _holds_packed_weight(value: Any) -> bool:
     return any(isinstance(v, PackedWeight) for v in values)
 
 
-def _dequantized(arguments: Any) -> Any:
-    return tree_map_only(PackedWeight, lambda weight: weight._compute_values(), arguments)
+def _dequantize_all(arguments: Any) -> Any:
+    return tree_map_only(PackedWeight, lambda weight: weight._dequantize(), arguments)
 
 
-def _without_values(arguments: Any) -> Any:
-    """For functions that make a new tensor and read no values."""
+def _with_empty_weights(arguments: Any) -> Any:
+    """Replace packed weights by empty tensors, for functions that read no values."""
     return tree_map_only(
         PackedWeight,
         lambda w: torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device),
@@ -144,29 +144,30 @@ def _without_values(arguments: Any) -> Any:
     )
 
 
-def _views(weight: PackedWeight, func: Any, args: Any, kwargs: Any) -> Any:
-    """Views of a packed weight are packed weights, so that writing to a view raises too.
+def _view(weight: PackedWeight, func: Any, args: Any, kwargs: Any) -> Any:
+    """Make a view, or a list of views, that are packed weights too: writing to them raises.
 
-    None if the function makes a copy of this weight, as ``to`` and ``reshape`` sometimes do.
+    Returns None if ``func`` copies the weight, as ``to`` and ``reshape`` sometimes do.
     """
 
-    def view_of(values: Tensor) -> Any:
-        return func(*(values if value is weight else value for value in args), **kwargs)
+    def apply(tensor: Tensor) -> Any:
+        return func(*(tensor if value is weight else value for value in args), **kwargs)
 
     base = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
-    metas = view_of(base)
+    result = apply(base)
 
-    def view(meta: Tensor, index: int | None = None) -> PackedWeight:
-        def values() -> Tensor:
-            result: Any = view_of(weight._compute_values())
-            return cast(Tensor, result if index is None else result[index])
+    def pack(meta: Tensor, index: int | None = None) -> PackedWeight:
+        def dequantize() -> Tensor:
+            views: Any = apply(weight._dequantize())
+            return cast(Tensor, views if index is None else views[index])
 
-        return PackedWeight(meta.shape, meta.dtype, weight.device, values, strides=meta.stride())
+        strides = meta.stride()
+        return PackedWeight(meta.shape, meta.dtype, weight.device, dequantize, strides=strides)
 
-    if not isinstance(metas, Tensor):
-        return [view(meta, index) for index, meta in enumerate(metas)]
-    is_view = metas.untyped_storage()._cdata == base.untyped_storage()._cdata
-    return view(metas) if is_view else None
+    if not isinstance(result, Tensor):
+        return [pack(meta, index) for index, meta in enumerate(result)]
+    is_view = result.untyped_storage()._cdata == base.untyped_storage()._cdata
+    return pack(result) if is_view else None
 
 
 def _raise_read_only() -> NoReturn:
@@ -175,15 +176,15 @@ def _raise_read_only() -> NoReturn:
     )
 
 
-def warn_of_values(what: str) -> None:
-    """Warns, where the caller's code stands, that the weight of ``what`` was dequantised."""
+def warn_of_dequantization(shape: str) -> None:
+    """Warn that the weight of this shape was dequantised, at the line of the user's code."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
         ("bitlinear.", "torch.")
     ):
         level, frame = level + 1, frame.f_back
     warnings.warn(
-        f"the weight of a deployed BitLinear was dequantised ({what}), as it was used in another "
+        f"the weight of a deployed BitLinear was dequantised ({shape}), as it was used in another "
         f"computation than torch.nn.functional.linear: this takes the memory and the time that "
         f"deploy() saves",
         stacklevel=level,

@@ -1,12 +1,12 @@
-"""Packed format, version 1: four ternary weights to a byte.
+"""Packed format, version 1: four ternary weights in a byte.
 
 ``w_packed`` is uint8 of shape ``(N, ceil(K/4))``, row-major. Byte ``b`` of a row holds the weights
 ``k = 4b, 4b+1, 4b+2, 4b+3``, most significant pair of bits first, each as the code ``t + 1`` in
 {0, 1, 2}. Code 3 is invalid. Slots past ``K`` hold code 1 (weight 0).
 
-The version travels in the metadata of ``state_dict`` (``BitLinear._version``); where it is absent
-it is 1. Files without that metadata exist (safetensors), so a later format must also rename its
-tensor: a reader of version 1 must never find a ``w_packed`` that means something else.
+The metadata of ``state_dict`` holds the version (``BitLinear._version``); without it, the version
+is 1. Some files have no metadata (safetensors), so a later format must also rename its tensor: a
+reader of version 1 must never find a ``w_packed`` with another meaning.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from torch import Tensor
 
 FORMAT_VERSION = 1
 
-# Bounds the temporaries of pack and validate, whatever the size of the layer. On a GPU, where each
-# chunk costs some launches, they may be larger.
+PACKED_NAMES = ("w_packed", "w_scale")
+"""Names of the tensors that replace the weight of a deployed layer."""
+
+# The size of a chunk bounds the temporaries of packing, unpacking and checking, however large the
+# layer is. It is larger on a GPU, where each chunk costs several launches.
 _CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 20, 1 << 26
 
 
@@ -30,12 +33,22 @@ def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:
 
 
 def rows_per_chunk(row_bytes: int, on_gpu: bool = False) -> int:
-    """How many rows of ``row_bytes`` bytes to expand at a time."""
+    """Number of rows of ``row_bytes`` bytes to process at a time."""
     return max(1, (_GPU_CHUNK_BYTES if on_gpu else _CHUNK_BYTES) // max(1, row_bytes))
 
 
+def enumerate_chunks(tensor: Tensor) -> list[tuple[int, Tensor]]:
+    """Split a 2-D tensor into views of whole rows, at most about 1 MB each (64 MB on a GPU).
+
+    Returns:
+        The index of the first row and the view, for each chunk.
+    """
+    step = rows_per_chunk(tensor.shape[1] * tensor.element_size(), tensor.is_cuda)
+    return list(zip(range(0, tensor.shape[0], step), tensor.split(step)))
+
+
 def pack_ternary(t: Tensor) -> Tensor:
-    """Packs ternary weights, four to a byte.
+    """Pack ternary weights, four to a byte.
 
     Args:
         t: int8, shape ``(N, K)``, values in {-1, 0, 1}.
@@ -66,11 +79,11 @@ def pack_ternary(t: Tensor) -> Tensor:
 
 
 def pack_quantized(weight: Tensor, to_ternary: Callable[[Tensor], Tensor]) -> Tensor:
-    """Quantises and packs a weight, a few rows at a time.
+    """Quantise and pack a weight, one chunk of rows at a time.
 
     Args:
         weight: Shape ``(N, K)``.
-        to_ternary: Makes int8 in {-1, 0, 1} of some of its rows.
+        to_ternary: Quantises rows of the weight to int8 in {-1, 0, 1}.
 
     Returns:
         uint8, shape ``(N, ceil(K/4))``, on the device of ``weight``.
@@ -82,7 +95,7 @@ def pack_quantized(weight: Tensor, to_ternary: Callable[[Tensor], Tensor]) -> Te
 
 
 def unpack_ternary(packed: Tensor, in_features: int) -> Tensor:
-    """Inverse of :func:`pack_ternary`.
+    """Unpack ternary weights: the inverse of :func:`pack_ternary`.
 
     Args:
         packed: uint8, shape ``(N, ceil(K/4))``.
@@ -92,54 +105,68 @@ def unpack_ternary(packed: Tensor, in_features: int) -> Tensor:
         int8, shape ``(N, K)``, values in {-1, 0, 1}, on the device of ``packed``.
 
     Raises:
-        TypeError: ``packed`` is not uint8.
-        ValueError: The shape does not fit ``in_features``, or a byte holds the invalid code 3.
+        TypeError, ValueError: See :func:`check_packed`.
     """
     check_packed(packed, in_features)
-    return expand(packed, in_features)
+    return unpack_unchecked(packed, in_features)
 
 
-def expand(packed: Tensor, in_features: int) -> Tensor:
-    """:func:`unpack_ternary` without the checks: code 3 reads as weight 2, as in the kernels."""
+def unpack_unchecked(packed: Tensor, in_features: int) -> Tensor:
+    """Unpack without checks: code 3 reads as weight 2, as in the kernels."""
     codes = torch.stack([(packed >> shift) & 3 for shift in (6, 4, 2, 0)], dim=-1)
     return codes.flatten(-2)[..., :in_features].to(torch.int8) - 1
 
 
 def check_packed(packed: Tensor, in_features: int) -> None:
-    """Raises what :func:`unpack_ternary` raises for ``packed``, without unpacking it."""
+    """Check packed weights without unpacking them.
+
+    Raises:
+        TypeError: ``packed`` is not uint8.
+        ValueError: The shape does not fit ``in_features``, a byte holds the invalid code 3, or a
+            slot past ``in_features`` holds a weight other than 0.
+    """
+    check_packed_dtype(packed)
+    check_packed_shape(packed, in_features)
+    if not packed.is_meta:
+        _check_codes(packed, in_features)
+
+
+def check_packed_dtype(packed: Tensor) -> None:
+    """Raise TypeError unless ``packed`` is uint8."""
     if packed.dtype != torch.uint8:
-        raise TypeError(f"w_packed must be uint8, but it is {packed.dtype}")
+        raise TypeError(
+            f"bitlinear: w_packed must be uint8, but it is {packed.dtype}: pack ternary weights "
+            f"with bitlinear.packing.pack_ternary".replace("torch.", "")
+        )
+
+
+def check_packed_shape(packed: Tensor, in_features: int) -> None:
+    """Raise ValueError unless ``packed`` has the shape ``(N, ceil(in_features/4))``."""
     columns = packed_shape(0, in_features)[1]
     if packed.dim() != 2 or packed.shape[1] != columns:
         raise ValueError(
-            f"w_packed must have shape (N, {columns}) for in_features={in_features}, four weights "
-            f"to a byte, but it has shape {list(packed.shape)}"
+            f"bitlinear: w_packed must have shape (N, {columns}) for in_features = {in_features}, "
+            f"four weights to a byte, but it has shape {list(packed.shape)}"
         )
-    if packed.is_meta:
-        return
+
+
+# kernels/checked_weights.h makes the same check, with the same messages.
+def _check_codes(packed: Tensor, in_features: int) -> None:
     for first, rows in enumerate_chunks(packed):
-        # A pair of bits is code 3 where both of its bits are set. The bytes are searched as they
-        # are: a mask of bools makes this five times as slow.
+        # A pair of bits is code 3 if both of its bits are set. The search reads bytes, because a
+        # bool mask would make it five times as slow.
         invalid = rows & (rows >> 1) & 0b01010101
         if bool(invalid.any()):
             row, byte = (int(i) for i in invalid.nonzero()[0])
             raise ValueError(
-                f"w_packed holds the invalid code 3, first in byte {byte} of row {first + row} "
-                f"(0x{int(rows[row, byte]):02x}): the bytes were changed (averaged, for example) "
-                f"or damaged, or are not in packed format version {FORMAT_VERSION}"
+                f"bitlinear: w_packed holds the invalid code 3, first in byte {byte} of row "
+                f"{first + row} (0x{int(rows[row, byte]):02x}): the bytes were changed (averaged, "
+                f"for example) or damaged, or are not in packed format version {FORMAT_VERSION}"
             )
-    # The slots past K in the last byte of a row hold weight 0, code 1.
-    unused = (1 << 2 * (4 * columns - in_features)) - 1
-    if bool(((packed[:, -1] & unused) != (0b01010101 & unused)).any()):
+    unused_slots = 4 * packed.shape[1] - in_features
+    unused_bits = (1 << 2 * unused_slots) - 1
+    if bool(((packed[:, -1] & unused_bits) != (0b01010101 & unused_bits)).any()):
         raise ValueError(
-            f"w_packed has weights beyond in_features={in_features}: it was packed for a layer "
-            f"with up to {4 * columns}"
+            f"bitlinear: w_packed has weights beyond in_features = {in_features}: it was packed "
+            f"for a layer with up to {4 * packed.shape[1]}"
         )
-
-
-def enumerate_chunks(tensor: Tensor) -> list[tuple[int, Tensor]]:
-    """Views of at most about 1 MB (64 on a GPU) over the rows of a 2-D tensor, with the first row
-    of each.
-    """
-    step = rows_per_chunk(tensor.shape[1] * tensor.element_size(), tensor.is_cuda)
-    return list(zip(range(0, tensor.shape[0], step), tensor.split(step)))

@@ -1,6 +1,6 @@
 """Tensor parallelism: deployed layers divided among processes.
 
-The two styles stand in for torch's of the same names where a layer is a deployed BitLinear::
+The two styles replace torch's styles of the same names for deployed BitLinear layers::
 
     from bitlinear.tensor_parallel import ColwiseParallel, RowwiseParallel
 
@@ -9,10 +9,10 @@ The two styles stand in for torch's of the same names where a layer is a deploye
     plan = {"mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}
     model = torch.distributed.tensor.parallel.parallelize_module(model, mesh, plan)
 
-Every process gets the bits that one process would compute with the whole layers: output features
-are independent of each other, and where input features are divided, the absmax of a token is that
-of all its parts, and their products are integers, whose sum does not depend on its order. This
-works under ``torch.compile(fullgraph=True)`` as well.
+Every process gets the bits that one process would compute with the whole layers. Output features
+are independent of each other. If input features are divided, the processes exchange the absmax of
+each token, and add products that are integers, whose sum does not depend on the order. All of this
+works under ``torch.compile(fullgraph=True)`` too.
 
 A normalisation between two layers needs whole tokens: give the first ``output_layouts=Replicate()``
 and the second ``input_layouts=Replicate()``.
@@ -28,16 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_activations
+from .autograd import output_dtype
+from .deployed import input_gradient
 from .linear import BitLinear
-from .quantize import (
-    EXACT_K,
-    check_activations,
-    epilogue,
-    output_dtype,
-    product_dtype,
-    quantize_to_absmax,
-    without_autocast,
-)
+from .quantize import EXACT_K, epilogue, quantize_with_absmax
 
 try:
     from torch.distributed.device_mesh import DeviceMesh
@@ -65,11 +60,11 @@ _linear = torch.ops.bitlinear.linear.default
 
 
 class ColwiseParallel(parallel.ColwiseParallel):
-    """Divides a deployed BitLinear by its output features; any number of them.
+    """Divide a deployed BitLinear by its output features, of any number.
 
     Args:
-        input_layouts: How the input is placed; by default replicated.
-        output_layouts: How the output is to be placed; by default sharded along its last dimension.
+        input_layouts: Placement of the input; by default replicated.
+        output_layouts: Placement of the output; by default sharded along its last dimension.
         use_local_output: Whether the output is the local tensor instead of a DTensor.
 
     Applying it raises TypeError for any module but a deployed BitLinear.
@@ -87,16 +82,18 @@ class ColwiseParallel(parallel.ColwiseParallel):
             "bias": Shard(0),
         }
         _distribute(module, device_mesh, placements, self.src_data_rank)
-        module.forward = partial(_forward, _colwise, module)
+        module.forward = partial(_forward, _colwise_linear, module)
 
 
 class RowwiseParallel(parallel.RowwiseParallel):
-    """Divides a deployed BitLinear by its input features, which must be a multiple of four times
-    the number of processes: four weights share a byte.
+    """Divide a deployed BitLinear by its input features.
+
+    Their number must be a multiple of four times the number of processes: four weights share a
+    byte.
 
     Args:
-        input_layouts: How the input is placed; by default sharded along its last dimension.
-        output_layouts: How the output is to be placed; by default replicated.
+        input_layouts: Placement of the input; by default sharded along its last dimension.
+        output_layouts: Placement of the output; by default replicated.
         use_local_output: Whether the output is the local tensor instead of a DTensor.
 
     Applying it raises TypeError for any module but a deployed BitLinear, and ValueError for other
@@ -117,11 +114,12 @@ class RowwiseParallel(parallel.RowwiseParallel):
     def _partition_linear_fn(self, name: str, module: Any, device_mesh: DeviceMesh) -> None:
         placements = {"w_packed": Shard(1), "w_scale": Replicate(), "bias": Replicate()}
         _distribute(module, device_mesh, placements, self.src_data_rank)
-        module.forward = partial(_forward, partial(_rowwise, *self.output_layouts), module)
+        linear = partial(_rowwise_linear, *self.output_layouts)
+        module.forward = partial(_forward, linear, module)
 
 
 def _check_deployed(module: nn.Module, style: str) -> BitLinear:
-    """``module``, a deployed BitLinear that computes what that class does, or TypeError."""
+    """Return ``module``; raise TypeError unless it is a deployed BitLinear with its own forward."""
     if not isinstance(module, BitLinear):
         raise TypeError(
             f"bitlinear.tensor_parallel.{style} is for deployed BitLinear layers, but got "
@@ -150,76 +148,74 @@ def _distribute(
 
 
 def _forward(
-    product: Callable[[BitLinear, DTensor], DTensor], layer: BitLinear, x: DTensor
+    linear: Callable[[BitLinear, DTensor], DTensor], layer: BitLinear, x: DTensor
 ) -> DTensor:
-    """The forward pass of a divided layer, whose hooks make DTensors of its inputs."""
+    """The forward pass of a divided layer; hooks of torch's styles make DTensors of its inputs."""
     check_activations(x, layer.in_features)
     if x.requires_grad and torch.is_grad_enabled():
-        y: DTensor = _WithGradient.apply(x, layer, product)  # type: ignore[no-untyped-call]
+        y: DTensor = _DividedLinear.apply(x, layer, linear)  # type: ignore[no-untyped-call]
         return y
     with torch.no_grad():
-        return product(layer, x)
+        return linear(layer, x)
 
 
-class _WithGradient(torch.autograd.Function):
-    """The product, with the gradient of the input that one process would compute."""
+class _DividedLinear(torch.autograd.Function):
+    """The output of a divided layer, with the gradient that one process would compute."""
 
     @staticmethod
-    def forward(ctx: Any, x: DTensor, layer: BitLinear, product: Any) -> DTensor:
+    def forward(ctx: Any, x: DTensor, layer: BitLinear, linear: Any) -> DTensor:
         ctx.layer, ctx.dtype = layer, x.dtype
         ctx.save_for_backward(layer.w_packed, layer.w_scale)
-        output: DTensor = product(layer, x)
+        output: DTensor = linear(layer, x)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: DTensor) -> tuple[DTensor, None, None]:
         w_packed, w_scale = ctx.saved_tensors
-        by_column = w_packed.placements == (Shard(0),)
-        here = Shard(0) if by_column and w_scale.dim() == 2 else Replicate()
-        # Each process has some of the output features of all inputs, or all of some inputs.
-        part = _local(grad, Shard(grad.dim() - 1) if by_column else Replicate())
-        packed = w_packed.to_local()
-        columns = ctx.layer.in_features if by_column else 4 * packed.shape[1]
-        with without_autocast(part.device.type):
-            dtype = product_dtype(part.device.type, part.dtype)
-            t = torch.ops.bitlinear.expand_weight.default(packed, columns, None, dtype)
-            scaled = part.to(torch.float32) * _local(w_scale, here).reshape(-1)
-            product = scaled.to(dtype) @ t
-        placement = Partial() if by_column else Shard(grad.dim() - 1)
+        colwise = w_packed.placements == (Shard(0),)
+        scale_placement = Shard(0) if colwise and w_scale.dim() == 2 else Replicate()
+        # A process has some output features of all inputs, or all output features of some inputs.
+        local_grad = _local(grad, Shard(grad.dim() - 1) if colwise else Replicate())
+        local_packed = w_packed.to_local()
+        in_features = ctx.layer.in_features if colwise else 4 * local_packed.shape[1]
+        local_scale = _local(w_scale, scale_placement)
+        product = input_gradient(local_grad, local_packed, local_scale, in_features)
+        placement = Partial() if colwise else Shard(grad.dim() - 1)
         grad_x: Any = _dtensor(product, grad.device_mesh, placement)
-        if by_column:
+        if colwise:
             grad_x = grad_x.redistribute(placements=[Replicate()])
         return grad_x.to(ctx.dtype), None, None
 
 
-def _colwise(layer: BitLinear, x: DTensor) -> DTensor:
+def _colwise_linear(layer: BitLinear, x: DTensor) -> DTensor:
     w_packed = _local(layer.w_packed, Shard(0))
-    addends = _scale_and_bias(layer, Shard(0))
-    y = _linear(_local(x, Replicate()), w_packed, *addends, layer.in_features, layer.eps)
-    # The shape is given because parts need not be equal.
+    w_scale, bias = _scale_and_bias(layer, Shard(0))
+    y = _linear(_local(x, Replicate()), w_packed, w_scale, bias, layer.in_features, layer.eps)
+    # DTensor cannot infer the shape from parts that are not equal.
     shape = torch.Size((*x.shape[:-1], layer.out_features))
     stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     return _dtensor(y, x.device_mesh, Shard(y.dim() - 1), shape=shape, stride=stride)
 
 
-def _rowwise(layout: Placement, layer: BitLinear, x: DTensor) -> DTensor:
+def _rowwise_linear(layout: Placement, layer: BitLinear, x: DTensor) -> DTensor:
     mesh = x.device_mesh
     part = _local(x, Shard(x.dim() - 1)).to(torch.float32)
     absmax = part.abs().amax(dim=-1, keepdim=True)
-    # A NaN might lose against another part's absmax; as an infinity it makes the row NaN too.
+    # The maximum over the parts can lose the NaN of one part. An infinity stays, and makes the row
+    # NaN too.
     absmax = absmax.nan_to_num(nan=math.inf, posinf=math.inf)
     absmax = _dtensor(absmax, mesh, Partial("max")).full_tensor()
-    q, s_x = quantize_to_absmax(part, absmax.clamp_min(layer.eps))
+    q, s_x = quantize_with_absmax(part, absmax.clamp_min(layer.eps))
     partial_sums = _integer_sums(q, _local(layer.w_packed, Shard(1)), layer.in_features)
     sums = _dtensor(partial_sums, mesh, Partial()).redistribute(
         placements=[layout if layout.is_shard() else Replicate()]
     )
     (placement,) = sums.placements
-    by_column = placement.is_shard(sums.dim() - 1)
+    splits_features = placement.is_shard(sums.dim() - 1)
     y = epilogue(
         sums.to_local().to(torch.float32),
-        _local(_dtensor(s_x, mesh, Replicate()), Replicate() if by_column else placement),
-        *_scale_and_bias(layer, Shard(0) if by_column else Replicate()),
+        _local(_dtensor(s_x, mesh, Replicate()), Replicate() if splits_features else placement),
+        *_scale_and_bias(layer, Shard(0) if splits_features else Replicate()),
     )
     y = y.to(output_dtype(x))
     return _dtensor(y, mesh, placement, shape=sums.shape, stride=sums.stride())
@@ -228,13 +224,13 @@ def _rowwise(layout: Placement, layer: BitLinear, x: DTensor) -> DTensor:
 def _integer_sums(q: Tensor, w_packed: Tensor, in_features: int) -> Tensor:
     """The exact product of a part, int8 ``(..., k)`` and uint8 ``(N, k/4)``, as ``(..., N)``.
 
-    In fp32, or in float64 where fp32 might not hold the sum over all ``in_features``.
+    In fp32, or in float64 if fp32 might not hold the sum over all ``in_features``.
     """
     ones = torch.ones(1, device=q.device)
-    step = EXACT_K // 4
+    step = EXACT_K // 4  # bytes
     dtype = torch.float32 if in_features <= EXACT_K else torch.float64
     pieces = zip(q.to(torch.float32).split(4 * step, dim=-1), w_packed.split(step, dim=1))
-    # With an eps of 127 the operator quantises these integers to themselves, with scale 1.
+    # With an eps of 127 the operator quantises these integers to themselves, with a scale of 1.
     sums = [
         _linear(piece, weights, ones, None, piece.shape[-1], 127.0, 0, 8, torch.float32).to(dtype)
         for piece, weights in pieces
@@ -243,7 +239,7 @@ def _integer_sums(q: Tensor, w_packed: Tensor, in_features: int) -> Tensor:
 
 
 def _scale_and_bias(layer: BitLinear, placement: Placement) -> tuple[Tensor, Tensor | None]:
-    """What of both belongs to the output features that are here when they are placed so."""
+    """The local parts of both if the output features have this placement."""
     w_scale, bias = layer.w_scale, layer.bias
     return (
         _local(w_scale, placement if w_scale.dim() == 2 else Replicate()),
@@ -256,7 +252,7 @@ def _dtensor(part: Tensor, mesh: DeviceMesh, placement: Placement, **shape: Any)
 
 
 def _local(tensor: Any, placement: Placement) -> Tensor:
-    """The part of a DTensor that is here once it is placed as ``placement`` says."""
+    """The local part of a DTensor, which is redistributed to ``placement`` first if needed."""
     if tensor.placements != (placement,):
         tensor = tensor.redistribute(placements=[placement])
     part: Tensor = tensor.to_local()

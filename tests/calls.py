@@ -1,4 +1,4 @@
-"""How often an operator is called."""
+"""A counter of the calls of an operator."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Calls(TorchDispatchMode):
-    """``with Calls(operator) as calls: ...`` leaves their number in ``calls.count``."""
+    """Counts the calls in ``with Calls(operator) as calls: ...``; see ``calls.count``."""
 
     def __init__(self, operator):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Fixtures of all tests, and the same random numbers in every run."""
+"""Fixtures for all tests, and the same random numbers in every run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import settings
 from tests.processes import Processes
 
 if "ATEN_CPU_CAPABILITY" in os.environ:
-    # torch's cache of compiled graphs does not tell one capability from another.
+    # The key of torch's cache of compiled graphs does not contain the capability.
     folder = f"inductor-{os.getuid()}-{os.environ['ATEN_CPU_CAPABILITY']}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
@@ -39,7 +39,7 @@ def _deterministic():
 
 @pytest.fixture
 def fresh_compiler():
-    """Compiled code of other tests counts against dynamo's limits: start without any."""
+    """Drop the compiled code of other tests, which counts against dynamo's limits."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -47,7 +47,7 @@ def fresh_compiler():
 
 @pytest.fixture(scope="session")
 def processes():
-    """Processes on CPUs, for the whole session: each takes seconds to start."""
+    """Processes on CPUs, for the whole session, because each takes seconds to start."""
     pool = Processes()
     yield pool
     pool.stop()
@@ -55,7 +55,7 @@ def processes():
 
 @pytest.fixture(scope="session")
 def gpu_processes():
-    """The same on GPUs, one for each process."""
+    """Processes with one GPU each, for the whole session."""
     pool = Processes("cuda")
     yield pool
     pool.stop()

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-TIMEOUT = 120  # seconds, for a check; its collectives give up a little earlier
+TIMEOUT = 120  # seconds for a check; collectives time out after half of it
 
 
 class Processes:
-    """Starts its processes when the first check runs, and again after one has failed.
+    """Processes that start when the first check runs, and again after a check has failed.
 
     ``run(2, check, *arguments)`` calls ``check(*arguments)`` in two processes, in a new process
     group of their own: gloo on CPUs, NCCL on GPUs. ``check`` has to be a function of a module.
@@ -78,14 +78,14 @@ def _failures(connections):
                 problem = "the process ended"
             if problem:
                 failures.append(f"rank {rank}: {problem}")
-                # The others may wait for this one in vain: whoever fails as well does so soon.
+                # The other processes can wait for this one forever: give them two seconds to fail.
                 deadline = min(deadline, time.monotonic() + 2)
     return failures
 
 
 def _work(connection, device_type):
     if device_type == "cpu":
-        # Nothing leaves the machine, whose own name need not be known to any resolver.
+        # All traffic stays on this machine, whose name no resolver may know.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         torch.set_num_threads(1)
     else:
@@ -118,9 +118,10 @@ def _problem(device_type, rank, world_size, store, check, arguments):
     return ""
 
 
-# --- What checks are made of ---
+# --- Parts of checks ---
 
-WORLD_SIZES = [2, 4]
+# To start a process takes seconds. All tests share the two that the quick ones need.
+WORLD_SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 def assert_same_bits(actual, expected):
@@ -134,10 +135,10 @@ def mesh():
 
 
 def attention(q, k, v, width=4):
-    """Attention with as many heads as ``q``, ``k`` and ``v`` have columns for.
+    """Attention with one head per ``width`` columns of ``q``, ``k`` and ``v``.
 
-    Each head is computed alone, on tensors of its own. Its bits then depend neither on how many
-    heads a process has nor on where in a vector register its values come to lie.
+    Each head is computed alone, on separate tensors. Its bits then depend neither on the number of
+    heads in a process nor on the positions of its values in a vector register.
     """
     heads = zip(*(x.split(width, dim=-1) for x in (q, k, v)))
     outputs = [
@@ -146,14 +147,14 @@ def attention(q, k, v, width=4):
     return torch.cat(outputs, dim=-1)
 
 
-# Every CPU computes it to the same bits: it compares, and halves. torch computes GELU with one
-# function in full vector registers and with another in the rest, so that the last bit of a value
-# depends on how many values the process has.
+# Every CPU computes it to the same bits, because it only compares and halves. torch computes GELU
+# with one function in full vector registers and with another in the tail, so that the last bit of a
+# value depends on the number of values in a process.
 EXACT_ACTIVATION = nn.LeakyReLU(0.5)
 
 
 class Block(nn.Module):
-    """A block of a transformer. Its attention has as many heads as its projections give it."""
+    """A block of a transformer. The width of its projections gives the number of heads."""
 
     def __init__(self, width, hidden):
         super().__init__()

@@ -1,9 +1,9 @@
 """Training in several processes: DDP, FSDP2 (``fully_shard``), distributed checkpoints.
 
-Two trainings that add gradients in different orders cannot be compared after several steps: the
-last bit of a gradient decides now and then between two ternary values, which changes a loss in its
-third digit. So each step of a distributed training is compared with what one process computes from
-the very weights that the distributed model has before that step (:func:`check_step`).
+Two trainings that add gradients in different orders differ after several steps: the last bit of a
+gradient sometimes decides between two ternary values, which changes the third digit of a loss. So
+the tests compare each step of a distributed training with a step that one process computes from the
+same weights (:func:`check_step`).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ except ImportError:
 WHOLE = StateDictOptions(full_state_dict=True)
 
 UNIT = 2.0**-24
-"""No fp32 operation is off by more than this share of its result."""
+"""The largest relative error of one fp32 operation."""
 
 
-# --- What the checks below do, each in every process ---
+# --- The checks, which run in every process ---
 
 
 def new_model():
-    """Its features are no multiple of 2 or 4, so shards are uneven; some are empty."""
+    """Its features are not a multiple of 2 or 4: shards are uneven, and some are empty."""
     return bitlinear.convert(Transformer(hidden=53, classes=3), exclude=())
 
 
@@ -71,7 +71,7 @@ def gather(model, dtype=torch.float32):
 
 
 def gather_gradients(model):
-    """Of each parameter, as the optimizers see it over all processes."""
+    """The whole gradient of each parameter."""
     gradients = [parameter.grad for parameter in model.parameters()]
     return [g.full_tensor() if isinstance(g, DTensor) else g.clone() for g in gradients]
 
@@ -80,12 +80,12 @@ def losses(model, x, target):
     return F.cross_entropy(model(x).float(), target, reduction="none")
 
 
-def mine(tensor):
+def local_samples(tensor):
     """The samples of this process."""
     return tensor.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def everyones(part):
+def all_samples(part):
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, part.detach())
     return torch.cat(parts)
@@ -106,12 +106,14 @@ def step(model, optimizer, x, target, batches=1):
     """
     optimizer.zero_grad()
     found = []
-    for number, part in enumerate(zip(mine(x).chunk(batches), mine(target).chunk(batches))):
+    for number, part in enumerate(
+        zip(local_samples(x).chunk(batches), local_samples(target).chunk(batches))
+    ):
         with synchronizing(model, last=number == batches - 1):
             found.append(losses(model, *part))
             (found[-1].mean() / batches).backward()
     optimizer.step()
-    return everyones(torch.cat(found))
+    return all_samples(torch.cat(found))
 
 
 def parts(x, target, batches=1):
@@ -121,17 +123,17 @@ def parts(x, target, batches=1):
 
 
 def check_losses(found, model, parts):
-    """Compares bits: a process does for its batch what is done here, with tensors of that shape."""
+    """Compare bits: each process has done the same operations with tensors of the same shapes."""
     assert_same_bits(found, torch.cat([losses(model, *part) for part in parts]).detach())
 
 
 def check_gradients(found, model, parts):
-    """Compares the mean over all batches with that of ``model``, an ordinary one.
+    """Compare the mean over all batches with the one of ``model``, an ordinary model.
 
-    Each batch has the same gradient here, to the bit, for the reason of :func:`check_losses`. To
-    add n numbers in any order gives an error of less than n units of the sum of their magnitudes
-    (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2); to divide by n, a power
-    of two, gives none.
+    The gradient of each batch is the same here, to the bit, for the reason of :func:`check_losses`.
+    The sum of n numbers, in any order, has an error of less than n units of the sum of their
+    magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2); the division
+    by n, a power of two, adds none.
     """
     each = [torch.autograd.grad(losses(model, *p).mean(), list(model.parameters())) for p in parts]
     for gradient, *gradients in zip(found, *each):
@@ -141,10 +143,10 @@ def check_gradients(found, model, parts):
 
 
 def check_step(model, optimizer, alone, optimizer_alone, samples, batches=1):
-    """A step of ``model``, and what one process makes of the same weights; returns the losses.
+    """Compare a step of ``model`` with a step of one process; return the losses.
 
-    ``alone`` is an ordinary model with the same weights. Its optimizer has the same state and is
-    given the same gradients, so that no difference grows from one step to the next.
+    ``alone`` is an ordinary model with the same weights. Its optimizer has the same state and gets
+    the same gradients, so that no difference grows from one step to the next.
     """
     found = step(model, optimizer, *samples, batches)
     gradients = gather_gradients(model)
@@ -156,10 +158,10 @@ def check_step(model, optimizer, alone, optimizer_alone, samples, batches=1):
     optimizer_alone.step()
     stepped = gather(model)
     for parameter, wanted in zip(stepped.parameters(), alone.parameters()):
-        # Optimizers take each element by itself, but a CPU may fuse a multiplication with an
-        # addition in full vector registers only, and a shard fills others than the whole does.
-        # In all steps of a check an optimizer rounds an element less than 32 times. It rounds
-        # weights, and updates of them, which are below 1.
+        # Optimizers compute each element alone. But a CPU can fuse multiplication and addition in
+        # full vector registers only, and a shard has other tails than the whole tensor. In all
+        # steps of a check an optimizer rounds an element less than 32 times: weights, and updates
+        # of them that are below 1.
         assert (parameter - wanted).abs().max() <= 32 * UNIT * (1 + wanted.abs().max())
     alone.load_state_dict(stepped.state_dict())
     return found
@@ -197,7 +199,7 @@ def check_mixed_precision():
 
 
 def check_changes_between_samples(reshard_after_forward):
-    """Every second column has no gradient, and those that tell one weight from another do not."""
+    """Half of the columns get no gradient, so that a step changes only the others."""
     layer = nn.Sequential(BitLinear(32, 33, bias=False))
     fully_shard(layer, mesh=mesh(), reshard_after_forward=reshard_after_forward)
     optimizer = torch.optim.SGD(layer.parameters(), lr=10.0)
@@ -206,14 +208,14 @@ def check_changes_between_samples(reshard_after_forward):
     for _ in range(3):
         weight = layer[0].weight.full_tensor().detach().clone()  # one process shares it
         y = layer(x)
-        assert_same_bits(y.detach(), bitlinear.quantize.straight_through_linear(x, weight))
+        assert_same_bits(y.detach(), bitlinear.training.straight_through_linear(x, weight))
         y.square().sum().backward()
         optimizer.step()
         assert not torch.equal(layer[0].weight.full_tensor(), weight)
 
 
 def check_memory():
-    """What resharding frees stays free."""
+    """Memory that resharding frees stays free."""
     model, unsharded = shard(new_model()), []
     layers = [m for m in model.blocks.modules() if isinstance(m, BitLinear)]
     for layer in layers:
@@ -234,7 +236,7 @@ def check_deployment():
     step(model, optimizer, x, target)
     with torch.no_grad():
         y = model(x)
-    model.unshard()  # its weights look like ordinary parameters now
+    model.unshard()  # The weights look like ordinary parameters now.
     with pytest.raises(ValueError, match=r"its weight is sharded by FSDP.*full_state_dict"):
         bitlinear.deploy(model)
     model.reshard()
@@ -334,17 +336,25 @@ def check_a_whole_state_into_shards():
 # --- The tests ---
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+QUICK_WRAPPER, *SLOW_WRAPPERS = WRAPPERS
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [QUICK_WRAPPER, *(pytest.param(w, marks=pytest.mark.slow) for w in SLOW_WRAPPERS)],
+)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_steps_are_those_of_one_process(processes, world_size, wrapper):
     processes.run(world_size, check_training, wrapper)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_gradients_of_several_batches_add_up(processes, wrapper):
     processes.run(2, check_training, wrapper, 2)
 
 
+@pytest.mark.slow
 def test_mixed_precision(processes):
     processes.run(2, check_mixed_precision)
 
@@ -354,11 +364,12 @@ def test_a_gathered_weight_is_quantised_again(processes, reshard_after_forward):
     processes.run(2, check_changes_between_samples, reshard_after_forward)
 
 
+@pytest.mark.slow
 def test_nothing_keeps_a_gathered_weight_alive(processes):
     processes.run(2, check_memory)
 
 
-def test_what_was_gathered_can_be_deployed(processes):
+def test_a_gathered_model_can_be_deployed(processes):
     processes.run(2, check_deployment)
 
 
@@ -370,10 +381,10 @@ def test_a_layer_that_is_not_deployed_is_not_for_tensor_parallelism(processes):
     processes.run(2, check_tensor_parallel_training)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_checkpoint(processes, tmp_path):
     processes.run(2, check_saving, tmp_path)
     processes.run(2, check_resuming, tmp_path, True)
-    processes.run(4, check_resuming, tmp_path, False)
     model = new_model()
     state = {"model": model.state_dict()}
     dcp.load(state, checkpoint_id=tmp_path)
@@ -382,6 +393,13 @@ def test_training_goes_on_from_a_checkpoint(processes, tmp_path):
     assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
+def test_training_goes_on_in_more_processes(processes, tmp_path):
+    processes.run(2, check_saving, tmp_path)
+    processes.run(4, check_resuming, tmp_path, False)
+
+
+@pytest.mark.slow
 def test_a_model_is_sharded_before_it_has_memory(processes):
     processes.run(2, check_a_whole_state_into_shards)
 

@@ -85,7 +85,7 @@ def test_linear_runs_the_kernel(dtype):
     bias = torch.randn(6, dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for output, its_bias in (
+        for output, bias_used in (
             (lambda: F.linear(x, layer.weight, layer.bias), layer.bias),
             (lambda: F.linear(x, layer.weight), None),
             (lambda: F.linear(input=x, weight=layer.weight, bias=bias), bias),
@@ -94,7 +94,7 @@ def test_linear_runs_the_kernel(dtype):
             with Calls(LINEAR) as calls:
                 actual = output()
             assert calls.count == 1
-            arguments = (layer.w_packed, layer.w_scale, its_bias, 20, layer.eps)
+            arguments = (layer.w_packed, layer.w_scale, bias_used, 20, layer.eps)
             oracle.assert_same_bits(actual, LINEAR(x, *arguments))
 
 
@@ -107,7 +107,7 @@ def test_linear_has_the_gradients_of_the_input_and_of_the_bias():
 
 
 class Owner(nn.Module):
-    """Reads the weight and never calls the layer, as the attention of some models does."""
+    """Reads the weight and never calls the layer, as the attention of several models does."""
 
     def __init__(self):
         super().__init__()

@@ -38,21 +38,21 @@ def test_non_contiguous_input():
 
 
 @pytest.mark.parametrize("value", [-128, -2, 2, 127])
-def test_pack_refuses_what_is_not_ternary(value):
+def test_pack_rejects_values_that_are_not_ternary(value):
     t = torch.zeros(3, 5, dtype=torch.int8)
     t[1, 2] = value
     with pytest.raises(ValueError, match=f"only -1, 0 and 1, but its values span .*{value}"):
         packing.pack_ternary(t)
 
 
-def test_pack_refuses_other_dtypes_and_shapes():
+def test_pack_rejects_other_dtypes_and_shapes():
     with pytest.raises(TypeError, match=r"torch\.float32: use t\.to\(torch\.int8\)"):
         packing.pack_ternary(torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"\(N, K\), but it has \[4\]"):
         packing.pack_ternary(torch.zeros(4, dtype=torch.int8))
 
 
-def test_unpack_refuses_code_3_wherever_it_is():
+def test_unpack_rejects_code_3_anywhere():
     packed = packing.pack_ternary(torch.zeros(3000, 4000, dtype=torch.int8))
     for row, byte, slot in ((0, 0, 0), (1234, 567, 1), (2999, 999, 3)):
         damaged = packed.clone()
@@ -62,22 +62,22 @@ def test_unpack_refuses_code_3_wherever_it_is():
     packing.check_packed(packed, 4000)
 
 
-def test_unpack_refuses_other_dtypes_and_shapes():
+def test_unpack_rejects_other_dtypes_and_shapes():
     packed = torch.zeros(2, 3, dtype=torch.uint8)
     for k in (8, 13):
-        with pytest.raises(ValueError, match=rf"in_features={k}.*\[2, 3\]"):
+        with pytest.raises(ValueError, match=rf"in_features = {k}.*\[2, 3\]"):
             packing.unpack_ternary(packed, k)
-    with pytest.raises(TypeError, match=r"uint8, but it is torch\.int8"):
+    with pytest.raises(TypeError, match="uint8, but it is int8"):
         packing.unpack_ternary(packed.to(torch.int8), 12)
 
 
-def test_expand_reads_code_3_as_the_kernels_do():
+def test_unpack_unchecked_reads_code_3_as_the_kernels_do():
     packed = torch.tensor([[0b11_00_01_10]], dtype=torch.uint8)
-    assert packing.expand(packed, 4).tolist() == [[2, -1, 0, 1]]
+    assert packing.unpack_unchecked(packed, 4).tolist() == [[2, -1, 0, 1]]
 
 
 def test_weights_beyond_in_features_are_an_error():
     packed = packing.pack_ternary(torch.ones(2, 8, dtype=torch.int8))
-    with pytest.raises(ValueError, match=r"weights beyond in_features=7: .* up to 8"):
+    with pytest.raises(ValueError, match=r"weights beyond in_features = 7: .* up to 8"):
         packing.check_packed(packed, 7)
     packing.check_packed(packed, 8)

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import foreign
 from ..linear import BitLinear
-from ..state import why_no_plain_weight
+from ..preconditions import why_no_plain_weight
 from .weight_readers import READ_BY_ATTENTION, read_by_attention
 
 _STATE_HOOKS = (

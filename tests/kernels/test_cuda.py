@@ -483,7 +483,7 @@ def test_bytes_that_have_changed_are_checked_again(n, k):
         assert torch.equal(OP(x, w_packed, w_scale, None, k), wanted)
 
 
-def test_weights_past_the_last_input_are_refused():
+def test_weights_past_the_last_input_are_rejected():
     _, w_packed, w_scale = operands(4, 8)
     with pytest.raises(ValueError, match="weights beyond in_features = 7"):
         OP(*on_gpu(torch.randn(2, 7), w_packed, w_scale), None, 7)

@@ -11,7 +11,7 @@ from torch import nn
 from bitlinear import BitLinear, ops
 from scripts.bench.train_step import saved_bytes
 from tests import oracle
-from tests.test_training import check_operators
+from tests.test_training_ops import check_operators
 
 pytestmark = pytest.mark.cuda
 

@@ -11,8 +11,8 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ... import foreign
+from ...arguments import dtype_name
 from ...linear import BitLinear
-from ...quantize import dtype_name
 from .layers import BITNET_EPS, NormedBitLinear, bitlinear_layers, empty_layer
 
 if TYPE_CHECKING:

@@ -1,0 +1,178 @@
+"""Checks of arguments: dtypes, shapes, devices and ranges.
+
+``kernels/arguments.h`` makes the same checks of the operators' arguments, with the same messages.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import packing
+
+QUANT_TYPES = ("ai8pc_wpt",)
+"""``ai8pc_wpt``: int8 activations, one scale per token; ternary weights, one scale per tensor."""
+
+MAX_IN_FEATURES = 500_000
+"""The largest ``K`` for which the product, 127 * K, and the kernels' partial sums fit int32."""
+
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+MIN_EPS, MAX_EPS = 2e-36, 1e18
+"""Between these, eps / 127 is a normal fp32 number, and 127 / eps and eps * eps are finite."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``, as the C++ messages spell it."""
+    return str(dtype).replace("torch.", "")
+
+
+def check_quant_type(quant_type: str) -> None:
+    """Raise ValueError, which lists the valid names, unless ``quant_type`` is one of them."""
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"quant_type must be one of {list(QUANT_TYPES)}, but it is {quant_type!r}")
+
+
+def check_eps(eps: float) -> None:
+    """Raise TypeError or ValueError unless ``eps`` is between :data:`MIN_EPS` and `MAX_EPS`."""
+    if not isinstance(eps, (int, float)):
+        raise TypeError(
+            f"bitlinear: eps must be a number, but it is {eps!r}: pass device and dtype by name, "
+            f"as eps and quant_type come before them"
+        )
+    if not MIN_EPS <= eps <= MAX_EPS:
+        raise ValueError(
+            f"bitlinear: eps must be between 2e-36 and 1e+18 (eps / 127, 127 / eps and eps * eps "
+            f"have to fit float32), but it is {eps:g}"
+        )
+
+
+def check_features(in_features: int, out_features: int) -> None:
+    """Raise TypeError or ValueError unless a layer can have this many features."""
+    for name, value in (("in_features", in_features), ("out_features", out_features)):
+        try:
+            operator.index(value)
+        except TypeError:
+            raise TypeError(f"bitlinear: {name} must be an integer, but it is {value!r}") from None
+    if in_features < 1 or out_features < 1:
+        raise ValueError(
+            f"bitlinear: in_features and out_features must be at least 1, but they are "
+            f"{in_features} and {out_features}"
+        )
+    if in_features > MAX_IN_FEATURES:
+        raise ValueError(
+            f"bitlinear: in_features must be at most {MAX_IN_FEATURES} (where int32 sums are "
+            f"exact), but it is {in_features}: split the layer along in_features"
+        )
+
+
+def check_strength(strength: float) -> None:
+    """Raise TypeError or ValueError unless the strength is a number between 0 and 1."""
+    if not isinstance(strength, (int, float)):
+        raise TypeError(f"quantization_strength must be a number, but it is {strength!r}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"quantization_strength must be between 0 and 1, not {strength}")
+
+
+def raise_unsupported_layout(x: Tensor, *_: Any) -> NoReturn:
+    """Raise the TypeError for a sparse, nested or otherwise unstrided tensor."""
+    layout = "torch.nested" if x.is_nested else str(x.layout)
+    raise TypeError(
+        f"bitlinear: x must be strided, but it is {layout}: convert it with x.to_dense(), or a "
+        f"nested tensor to layout=torch.jagged"
+    )
+
+
+def check_activations(x: Tensor, in_features: int) -> None:
+    """Raise TypeError for an unsupported layout or dtype of ``x``, ValueError for its shape."""
+    if x.layout != torch.strided or x.is_nested:
+        raise_unsupported_layout(x)
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise TypeError(
+            f"bitlinear: x must be float32, float16 or bfloat16, but it is {dtype_name(x.dtype)}: "
+            f"convert it, for example with x.float()"
+        )
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"bitlinear: the last dimension of x must be in_features = {in_features}, but x has "
+            f"shape {list(x.shape)}"
+        )
+
+
+def check_device(x: Tensor, name: str, other: Tensor | None) -> None:
+    """Raise ValueError unless ``other`` (if it is given) is on the device of ``x``."""
+    if other is not None and other.device != x.device:
+        raise ValueError(
+            f"bitlinear: all tensors must be on one device, but x is on {x.device} and {name} is "
+            f"on {other.device}: move one of them with .to(device)"
+        )
+
+
+def check_linear(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    eps: float,
+    group_size: int,
+    act_bits: int,
+    out_dtype: torch.dtype | None,
+) -> None:
+    """Check the arguments of ``torch.ops.bitlinear.linear``.
+
+    Raises:
+        NotImplementedError: ``group_size`` or ``act_bits`` has a reserved value.
+        TypeError: A dtype is wrong.
+        ValueError: ``in_features``, ``eps``, a shape or a device is wrong.
+    """
+    if group_size != 0:
+        raise NotImplementedError(
+            f"bitlinear: group_size = {group_size} is reserved for a later version: use 0"
+        )
+    if act_bits != 8:
+        raise NotImplementedError(
+            f"bitlinear: act_bits = {act_bits} is reserved for a later version: use 8"
+        )
+    if not 1 <= in_features <= MAX_IN_FEATURES:
+        raise ValueError(
+            f"bitlinear: in_features must be between 1 and {MAX_IN_FEATURES} (where int32 sums are "
+            f"exact), but it is {in_features}: split the layer along in_features"
+        )
+    check_eps(eps)
+    check_activations(x, in_features)
+    if out_dtype is not None and out_dtype not in ACTIVATION_DTYPES:
+        raise TypeError(
+            f"bitlinear: out_dtype must be float32, float16 or bfloat16, but it is "
+            f"{dtype_name(out_dtype)}: leave it out to get the dtype of x"
+        )
+    packing.check_packed_dtype(w_packed)
+    if w_scale.dtype != torch.float32:
+        raise TypeError(
+            f"bitlinear: w_scale must be float32, but it is {dtype_name(w_scale.dtype)}: convert "
+            f"it with w_scale.float()"
+        )
+    packing.check_packed_shape(w_packed, in_features)
+    out_features = w_packed.shape[0]
+    if list(w_scale.shape) not in ([1], [out_features, 1]):
+        raise ValueError(
+            f"bitlinear: w_scale must have shape (1,) or ({out_features}, 1), but it has shape "
+            f"{list(w_scale.shape)}: scales are per tensor or per output feature"
+        )
+    check_device(x, "w_packed", w_packed)
+    check_device(x, "w_scale", w_scale)
+    if bias is not None:
+        if not bias.dtype.is_floating_point:
+            raise TypeError(
+                f"bitlinear: bias must be floating point, but it is {dtype_name(bias.dtype)}: "
+                f"convert it with bias.float()"
+            )
+        if list(bias.shape) != [out_features]:
+            raise ValueError(
+                f"bitlinear: bias must have shape ({out_features},), as w_packed has "
+                f"{out_features} rows, but it has shape {list(bias.shape)}"
+            )
+        check_device(x, "bias", bias)

@@ -1,0 +1,119 @@
+"""The product of a deployed layer, with the gradient of its input.
+
+The weights are constants. The gradient passes straight through the quantiser of the activations
+(straight-through estimator, arXiv 1308.3432), so that adapters and the layers in front can train.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import Function, backward_dtype, without_autocast
+
+
+def deployed_linear(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Apply ``torch.ops.bitlinear.linear``, with gradients of ``x`` and ``bias``.
+
+    ``grad_x = (grad * w_scale.T) @ t`` in fp32; on a GPU, with a ``grad`` of 16 bits, the product
+    is in the dtype of ``grad``.
+
+    Args:
+        x: fp32, fp16 or bf16, shape ``(..., K)``.
+        w_packed: uint8, shape ``(N, ceil(K/4))``; see :mod:`bitlinear.packing`.
+        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``.
+        bias: Floating point, shape ``(N,)``, or None.
+        in_features: ``K``.
+        eps: Lower bound of the absmax of a token.
+
+    Returns:
+        Shape ``(..., N)``, in the dtype of ``x``; under autocast, in the dtype of autocast.
+
+    Raises:
+        TypeError, ValueError: See :func:`bitlinear.arguments.check_linear`.
+    """
+    arguments = (x, w_packed, w_scale, bias, in_features, eps)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad) or _is_transformed()
+    ):
+        output: Tensor = _DeployedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        output = torch.ops.bitlinear.linear.default(*arguments)
+    return output
+
+
+def input_gradient(grad: Tensor, w_packed: Tensor, w_scale: Tensor, in_features: int) -> Tensor:
+    """``(grad * w_scale.T) @ t``, in :func:`~bitlinear.autograd.backward_dtype`.
+
+    Args:
+        grad: Gradient of the output, shape ``(..., N)``.
+        w_packed: uint8, shape ``(N, ceil(K/4))``.
+        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``.
+        in_features: ``K``.
+
+    Returns:
+        Shape ``(..., K)``.
+    """
+    device_type = grad.device.type
+    with without_autocast(device_type):
+        dtype = backward_dtype(device_type, grad.dtype)
+        t = torch.ops.bitlinear.expand_weight.default(w_packed, in_features, None, dtype)
+        scaled = grad.to(torch.float32) * w_scale.reshape(-1)
+        product: Tensor = scaled.to(dtype) @ t
+    return product
+
+
+class _DeployedLinear(Function):
+    """The operator, with the gradients of ``x`` and of the bias."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        w_packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        eps: float,
+    ) -> Tensor:
+        output: Tensor = torch.ops.bitlinear.linear.default(
+            x, w_packed, w_scale, bias, in_features, eps
+        )
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, w_packed, w_scale, bias, ctx.in_features, _ = inputs
+        ctx.save_for_backward(w_packed, w_scale)
+        ctx.x_dtype = x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, _, needs_scale, needs_bias, *_ = ctx.needs_input_grad
+        if needs_scale:
+            raise NotImplementedError(
+                "bitlinear: w_scale has no gradient, as the weights of a deployed layer are "
+                "constants: call undeploy() to train them, or w_scale.requires_grad_(False)"
+            )
+        grad_x = grad_bias = None
+        if needs_x:
+            w_packed, w_scale = ctx.saved_tensors
+            grad_x = input_gradient(grad, w_packed, w_scale, ctx.in_features).to(ctx.x_dtype)
+        if needs_bias:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).to(torch.float32).sum(dim=0)
+            grad_bias = grad_bias.to(ctx.bias_dtype)
+        return grad_x, None, None, grad_bias, None, None
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func transforms a function, in which ``requires_grad`` can be hidden."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

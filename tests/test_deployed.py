@@ -1,0 +1,67 @@
+"""Gradients through a deployed layer, whose weights are constants."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests import oracle
+from tests.layers import deployed
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("shape", [(5, 20), (2, 3, 20), (20,), (0, 20)])
+@pytest.mark.parametrize("scale", [(1,), (6, 1)])
+def test_the_gradient_of_the_input_of_a_deployed_layer(shape, dtype, scale):
+    """``dx = (dy * s_w) @ t``, of which LoRA and the layers in front learn."""
+    layer = deployed()
+    layer.load_state_dict({**layer.state_dict(), "w_scale": torch.rand(scale) + 0.1})
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    y = layer(x)
+    with torch.no_grad():
+        oracle.assert_same_bits(y, layer(x))
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    wanted = (grad.double() @ layer.dequantize().double()).to(dtype)
+    torch.testing.assert_close(x.grad, wanted)
+    assert x.grad.dtype == dtype
+    assert all(buffer.grad is None for buffer in layer.buffers())
+
+
+def test_layers_in_front_of_a_deployed_one_are_trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), deployed(32, 3))
+    x = torch.randn(256, 16)
+    target = (x @ torch.randn(16, 3)).argmax(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+    for _ in range(25):
+        loss = nn.functional.cross_entropy(10 * model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (model(x).argmax(1) == target).float().mean() > 0.9
+
+
+def test_the_bias_of_a_deployed_layer_can_become_a_parameter():
+    layer, x, grad = deployed(), torch.randn(5, 20), torch.randn(5, 6)
+    y = layer(x)
+    layer.bias = nn.Parameter(layer.bias.clone())
+    assert torch.equal(layer(x), y)
+    layer(x).backward(grad)
+    torch.testing.assert_close(layer.bias.grad, grad.sum(0))
+
+
+def test_the_bias_of_a_deployed_layer_can_require_a_gradient():
+    layer, x, grad = deployed(), torch.randn(5, 20), torch.randn(5, 6)
+    layer.bias.requires_grad_()
+    layer(x).backward(grad)
+    torch.testing.assert_close(layer.bias.grad, grad.sum(0))
+    layer.w_scale.requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"w_scale has no gradient.*undeploy"):
+        layer(x).backward(grad)
+
+
+def test_a_deployed_layer_in_training_mode_has_nothing_to_train():
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        deployed().train()(torch.randn(2, 20)).sum().backward()
