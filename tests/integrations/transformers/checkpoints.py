@@ -1,4 +1,8 @@
-"""Small random BitNet checkpoints and layers, made by transformers' own files and classes."""
+"""Small random BitNet checkpoints and layers, made by transformers' own files and classes.
+
+The tests import transformers and the integration from this module, which skips them if transformers
+is not installed.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,12 @@ from bitlinear import BitLinear
 transformers = pytest.importorskip("transformers")
 
 from transformers.integrations import bitnet  # noqa: E402
+
+from bitlinear.integrations.transformers import (  # noqa: E402
+    NormedBitLinear,  # noqa: F401
+    convert,  # noqa: F401
+    repack,  # noqa: F401
+)
 
 KINDS = {
     "bitlinear": {"linear_class": "bitlinear", "quantization_mode": "offline"},

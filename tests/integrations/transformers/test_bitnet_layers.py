@@ -12,9 +12,14 @@ from torch import nn
 
 import bitlinear
 from bitlinear import BitLinear, packing
-from bitlinear.integrations.transformers import NormedBitLinear, convert
 from tests import oracle
-from tests.integrations.transformers.checkpoints import bitnet, float_layer, packed_layer
+from tests.integrations.transformers.checkpoints import (
+    NormedBitLinear,
+    bitnet,
+    convert,
+    float_layer,
+    packed_layer,
+)
 
 
 def converted(layer):

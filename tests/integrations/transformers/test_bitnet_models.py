@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from bitlinear.integrations.transformers import convert
 from tests.integrations.transformers.checkpoints import (
     IDS,
     KINDS,
     bitnet,
+    convert,
     layers,
     load,
     logits,

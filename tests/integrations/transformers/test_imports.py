@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import bitlinear
-from bitlinear.integrations.transformers import convert
 from tests import oracle
-from tests.integrations.transformers.checkpoints import IDS, load, logits, save_checkpoint
+from tests.integrations.transformers.checkpoints import IDS, convert, load, logits, save_checkpoint
 from tests.integrations.transformers.models import make_llama
 
 LOAD = """

@@ -6,9 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitlinear.integrations.transformers import repack
 from tests import oracle
-from tests.integrations.transformers.checkpoints import bitnet
+from tests.integrations.transformers.checkpoints import bitnet, repack
 
 
 @given(n=st.integers(1, 40), k=st.integers(1, 70), seed=st.integers(0, 2**16))

@@ -9,11 +9,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from bitlinear.integrations.transformers import convert
 from tests import oracle
 from tests.integrations.transformers.checkpoints import (
     IDS,
     KINDS,
+    convert,
     layers,
     load,
     logits,
