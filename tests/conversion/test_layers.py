@@ -37,7 +37,7 @@ def with_state_hook():
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_not_converted_and_why(make, reason, log):
+def test_layers_that_are_not_converted_name_the_reason(make, reason, log):
     odd = make(8, 8)
     model = nn.ModuleDict({"odd": odd, "plain": nn.Linear(8, 8)})
     convert(model, exclude=("lora_A",))
