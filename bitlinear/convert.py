@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import foreign, integrations
+from . import integrations
 from .arguments import check_quant_type, check_strength
 from .conversion import coverage, references
 from .conversion.exclusion import DEFAULT_EXCLUDE, Exclusion
@@ -250,13 +250,10 @@ def _check_deployable(model: nn.Module, layers: dict[str, BitLinear]) -> None:
     attention_weights = read_by_attention(model)
     problems = []
     for name, layer in layers.items():
-        ancestors = _ancestors(model, name)
-        reason = (
-            (READ_BY_ATTENTION if id(layer) in attention_weights else "")
-            or foreign.why_offloaded(layer, ancestors)
-            or foreign.why_sharded(layer, ancestors)
-            or why_not_deployable(layer)
-        )
+        if id(layer) in attention_weights:
+            reason = READ_BY_ATTENTION
+        else:
+            reason = why_not_deployable(layer, _ancestors(model, name))
         if reason:
             problems.append(f"{name}: {reason}")
     if problems:

@@ -111,26 +111,11 @@ def find_adapters(model: nn.Module) -> tuple[set[int], set[int]]:
     return adapted, added
 
 
-def why_sharded(layer: nn.Module, ancestors: Iterable[nn.Module] = ()) -> str:
-    """Why FSDP owns the parameters of a layer, or ``""`` if it does not.
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP, of either generation, holds the parameters of a module.
 
     Between a forward pass and the next resharding they look like ordinary parameters.
-
-    Args:
-        layer: The layer.
-        ancestors: The modules that contain it.
     """
-    if not any(_is_fsdp(module) for module in (layer, *ancestors)):
-        return ""
-    return (
-        "its weight is sharded by FSDP, which keeps it in floating point: gather the state "
-        "with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-        "options=StateDictOptions(full_state_dict=True)), load it into a model that is not "
-        "sharded, and deploy that model"
-    )
-
-
-def _is_fsdp(module: nn.Module) -> bool:
     names = {"FSDPModule", "FullyShardedDataParallel"}
     return any(
         cls.__name__ in names and cls.__module__.startswith("torch.distributed.")
@@ -138,11 +123,11 @@ def _is_fsdp(module: nn.Module) -> bool:
     )
 
 
-def why_offloaded(layer: nn.Module, ancestors: Iterable[nn.Module] = ()) -> str:
-    """Why the weight of a layer has no values to pack, or ``""`` if it has.
+def is_offloaded(layer: nn.Module, ancestors: Iterable[nn.Module] = ()) -> bool:
+    """Whether a hook of accelerate loads the values of a layer's weight in each call.
 
-    A weight on the meta device is offloaded only if a hook of accelerate loads its values in each
-    call. Without a hook, it deploys: a checkpoint can be loaded into the deployed layer.
+    A weight on the meta device without such a hook is not offloaded: a checkpoint can be loaded
+    into it.
 
     Args:
         layer: The layer.
@@ -150,16 +135,10 @@ def why_offloaded(layer: nn.Module, ancestors: Iterable[nn.Module] = ()) -> str:
     """
     weight = layer._parameters.get("weight")
     if weight is None or not weight.is_meta:
-        return ""
+        return False
     outer_hooks = (hook for module in ancestors for hook in _accelerate_hooks(module))
     placing = [hook for hook in outer_hooks if getattr(hook, "place_submodules", False)]
-    if not any(getattr(hook, "offload", False) for hook in (*_accelerate_hooks(layer), *placing)):
-        return ""
-    return (
-        "its weight is offloaded by accelerate, which loads it only while the layer runs: call "
-        "accelerate.hooks.remove_hook_from_submodules(model) first, or deploy() the model before "
-        "it is dispatched"
-    )
+    return any(getattr(hook, "offload", False) for hook in (*_accelerate_hooks(layer), *placing))
 
 
 def _accelerate_hooks(module: nn.Module) -> Iterator[object]:
