@@ -278,9 +278,7 @@ class BitLinear(PackableLinear):
                 below 1. The layer is unchanged.
         """
         if not self.is_deployed:
-            reason = (
-                foreign.why_offloaded(self) or foreign.why_sharded(self) or why_not_deployable(self)
-            )
+            reason = why_not_deployable(self)
             if reason:
                 raise ValueError(f"BitLinear cannot be deployed: {reason}")
             pack_together([self])

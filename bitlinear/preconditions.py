@@ -5,6 +5,7 @@ Each function returns the reason, or ``""`` if there is none.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,8 +63,25 @@ def why_no_plain_weight(linear: nn.Module) -> str:
     return ""
 
 
-def why_not_deployable(layer: BitLinear) -> str:
-    """Why ``layer``, which is not deployed, cannot be packed."""
+def why_not_deployable(layer: BitLinear, ancestors: Collection[nn.Module] = ()) -> str:
+    """Why ``layer``, which is not deployed, cannot be packed.
+
+    Args:
+        layer: The layer.
+        ancestors: The modules that contain it, as far as the caller knows them: accelerate and
+            FSDP can hold its weight through them.
+    """
+    if foreign.is_offloaded(layer, ancestors):
+        return (
+            "its weight is offloaded by accelerate, which loads it only while the layer runs: call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first, or deploy() the model "
+            "before it is dispatched"
+        )
+    if any(foreign.is_fsdp(module) for module in (layer, *ancestors)):
+        return (
+            f"its weight is sharded by FSDP, which keeps it in floating point: {GATHER}, and "
+            f"deploy that model"
+        )
     if layer.quantization_strength < 1:
         return (
             f"its quantization_strength is {layer.quantization_strength:g}, and a deployed "

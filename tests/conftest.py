@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+
+# Read when torch loads its OpenMP library. Threads that wait then sleep: if they spin, small layers
+# take ten times as long on a machine whose cores are busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest
@@ -54,3 +59,14 @@ def gpu_processes():
     pool = Processes("cuda")
     yield pool
     pool.stop()
+
+
+@pytest.fixture
+def log(caplog):
+    """A function that returns the messages of the logger ``"bitlinear"`` so far."""
+    caplog.set_level(logging.INFO, logger="bitlinear")
+
+    def lines():
+        return [r.getMessage() for r in caplog.records if r.name == "bitlinear"]
+
+    return lines

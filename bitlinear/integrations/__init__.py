@@ -1,4 +1,4 @@
-"""Other projects: one module for each, loaded only where the project is in use."""
+"""Other projects: one module or package for each, loaded only if the project is in use."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ _logger = logging.getLogger("bitlinear")
 
 
 def watch_imports() -> None:
-    """Has each integration registered that its project needs to know of."""
+    """Register each integration as soon as its project is imported."""
     register_after_import("torch.onnx", "bitlinear.integrations.onnx")
     register_after_import("torch._inductor.lowering", "bitlinear.integrations.inductor")
     register_after_import("transformers.quantizers.auto", "bitlinear.integrations.transformers")
 
 
 def register_after_import(name: str, integration: str) -> None:
-    """Calls ``register()`` of an integration as soon as the module ``name`` is imported.
+    """Call ``register()`` of an integration after the import of the module ``name``.
 
-    To import that module here could take longer than ``import bitlinear``.
+    This function does not import ``name`` itself, because that could take longer than
+    ``import bitlinear``. If ``register()`` raises, as it does for an unsupported version of the
+    project, the error is logged and nothing else happens.
 
     Args:
         name: Qualified name of a module of another project, imported or not.
-        integration: Qualified name of the module with ``register``. If that raises, as it does for
-            a version of the project that it does not fit, this is logged and nothing else happens.
+        integration: Qualified name of the module with ``register``.
     """
     if name in sys.modules:
         _register(integration)
@@ -39,10 +40,9 @@ def register_after_import(name: str, integration: str) -> None:
 
 
 def attach_to_transformers(model: Any) -> None:
-    """Makes the models of transformers inside ``model`` savable: see ``transformers.attach``.
+    """Call ``transformers.attach``, so that the transformers models in ``model`` can be saved.
 
-    Does nothing unless transformers is in use. What is wrong with it is logged: the model is
-    deployed all the same.
+    Does nothing unless transformers is in use. An error is logged: the model is deployed anyway.
     """
     modeling = sys.modules.get("transformers.modeling_utils")
     kind = getattr(modeling, "PreTrainedModel", None)
@@ -52,7 +52,7 @@ def attach_to_transformers(model: Any) -> None:
         importlib.import_module("bitlinear.integrations.transformers").attach(model)
     except Exception as error:
         _logger.info(
-            "save_pretrained will not write this model so that from_pretrained can load it: %s: %s",
+            "from_pretrained cannot load this model if save_pretrained writes it: %s: %s",
             type(error).__name__,
             error,
         )
@@ -66,16 +66,19 @@ def _register(integration: str) -> None:
 
 
 class _ImportWatch(MetaPathFinder):
-    """Calls a function after the first import of a module, which the other finders find."""
+    """A finder that calls a function after the first import of a module.
 
-    def __init__(self, name: str, then: Callable[[], None]) -> None:
+    The other finders find the module; this one wraps the loader that they return.
+    """
+
+    def __init__(self, name: str, callback: Callable[[], None]) -> None:
         self.name = name
-        self.then = then
+        self.callback = callback
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """As for every finder; None for other modules."""
+        """Find the watched module; return None for all other modules."""
         if name != self.name or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
@@ -86,7 +89,7 @@ class _ImportWatch(MetaPathFinder):
 
             def exec_and_call(module: ModuleType) -> None:
                 exec_module(module)
-                self.then()
+                self.callback()
 
             loader.exec_module = exec_and_call
         return spec

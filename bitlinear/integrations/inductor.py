@@ -1,7 +1,7 @@
-"""``torch.compile``: the operators are called as they are, whatever else is known of them.
+"""``torch.compile``: inductor calls the operators as they are and never decomposes them.
 
-``import bitlinear`` has :func:`register` called as soon as inductor is imported; nothing here is
-for users to call.
+``import bitlinear`` arranges that :func:`register` is called as soon as inductor is imported; users
+call nothing here.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from .. import ops
 
 
 def register() -> None:
-    """Makes the operators known to inductor, which has been imported, as calls of a kernel.
+    """Register each operator with inductor, already imported, as the call of a kernel.
 
-    Left to find that out, inductor raises in environments that set ``CI`` once ``torch.onnx`` has
-    been imported: the operators then have decompositions, which are only for export.
+    Without this, inductor raises in environments that set ``CI`` once ``torch.onnx`` has been
+    imported: the operators then have decompositions, which are only for export.
     """
     from torch._inductor import lowering
 

@@ -1,16 +1,17 @@
 """``torch.onnx.export``, both of its exporters, for models with BitLinear layers.
 
-``import bitlinear`` has :func:`register` called as soon as ``torch.onnx`` is imported; nothing here
-is for users to call. The operators are written out once, in plain torch operations: the exporter of
-``torch.export`` (``dynamo=True``) finds them as decompositions, and the one of TorchScript
-(``dynamo=False``) runs the same functions on :class:`_Value`, which writes ONNX nodes.
+``import bitlinear`` arranges that :func:`register` is called as soon as ``torch.onnx`` is imported;
+users call nothing here. Each operator is written once, in plain torch operations. The exporter of
+``torch.export`` (``dynamo=True``) uses these functions as decompositions. The exporter of
+TorchScript (``dynamo=False``) runs the same functions on :class:`_GraphValue`, which writes ONNX
+nodes.
 
 The packed weights of a deployed layer are initializers of the file, uint8, and are unpacked in the
-graph. A runtime that folds constants does so once, when it loads the file; onnxruntime then holds
-fp32 weights in memory. The integer product is a ``MatMul`` in fp32, in parts whose sums are exact,
-and every other operation is rounded as in the layer, so that a runtime that computes in fp32 gives
-the bits of the layer. ONNX does not say what ``ReduceMax``, ``Clip`` and casts to integers make of
-NaN: comparisons keep it away from them.
+graph. A runtime that folds constants unpacks them once, when it loads the file; onnxruntime then
+holds fp32 weights in memory. The integer product is a ``MatMul`` in fp32, in parts whose sums are
+exact, and every other operation is rounded as in the layer, so a runtime that computes in fp32
+gives the bits of the layer. ONNX does not define the results of ``ReduceMax``, ``Clip`` and casts
+to integers for NaN, so comparisons remove NaN before them.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ _MIN_OPSET = 13
 
 
 def _scale_activations(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``q`` as fp32, and the absmax and the scale of each token: infinite and NaN where one is."""
+    """``q`` as fp32, with the absmax and the scale of each token.
+
+    A token with an infinity or a NaN has an infinite absmax and the scale NaN.
+    """
     x = x.to(torch.float32)
     magnitude = x.abs()
     magnitude = torch.where(magnitude < math.inf, magnitude, math.inf)
     absmax = magnitude.amax(dim=-1, keepdim=True)
     absmax = torch.where(absmax < eps, eps, absmax)  # Clip would make infinity finite
     qmax = absmax.new_full((), 127.0)
-    # No clamp: |x * (127 / absmax)| exceeds 127 by two roundings at most.
+    # There is no clamp: |x * (127 / absmax)| exceeds 127 by two roundings at most.
     q = (x * (qmax / absmax)).round()
     return q, absmax, torch.where(absmax < math.inf, absmax / qmax, math.nan)
 
@@ -62,12 +66,12 @@ def quantize_weight(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     mean = (rows.sum(dim=-1) / rows.new_full((1,), out_features * in_features)).to(torch.float32)
     w_scale = torch.where(mean < eps, eps, mean)
     ratio = weight / w_scale
-    # clamp(rint(ratio), -1, 1) + 1; and 1 for NaN
+    # The code is clamp(rint(ratio), -1, 1) + 1, or 1 for NaN.
     codes = (ratio > 0.5).to(torch.float32) - (ratio < -0.5).to(torch.float32) + 1.0
     columns = packing.packed_shape(0, in_features)[1]
     codes = torch.constant_pad_nd(codes, (0, 4 * columns - in_features), 1.0)
     codes = codes.reshape((out_features, columns, 4))
-    parts = [codes.select(-1, i) * place for i, place in enumerate((64.0, 16.0, 4.0, 1.0))]
+    parts = [codes.select(-1, i) * shift for i, shift in enumerate((64.0, 16.0, 4.0, 1.0))]
     return functools.reduce(operator.add, parts).to(torch.uint8), w_scale
 
 
@@ -78,9 +82,10 @@ def expand_weight(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``torch.ops.bitlinear.expand_weight``."""
-    # The four weights of each byte, computed: a decomposition cannot hold a constant tensor.
+    # The table holds the four weights of each byte. It is computed, because a decomposition cannot
+    # contain a constant tensor.
     byte = torch.arange(256, dtype=torch.float32, device=w_packed.device)
-    codes = torch.stack([(byte * place).floor() for place in (1 / 64, 1 / 16, 1 / 4, 1)], dim=-1)
+    codes = torch.stack([(byte * shift).floor() for shift in (1 / 64, 1 / 16, 1 / 4, 1)], dim=-1)
     table = codes - (codes * 0.25).floor() * 4.0 - 1.0
     columns = packing.packed_shape(0, in_features)[1]
     weight = torch.embedding(table, w_packed.to(torch.int32)).reshape((-1, 4 * columns))
@@ -104,12 +109,12 @@ def linear(
     """``torch.ops.bitlinear.linear``.
 
     Raises:
-        NotImplementedError: ``group_size`` or ``act_bits`` has a value that is not written here.
+        NotImplementedError: ``group_size`` is not 0, or ``act_bits`` is not 8.
     """
     if group_size != 0 or act_bits != 8:
         raise NotImplementedError(
             f"bitlinear: a layer with group_size = {group_size} and act_bits = {act_bits} cannot "
-            f"be exported to ONNX: only group_size = 0 and act_bits = 8 can"
+            f"be exported to ONNX: use group_size = 0 and act_bits = 8"
         )
     q, _, s_x = _scale_activations(x, eps)
     t = expand_weight(w_packed, in_features)
@@ -139,15 +144,15 @@ _DECOMPOSITIONS: tuple[Callable[..., Any], ...] = (
 
 
 def register() -> None:
-    """Makes the operators known to ``torch.onnx``, which has been imported."""
+    """Register the operators with ``torch.onnx``, already imported."""
     from torch._decomp import decomposition_table, meta_table
 
     exporter: Any = torch.onnx
     for decomposition in _DECOMPOSITIONS:
         overload = getattr(torch.ops.bitlinear, decomposition.__name__).default
-        # The exporter takes all of this table; compilers ask it for operators by name. Only fake
+        # The exporter uses the whole decomposition table; compilers look up operators by name. Fake
         # tensors of unknown sizes prefer a decomposition to the operator's own fake implementation,
-        # unless the operator is in the other table.
+        # unless the operator is also in the meta table.
         decomposition_table.setdefault(overload, decomposition)
         meta_table.setdefault(overload, overload)
         exporter.register_custom_op_symbolic(
@@ -156,14 +161,14 @@ def register() -> None:
 
 
 def _symbolic(overload: Any, decomposition: Callable[..., Any]) -> Callable[..., Any]:
-    """What the exporter of TorchScript calls for a node of ``overload``."""
+    """The function that the exporter of TorchScript calls for a node of ``overload``."""
     from torch.onnx import symbolic_helper
 
     def to_argument(graph: Any, value: Any, name: str, kind: str) -> Any:
         if symbolic_helper._is_none(value):
             return None
         if "Tensor" in kind:
-            return _Value(graph, value, _scalar_type(value).dtype())
+            return _GraphValue(graph, value, _scalar_type(value).dtype())
         constant = symbolic_helper._get_const(value, "f" if kind == "float" else "i", name)
         return _scalar_type(constant).dtype() if name.endswith("dtype") else constant
 
@@ -188,13 +193,13 @@ def _scalar_type(source: Any) -> Any:
     return kind(source) if isinstance(source, int) else kind.from_value(source)
 
 
-class _Value:
+class _GraphValue:
     """A tensor of the graph that the exporter of TorchScript writes.
 
-    It has the methods of a tensor that the decompositions use. Each adds a node to the graph.
+    It has the methods of a tensor that the decompositions use. Each method adds a node.
     """
 
-    device = torch.device("cpu")  # of the constants, whatever device the model is on
+    device = torch.device("cpu")  # the device of constants, even if the model is on another one
 
     def __init__(self, graph: Any, value: Any, dtype: torch.dtype) -> None:
         self.graph = graph
@@ -203,15 +208,15 @@ class _Value:
 
     def _node(
         self, kind: str, *operands: Any, dtype: torch.dtype | None = None, **attributes: Any
-    ) -> _Value:
-        """The output of a node of which this is the first input."""
+    ) -> _GraphValue:
+        """Add a node with this value as its first input, and return the output."""
         others = [self._to_value(operand) for operand in operands]
         value = self.graph.op(kind, self.value, *others, **attributes)
-        return _Value(self.graph, value, dtype or self.dtype)
+        return _GraphValue(self.graph, value, dtype or self.dtype)
 
     def _to_value(self, operand: Any) -> Any:
-        """That of an operand; numbers have the dtype of this tensor, and indices are int64."""
-        if isinstance(operand, _Value):
+        """The graph's value of an operand; numbers get the dtype of this one, indices int64."""
+        if isinstance(operand, _GraphValue):
             return operand.value
         dtype = torch.int64 if isinstance(operand, (list, tuple)) else self.dtype
         constant = operand if isinstance(operand, Tensor) else torch.tensor(operand, dtype=dtype)
@@ -221,7 +226,7 @@ class _Value:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """The functions of torch that the decompositions use."""
+        """Handle the functions of torch that the decompositions use."""
         if function is torch.where:
             condition, chosen, other = args
             first = chosen if isinstance(chosen, cls) else other
@@ -242,61 +247,61 @@ class _Value:
         return list(self.value.type().sizes())
 
     @property
-    def T(self) -> _Value:
+    def T(self) -> _GraphValue:
         return self._node("Transpose", perm_i=[1, 0])
 
-    def to(self, dtype: torch.dtype) -> _Value:
+    def to(self, dtype: torch.dtype) -> _GraphValue:
         if dtype == self.dtype:
             return self
-        # The exporter computes the Cast of a constant, and would write the packed weights with four
-        # bytes for one. It does not compute Abs.
+        # The exporter folds the Cast of a constant, and would write the packed weights four times
+        # as large, as fp32. It does not fold Abs.
         source = self.abs() if self.dtype == torch.uint8 else self
         return source._node("Cast", dtype=dtype, to_i=_scalar_type(dtype).onnx_type())
 
-    def new_full(self, size: tuple[int, ...], value: float) -> _Value:
+    def new_full(self, size: tuple[int, ...], value: float) -> _GraphValue:
         constant = torch.full(size, value, dtype=self.dtype)
-        return _Value(self.graph, self._to_value(constant), self.dtype)
+        return _GraphValue(self.graph, self._to_value(constant), self.dtype)
 
-    def abs(self) -> _Value:
+    def abs(self) -> _GraphValue:
         return self._node("Abs")
 
-    def round(self) -> _Value:
+    def round(self) -> _GraphValue:
         return self._node("Round")
 
-    def amax(self, dim: int, keepdim: bool) -> _Value:
+    def amax(self, dim: int, keepdim: bool) -> _GraphValue:
         if self.graph.opset < 18:
             return self._node("ReduceMax", axes_i=[dim], keepdims_i=int(keepdim))
         return self._node("ReduceMax", [dim], keepdims_i=int(keepdim))
 
-    def sum(self, dim: int) -> _Value:
+    def sum(self, dim: int) -> _GraphValue:
         return self._node("ReduceSum", [dim], keepdims_i=0)
 
-    def reshape(self, shape: tuple[int, ...]) -> _Value:
+    def reshape(self, shape: tuple[int, ...]) -> _GraphValue:
         return self._node("Reshape", list(shape))
 
-    def select(self, dim: int, index: int) -> _Value:
+    def select(self, dim: int, index: int) -> _GraphValue:
         return self._node("Gather", torch.tensor(index), axis_i=dim)
 
-    def narrow(self, dim: int, start: int, length: int) -> _Value:
+    def narrow(self, dim: int, start: int, length: int) -> _GraphValue:
         return self._node("Slice", [start], [start + length], [dim])
 
-    def __add__(self, other: Any) -> _Value:
+    def __add__(self, other: Any) -> _GraphValue:
         return self._node("Add", other)
 
-    def __sub__(self, other: Any) -> _Value:
+    def __sub__(self, other: Any) -> _GraphValue:
         return self._node("Sub", other)
 
-    def __mul__(self, other: Any) -> _Value:
+    def __mul__(self, other: Any) -> _GraphValue:
         return self._node("Mul", other)
 
-    def __truediv__(self, other: Any) -> _Value:
+    def __truediv__(self, other: Any) -> _GraphValue:
         return self._node("Div", other)
 
-    def __matmul__(self, other: Any) -> _Value:
+    def __matmul__(self, other: Any) -> _GraphValue:
         return self._node("MatMul", other)
 
-    def __lt__(self, other: Any) -> _Value:
+    def __lt__(self, other: Any) -> _GraphValue:
         return self._node("Less", other, dtype=torch.bool)
 
-    def __gt__(self, other: Any) -> _Value:
+    def __gt__(self, other: Any) -> _GraphValue:
         return self._node("Greater", other, dtype=torch.bool)

@@ -11,7 +11,7 @@ from torch import nn
 import bitlinear
 from bitlinear import BitLinear
 
-peft = pytest.importorskip("peft", reason="needs PEFT, which needs a newer Python than the package")
+peft = pytest.importorskip("peft", reason="needs PEFT, which needs a newer Python than bitlinear")
 
 
 class Model(nn.Module):
@@ -59,7 +59,7 @@ def test_lora_over_deployed_layers(dtype, use_dora, tmp_path):
     packed = {name: b.clone() for name, b in base.named_buffers()}
     model = adapted(copy.deepcopy(base), use_dora=use_dora)
     with torch.no_grad():
-        # An adapter begins as nothing; DoRA rounds in the dtype of the model.
+        # A new adapter changes nothing, but DoRA rounds in the dtype of the model.
         tolerance = 1e-2 if use_dora else 0
         torch.testing.assert_close(model(TOKENS), before, rtol=tolerance, atol=tolerance)
     first, last = train(model)
@@ -77,7 +77,7 @@ def test_lora_over_deployed_layers(dtype, use_dora, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:the weight of a deployed BitLinear was dequantised")
-def test_an_adapter_is_not_merged_into_packed_weights():
+def test_merging_an_adapter_into_packed_weights_raises():
     model = adapted(bitlinear.deploy(Model()), init_lora_weights=False).eval()
     with torch.no_grad():
         before = model(TOKENS)
@@ -99,7 +99,7 @@ def test_lora_over_layers_in_training():
 
 
 @pytest.mark.parametrize("config", ["IA3Config", "LoHaConfig", "VeraConfig"])
-def test_other_adapters(config):
+def test_other_adapters_train(config):
     kinds = {
         "IA3Config": {"feedforward_modules": ["down"]},
         "LoHaConfig": {"r": 4},

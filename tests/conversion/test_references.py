@@ -1,3 +1,5 @@
+"""The replacement of references outside of the submodules: lists, closures, hooks, ..."""
+
 from __future__ import annotations
 
 import functools
@@ -12,14 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from bitlinear import BitLinear, convert, references
+from bitlinear import BitLinear, convert
+from bitlinear.conversion import object_contents
 
 Pair = namedtuple("Pair", "layer number")
 X = torch.randn(3, 8)
 
 
 class Plain:
-    """An object with attributes, one of them a property that must not be read."""
+    """An object whose property, comparison and missing attributes must not be evaluated."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -53,7 +56,7 @@ class Frozen:
 
 
 class Hash:
-    """A key whose hash and comparison must not be computed."""
+    """A key whose hash must not be computed while ``silent``."""
 
     silent = False
 
@@ -70,7 +73,7 @@ def closure(layer):
 
 
 class Holder(nn.Module):
-    """Calls its layer by ``use(self.held, x)`` only."""
+    """A module that calls its layer by ``use(self.held, x)``."""
 
     def __init__(self, hold, use):
         super().__init__()
@@ -148,7 +151,7 @@ REPLACED = {
 
 
 @pytest.mark.parametrize("kind", REPLACED)
-def test_layers_that_are_also_held_elsewhere_are_replaced_there(kind):
+def test_other_references_to_layers_are_replaced(kind):
     model = Holder(*REPLACED[kind])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -186,7 +189,7 @@ def test_references_that_cannot_be_replaced_are_named(kind):
     model = nn.Sequential(Holder(hold, None))
     Hash.silent = True
     try:
-        with pytest.warns(UserWarning, match=r"(?s)also holds .*: 0\." + ".*" + where) as caught:
+        with pytest.warns(UserWarning, match=rf"(?s)cannot replace .*: 0\..*{where}") as caught:
             convert(model)
     finally:
         Hash.silent = False
@@ -195,7 +198,7 @@ def test_references_that_cannot_be_replaced_are_named(kind):
     assert type(model[0].layer) is BitLinear
 
 
-def test_attributes_that_are_not_registered_are_replaced():
+def test_attributes_outside_of_modules_are_replaced():
     model = nn.Sequential(nn.Linear(8, 8))
     vars(model)["alias"] = model[0]
     model[0].owner = Plain(model[0])
@@ -211,8 +214,8 @@ def test_hooks_with_closures_are_followed():
     assert torch.equal(model(X), model[0](model[1].forward(model[0](X))))
 
 
-def test_what_holds_both_keeps_its_identity():
-    """Two attributes that are one list, or one tuple, still are."""
+def test_shared_holders_stay_shared():
+    """Two attributes with the same list, or the same tuple, still have the same one."""
     model = Holder(lambda layer: [layer], None)
     model.again = model.held
     model.pairs = [(model.layer, 1)]
@@ -224,7 +227,7 @@ def test_what_holds_both_keeps_its_identity():
     assert model.same[0] is model.layer
 
 
-def test_cycles_end():
+def test_the_search_ends_in_cycles():
     model = Holder(lambda layer: [layer], None)
     model.held.append((model.held, model))
     model.held.append(model.held)
@@ -232,14 +235,14 @@ def test_cycles_end():
     assert model.held[0] is model.held[1][0][0] is model.layer
 
 
-def test_the_users_own_variables_are_left_alone():
+def test_variables_outside_of_the_model_stay_as_they_are():
     model = nn.Sequential(nn.Linear(8, 8))
     mine = [model[0]]
     convert(model)
     assert type(mine[0]) is nn.Linear
 
 
-def test_globals_and_classes_are_left_alone():
+def test_globals_and_classes_stay_as_they_are():
     class Shared:
         layers = []  # noqa: RUF012
 
@@ -249,7 +252,7 @@ def test_globals_and_classes_are_left_alone():
     assert type(Shared.layers[0]) is nn.Linear
 
 
-def test_layers_that_are_excluded_stay_where_they_are():
+def test_references_to_excluded_layers_stay():
     model = Holder(lambda layer: (layer,), None)
     held, layer = model.held, model.layer
     convert(model, exclude=("layer",))
@@ -258,14 +261,14 @@ def test_layers_that_are_excluded_stay_where_they_are():
 
 
 def test_a_long_chain_takes_linear_time(monkeypatch):
-    steps, contents = [], references._contents
+    steps, contents = [], object_contents.contents
 
     def counted(holder):
         for entry in contents(holder):
             steps.append(None)
             yield entry
 
-    monkeypatch.setattr(references, "_contents", counted)
+    monkeypatch.setattr(object_contents, "contents", counted)
     end = model = Holder(Plain, None)
     for _ in range(10_000):
         end.__dict__["next"] = Plain((None, {"layer": model.layer}))

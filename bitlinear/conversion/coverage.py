@@ -1,4 +1,4 @@
-"""How much of a model :func:`bitlinear.convert` has made ternary, and what it has left."""
+"""The share of a model that ``bitlinear.convert`` has made ternary."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .linear import BitLinear
+from ..linear import BitLinear
 
-# What a sound model keeps in floating point is a few percent: position tables, gates, the
-# convolutions of ConvNeXt-T 7 %. A model whose layers are of another kind keeps most of its
-# weights: ResNet-50 with 1000 classes 92 %, Mixtral 97 %, nn.TransformerEncoderLayer 33 %.
+# A sound model keeps a few percent in floating point: position tables, gates, the convolutions of
+# ConvNeXt-T 7 %. A model with layers of another kind keeps most of its weights: ResNet-50 with 1000
+# classes 92 %, Mixtral 97 %, nn.TransformerEncoderLayer 33 %.
 _TOLERATED_SHARE = 0.1
 # A convolutional network can have one linear layer that holds nearly all weights. It has few
-# layers, so they are counted too: a convolution in front of every linear layer is too many.
+# layers, so the layers count too: one convolution for every linear layer is too many.
 _TOLERATED_COUNT = 0.5
 
-_NAMED = 4
+_MAX_LISTED = 4
 
 
 @dataclass
 class _Matrix:
-    """A weight of two or more dimensions that :func:`bitlinear.convert` might have replaced."""
+    """A weight of two or more dimensions that ``bitlinear.convert`` might have replaced."""
 
     name: str
     owner: nn.Module
@@ -35,35 +35,36 @@ class _Matrix:
 
 
 def why_incomplete(
-    model: nn.Module, is_chosen_out: Callable[[str, nn.Module], bool], reasons: Mapping[str, str]
+    model: nn.Module, is_excluded: Callable[[str, nn.Module], bool], reasons: Mapping[str, str]
 ) -> str:
     """The message of a warning about a model that is hardly ternary, or ``""``.
 
-    Candidates are the parameters with two or more dimensions. These do not count: weights of an
-    embedding of tokens or image patches, or tied to one; parameters whose first dimension is 1 (a
-    class token, a table of positions: added, not multiplied); and what ``is_chosen_out``.
+    The candidates are the parameters with two or more dimensions. These do not count: weights of
+    an embedding of tokens or image patches, and weights tied to one; parameters whose first
+    dimension is 1 (a class token, a table of positions: added, not multiplied); excluded weights.
 
-    There is a message if what remains in floating point holds more than a tenth of the values of
-    the candidates, or is at least half of their number.
+    There is a message if the candidates in floating point hold more than a tenth of all values, or
+    are at least half of all candidates.
 
     Args:
         model: A converted model.
-        is_chosen_out: Called with the qualified name and the module of each candidate.
+        is_excluded: Called with the qualified name and the module of each candidate.
         reasons: Why a linear layer has not been converted, by its qualified name.
     """
-    matrices = [
-        m for m in _matrices(model) if not is_chosen_out(m.name.rpartition(".")[0], m.owner)
-    ]
+    matrices = [m for m in _matrices(model) if not is_excluded(m.name.rpartition(".")[0], m.owner)]
     remaining = [matrix for matrix in matrices if not matrix.is_ternary]
-    total, left = sum(m.size for m in matrices), sum(m.size for m in remaining)
-    count = _TOLERATED_COUNT * len(matrices)
-    if not remaining or (left <= _TOLERATED_SHARE * total and len(remaining) < count):
+    total_size = sum(m.size for m in matrices)
+    remaining_size = sum(m.size for m in remaining)
+    if not remaining or (
+        remaining_size <= _TOLERATED_SHARE * total_size
+        and len(remaining) < _TOLERATED_COUNT * len(matrices)
+    ):
         return ""
-    share = (total - left) / total if total else 0.0
+    share = (total_size - remaining_size) / total_size if total_size else 0.0
     largest = sorted(remaining, key=lambda matrix: -matrix.size)
-    lines = [f"  {_describe(matrix, reasons)}" for matrix in largest[:_NAMED]]
-    if len(remaining) > _NAMED:
-        lines.append(f"  and {len(remaining) - _NAMED} more")
+    lines = [f"  {_describe(matrix, reasons)}" for matrix in largest[:_MAX_LISTED]]
+    if len(remaining) > _MAX_LISTED:
+        lines.append(f"  and {len(remaining) - _MAX_LISTED} more")
     return (
         f"convert() made {len(matrices) - len(remaining)} of {len(matrices)} weight matrices "
         f"ternary, which hold {share:.1%} of the weights. These stay in floating point:\n"
@@ -116,14 +117,14 @@ def _embeds_patches(module: nn.Module) -> bool:
 def _describe(matrix: _Matrix, reasons: Mapping[str, str]) -> str:
     """``name [shape] (class: reason)``."""
     prefix = matrix.name.rpartition(".")[0]
-    parents = [prefix.rsplit(".", depth)[0] for depth in range(prefix.count(".") + 1)]
-    known = next((reasons[parent] for parent in parents if reasons.get(parent)), "")
-    reason = known or _why_no_linear(matrix)
+    ancestors = [prefix.rsplit(".", depth)[0] for depth in range(prefix.count(".") + 1)]
+    recorded = next((reasons[name] for name in ancestors if reasons.get(name)), "")
+    reason = recorded or _why_not_linear(matrix)
     shape = "" if matrix.weight is None else f" {list(matrix.weight.shape)}"
     return f"{matrix.name.lstrip('.')}{shape} ({type(matrix.owner).__name__}: {reason})"
 
 
-def _why_no_linear(matrix: _Matrix) -> str:
+def _why_not_linear(matrix: _Matrix) -> str:
     owner = matrix.owner
     if isinstance(owner, nn.MultiheadAttention):
         return "it multiplies by its weights itself and calls no nn.Linear"
@@ -134,5 +135,5 @@ def _why_no_linear(matrix: _Matrix) -> str:
             return "a convolution; with a kernel of size 1 it is an nn.Linear over the channels"
         return "a convolution"
     if matrix.weight is not None and matrix.weight.dim() >= 3:
-        return "several matrices in one parameter, as of fused experts"
-    return "it is no nn.Linear"
+        return "several matrices in one parameter, such as fused experts"
+    return "it is not an nn.Linear"

@@ -1,0 +1,1 @@
+"""The parts of ``bitlinear.convert`` and ``bitlinear.deploy``; the calls are in ``convert.py``."""

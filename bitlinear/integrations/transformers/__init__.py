@@ -1,0 +1,49 @@
+"""Models of Hugging Face transformers: BitNet on these kernels, and deployed models on disk.
+
+:func:`convert` replaces the BitNet layers of a loaded model by deployed BitLinear layers.
+
+``from_pretrained`` loads a model with deployed layers that ``save_pretrained`` wrote, by a
+quantisation method of the name ``"bitlinear"``: a model from :func:`convert`, or any other model
+after ``bitlinear.convert`` and ``bitlinear.deploy``, which calls :func:`attach`.
+
+``import bitlinear`` loads this package as soon as transformers has loaded its quantisers. If
+bitlinear is not imported, transformers warns of an "unknown quantization type" and initialises the
+weights at random.
+
+The numbers differ because transformers computes in the dtype of the model. In bf16 it rounds the
+scales, the scaled activations, the product and the result, each to 8 bits; here the product is
+exact and only the result is rounded. In fp32 both agree to rounding, unless a scaled activation is
+a tie to within an ulp.
+"""
+
+from __future__ import annotations
+
+import transformers
+
+if int(transformers.__version__.split(".")[0]) < 5:  # Its from_pretrained works in another way.
+    raise ImportError(
+        f"bitlinear needs transformers 5.23 or later, but this is {transformers.__version__}: "
+        f"upgrade it with pip install -U transformers"
+    )
+
+# This package is loaded together with transformers.quantizers.auto. Other modules of transformers
+# may not be loaded yet, or take long to load, so only functions import them.
+
+from .bitnet import convert
+from .config import BitLinearConfig
+from .layers import NormedBitLinear
+from .quantizer import BitLinearQuantizer, attach
+from .repacking import repack
+
+__all__ = [
+    "BitLinearConfig",
+    "BitLinearQuantizer",
+    "NormedBitLinear",
+    "attach",
+    "convert",
+    "repack",
+]
+
+
+def register() -> None:
+    """Do nothing: the import of this package registers its classes with transformers."""

@@ -1,0 +1,103 @@
+"""Converted BitNet models, compared with the results of transformers itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.integrations.transformers.checkpoints import (
+    IDS,
+    KINDS,
+    bitnet,
+    convert,
+    layers,
+    load,
+    logits,
+    save_checkpoint,
+    transformers,
+)
+
+
+def generate(model):
+    """The tokens that greedy decoding adds, and the smallest margin of their logits."""
+    out = model.generate(
+        IDS,
+        max_new_tokens=6,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+    )
+    best, second = torch.stack(out.logits).float().topk(2).values.unbind(-1)
+    return out.sequences[:, IDS.shape[1] :], (best - second).min()
+
+
+def state_bytes(model):
+    return sum(t.numel() * t.element_size() for t in model.state_dict().values())
+
+
+def in_fp32(model):
+    """Make a model with BitNet layers of transformers compute in fp32."""
+    for module in model.to(torch.float32).modules():
+        if isinstance(module, bitnet.BitLinear):
+            module.dtype = torch.float32
+    return model
+
+
+def distance(actual, wanted):
+    return ((actual - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("norm", "bias"), [(False, False), (True, True)])
+def test_fp32_models_agree(kind, norm, bias, tmp_path):
+    save_checkpoint(tmp_path, kind, norm, bias)
+    model = load(tmp_path)
+    wanted, (tokens, margin) = logits(model), generate(model)
+    assert convert(model) is model
+    assert len(layers(model)) == 14
+    assert type(model.lm_head) is nn.Linear
+    # The product is exact in both. The float operations around it round differently, by 1e-7. If
+    # this moves an activation across a half, its int8 value differs by 1, which is 0.4 % of the
+    # contribution of one of 64 typical inputs to a token.
+    actual = logits(model)
+    assert distance(actual, wanted) < 0.01
+    assert margin > 10 * (actual - wanted).abs().max()
+    assert torch.equal(generate(model)[0], tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("norm", "bias"), [(False, False), (True, True)])
+def test_bf16_models_are_as_close_to_fp32_as_transformers_is(kind, norm, bias, tmp_path):
+    save_checkpoint(tmp_path, kind, norm, bias, torch.bfloat16)
+    model = load(tmp_path)
+    assert model.dtype == torch.bfloat16
+    reference_bf16, (tokens, margin) = logits(model), generate(model)
+    convert(model)
+    actual = logits(model)
+    reference_fp32 = logits(in_fp32(load(tmp_path)))
+    # Both models round to 8 bits between the layers; transformers also rounds inside of them.
+    assert distance(actual, reference_fp32) < 1.25 * distance(reference_bf16, reference_fp32) < 0.05
+    assert margin > 2 * (actual - reference_bf16).abs().max()
+    assert torch.equal(generate(model)[0], tokens)
+
+
+def test_a_bitnet_model_agrees(tmp_path):
+    save_checkpoint(tmp_path, "bitlinear", llama=False)
+    model = load(tmp_path)
+    assert isinstance(model, transformers.BitNetForCausalLM)
+    wanted = logits(model)
+    assert distance(logits(convert(model)), wanted) < 0.01
+    assert len(layers(model)) == 14
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("bitlinear", 2), ("autobitlinear", 16)])
+def test_a_converted_model_takes_less_memory(kind, bits, tmp_path):
+    save_checkpoint(tmp_path, kind, dtype=torch.bfloat16)
+    model = load(tmp_path)
+    before = state_bytes(model)
+    convert(model)
+    weights = sum(layer.in_features * layer.out_features for layer in layers(model).values())
+    # A scale takes 2 bytes before and 4 after.
+    assert state_bytes(model) == before - weights * bits // 8 + weights // 4 + 2 * 14
