@@ -17,8 +17,10 @@ import pytest
 
 import bitlinear
 from bitlinear import doctor, runtime
-from bitlinear.runtime.artifacts import Artifact, CacheDirectory
-from bitlinear.runtime.hardware import Compiler, Driver, Gpu
+from bitlinear.runtime.artifacts import Artifact
+from bitlinear.runtime.cache_directory import CacheDirectory
+from bitlinear.runtime.gpus import Driver, Gpu
+from bitlinear.runtime.toolchain import Compiler
 from bitlinear.runtime.verdicts import Verdict, select
 
 ROOT = Path(bitlinear.__file__).parents[1]

@@ -21,9 +21,14 @@ import torch
 
 from ..kernels import CUDA, DIRECTORY, OPS, VARIANTS, CudaLibrary, Library, Variant
 from . import artifacts, build
-from .artifacts import Artifact, CacheDirectory
+from .artifacts import Artifact
+from .build_lock import build_lock
+from .cache_directory import CacheDirectory, open_cache, with_temporary
 from .cuda_arch import targets, toolkit, version
-from .hardware import Hardware, detect, has_interpreter
+from .hardware import Hardware, detect
+from .keys import ingredients
+from .probe import has_interpreter
+from .progress import announce
 from .verdicts import Verdict, select
 
 
@@ -150,9 +155,9 @@ def load(
             names no kernel that this machine supports. Nothing else raises: without a compiled
             kernel there is one warning, and ``Runtime.problem``.
     """
-    found = artifacts.open_cache()
+    found = open_cache()
     if found.refused:
-        build.say(f"BITLINEAR_CACHE_DIR is not used: {found.refused}")
+        announce(f"BITLINEAR_CACHE_DIR is not used: {found.refused}")
     request = _Request(
         hardware=detect(found.readable[0] if found.readable else None),
         variants=variants,
@@ -168,7 +173,7 @@ def load(
     except ValueError as error:
         if not _is_for_doctor():
             raise
-        build.say(str(error))  # it could not say so itself: this is the import of its package
+        announce(str(error))  # it could not say so itself: this is the import of its package
         raise SystemExit(2) from None
     if cuda_off:
         off = _cannot(cuda, _Obstacle("forced-off", "BITLINEAR_CUDA=off"))
@@ -248,16 +253,16 @@ def _load(request: _Request, directory: CacheDirectory) -> Runtime:
     if warm is not None:
         return warm
     # Nothing stands in the way of building what is missing, except perhaps a place for it.
-    directory = artifacts.with_temporary(directory)
+    directory = with_temporary(directory)
     if directory.path is None:
         fix = "set BITLINEAR_CACHE_DIR to a directory that can be written to"
         obstacle = _Obstacle("compile-failed", f"no place to compile: {directory.reason}", fix)
     if directory.temporary:
-        build.say(
+        announce(
             f"no cache directory ({directory.reason}): what is compiled now is lost when this "
             "process ends; set BITLINEAR_CACHE_DIR to a directory of your own"
         )
-    with build.lock(directory.path), _Workshop(request, directory, obstacle, True) as workshop:
+    with build_lock(directory.path), _Workshop(request, directory, obstacle, True) as workshop:
         cold = _resolve(request, workshop)
     assert cold is not None
     return cold
@@ -428,9 +433,7 @@ class _Workshop:
             if library.name in self.done or library.name in self._builds:
                 continue
             try:
-                parts = artifacts.ingredients(
-                    library, self._request.directory, self._request.hardware
-                )
+                parts = ingredients(library, self._request.directory, self._request.hardware)
             except OSError as error:
                 unreadable = _Obstacle("compile-failed", f"a source cannot be read: {error}")
                 self.done[library.name] = _cannot(library, unreadable)
@@ -449,7 +452,7 @@ class _Workshop:
             return False
         if missing:
             wanted = [library for library, _ in missing]
-            build.say(
+            announce(
                 f"compiling {_enumerate(wanted)} for this machine into {self.cache.path}: "
                 f"happens once, takes {_duration(wanted)}"
             )
@@ -475,9 +478,9 @@ class _Workshop:
             artifact = self.done[library.name] = self._builds[library.name].wait(verbose)
             del self._builds[library.name]
             if artifact.state == "failed":
-                build.say(f"{library} cannot be had: {artifact.reason}")
+                announce(f"{library} cannot be had: {artifact.reason}")
             elif not self._builds:
-                build.say(f"compiled in {time.monotonic() - self._began:.1f} s")
+                announce(f"compiled in {time.monotonic() - self._began:.1f} s")
         return self.done[library.name]
 
     def __enter__(self) -> _Workshop:

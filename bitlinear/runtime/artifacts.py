@@ -1,4 +1,4 @@
-"""Where compiled kernels live between processes: the directory, the keys, what makes one valid.
+"""Compiled libraries in the cache: what makes one valid, how one appears, how one goes.
 
 An artifact is a directory that appears by one rename and is never changed afterwards::
 
@@ -10,221 +10,33 @@ An artifact is a directory that appears by one rename and is never changed after
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
-import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from importlib.machinery import EXTENSION_SUFFIXES
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..kernels import CudaLibrary, Library, Variant
-from .hardware import Hardware
+from .cache_directory import CacheDirectory, unsafe
+from .keys import COMPILER_INGREDIENTS, key
 
 META = "meta.json"
 LOG = "build.log"
 STAGING = ".staging"
-BUILDER = Path(__file__).with_name("build_worker.py")
 LIBRARY_SUFFIX = ".pyd" if sys.platform == "win32" else ".so"  # what cpp_extension.load appends
 
-_FORMAT = "1"
-_COMPILER_INGREDIENTS = frozenset({"compiler", "compiler_arguments", "nvcc"})
+
 _KEY = re.compile(r"[0-9a-f]{32}")
 _KEEP = 8  # artifacts of one library
 _KEEP_SECONDS = 24 * 3600.0  # whatever was used more recently than this stays
 _STAGING_SECONDS = 3600.0  # twice as long as any build is allowed to take
-
-
-# --------------------------------------------------------------------------------- directory
-
-
-@dataclass(frozen=True)
-class CacheDirectory:
-    """Where artifacts are written to and read from.
-
-    Attributes:
-        path: The directory for new artifacts; None: there is none that can be written to.
-        reason: Why it is not the first one asked for; empty if it is.
-        temporary: It vanishes when this process ends.
-        unsafe: A directory was refused because other users could put code into it.
-        readable: Every directory to look for artifacts in, best first, read-only ones included.
-        refused: Why BITLINEAR_CACHE_DIR is not even read; empty if it is, or is not set.
-    """
-
-    path: Path | None
-    reason: str = ""
-    temporary: bool = False
-    unsafe: bool = False
-    readable: tuple[Path, ...] = ()
-    refused: str = ""
-
-
-def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
-    """The first candidate that is safe and can be written to."""
-    reasons: list[str] = []
-    readable: list[Path] = []
-    unsafe = False
-    refused = ""
-    for candidate in _candidates(environ):
-        reason = _make(candidate)
-        directory = Path(os.path.realpath(candidate))
-        if not reason and (reason := _unsafe(directory)):
-            unsafe = True
-        elif not reason:
-            readable.append(directory)
-            if not (reason := unusable(directory)):
-                break
-        reasons.append(f"{candidate} {reason}")
-        if not readable and not refused and environ.get("BITLINEAR_CACHE_DIR"):
-            refused = reasons[0]
-    else:
-        directory = None
-    return CacheDirectory(directory, "; ".join(reasons), False, unsafe, tuple(readable), refused)
-
-
-def with_temporary(cache: CacheDirectory) -> CacheDirectory:
-    """`cache`, with a private temporary directory if it has none to write to."""
-    if cache.path is not None:
-        return cache
-    try:
-        path = Path(tempfile.mkdtemp(prefix="bitlinear-")).resolve()
-    except OSError as error:
-        return replace(cache, reason=f"{cache.reason}; {error}")
-    owner = os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:  # not in a forked child
-            shutil.rmtree(path, ignore_errors=True)
-
-    atexit.register(remove)
-    if reason := unusable(path):
-        return replace(cache, reason=f"{cache.reason}; {path} {reason}")
-    return replace(cache, path=path, temporary=True, readable=(*cache.readable, path))
-
-
-def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
-    if chosen := environ.get("BITLINEAR_CACHE_DIR"):
-        yield Path(os.path.abspath(os.path.expanduser(chosen)))
-    if os.path.isabs(xdg := environ.get("XDG_CACHE_HOME", "")):  # relative: to be ignored (XDG)
-        yield Path(xdg, "bitlinear")
-    if os.path.isabs(home := os.path.expanduser("~")):
-        yield Path(home, ".cache", "bitlinear")
-
-
-def _make(directory: Path) -> str:
-    """Make sure that it exists; the reason if it cannot."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        return f"cannot be created ({error.strerror})"
-    return ""
-
-
-def _unsafe(directory: Path) -> str:
-    """Why code in `directory` cannot be trusted; empty if it can."""
-    if not hasattr(os, "geteuid"):
-        return ""
-    try:
-        status = directory.stat()
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    if status.st_uid != os.geteuid():
-        return f"belongs to user {status.st_uid}, not to user {os.geteuid()}"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"can be written to by others (mode {stat.S_IMODE(status.st_mode):04o})"
-    return ""
-
-
-def unusable(directory: Path) -> str:
-    """Why nothing can be built in `directory`; empty if something can."""
-    try:
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-        if hasattr(os, "statvfs") and os.statvfs(directory).f_flag & getattr(os, "ST_NOEXEC", 0):
-            return "is mounted noexec"
-    except OSError as error:
-        return f"cannot be written to ({error.strerror})"
-    return ""
-
-
-# --------------------------------------------------------------------------------- keys
-
-
-def ingredients(library: Library, directory: Path, hardware: Hardware) -> dict[str, str]:
-    """Everything that the bytes of the library, or its self-test's result, depend on.
-
-    Raises:
-        OSError: a source cannot be read.
-    """
-    torch, compiler = hardware.torch, hardware.compiler
-    parts = {
-        "format": _FORMAT,
-        "library": library.name,
-        "sources": _digest_of_sources(library, directory),
-        "flags": shlex.join((*library.cflags, "--", *library.ldflags)),
-        "compiler": f"{compiler.realpath} | {compiler.version}" if compiler else "",
-        "compiler_arguments": " ".join(os.environ.get("CXX", "").split()[1:]),
-        "torch": f"{torch.version} {torch.git_version} cuda={torch.cuda}",
-        "abi": f"cxx11={torch.cxx11_abi}",
-        "system": f"{hardware.system} {hardware.cpu.machine}",
-        "libc": hardware.libc,
-    }
-    if isinstance(library, Variant):
-        parts["cpu"] = hardware.cpu.identity  # its self-test ran on this CPU, for this CPU
-    else:
-        parts["python"] = EXTENSION_SUFFIXES[0]
-    if isinstance(library, CudaLibrary):
-        parts.update(_cuda_ingredients(library, hardware))
-    return parts
-
-
-def _cuda_ingredients(library: CudaLibrary, hardware: Hardware) -> dict[str, str]:
-    nvcc, driver = hardware.nvcc, hardware.driver
-    assert driver is not None  # or there would be no GPU to compile for
-    gpus = {driver.gpus[device].identity for device in library.devices}
-    arguments = [os.environ.get(f"NVCC_{which}_FLAGS", "") for which in ("PREPEND", "APPEND")]
-    return {
-        "nvcc": " | ".join([nvcc.realpath, nvcc.version, *arguments]) if nvcc else "",
-        "nvcc_flags": shlex.join(library.nvcc_flags),
-        "gpus": f"{', '.join(sorted(gpus))} | {driver.cuda}",  # its self-test ran on these
-    }
-
-
-def key(parts: Mapping[str, str]) -> str:
-    """The name of the artifact that these ingredients make."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _digest_of_sources(library: Library, directory: Path) -> str:
-    """Of the sources, of every header beside them, and of the recipe in build_worker.py."""
-    digest = hashlib.sha256()
-    files = {name: directory / name for name in source_files(library, directory)}
-    for name, file in {**files, BUILDER.name: BUILDER}.items():
-        content = file.read_bytes()
-        digest.update(f"{name} {len(content)}\n".encode())
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def source_files(library: Library, directory: Path) -> list[str]:
-    """The sources in `directory`, and every header that they may include, relative to it."""
-    folders = {directory, *((directory / name).parent for name in library.sources)}
-    files = (file for folder in folders for file in folder.iterdir())
-    headers = (file for file in files if file.suffix in (".h", ".cuh"))
-    return [*library.sources, *sorted(file.relative_to(directory).as_posix() for file in headers)]
-
-
-# --------------------------------------------------------------------------------- artifacts
 
 
 @dataclass(frozen=True)
@@ -281,7 +93,7 @@ def _read(directory: Path, parts: Mapping[str, str], any_compiler: bool = False)
     """The artifact in `directory`; None if it is absent, damaged, foreign or for something else."""
     try:
         meta = json.loads((directory / META).read_bytes())
-        if _unsafe(directory) or not _same(meta["ingredients"], parts, any_compiler):
+        if unsafe(directory) or not _same(meta["ingredients"], parts, any_compiler):
             return None
         artifact = Artifact(
             name=parts["library"],
@@ -298,7 +110,7 @@ def _read(directory: Path, parts: Mapping[str, str], any_compiler: bool = False)
 
 
 def _same(found: Mapping[str, str], wanted: Mapping[str, str], any_compiler: bool) -> bool:
-    ignored = _COMPILER_INGREDIENTS if any_compiler else frozenset()
+    ignored = COMPILER_INGREDIENTS if any_compiler else frozenset()
     return found.keys() == wanted.keys() and all(
         found[name] == wanted[name] for name in wanted.keys() - ignored
     )
@@ -306,9 +118,6 @@ def _same(found: Mapping[str, str], wanted: Mapping[str, str], any_compiler: boo
 
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-# --------------------------------------------------------------------------------- changes
 
 
 def new_staging(root: Path) -> Path:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .hardware import Gpu, Hardware
+    from .gpus import Gpu
+    from .hardware import Hardware
 
 Version = tuple[int, int]
 

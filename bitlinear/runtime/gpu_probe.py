@@ -1,4 +1,4 @@
-"""The child process of ``hardware.py``: ask the NVIDIA driver which GPUs this environment shows.
+"""The child process of ``gpus.py``: ask the NVIDIA driver which GPUs this environment shows.
 
 The driver cannot be used after a fork by whoever has initialised it, so it is never asked in the
 user's process. Started by path, with the standard library alone; prints one JSON object: what was

@@ -17,7 +17,8 @@ from ..kernels import VARIANTS, Variant
 from .cuda_arch import Target, targets, toolkit, version
 
 if TYPE_CHECKING:
-    from .hardware import Cpu, Hardware
+    from .cpu import Cpu
+    from .hardware import Hardware
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 import bitlinear
 from bitlinear.kernels import VARIANTS
-from bitlinear.runtime.build import available_cpus
+from bitlinear.runtime.build_environment import available_cpus
 from bitlinear.runtime.hardware import Hardware
 
 # Besides those that our kernels need: what the peers profit from.

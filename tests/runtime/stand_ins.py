@@ -12,11 +12,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import bitlinear
 from bitlinear import runtime
 from bitlinear.kernels import CudaLibrary, Library, Variant
 
@@ -243,3 +247,27 @@ def finish(process: subprocess.Popen[str], seconds: float = 120.0) -> tuple[dict
     assert process.returncode == 0, err
     result: dict[str, Any] = json.loads(out)
     return result, err
+
+
+ROOT = Path(bitlinear.__file__).parents[1]
+
+
+def forget_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_state", runtime._State())
+
+
+def states(loaded: runtime.Runtime) -> dict[str, str]:
+    return {name: artifact.state for name, artifact in loaded.artifacts.items()}
+
+
+def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that imports the real package."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        cwd=tempfile.gettempdir(),  # -c looks for packages there first
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )

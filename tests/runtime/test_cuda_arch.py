@@ -6,9 +6,8 @@ import pytest
 
 from bitlinear.kernels import CUDA, CudaLibrary
 from bitlinear.runtime.cuda_arch import targets, toolkit
-from bitlinear.runtime.hardware import Driver, Gpu
-from tests.runtime.cpu_texts import read_cpu
-from tests.runtime.test_verdicts import machine
+from bitlinear.runtime.gpus import Driver, Gpu
+from tests.runtime.machines import machine, read_cpu
 
 
 def compiled(capabilities: str, nvcc: str, listed: str = "") -> str:
