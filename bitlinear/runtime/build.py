@@ -1,7 +1,7 @@
 """Compiling one library in a child process.
 
-Compilers fail, get killed and hang, and a kernel for another CPU ends in a signal: the child
-(``build_worker.py``) takes all that, and what became of it is an :class:`~.artifacts.Artifact`.
+Compilers fail, get killed and hang, and a kernel for another CPU ends in a signal. The child
+(``build_worker.py``) takes all that. :class:`Build` turns its end into an artifact or a rejection.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +23,44 @@ from . import artifacts
 from .artifacts import Artifact
 from .build_environment import COMPILER_WRAPPER, child_environment, plain_directory
 from .hardware import Hardware
-from .keys import key, source_files
+from .keys import key_of, source_files
+from .rejection import Probe, Rejection, rejected
 
 BUILD_SECONDS = 1800.0  # a small Arm board needs minutes
-FIX = "python -m bitlinear.doctor --rebuild tries again, with --verbose it shows the commands"
+REBUILD_FIX = (
+    "python -m bitlinear.doctor --rebuild tries again, with --verbose it shows the commands"
+)
 
 _WORKER = Path(__file__).with_name("build_worker.py")
 _POLL_SECONDS = 0.05
-# The machine failed, not the source: worth another try next time.
+
+# The machine failed, not the source: the next import tries again.
 _TRANSIENT = re.compile(
     r"Killed|[Nn]o space left|out of memory|[Cc]annot allocate|memory exhausted"
     r"|Input/output error|Stale file handle|died due to signal"
 )
-
-
 _ERROR_LINE = re.compile(r"\berror\b|\bfatal\b|\bundefined\b|unrecognized|not found", re.IGNORECASE)
+_SENT_FROM_OUTSIDE = {
+    getattr(signal, name, 0) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU")
+}
 
 
 class Build:
     """A child process that compiles, loads and tests one library.
 
-    The directory is inside the cache, because a temporary directory may be mounted noexec or be
-    another file system. ninja cannot digest every path that it, torch or Python may lie in, so the
+    It works inside the cache, because a temporary directory may be mounted noexec or be another
+    file system. ninja cannot read every path that the cache, torch or Python may lie in, so the
     child sees them through links in a directory with a plain name.
 
+    Args:
+        library: The library.
+        sources: Where its sources lie.
+        root: The cache directory.
+        parts: The ingredients of its key.
+        hardware: The machine.
+
     Raises:
-        OSError: the child cannot be started.
+        OSError: The child cannot be started.
     """
 
     def __init__(
@@ -60,9 +71,9 @@ class Build:
         parts: Mapping[str, str],
         hardware: Hardware,
     ) -> None:
+        self._name = library.name
         self._root = root
         self._parts = parts
-        self._artifact = Artifact(library.name, key(parts), None, "failed")
         self._began = time.monotonic()
         self._staging = artifacts.new_staging(root)
         self._links = self._staging
@@ -75,16 +86,16 @@ class Build:
             raise
 
     def _start(
-        self, library: Library, directory: Path, hardware: Hardware
+        self, library: Library, sources: Path, hardware: Hardware
     ) -> subprocess.Popen[bytes]:
         build_directory = self._staging
         if os.name == "posix":  # Windows allows links to administrators only
             build_directory = self._links / "build"
             build_directory.symlink_to(self._staging)
-        for name in source_files(library, directory):
+        for name in source_files(library, sources):
             copy = self._staging / name
             copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(directory / name, copy)
+            shutil.copyfile(sources / name, copy)
         cuda = library if isinstance(library, CudaLibrary) else None
         spec: dict[str, Any] = {
             "name": library.name,
@@ -99,7 +110,8 @@ class Build:
         }
         spec_file = build_directory / "spec.json"
         spec_file.write_text(json.dumps(spec), encoding="utf-8")
-        # Neither -m nor a script: then this package's select.py would hide the standard library's.
+        # Neither -m nor the path of a script: then modules of this folder would be importable under
+        # their bare names and could shadow the standard library's.
         run = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
         with open(self._staging / artifacts.LOG, "wb") as log:
             return subprocess.Popen(
@@ -112,8 +124,12 @@ class Build:
                 start_new_session=True,
             )
 
-    def wait(self, verbose: bool = False) -> Artifact:
-        """Wait for the end and publish what came of it; `verbose` copies the log to stderr."""
+    def wait(self, verbose: bool = False) -> Probe[Artifact]:
+        """Wait for the child's end and publish the result.
+
+        Args:
+            verbose: Copy the compiler's output to stderr.
+        """
         deadline = self._began + BUILD_SECONDS
         with open(self._staging / artifacts.LOG, encoding="utf-8", errors="replace") as log:
             while self._process.poll() is None and time.monotonic() < deadline:
@@ -122,19 +138,33 @@ class Build:
                     print(log.read(), end="", file=sys.stderr)
             if verbose:
                 print(log.read(), file=sys.stderr)
-        artifact, deterministic = self._outcome()
-        artifact = replace(artifact, seconds=round(time.monotonic() - self._began, 1))
-        if not deterministic:
+        outcome, is_repeatable = self._outcome()
+        if not is_repeatable:
             self.stop()
-            return artifact
+            return Probe(rejection=outcome.rejection)
         artifacts.remove(self._links)
+        return self._publish(outcome)
+
+    def _publish(self, outcome: Probe[str]) -> Probe[Artifact]:
+        # If the cache cannot be written to, a full disk say, the result still serves this process.
+        if outcome.rejection is not None:
+            try:
+                recorded = artifacts.record_failure(
+                    self._root, self._staging, outcome.rejection, self._parts
+                )
+            except OSError:
+                recorded = outcome.rejection
+            return Probe(rejection=recorded)
+        seconds = round(time.monotonic() - self._began, 1)
+        key = key_of(self._parts)
+        built = Artifact(self._name, key, self._staging, "built", outcome.value or "", seconds)
         try:
-            return artifacts.publish(self._root, self._staging, artifact, self._parts)
-        except OSError:  # the disk is full, say: it still serves this process
-            return replace(artifact, directory=self._staging)
+            return Probe(artifacts.publish(self._root, built, self._parts))
+        except OSError:
+            return Probe(built)
 
     def stop(self) -> None:
-        """End the child and whatever it started, and leave nothing behind."""
+        """End the child and every process that it started, and remove its files."""
         if os.name == "posix":
             # SIGTERM lets ninja end the compilers; the child itself may be dead already.
             if not self._end_group(signal.SIGTERM):
@@ -146,7 +176,7 @@ class Build:
         artifacts.remove(self._staging)
 
     def _end_group(self, number: int) -> bool:
-        """Send a signal to the child's process group; whether that is empty soon after."""
+        """Send a signal to the child's process group; return whether it is soon empty."""
         deadline = time.monotonic() + 5.0
         try:
             os.killpg(self._process.pid, number)
@@ -158,8 +188,8 @@ class Build:
             return True
         return False
 
-    def _outcome(self) -> tuple[Artifact, bool]:
-        """What the child's end means, and whether it would end the same way again."""
+    def _outcome(self) -> tuple[Probe[str], bool]:
+        """The self-test's result or a rejection, and whether a second build would end the same."""
         code = self._process.poll()
         log = (self._staging / artifacts.LOG).read_text(encoding="utf-8", errors="replace")
         log = log.replace(f"{self._links / 'build'}{os.sep}", "")
@@ -169,42 +199,46 @@ class Build:
             result = {"stage": "set-up"}
         stage, error = result["stage"], result.get("error", "") or _last_line(log)
 
-        if code is None:
-            return self._failed("compile-failed", "the compiler did not come to an end"), False
         if code == 0 and stage == "done":
-            return replace(self._artifact, state="built", self_test=result["self_test"]), True
+            return Probe(result["self_test"]), True
+        if code is None:
+            reason = f"the compiler did not finish within {BUILD_SECONDS:.0f} s"
+            return _failed("compile-failed", reason), False
         if code == -getattr(signal, "SIGILL", 4):
-            reason = "illegal instruction: the CPU, or a hypervisor, lacks what it reports"
-            return self._failed("illegal-instruction", reason), True
-        if code < 0 and -code in _FROM_OUTSIDE:
-            reason = f"the build was killed by {_name_of_signal(-code)} (out of memory?)"
-            return self._failed("compile-failed", reason), False
+            reason = (
+                "illegal instruction: the CPU, or a hypervisor, lacks a feature that it reports"
+            )
+            return _failed("illegal-instruction", reason), True
+        if code < 0 and -code in _SENT_FROM_OUTSIDE:
+            reason = f"the build was killed by {_signal_name(-code)} (out of memory?)"
+            return _failed("compile-failed", reason), False
         if code < 0:
-            error = f"crashed with {_name_of_signal(-code)}"
+            error = f"crashed with {_signal_name(-code)}"
         if stage == "self-test":
-            return self._failed("self-test-failed", f"self-test failed: {error}"), True
+            return _failed("self-test-failed", f"self-test failed: {error}"), True
         if stage == "device":
             reason = f"the self-test could not be run: {error}"
             fix = "see whether other programs occupy the GPU; the next import tries again"
-            return self._failed("compile-failed", reason, fix), False
+            return _failed("compile-failed", reason, fix), False
         if stage == "load":
-            return self._failed("compile-failed", f"cannot be loaded: {error}"), True
+            return _failed("compile-failed", f"cannot be loaded: {error}"), True
         if stage == "compile":
-            deterministic = not _TRANSIENT.search(log + error)
-            return self._failed("compile-failed", _compiler_line(log) or error), deterministic
+            is_repeatable = not _TRANSIENT.search(log + error)
+            return _failed("compile-failed", _compiler_line(log) or error), is_repeatable
         reason = f"the build could not start: {error}"
-        return self._failed("compile-failed", reason, "pip install setuptools"), False
-
-    def _failed(self, code: str, reason: str, fix: str = FIX) -> Artifact:
-        return replace(self._artifact, state="failed", code=code, reason=reason, fix=fix)
+        return _failed("compile-failed", reason, "pip install setuptools"), False
 
 
-_FROM_OUTSIDE = {
-    getattr(signal, name, 0) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU")
-}
+def load_failure(name: str, error: Exception) -> Rejection:
+    """Make the rejection of a library that was built but cannot be loaded into this process."""
+    return Rejection("compile-failed", f"{name} cannot be loaded: {error}", REBUILD_FIX)
 
 
-def _name_of_signal(number: int) -> str:
+def _failed(code: str, reason: str, fix: str = REBUILD_FIX) -> Probe[str]:
+    return rejected(code, reason, fix)
+
+
+def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -212,7 +246,7 @@ def _name_of_signal(number: int) -> str:
 
 
 def _compiler_line(log: str) -> str:
-    """The line that says what is wrong: not the command, and not what ninja makes of it."""
+    """The line with the error: not the command, and not ninja's comment on it."""
     lines = [line.strip() for line in log.splitlines()]
     messages = (
         line

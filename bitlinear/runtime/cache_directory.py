@@ -1,4 +1,4 @@
-"""Where compiled kernels lie between processes: the first directory that is safe and writable."""
+"""The cache directory: the first candidate that is safe and can be written to."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class CacheDirectory:
     """Where artifacts are written to and read from.
 
     Attributes:
-        path: The directory for new artifacts; None: there is none that can be written to.
-        reason: Why it is not the first one asked for; empty if it is.
-        temporary: It vanishes when this process ends.
-        unsafe: A directory was refused because other users could put code into it.
+        path: The directory for new artifacts; None: no candidate can be written to.
+        reason: Why it is not the first candidate; empty if it is.
+        temporary: Whether it vanishes when this process ends.
+        unsafe: Whether a candidate was skipped because other users could put code into it.
         readable: Every directory to look for artifacts in, best first, read-only ones included.
-        refused: Why BITLINEAR_CACHE_DIR is not even read; empty if it is, or is not set.
+        override_problem: Why BITLINEAR_CACHE_DIR is not even read; empty if it is, or is not set.
     """
 
     path: Path | None
@@ -30,34 +30,45 @@ class CacheDirectory:
     temporary: bool = False
     unsafe: bool = False
     readable: tuple[Path, ...] = ()
-    refused: str = ""
+    override_problem: str = ""
 
 
 def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
-    """The first candidate that is safe and can be written to."""
-    reasons: list[str] = []
+    """Open the first candidate that is safe and can be written to, and create it if needed.
+
+    The candidates are ``BITLINEAR_CACHE_DIR``, ``$XDG_CACHE_HOME/bitlinear`` and
+    ``~/.cache/bitlinear``.
+    """
+    path: Path | None = None
+    problems: list[str] = []
     readable: list[Path] = []
-    is_unsafe = False
-    refused = ""
+    unsafe = False
     for candidate in _candidates(environ):
-        reason = _make(candidate)
         directory = Path(os.path.realpath(candidate))
-        if not reason and (reason := unsafe(directory)):
-            is_unsafe = True
-        elif not reason:
+        problem = _create(candidate)
+        if not problem:
+            problem = why_unsafe(directory)
+            unsafe = unsafe or bool(problem)
+        if not problem:
             readable.append(directory)
-            if not (reason := unusable(directory)):
-                break
-        reasons.append(f"{candidate} {reason}")
-        if not readable and not refused and environ.get("BITLINEAR_CACHE_DIR"):
-            refused = reasons[0]
-    else:
-        directory = None
-    return CacheDirectory(directory, "; ".join(reasons), False, is_unsafe, tuple(readable), refused)
+            problem = why_unusable(directory)
+        if not problem:
+            path = directory
+            break
+        problems.append(f"{candidate} {problem}")
+    override = Path(os.path.realpath(next(_candidates(environ), Path())))
+    is_ignored = bool(environ.get("BITLINEAR_CACHE_DIR")) and override not in readable
+    return CacheDirectory(
+        path=path,
+        reason="; ".join(problems),
+        unsafe=unsafe,
+        readable=tuple(readable),
+        override_problem=problems[0] if is_ignored else "",
+    )
 
 
 def with_temporary(cache: CacheDirectory) -> CacheDirectory:
-    """`cache`, with a private temporary directory if it has none to write to."""
+    """Add a private temporary directory to a cache that cannot be written to."""
     if cache.path is not None:
         return cache
     try:
@@ -71,31 +82,13 @@ def with_temporary(cache: CacheDirectory) -> CacheDirectory:
             shutil.rmtree(path, ignore_errors=True)
 
     atexit.register(remove)
-    if reason := unusable(path):
-        return replace(cache, reason=f"{cache.reason}; {path} {reason}")
+    if problem := why_unusable(path):
+        return replace(cache, reason=f"{cache.reason}; {path} {problem}")
     return replace(cache, path=path, temporary=True, readable=(*cache.readable, path))
 
 
-def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
-    if chosen := environ.get("BITLINEAR_CACHE_DIR"):
-        yield Path(os.path.abspath(os.path.expanduser(chosen)))
-    if os.path.isabs(xdg := environ.get("XDG_CACHE_HOME", "")):  # relative: to be ignored (XDG)
-        yield Path(xdg, "bitlinear")
-    if os.path.isabs(home := os.path.expanduser("~")):
-        yield Path(home, ".cache", "bitlinear")
-
-
-def _make(directory: Path) -> str:
-    """Make sure that it exists; the reason if it cannot."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        return f"cannot be created ({error.strerror})"
-    return ""
-
-
-def unsafe(directory: Path) -> str:
-    """Why code in `directory` cannot be trusted; empty if it can."""
+def why_unsafe(directory: Path) -> str:
+    """Say why code in a directory cannot be trusted; empty if it can."""
     if not hasattr(os, "geteuid"):
         return ""
     try:
@@ -109,8 +102,8 @@ def unsafe(directory: Path) -> str:
     return ""
 
 
-def unusable(directory: Path) -> str:
-    """Why nothing can be built in `directory`; empty if something can."""
+def why_unusable(directory: Path) -> str:
+    """Say why nothing can be built in a directory; empty if something can."""
     try:
         with tempfile.TemporaryFile(dir=directory):
             pass
@@ -118,4 +111,21 @@ def unusable(directory: Path) -> str:
             return "is mounted noexec"
     except OSError as error:
         return f"cannot be written to ({error.strerror})"
+    return ""
+
+
+def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
+    if chosen := environ.get("BITLINEAR_CACHE_DIR"):
+        yield Path(os.path.abspath(os.path.expanduser(chosen)))
+    if os.path.isabs(xdg := environ.get("XDG_CACHE_HOME", "")):  # XDG: ignore a relative path
+        yield Path(xdg, "bitlinear")
+    if os.path.isabs(home := os.path.expanduser("~")):
+        yield Path(home, ".cache", "bitlinear")
+
+
+def _create(directory: Path) -> str:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        return f"cannot be created ({error.strerror})"
     return ""

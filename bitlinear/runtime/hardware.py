@@ -1,9 +1,8 @@
 """What this machine is: CPU and its flags, GPUs, compilers, torch, libc.
 
-Every probe returns a value or a reason and none raises. The one entry point, :func:`detect`, runs
-during ``import bitlinear``, so what is slow (py-cpuinfo starts processes when it is imported, a
-compiler is started for its version, a child asks the driver for the GPUs) is remembered in the
-cache directory that the caller passes.
+Every probe returns a value or a rejection, and none raises. :func:`detect` runs during
+``import bitlinear``, so the answers of slow probes (a compiler's version, the GPUs, py-cpuinfo) are
+remembered in the cache directory that the caller passes.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from pathlib import Path
 
 from .cpu import Cpu, probe_cpu
 from .gpus import Driver, probe_driver
-from .probe import Probe
 from .probe_cache import ProbeCache
+from .rejection import Probe, Rejection
 from .toolchain import Compiler, probe_compiler, probe_ninja, probe_nvcc
 
-NOT_LOOKED_FOR = "not looked for: torch is built without CUDA"
+_NOT_PROBED = Rejection("cuda-mismatch", "not looked for: torch is built without CUDA")
 
 
 @dataclass(frozen=True)
 class Torch:
-    """The installed torch; ``cuda`` is None for a build without CUDA (for ROCm, too)."""
+    """The installed torch; ``cuda`` is None for a build without CUDA, and for a build for ROCm."""
 
     version: str
     git_version: str
@@ -40,22 +39,23 @@ class Hardware:
 
     Attributes:
         system: ``"linux"``, ``"darwin"`` or ``"windows"``.
-        ninja: Path of the executable.
-        nvcc: That of a toolkit that torch can use: its path ends in ``bin/nvcc``, and the toolkit
-            is what lies above.
-        driver: Of NVIDIA. It was not initialised in this process to find out.
+        cpu: The CPU and its flags.
+        compiler: The C++ compiler.
+        ninja: The path of the executable.
+        nvcc: The compiler of a CUDA toolkit. Its path ends in ``bin/nvcc``, and the toolkit is the
+            directory above.
+        driver: The NVIDIA driver and its GPUs. This process did not initialise the driver.
+        torch: The installed torch.
+        libc: Name and version of the C library.
+        python: The version of Python.
     """
 
     system: str
     cpu: Cpu
-    compiler: Compiler | None
-    compiler_reason: str
-    ninja: str | None
-    ninja_reason: str
-    nvcc: Compiler | None
-    nvcc_reason: str
-    driver: Driver | None
-    driver_reason: str
+    compiler: Probe[Compiler]
+    ninja: Probe[str]
+    nvcc: Probe[Compiler]
+    driver: Probe[Driver]
     torch: Torch
     libc: str
     python: str
@@ -65,35 +65,29 @@ def detect(cache_dir: Path | None = None, *, everything: bool = False) -> Hardwa
     """Probe the machine.
 
     Args:
-        cache_dir: An existing directory, safe to trust, where answers of slow probes are
+        cache_dir: An existing directory, safe to trust, where the answers of slow probes are
             remembered. None, or one that cannot be read or written, only costs time.
-        everything: Look for GPUs and nvcc even if torch cannot use them (the doctor does).
+        everything: Look for GPUs and nvcc even if torch cannot use them, as the doctor does.
     """
-    memory = ProbeCache(cache_dir)
+    cache = ProbeCache(cache_dir)
     system = "windows" if sys.platform == "win32" else sys.platform
     torch = _torch()
-    compiler = probe_compiler(memory)
-    ninja = probe_ninja(memory)
-    nvcc = Probe[Compiler](reason=NOT_LOOKED_FOR)
-    driver = Probe[Driver](reason=NOT_LOOKED_FOR)
+    nvcc: Probe[Compiler] = Probe(rejection=_NOT_PROBED)
+    driver: Probe[Driver] = Probe(rejection=_NOT_PROBED)
     if torch.cuda or everything:
-        nvcc, driver = probe_nvcc(memory), probe_driver(memory)
+        nvcc, driver = probe_nvcc(cache, torch.cuda), probe_driver(cache)
     hardware = Hardware(
         system=system,
-        cpu=probe_cpu(system, memory),
-        compiler=compiler.value,
-        compiler_reason=compiler.reason,
-        ninja=ninja.value,
-        ninja_reason=ninja.reason,
-        nvcc=nvcc.value,
-        nvcc_reason=nvcc.reason,
-        driver=driver.value,
-        driver_reason=driver.reason,
+        cpu=probe_cpu(system, cache),
+        compiler=probe_compiler(cache),
+        ninja=probe_ninja(cache),
+        nvcc=nvcc,
+        driver=driver,
         torch=torch,
         libc=_libc(),
         python=platform.python_version(),
     )
-    memory.save()
+    cache.save()
     return hardware
 
 

@@ -1,10 +1,12 @@
-"""The key of an artifact: a digest of everything that its bytes depend on."""
+"""The key of an artifact: a digest of everything that its bytes, or its self-test, depend on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import posixpath
+import re
 import shlex
 from collections.abc import Mapping
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -14,18 +16,25 @@ from ..kernels import CudaLibrary, Library, Variant
 from .hardware import Hardware
 
 COMPILER_INGREDIENTS = frozenset({"compiler", "compiler_arguments", "nvcc"})
+"""Ingredients that may differ where this machine has no compiler of its own."""
 
-_BUILDER = Path(__file__).with_name("build_worker.py")
-_FORMAT = "1"
+_FORMAT = "2"  # of an artifact's directory
+_WORKER = Path(__file__).with_name("build_worker.py")
+_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
 
 
 def ingredients(library: Library, directory: Path, hardware: Hardware) -> dict[str, str]:
-    """Everything that the bytes of the library, or its self-test's result, depend on.
+    """List the ingredients of a library's key, by name.
+
+    Args:
+        library: The library.
+        directory: Where its sources lie.
+        hardware: The machine.
 
     Raises:
-        OSError: a source cannot be read.
+        OSError: A source cannot be read.
     """
-    torch, compiler = hardware.torch, hardware.compiler
+    torch, compiler = hardware.torch, hardware.compiler.value
     parts = {
         "format": _FORMAT,
         "library": library.name,
@@ -48,7 +57,7 @@ def ingredients(library: Library, directory: Path, hardware: Hardware) -> dict[s
 
 
 def _cuda_ingredients(library: CudaLibrary, hardware: Hardware) -> dict[str, str]:
-    nvcc, driver = hardware.nvcc, hardware.driver
+    nvcc, driver = hardware.nvcc.value, hardware.driver.value
     assert driver is not None  # or there would be no GPU to compile for
     gpus = {driver.gpus[device].identity for device in library.devices}
     arguments = [os.environ.get(f"NVCC_{which}_FLAGS", "") for which in ("PREPEND", "APPEND")]
@@ -59,25 +68,52 @@ def _cuda_ingredients(library: CudaLibrary, hardware: Hardware) -> dict[str, str
     }
 
 
-def key(parts: Mapping[str, str]) -> str:
-    """The name of the artifact that these ingredients make."""
+def key_of(parts: Mapping[str, str]) -> str:
+    """The key, and so the directory name, of the artifact with these ingredients."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def source_files(library: Library, directory: Path) -> list[str]:
+    """List the sources of a library and every header that they include, directly or not.
+
+    An ``#include "..."`` line counts wherever it stands, also inside an ``#if``. It is resolved
+    from the directory of the file that contains it, and ignored if no such file exists there: then
+    it names a header of the system or of torch.
+
+    Args:
+        library: The library.
+        directory: Where its sources lie.
+
+    Returns:
+        Names relative to ``directory``, with forward slashes; the sources come first.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    return list(_read_sources(library, directory))
+
+
+def _read_sources(library: Library, directory: Path) -> dict[str, bytes]:
+    contents: dict[str, bytes] = {}
+    pending = list(library.sources)
+    for name in pending:  # grows while it is read
+        if name in contents:
+            continue
+        contents[name] = (directory / name).read_bytes()
+        for included in _INCLUDE.findall(contents[name]):
+            path = posixpath.join(posixpath.dirname(name), included.decode())
+            header = posixpath.normpath(path)
+            if not header.startswith("..") and (directory / header).is_file():
+                pending.append(header)
+    headers = sorted(contents.keys() - set(library.sources))
+    return {name: contents[name] for name in (*library.sources, *headers)}
+
+
 def _digest_of_sources(library: Library, directory: Path) -> str:
-    """Of the sources, of every header beside them, and of the recipe in build_worker.py."""
+    # build_worker.py is the recipe that turns the sources into a library.
+    contents = {**_read_sources(library, directory), _WORKER.name: _WORKER.read_bytes()}
     digest = hashlib.sha256()
-    files = {name: directory / name for name in source_files(library, directory)}
-    for name, file in {**files, _BUILDER.name: _BUILDER}.items():
-        content = file.read_bytes()
+    for name, content in contents.items():
         digest.update(f"{name} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
-
-
-def source_files(library: Library, directory: Path) -> list[str]:
-    """The sources in `directory`, and every header that they may include, relative to it."""
-    folders = {directory, *((directory / name).parent for name in library.sources)}
-    files = (file for folder in folders for file in folder.iterdir())
-    headers = (file for file in files if file.suffix in (".h", ".cuh"))
-    return [*library.sources, *sorted(file.relative_to(directory).as_posix() for file in headers)]

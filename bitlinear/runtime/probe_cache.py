@@ -3,57 +3,64 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
-from .probe import Probe
-
 T = TypeVar("T")
 
 
 class ProbeCache:
-    """Answers of slow probes, in one JSON file that can be lost or spoilt at any time.
+    """Answers of slow probes, in one JSON file that may vanish or be damaged at any time.
 
-    Keys name everything that an answer depends on. Writers replace the file as a whole, and the
-    last one wins: what that forgets is probed again.
+    A key names everything that its answer depends on; this class adds the version of this package's
+    code. A writer replaces the file as a whole. If two processes write at once, the last one wins,
+    and the answers of the other are probed again.
+
+    Args:
+        directory: An existing directory that only this user can write to. None: nothing is kept.
     """
 
-    LIMIT = 32
+    LIMIT = 32  # answers; the oldest are dropped
 
     def __init__(self, directory: Path | None) -> None:
         self._path = None if directory is None else Path(directory) / "hardware.json"
         self._answers: dict[str, Any] = {}
         self._changed = False
-        # What another version of this module understood may be wrong.
-        self._edition = file_version(__file__)
+        self._code_version = _code_version()
         if self._path is not None:
             with contextlib.suppress(OSError, ValueError, RecursionError):
                 answers = json.loads(self._path.read_bytes())
                 self._answers = answers if isinstance(answers, dict) else {}
 
-    def recall(
-        self, key: str, probe: Callable[[], Probe[Any]], decode: Callable[[Any], T]
-    ) -> Probe[T]:
-        """What ``probe`` finds, or found when last asked under this key, decoded.
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether the next process will find what this one learns."""
+        return self._path is not None and os.access(self._path.parent, os.W_OK)
 
-        ``decode`` raises on what it cannot use. Reasons are not remembered: they can be mended.
+    def recall(self, key: str, probe: Callable[[], Any], decode: Callable[[Any], T]) -> T:
+        """Return the decoded answer under this key, or else the one that ``probe`` gives now.
+
+        Args:
+            key: Everything that the answer depends on.
+            probe: Returns an answer of JSON types. What it raises passes through and is not kept,
+                because a failure can be mended.
+            decode: Makes a value of an answer; raises any exception for a damaged one.
         """
-        key = f"{self._edition} {key}"
+        key = f"{self._code_version} {key}"
         with contextlib.suppress(Exception):
-            return Probe(decode(self._answers[key]))
-        found = probe()
-        if found.value is None:
-            return Probe(reason=found.reason)
+            return decode(self._answers[key])
+        answer = probe()
         self._answers.pop(key, None)
-        self._answers[key] = found.value
+        self._answers[key] = answer
         self._changed = True
-        return Probe(decode(found.value))
+        return decode(answer)
 
     def save(self) -> None:
-        """Write the file if an answer is new."""
+        """Write the file if there are new answers; ignore failures."""
         if self._path is None or not self._changed:
             return
         newest = dict(list(self._answers.items())[-self.LIMIT :])
@@ -69,16 +76,27 @@ class ProbeCache:
 
 
 def decode_text(answer: Any) -> str:
-    """Pass a text on; raise TypeError for anything else."""
+    """Return an answer that is a text.
+
+    Raises:
+        TypeError: The answer is something else.
+    """
     if not isinstance(answer, str):
         raise TypeError(f"not a text: {answer!r}")
     return answer
 
 
 def file_version(path: str) -> str:
-    """Time and size of a file, which change when the file does."""
+    """Modification time and size of a file, which change when the file does."""
     try:
         status = os.stat(path)
     except OSError:  # inside a zip
         return "unknown"
     return f"{status.st_mtime_ns}:{status.st_size}"
+
+
+def _code_version() -> str:
+    # Another version of a probe may have answered wrongly.
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    versions = " ".join(file_version(str(file)) for file in files)
+    return hashlib.sha256(versions.encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Lines on stderr for a person who waits for the import."""
+"""Lines on stderr for the person who waits for the import."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import sys
 
 
 def announce(text: str) -> None:
-    """One line for whoever waits for the import."""
+    """Print one line."""
     if sys.stderr is not None:  # pythonw has none
         print(f"bitlinear: {text}", file=sys.stderr, flush=True)

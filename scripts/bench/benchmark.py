@@ -309,7 +309,7 @@ def _measure_peaks(setup: Setup, kernels: Sequence[str], results: Record) -> dic
         results["peaks"] = [report.peaks_record(its)]
         return dict.fromkeys(setup.threads, its)
     loops = {}
-    compiler = runtime.current().hardware.compiler
+    compiler = runtime.current().hardware.compiler.value
     for variant in sorted(VARIANTS, key=lambda variant: -variant.priority):
         if variant.name in kernels:
             try:

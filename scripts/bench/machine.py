@@ -23,16 +23,17 @@ _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 def describe(hardware: Hardware, device: str) -> dict[str, Any]:
     """The machine, as far as it tells."""
     interesting = _PEERS_FLAGS.union(*(variant.requires for variant in VARIANTS))
+    compiler = hardware.compiler.value
     machine = {
         "cpu": hardware.cpu.brand,
         "architecture": hardware.cpu.machine,
         "cores": available_cpus(),
-        "flags": sorted(interesting & (hardware.cpu.flags or frozenset())),
+        "flags": sorted(interesting & (hardware.cpu.flags.value or frozenset())),
         "memory_bytes": _memory(),
         "caches": _caches(),
         "os": f"{platform.system()} {platform.release()}",
         "libc": hardware.libc,
-        "compiler": hardware.compiler.version if hardware.compiler else None,
+        "compiler": compiler.version if compiler else None,
     }
     if device == "cuda":
         machine["gpu"] = gpu()

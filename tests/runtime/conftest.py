@@ -11,6 +11,7 @@ import pytest
 from bitlinear import runtime
 from bitlinear.runtime import artifacts
 from tests.runtime.stand_ins import (
+    forget_loaded,
     stand_ins,
 )
 
@@ -22,7 +23,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BITLINEAR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("BITLINEAR_CUDA", "off")  # whatever this machine has
-    monkeypatch.setattr(runtime, "_state", runtime._State())
+    forget_loaded(monkeypatch)
     yield tmp_path / "cache"
     staging = tmp_path / "cache" / artifacts.STAGING
     assert not staging.exists() or not any(staging.iterdir())
@@ -35,7 +36,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BITLINEAR_CACHE_DIR", str(directory / "cache"))
         patch.setenv("BITLINEAR_CUDA", "off")
-        patch.setattr(runtime, "_state", runtime._State())
+        forget_loaded(patch)
         assert stand_ins(directory / "sources").load().kernel == "kernel0"
     return directory / "cache"
 

@@ -23,6 +23,8 @@ import pytest
 import bitlinear
 from bitlinear import runtime
 from bitlinear.kernels import CudaLibrary, Library, Variant
+from bitlinear.runtime import cpu
+from bitlinear.runtime.system import ProbeError
 
 # What a self-test does, by name.
 SELF_TESTS = {
@@ -225,7 +227,8 @@ loaded = runtime.load(
     __import__("pathlib").Path(data["directory"]),
 )
 print(json.dumps({"kernel": loaded.kernel, "problem": loaded.problem,
-                  "states": {name: a.state for name, a in loaded.artifacts.items()}}))
+                  "states": {name: probe.value.state if probe.value else "failed"
+                             for name, probe in loaded.libraries.items()}}))
 """
 
 
@@ -252,12 +255,20 @@ def finish(process: subprocess.Popen[str], seconds: float = 120.0) -> tuple[dict
 ROOT = Path(bitlinear.__file__).parents[1]
 
 
+def _no_answer() -> str:
+    raise ProbeError("not asked in this test")
+
+
 def forget_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_state", runtime._State())
+    """Go on as in a process that has loaded nothing yet."""
+    monkeypatch.setattr(runtime, "_process", runtime._Process())
+    monkeypatch.setattr(cpu, "_ask_py_cpuinfo", _no_answer)  # it takes more than a second
 
 
 def states(loaded: runtime.Runtime) -> dict[str, str]:
-    return {name: artifact.state for name, artifact in loaded.artifacts.items()}
+    """What became of each library: "cached", "built" or "failed"."""
+    results = {name: probe.value for name, probe in loaded.libraries.items()}
+    return {name: artifact.state if artifact else "failed" for name, artifact in results.items()}
 
 
 def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:

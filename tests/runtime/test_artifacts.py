@@ -16,10 +16,9 @@ from bitlinear.runtime import artifacts, keys
 from bitlinear.runtime.artifacts import Artifact
 from bitlinear.runtime.cache_directory import CacheDirectory
 from bitlinear.runtime.hardware import Hardware, detect
+from bitlinear.runtime.rejection import Probe, Rejection
 
 HOUR = 3600.0
-NOBODY = 65534
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +49,13 @@ def publish(root: Path, parts: dict[str, str], content: bytes = b"code") -> Arti
     staging = artifacts.new_staging(root)
     (staging / "fast.so").write_bytes(content)
     (staging / "fast.o").write_bytes(b"left over")
-    built = Artifact("fast", keys.key(parts), None, "built", self_test="passed", seconds=1.5)
-    return artifacts.publish(root, staging, built, parts)
+    built = Artifact("fast", keys.key_of(parts), staging, "built", "passed", 1.5)
+    return artifacts.publish(root, built, parts)
+
+
+def find(root: Path, parts: dict[str, str], any_compiler: bool = False) -> Artifact | None:
+    entry = artifacts.find(opened(root), parts, any_compiler)
+    return None if entry is None else entry.value
 
 
 def opened(root: Path) -> CacheDirectory:
@@ -64,13 +68,13 @@ def parts(sources: Path, hardware: Hardware) -> dict[str, str]:
 
 
 def test_what_is_published_is_found(root: Path, parts: dict[str, str]) -> None:
-    assert artifacts.find(opened(root), parts, any_compiler=False) is None
+    assert find(root, parts) is None
     built = publish(root, parts)
-    found = artifacts.find(opened(root), parts, any_compiler=False)
+    found = find(root, parts)
     assert found == replace(built, state="cached")
     assert found is not None
     assert found.path.read_bytes() == b"code"
-    assert found.directory == root / "fast" / keys.key(parts)
+    assert found.directory == root / "fast" / keys.key_of(parts)
     assert sorted(file.name for file in found.directory.iterdir()) == ["fast.so", "meta.json"]
     assert not any((root / artifacts.STAGING).iterdir())
     meta = json.loads((found.directory / "meta.json").read_text())
@@ -98,7 +102,7 @@ def test_where_the_rename_is_impossible_the_own_copy_serves(
     monkeypatch.setattr(os, "replace", refuse)
     built = publish(root, parts)
     assert built.path.read_bytes() == b"code"
-    assert artifacts.find(opened(root), parts, any_compiler=False) is None
+    assert find(root, parts) is None
 
 
 def damage_truncate(directory: Path) -> None:
@@ -150,44 +154,43 @@ def test_a_damaged_artifact_is_not_found_and_gets_replaced(
     directory = publish(root, parts).path.parent
     assert callable(damage)
     damage(directory)
-    assert artifacts.find(opened(root), parts, any_compiler=False) is None
-    assert artifacts.find(opened(root), parts, any_compiler=True) is None
+    assert find(root, parts) is None
+    assert find(root, parts, any_compiler=True) is None
     again = publish(root, parts, b"again")
     assert again.path.parent == directory
-    found = artifacts.find(opened(root), parts, any_compiler=False)
+    found = find(root, parts)
     assert found is not None
     assert found.path.read_bytes() == b"again"
     assert not any((root / artifacts.STAGING).iterdir())
+
+
+FAILURE = Rejection("compile-failed", "g++: error", "fix")
 
 
 def test_without_a_compiler_anothers_artifact_serves_but_not_its_failure(
     root: Path, parts: dict[str, str]
 ) -> None:
     other = {**parts, "compiler": "another", "compiler_arguments": "-O3"}
-    staging = artifacts.new_staging(root)
-    failed = Artifact("fast", keys.key(other), None, "failed", reason="no", code="compile-failed")
-    artifacts.publish(root, staging, failed, other)
+    artifacts.record_failure(root, artifacts.new_staging(root), FAILURE, other)
     none = {**parts, "compiler": ""}
     assert artifacts.find(opened(root), none, any_compiler=True) is None
     publish(root, parts)
-    assert artifacts.find(opened(root), none, any_compiler=False) is None
-    found = artifacts.find(opened(root), none, any_compiler=True)
+    assert find(root, none) is None
+    found = find(root, none, any_compiler=True)
     assert found is not None
-    assert found.key == keys.key(parts)
+    assert found.key == keys.key_of(parts)
 
 
-def test_a_failure_is_remembered_and_has_no_library(root: Path, parts: dict[str, str]) -> None:
+def test_a_failure_is_remembered_with_its_log(root: Path, parts: dict[str, str]) -> None:
     staging = artifacts.new_staging(root)
-    failed = Artifact(
-        "fast", keys.key(parts), None, "failed", "", "g++: error", "fix", "compile-failed"
-    )
-    published = artifacts.publish(root, staging, failed, parts)
-    found = artifacts.find(opened(root), parts, any_compiler=False)
-    assert found == published
-    assert found is not None
-    assert (found.state, found.reason, found.fix) == ("failed", "g++: error", "fix")
-    with pytest.raises(ValueError, match="fast is not available"):
-        _ = found.path
+    (staging / artifacts.LOG).write_text("g++: error")
+    recorded = artifacts.record_failure(root, staging, FAILURE, parts)
+    entry = artifacts.find(opened(root), parts, any_compiler=False)
+    assert entry == Probe(rejection=recorded)
+    assert recorded.log is not None
+    assert recorded == replace(FAILURE, log=recorded.log)
+    assert recorded.log.read_text() == "g++: error"
+    assert sorted(file.name for file in recorded.log.parent.iterdir()) == ["build.log", "meta.json"]
 
 
 def test_a_cache_that_is_only_readable_serves(root: Path, parts: dict[str, str]) -> None:
@@ -208,7 +211,7 @@ def test_pruning_keeps_the_most_recently_used(
         directory = publish(root, {**parts, "libc": str(age)}).path.parent
         os.utime(directory, (now - age * 24 * HOUR - HOUR,) * 2)
         directories.append(directory)
-    artifacts.find(opened(root), {**parts, "libc": "11"}, any_compiler=False)  # used now
+    find(root, {**parts, "libc": "11"})  # used now
     artifacts.prune(root, now)
     assert [d.exists() for d in directories] == [True] * 7 + [False] * 4 + [True]
 
@@ -227,7 +230,7 @@ def test_pruning_removes_what_killed_builds_left(root: Path) -> None:
     assert young.exists()
 
 
-def test_cleaning_deletes_nothing_but_artifacts(root: Path, parts: dict[str, str]) -> None:
+def test_cleaning_deletes_nothing_but_entries(root: Path, parts: dict[str, str]) -> None:
     """Somebody may set BITLINEAR_CACHE_DIR to their home directory."""
     publish(root, parts)
     publish(root, {**parts, "libc": "other"})

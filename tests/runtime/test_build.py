@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import time
@@ -102,7 +101,7 @@ def test_a_failure_of_the_machine_is_not_remembered(
     sources = stand_ins(tmp_path / "sources")
     with pytest.warns(RuntimeWarning, match="No space left on device"):
         assert sources.load().kernel is None
-    assert not artifacts.artifacts(fresh)
+    assert not artifacts.entries(fresh)
     full.unlink()
     forget_loaded(monkeypatch)
     assert sources.load().kernel == "kernel0"
@@ -117,7 +116,7 @@ def test_a_child_that_is_killed_is_not_remembered(
     monkeypatch.setenv("CXX", str(compiler(tmp_path / "tools", body)))
     with pytest.warns(RuntimeWarning, match="killed by SIGKILL"):
         assert stand_ins(tmp_path / "sources").load().kernel is None
-    assert not artifacts.artifacts(fresh)
+    assert not artifacts.entries(fresh)
 
 
 def test_an_operator_that_cannot_be_built(
@@ -221,7 +220,6 @@ def test_killed_while_compiling(tmp_path: Path, child_too: bool) -> None:
             with contextlib.suppress(ProcessLookupError):  # it may have ended with its parent
                 os.kill(child, signal.SIGKILL)
     killed.communicate()
-    assert json.loads((root / ".lock.owner").read_text())["pid"] == killed.pid  # it left this
 
     slow.unlink()
     result, errors = finish(start(file, **environment))
@@ -251,8 +249,8 @@ def test_a_compiler_that_hangs(
     sources = stand_ins(tmp_path / "sources")
     monkeypatch.setenv("CXX", str(compiler(tmp_path / "tools", "while :; do sleep 1; done")))
     monkeypatch.setattr(build, "BUILD_SECONDS", 6.0)
-    with pytest.warns(RuntimeWarning, match="the compiler did not come to an end"):
+    with pytest.warns(RuntimeWarning, match="the compiler did not finish within 6 s"):
         loaded = sources.load()
     assert loaded.kernel is None
-    assert not artifacts.artifacts(fresh)  # it may not hang the next time
+    assert not artifacts.entries(fresh)  # it may not hang the next time
     wait_for(lambda: not processes_with(str(tmp_path)), 10)

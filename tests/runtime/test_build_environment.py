@@ -14,6 +14,7 @@ import pytest
 import bitlinear
 from bitlinear.runtime import build_environment
 from bitlinear.runtime.hardware import detect
+from bitlinear.runtime.rejection import Probe
 from bitlinear.runtime.toolchain import Compiler
 from tests.runtime.stand_ins import (
     ROOT,
@@ -96,7 +97,7 @@ def test_nvcc_has_its_toolkit_and_the_host_compiler(
         nvcc = str(home / "bin" / "nvcc")
         links = tmp_path / f"links of {home.name}"
         links.mkdir()
-        machine = replace(detect(), nvcc=Compiler(nvcc, nvcc, "release 13.0", "nvcc"))
+        machine = replace(detect(), nvcc=Probe(Compiler(nvcc, nvcc, "release 13.0", "nvcc")))
         environment = build_environment.child_environment(machine, links)
         assert os.path.realpath(environment["CUDA_HOME"]) == str(home)
         assert (environment["CUDA_HOME"] == str(home)) == (home.name == "plain")
@@ -115,7 +116,7 @@ def test_the_linker_finds_the_runtime_of_nvidias_packages(
     nvcc = str(tmp_path / "cu13" / "bin" / "nvcc")
     links = tmp_path / "links"
     links.mkdir()
-    machine = replace(detect(), nvcc=Compiler(nvcc, nvcc, "release 13.0", "nvcc"))
+    machine = replace(detect(), nvcc=Probe(Compiler(nvcc, nvcc, "release 13.0", "nvcc")))
     directory, *others = build_environment.child_environment(machine, links)["LIBRARY_PATH"].split(
         ":"
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import time
@@ -14,49 +12,57 @@ import pytest
 from bitlinear.runtime.build_lock import build_lock
 
 _HOLD = """
-import json, os, socket, sys, time
+import sys, time
 from filelock import FileLock
 with FileLock(sys.argv[1] + "/.lock"):
-    with open(sys.argv[1] + "/.lock.owner", "w") as owner:
-        json.dump({"pid": int(sys.argv[2]) or os.getpid(), "host": socket.gethostname()}, owner)
     print("held", flush=True)
-    time.sleep(float(sys.argv[3]))
+    time.sleep(float(sys.argv[2]))
 """
 
 
-def hold_lock(root: Path, pid: int, seconds: float) -> subprocess.Popen[str]:
+def hold_lock(root: Path, seconds: float) -> subprocess.Popen[str]:
     holder = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(root), str(pid), str(seconds)],
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", _HOLD, str(root), str(seconds)], stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     return holder
 
 
-def test_the_lock_says_whom_it_waits_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with hold_lock(tmp_path, 0, 2.0) as holder, build_lock(tmp_path):
+def test_a_wait_is_announced_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with hold_lock(tmp_path, 2.0) as holder, build_lock(tmp_path):
         assert holder.wait(5) == 0
-        owner = json.loads((tmp_path / ".lock.owner").read_text())
-        assert owner["pid"] == os.getpid()
-    host = os.uname().nodename
-    assert capfd.readouterr().err == (
-        f"bitlinear: waiting for process {holder.pid} on host {host}, which is compiling\n"
+    announced = f"bitlinear: waiting for another process that compiles into {tmp_path}\n"
+    assert capfd.readouterr().err == announced
+    assert [file.name for file in tmp_path.iterdir()] in ([], [".lock"])
+
+
+def test_a_free_lock_is_taken_in_silence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with build_lock(tmp_path), hold_in_vain(tmp_path) as other:
+        assert other.wait(10) == 1
+    assert capfd.readouterr().err == ""
+
+
+def hold_in_vain(root: Path) -> subprocess.Popen[str]:
+    """A process that fails if it does not get the lock at once."""
+    script = _HOLD.replace('"/.lock")', '"/.lock", timeout=0)')
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(root), "0"], stderr=subprocess.DEVNULL, text=True
     )
-    assert not (tmp_path / ".lock.owner").exists()
 
 
-def test_the_lock_does_not_wait_for_the_dead_nor_for_ever(tmp_path: Path) -> None:
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    with hold_lock(tmp_path, dead.pid, 600) as holder:
+def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
+    with hold_lock(tmp_path, 600) as holder:
+        holder.kill()
+        holder.wait()
         began = time.monotonic()
         with build_lock(tmp_path):
             pass
         assert time.monotonic() - began < 5
-        holder.kill()
-    with hold_lock(tmp_path, 0, 600) as holder:
+
+
+def test_nobody_waits_for_ever(tmp_path: Path) -> None:
+    with hold_lock(tmp_path, 600) as holder:
         with build_lock(tmp_path, seconds=1.0):
             pass
         holder.kill()
@@ -67,6 +73,8 @@ def test_without_filelock_or_locks_the_build_goes_ahead(
 ) -> None:
     with build_lock(tmp_path / "missing"):  # no directory, so no lock
         pass
+    with build_lock(None):
+        pass
     monkeypatch.setitem(sys.modules, "filelock", None)
     with build_lock(tmp_path):
-        assert not (tmp_path / ".lock.owner").exists()
+        assert not (tmp_path / ".lock").exists()

@@ -11,38 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from bitlinear.kernels import Variant
 from bitlinear.runtime import cache_directory
 from bitlinear.runtime.cache_directory import open_cache
-from bitlinear.runtime.hardware import Hardware, detect
 
-HOUR = 3600.0
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
-
-
-@pytest.fixture(scope="module")
-def hardware() -> Hardware:
-    return detect()
-
-
-@pytest.fixture
-def sources(tmp_path: Path) -> Path:
-    directory = tmp_path / "sources"
-    directory.mkdir()
-    (directory / "fast.cpp").write_text("int fast;")
-    (directory / "shared.h").write_text("int shared;")
-    return directory
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    directory = tmp_path / "cache"
-    directory.mkdir(mode=0o700)
-    return directory
-
-
-FAST = Variant("fast", ("fast.cpp",), ("-O3",), requires=frozenset({"avx2"}))
 
 
 def test_candidates_in_order(tmp_path: Path) -> None:

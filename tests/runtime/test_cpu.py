@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
+import json
 import os
 import platform
-import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Callable
 
@@ -18,10 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlinear.runtime import cpu as cpu_module
-from bitlinear.runtime.cpu import Cpu, parse_proc_cpuinfo, parse_sysctl
+from bitlinear.runtime.cpu import (
+    Cpu,
+    parse_proc_cpuinfo,
+    parse_sysctl,
+    probe_cpu,
+    without_disabled_avx512,
+)
 from bitlinear.runtime.hardware import detect
-from bitlinear.runtime.probe import Probe
 from bitlinear.runtime.probe_cache import ProbeCache
+from bitlinear.runtime.rejection import Probe, rejected
 from tests.runtime.machines import CPUS, cpu_text, read_cpu
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -72,7 +78,7 @@ def test_names(name: str, expected: str) -> None:
     ],
 )
 def test_flags(name: str, has: str, lacks: str) -> None:
-    flags = read_cpu(name).flags
+    flags = read_cpu(name).flags.value
     assert flags is not None
     assert set(has.split()) <= flags
     assert not set(lacks.split()) & flags
@@ -82,7 +88,7 @@ def test_flags(name: str, has: str, lacks: str) -> None:
 def test_flags_are_those_of_the_recording(name: str) -> None:
     lines = cpu_text(name).splitlines()
     listed = [set(ln.partition(":")[2].split()) for ln in lines if ln.startswith(("flags", "Feat"))]
-    assert (read_cpu(name).flags or set()) == set.intersection(*listed)
+    assert (read_cpu(name).flags.value or set()) == set.intersection(*listed)
 
 
 @pytest.mark.parametrize(
@@ -90,10 +96,8 @@ def test_flags_are_those_of_the_recording(name: str) -> None:
 )
 def test_no_flags_are_unknown_flags(text: str) -> None:
     cpu = parse_proc_cpuinfo(text, "x86_64")
-    assert cpu.flags is None
-    assert cpu.reason == "/proc/cpuinfo lists no flags"
-    assert parse_sysctl("", "aarch64").flags is None
-    assert parse_sysctl("", "aarch64").reason == "sysctl lists no flags"
+    assert cpu.flags == rejected("cpu-flag", "/proc/cpuinfo lists no flags")
+    assert parse_sysctl("", "aarch64").flags == rejected("cpu-flag", "sysctl lists no flags")
 
 
 def test_only_flags_of_all_cores_count() -> None:
@@ -109,15 +113,15 @@ def test_only_flags_of_all_cores_count() -> None:
     common = frozenset(["fp", "asimd", "evtstrm", "crc32", "cpuid"])
     blocks = cpu_text("big_little_mixed").strip().split("\n\n")
     for text in ("\n\n".join(blocks), "\n\n".join(blocks[::-1])):
-        assert parse_proc_cpuinfo(text, "aarch64").flags == common
+        assert parse_proc_cpuinfo(text, "aarch64").flags.value == common
     # One core without any flags leaves nothing that is certain.
     text = cpu_text("zen4") + cpu_text("empty_flags")
-    assert parse_proc_cpuinfo(text, "x86_64").flags is None
+    assert parse_proc_cpuinfo(text, "x86_64").flags.value is None
 
 
 def test_macos_switches_override_cpuid() -> None:
     text = cpu_text("intel_mac_haswell") + "hw.optional.avx2_0: 0\nhw.optional.f16c: 1\n"
-    flags = parse_sysctl(text, "x86_64").flags
+    flags = parse_sysctl(text, "x86_64").flags.value
     assert flags is not None
     assert "avx2" not in flags
     assert {"avx", "f16c"} <= flags
@@ -128,66 +132,31 @@ def test_macos_switches_override_cpuid() -> None:
     ["hw.optional.neon", "hw.optional.AdvSIMD", "hw.optional.arm.AdvSIMD"],  # as versions have it
 )
 def test_macos_spellings_of_asimd(name: str) -> None:
-    assert parse_sysctl(f"hw.optional.arm64: 1\n{name}: 1\n", "aarch64").flags == {"asimd"}
-    assert parse_sysctl(f"hw.optional.arm64: 1\n{name}: 0\n", "aarch64").flags is None
+    assert parse_sysctl(f"hw.optional.arm64: 1\n{name}: 1\n", "aarch64").flags.value == {"asimd"}
+    assert parse_sysctl(f"hw.optional.arm64: 1\n{name}: 0\n", "aarch64").flags.value is None
 
 
 def test_macos_denies_under_any_of_its_names() -> None:
     lines = ["hw.optional.neon: 1", "hw.optional.arm.FEAT_FHM: 0", "hw.optional.armv8_2_fhm: 1"]
     for text in ("\n".join(lines), "\n".join(lines[::-1])):
-        assert parse_sysctl(text, "aarch64").flags == {"asimd"}
+        assert parse_sysctl(text, "aarch64").flags.value == {"asimd"}
 
 
 @given(st.text(max_size=300) | st.lists(st.sampled_from(list("flags:Features\n\t 0")), max_size=60))
 def test_parsers_never_raise(text: str | list[str]) -> None:
     text = "".join(text)
     for cpu in (parse_proc_cpuinfo(text, "x86_64"), parse_sysctl(text, "aarch64")):
-        assert (cpu.flags is None) == bool(cpu.reason)
+        assert cpu.flags.value != frozenset()
         assert cpu.identity
-
-
-@pytest.mark.parametrize("name", ["zen5", "graviton3", "empty_flags"])
-def test_py_cpuinfo_may_be_missing_or_changed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = read_cpu(name)
-    monkeypatch.setitem(sys.modules, "cpuinfo", None)
-    assert read_cpu(name) == expected
-    monkeypatch.setitem(sys.modules, "cpuinfo", types.SimpleNamespace(cpuinfo=object()))
-    assert read_cpu(name) == expected
-
-
-@pytest.mark.parametrize("name", ["zen5", "graviton3"])
-def test_py_cpuinfo_is_asked(name: str) -> None:
-    assert cpu_module._py_cpuinfo(cpu_text(name)) == [read_cpu(name).flags]
-
-
-def test_py_cpuinfo_is_left_as_it_was() -> None:
-    cpuinfo = pytest.importorskip("cpuinfo.cpuinfo")
-    before = cpuinfo.DataSource.has_proc_cpuinfo, cpuinfo.DataSource.cat_proc_cpuinfo
-    read_cpu("zen4")
-    assert (cpuinfo.DataSource.has_proc_cpuinfo, cpuinfo.DataSource.cat_proc_cpuinfo) == before
-    if sys.platform == "linux":
-        assert (
-            "flags" in cpuinfo._get_cpu_info_from_proc_cpuinfo() or platform.machine() != "x86_64"
-        )
-
-
-def test_only_hardware_imports_py_cpuinfo() -> None:
-    importers = set()
-    for path in Path(cpu_module.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(name.split(".")[0] == "cpuinfo" for name in names):
-                importers.add(path.name)
-    assert importers == {"cpu.py"}
 
 
 def test_identity() -> None:
     zen4 = read_cpu("zen4")
     same = dataclasses.replace(zen4, brand="another name")
     assert zen4.identity == same.identity
-    assert zen4.flags is not None
-    assert zen4.identity != dataclasses.replace(zen4, flags=zen4.flags - {"avx2"}).identity
+    assert zen4.flags.value is not None
+    fewer = dataclasses.replace(zen4, flags=Probe(zen4.flags.value - {"avx2"}))
+    assert zen4.identity != fewer.identity
     assert read_cpu("empty_flags").identity == "x86_64-GenuineIntel-6-85-7-unknown"
     assert len({read_cpu(name).identity for name in CPUS}) == len(CPUS)
 
@@ -230,20 +199,20 @@ def test_avx512_that_torch_denies_is_not_believed(
     for name, function in zip(names, (avx2, avx512)):
         if function is not None:
             monkeypatch.setattr(torch.cpu, name, function, raising=False)
-    cpu = read_cpu("sapphire_rapids")
-    assert cpu.flags is not None
-    without = frozenset(flag for flag in cpu.flags if not flag.startswith("avx512"))
+    flags = read_cpu("sapphire_rapids").flags.value
+    assert flags is not None
+    without = frozenset(flag for flag in flags if not flag.startswith("avx512"))
     assert {"avx2", "avx_vnni"} <= without
-    assert cpu_module._as_torch_sees(cpu, cpu.flags).flags == (cpu.flags if kept else without)
+    assert without_disabled_avx512(flags) == (flags if kept else without)
 
 
 def test_torch_agrees_on_this_machine() -> None:
     cpu = detect().cpu
-    if cpu.machine != "x86_64" or cpu.flags is None:
+    if cpu.machine != "x86_64" or cpu.flags.value is None:
         pytest.skip("no x86 flags")
     names = [n for n in (_NAMES["newer"][0], _NAMES["2.4"][0]) if hasattr(torch.cpu, n)]
     assert names, "torch has renamed its detection"
-    assert getattr(torch.cpu, names[0])() == ("avx2" in cpu.flags)
+    assert getattr(torch.cpu, names[0])() == ("avx2" in cpu.flags.value)
 
 
 # --- This machine --------------------------------------------------------------------------------
@@ -254,47 +223,183 @@ def test_flags_of_this_machine_are_those_of_every_core() -> None:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     sets = [set(ln.split(":")[1].split()) for ln in lines if ln.startswith(("flags", "Features"))]
     common = set.intersection(*sets) if sets else set()
-    assert (detect().cpu.flags or set()) == common
+    assert (detect().cpu.flags.value or set()) == common
 
 
 @linux
 def test_unreadable_proc_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_module, "_PROC_CPUINFO", str(tmp_path / "missing"))
     cpu = detect(tmp_path).cpu
-    assert cpu.flags is None
-    assert cpu.reason.startswith(f"{tmp_path}/missing cannot be read: ")
+    assert cpu.flags.value is None
+    assert cpu.flags.reason.startswith(f"{tmp_path}/missing cannot be read: ")
 
 
 @pytest.mark.parametrize("system", ["windows", "freebsd"])
 def test_other_systems_have_unknown_flags(system: str) -> None:
-    cpu = cpu_module.probe_cpu(system, ProbeCache(None))
-    assert cpu.flags is None
-    assert cpu.reason == f"CPU flags are not determined on {system}"
+    cpu = probe_cpu(system, ProbeCache(None))
+    assert cpu.flags == rejected("cpu-flag", f"CPU flags are not determined on {system}")
 
 
 @pytest.mark.parametrize(("reported", "name"), [("AMD64", "x86_64"), ("arm64", "aarch64")])
 def test_machine_has_one_name(reported: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: reported)
-    assert cpu_module.probe_cpu("windows", ProbeCache(None)).machine == name
+    assert probe_cpu("windows", ProbeCache(None)).machine == name
+
+
+# --- py-cpuinfo ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def haswell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], frozenset[str]]:
+    """The flags that a process finds on a Haswell: a new process at each call, with one cache."""
+    source, cache = tmp_path / "cpuinfo.txt", tmp_path / "cache"
+    source.write_text(cpu_text("haswell"), encoding="utf-8")
+    cache.mkdir(mode=0o700)
+    monkeypatch.setattr(cpu_module, "_PROC_CPUINFO", str(source))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+
+    def flags() -> frozenset[str]:
+        probes = ProbeCache(cache)
+        found = probe_cpu("linux", probes).flags.value
+        probes.save()
+        assert found is not None
+        return found
+
+    return flags
+
+
+def py_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Path:
+    """Install a stand-in of py-cpuinfo; the file that counts its calls."""
+    package, calls = tmp_path / "packages" / "cpuinfo", tmp_path / "calls"
+    package.mkdir(parents=True, exist_ok=True)
+    source = f"""
+def get_cpu_info_json():
+    with open({str(calls)!r}, "a") as file:
+        file.write("x")
+    {body}
+"""
+    (package / "__init__.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.delitem(sys.modules, "cpuinfo", raising=False)
+    calls.touch()
+    return calls
+
+
+HASWELL = read_cpu("haswell").flags.value
+assert HASWELL is not None
 
 
 @linux
-def test_second_detection_needs_no_py_cpuinfo(tmp_path: Path) -> None:
-    script = (
-        "import sys; from bitlinear.runtime import cpu, probe_cache; "
-        "sys.modules['cpuinfo'] = None; cpu.command_output = None; "
-        "print(cpu._linux_cpu(sys.argv[2], probe_cache.ProbeCache(sys.argv[1])).identity)"
-    )
-    cpu = detect(tmp_path).cpu
-    assert cpu.flags
-    command = [sys.executable, "-c", script, str(tmp_path), cpu.machine]
-    environment = {**os.environ, "BITLINEAR_BUILD": "off", "BITLINEAR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip() == cpu.identity
+def test_flags_are_those_of_py_cpuinfo_that_linux_enables(
+    haswell: Callable[[], frozenset[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = json.dumps({"flags": ["avx512f", "avx2", "f16c"]})
+    calls = py_cpuinfo(tmp_path, monkeypatch, f"return {answer!r}")
+    assert haswell() == {"avx2", "f16c"}
+    assert haswell() == {"avx2", "f16c"}
+    assert calls.read_text() == "x", "the answer is remembered"
+    real = cpu_module.boot_id
+    monkeypatch.setattr(cpu_module, "boot_id", lambda: "another" + real())
+    assert haswell() == {"avx2", "f16c"}
+    assert calls.read_text() == "x", "a boot does not change the model of the CPU"
+    answer = json.dumps({"flags": ["pni"], "of": "another version"})
+    py_cpuinfo(tmp_path, monkeypatch, f"return {answer!r}")
+    assert haswell() == {"pni"}
+    assert calls.read_text() == "xx"
 
 
 @linux
-def test_another_cpu_or_boot_is_probed_anew(
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return '{}'",  # its own child failed
+        "return '{\"flags\": []}'",
+        "return 'junk'",
+        "raise RuntimeError",
+        "import os; os.abort()",
+        "import time; time.sleep(60)",
+    ],
+)
+def test_proc_cpuinfo_alone_serves_if_py_cpuinfo_fails(
+    body: str,
+    haswell: Callable[[], frozenset[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_module, "_PY_CPUINFO_SECONDS", 1.0 if "sleep" in body else 20.0)
+    calls = py_cpuinfo(tmp_path, monkeypatch, body)
+    assert haswell() == HASWELL
+    assert haswell() == HASWELL
+    if "sleep" not in body:
+        assert calls.read_text() == "xx", "a failure is not remembered"
+
+
+@linux
+def test_proc_cpuinfo_alone_serves_without_py_cpuinfo(
+    haswell: Callable[[], frozenset[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cpuinfo", None)
+    assert haswell() == HASWELL
+    monkeypatch.delitem(sys.modules, "cpuinfo")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert haswell() == HASWELL
+
+
+@linux
+def test_py_cpuinfo_is_not_asked_if_its_answer_would_be_lost(
+    haswell: Callable[[], frozenset[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = py_cpuinfo(tmp_path, monkeypatch, "return '{}'")
+    assert probe_cpu("linux", ProbeCache(None)).flags.value == HASWELL
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # a read-only cache
+    assert haswell() == HASWELL
+    assert calls.read_text() == ""
+
+
+@linux
+def test_py_cpuinfo_itself_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.find_spec("cpuinfo")
+    if spec is None:
+        pytest.skip("py-cpuinfo is not installed")
+    asked = []
+    ask = cpu_module._ask_py_cpuinfo
+    monkeypatch.setattr(cpu_module, "_ask_py_cpuinfo", lambda: asked.append(ask()) or asked[-1])
+    with_it, alone = detect(tmp_path).cpu, detect().cpu
+    assert with_it == alone
+    assert with_it.flags.value is None or with_it.flags.value <= set(asked[0].split())
+
+
+def test_no_module_imports_py_cpuinfo() -> None:
+    importers = set()
+    for path in Path(cpu_module.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "cpuinfo" for name in names):
+                importers.add(path.name)
+    assert importers == set(), "it starts processes when it is imported"
+
+
+# --- Between processes ---------------------------------------------------------------------------
+
+
+@linux
+def test_the_second_detection_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = detect(tmp_path).cpu
+    assert first.flags.value
+
+    def refuse(*arguments: object, **options: object) -> str:
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr(cpu_module, "command_output", refuse)
+    monkeypatch.setattr(cpu_module, "parse_proc_cpuinfo", refuse)
+    assert probe_cpu("linux", ProbeCache(tmp_path)) == first
+
+
+@linux
+def test_another_cpu_or_boot_is_probed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "cpuinfo"
@@ -306,12 +411,15 @@ def test_another_cpu_or_boot_is_probed_anew(
         return parse_proc_cpuinfo(text, machine)
 
     monkeypatch.setattr(cpu_module, "parse_proc_cpuinfo", parse)
+    monkeypatch.setattr(cpu_module, "without_disabled_avx512", lambda flags: flags)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setitem(sys.modules, "cpuinfo", None)
 
     def probe(text: str) -> Cpu:
         source.write_text(text, encoding="utf-8")
-        memory = ProbeCache(tmp_path)
-        cpu = cpu_module._linux_cpu("x86_64", memory)
-        memory.save()
+        probes = ProbeCache(tmp_path)
+        cpu = probe_cpu("linux", probes)
+        probes.save()
         return cpu
 
     zen4, zen5 = cpu_text("zen4"), cpu_text("zen5")
@@ -323,20 +431,14 @@ def test_another_cpu_or_boot_is_probed_anew(
     assert probe(zen4) == read_cpu("zen4")
     assert len(parsed) == 2, "both are remembered"
 
-    real = cpu_module.file_text
-
-    def pretend(part: str, answer: Probe[str]) -> None:
-        monkeypatch.setattr(
-            cpu_module, "file_text", lambda path: answer if path.endswith(part) else real(path)
-        )
-
-    pretend("/boot_id", Probe("another"))
+    monkeypatch.setattr(cpu_module, "boot_id", lambda: "another")
     assert probe(zen4) == read_cpu("zen4")
     assert len(parsed) == 3
-    pretend("/cpu/online", Probe("0-63,65"))  # a core that may be of another kind was switched on
+    # A core that may be of another kind was switched on.
+    monkeypatch.setattr(cpu_module, "file_text", lambda path: "0-63,65")
     assert probe(zen4) == read_cpu("zen4")
     assert len(parsed) == 4
-    pretend("/boot_id", Probe(reason="not there"))
+    monkeypatch.setattr(cpu_module, "boot_id", lambda: "")
     for count in (5, 6):
         assert probe(zen4) == read_cpu("zen4")
         assert len(parsed) == count, "without the name of the boot nothing is remembered"

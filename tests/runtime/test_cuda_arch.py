@@ -18,7 +18,7 @@ def compiled(capabilities: str, nvcc: str, listed: str = "") -> str:
     found = targets(hardware, listed)
     assert [target.gpu for target in found] == list(gpus)
     for target in found:
-        assert bool(target.architecture) != bool(target.reason)
+        assert bool(target.architecture) != bool(target.rejection)
     return " ".join(target.architecture or "-" for target in found)
 
 

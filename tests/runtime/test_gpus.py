@@ -12,7 +12,7 @@ import torch
 from bitlinear.runtime import gpus
 from bitlinear.runtime.gpus import Driver, Gpu
 from bitlinear.runtime.hardware import Hardware, detect
-from bitlinear.runtime.probe import Probe
+from bitlinear.runtime.rejection import Probe
 from tests.runtime.stand_ins import libcuda
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -53,14 +53,13 @@ H100, OLD = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 1 << 36), Gpu("Quadro M4000", (
 )
 def test_gpus(text: str, gpus: tuple[Gpu, ...], driver: Callable[..., Hardware]) -> None:
     found = driver(text)
-    assert found.driver == Driver("13.2", gpus)
-    assert found.driver_reason == ""
+    assert found.driver == Probe(Driver("13.2", gpus))
 
 
 @linux
 def test_a_driver_that_shows_no_gpu_is_an_answer(driver: Callable[..., Hardware]) -> None:
     """As with CUDA_VISIBLE_DEVICES="" on a machine with GPUs."""
-    assert driver("NVIDIA H100:9.0;", init=100).driver == Driver("13.2", ())
+    assert driver("NVIDIA H100:9.0;", init=100).driver.value == Driver("13.2", ())
 
 
 @linux
@@ -76,9 +75,10 @@ def test_a_driver_that_fails_has_a_reason_and_is_asked_again(
 ) -> None:
     for _ in range(2):
         found = driver("NVIDIA H100:9.0;", init, tmp_path)
-        assert found.driver is None
-        assert found.driver_reason.endswith(reason)
-    assert driver("NVIDIA H100:9.0;", 0, tmp_path).driver is not None
+        assert found.driver.rejection is not None
+        assert found.driver.rejection.code == "no-gpu"
+        assert found.driver.reason.endswith(reason)
+    assert driver("NVIDIA H100:9.0;", 0, tmp_path).driver.value is not None
 
 
 @linux
@@ -86,17 +86,17 @@ def test_no_driver(
     driver: Callable[..., Hardware], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "")
-    assert "no Python interpreter" in driver("").driver_reason
+    assert "no Python interpreter" in driver("").driver.reason
     monkeypatch.undo()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(gpus, "_NVIDIA_DRIVER", (str(tmp_path),))
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     (tmp_path / "libcuda.so.1").touch()
-    assert "does not answer: " in detect().driver_reason
+    assert "does not answer: " in detect().driver.reason
     monkeypatch.setattr(gpus, "_NVIDIA_DRIVER", (str(tmp_path / "missing"),))
-    assert detect().driver_reason == "no NVIDIA driver is loaded"
+    assert detect().driver.reason == "no NVIDIA driver is loaded"
     monkeypatch.setattr(torch.version, "cuda", None)  # of ROCm's builds, too
-    assert detect().driver_reason == "not looked for: torch is built without CUDA"
+    assert detect().driver.reason == "not looked for: torch is built without CUDA"
 
 
 @linux
@@ -108,18 +108,13 @@ def test_the_drivers_answer_is_remembered(
     monkeypatch.setattr(gpus, "_ask_driver", lambda: asked.append(1) or ask())
 
     def count(gpus: str = "NVIDIA H100 80GB HBM3:9.0;") -> int:
-        assert driver(gpus, 0, tmp_path).driver is not None
+        assert driver(gpus, 0, tmp_path).driver.value is not None
         return len(asked)
 
     assert [count(), count()] == [1, 1]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert [count(""), count("")] == [2, 2]  # that there is none is remembered as well
-    real = gpus.file_text
-    change = {"/boot_id": 3, "nvidia/version": 4}  # and with them the number of questions
-    for part, expected in change.items():
-        monkeypatch.setattr(
-            gpus,
-            "file_text",
-            lambda path, part=part: Probe("new") if path.endswith(part) else real(path),
-        )
-        assert [count(), count()] == [expected, expected]
+    monkeypatch.setattr(gpus, "boot_id", lambda: "another")
+    assert [count(), count()] == [3, 3]
+    monkeypatch.setattr(gpus, "file_text", lambda path: "another driver")
+    assert [count(), count()] == [4, 4]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bitlinear.runtime.hardware import detect
-from bitlinear.runtime.probe import Probe
+from bitlinear.runtime.rejection import CODES, Probe, Rejection, rejected
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -23,16 +23,22 @@ def test_detect_describes_this_machine() -> None:
     assert found.torch.version == torch.__version__
     assert found.torch.cuda == torch.version.cuda
     assert found.libc
-    assert (found.compiler is None) == bool(found.compiler_reason)
-    assert (found.ninja is None) == bool(found.ninja_reason)
-    assert (found.nvcc is None) == bool(found.nvcc_reason)
-    assert (found.driver is None) == bool(found.driver_reason)
+    for probe in (found.compiler, found.ninja, found.nvcc, found.driver):
+        assert probe.rejection is None or probe.rejection.code in CODES
     assert not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.python = "4"  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("value", "reason"), [(None, ""), ("something", "and a reason")])
-def test_a_probe_is_a_value_or_a_reason(value: str | None, reason: str) -> None:
-    with pytest.raises(ValueError, match="a value or a reason"):
-        Probe(value, reason)
+def test_a_probe_is_a_value_or_a_rejection() -> None:
+    with pytest.raises(ValueError, match="a value or a rejection"):
+        Probe(None)
+    with pytest.raises(ValueError, match="a value or a rejection"):
+        Probe("something", Rejection("no-gpu", "and a reason"))
+    assert Probe("something").reason == ""
+    assert rejected("no-gpu", "none").reason == "none"  # type: ignore[var-annotated]
+
+
+def test_a_rejection_is_one_line() -> None:
+    assert Rejection("no-gpu", "none").line == "none"
+    assert Rejection("no-gpu", "none", "buy one").line == "none (buy one)"

@@ -12,11 +12,18 @@ from typing import Callable
 
 import pytest
 
+from bitlinear.runtime import cpu
 from bitlinear.runtime.hardware import Hardware, detect
-from bitlinear.runtime.probe import Probe
 from bitlinear.runtime.probe_cache import ProbeCache, decode_text
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.fixture(autouse=True)
+def quick_py_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes more than a second, and many of these tests probe again and again."""
+    flags = " ".join(sorted(detect().cpu.flags.value or {"none"}))
+    monkeypatch.setattr(cpu, "_ask_py_cpuinfo", lambda: flags)
 
 
 def remembered(directory: Path) -> Path:
@@ -61,7 +68,7 @@ def _of_the_cpu(**changes: object) -> Callable[[object], object]:
         _with_every_answer(_of_the_cpu(surprise="")),
     ],
 )
-def test_damaged_memory_is_replaced(damage: Callable[[str], str], tmp_path: Path) -> None:
+def test_a_damaged_file_is_replaced(damage: Callable[[str], str], tmp_path: Path) -> None:
     new = detect(tmp_path)
     sound = json.loads(remembered(tmp_path).read_text(encoding="utf-8"))
     damaged = damage(remembered(tmp_path).read_text(encoding="utf-8"))
@@ -71,17 +78,17 @@ def test_damaged_memory_is_replaced(damage: Callable[[str], str], tmp_path: Path
     assert {key: repaired[key] for key in sound} == sound
 
 
-def test_binary_memory(tmp_path: Path) -> None:
+def test_a_binary_file(tmp_path: Path) -> None:
     remembered(tmp_path).write_bytes(b"\xff\xfe\x00junk")
     assert detect(tmp_path) == detect()
 
 
-@pytest.mark.parametrize("kind", ["missing", "a file", "memory is a directory"])
-def test_memory_that_cannot_be_written(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["missing", "a file", "the file is a directory"])
+def test_a_file_that_cannot_be_written(kind: str, tmp_path: Path) -> None:
     directory = tmp_path / "cache"
     if kind == "a file":
         directory.write_text("")
-    if kind == "memory is a directory":
+    if kind == "the file is a directory":
         remembered(directory).mkdir(parents=True)
     assert detect(directory) == detect()
     left = [path.name for path in tmp_path.rglob("*")]
@@ -97,11 +104,11 @@ def test_read_only_directory(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
-def test_memory_is_bounded(tmp_path: Path) -> None:
+def test_the_file_is_bounded(tmp_path: Path) -> None:
     for number in range(100):
-        memory = ProbeCache(tmp_path)
-        memory.recall(str(number), lambda n=number: Probe(str(n)), decode_text)  # type: ignore[misc]
-        memory.save()
+        cache = ProbeCache(tmp_path)
+        cache.recall(str(number), lambda n=number: str(n), decode_text)  # type: ignore[misc]
+        cache.save()
     answers = json.loads(remembered(tmp_path).read_text(encoding="utf-8"))
     assert list(answers.values()) == [str(n) for n in range(100)][-ProbeCache.LIMIT :]
 

@@ -17,6 +17,7 @@ import pytest
 from bitlinear import runtime
 from bitlinear.runtime import artifacts
 from bitlinear.runtime.hardware import detect
+from bitlinear.runtime.rejection import rejected
 from tests.runtime.stand_ins import (
     forget_loaded,
     given,
@@ -82,7 +83,7 @@ assert not started, started
 assert not torch.cuda.is_initialized()
 new = set(sys.modules) - loaded_by_torch
 for module in ("torch.utils.cpp_extension", "setuptools", "distutils", "filelock", "ninja",
-               "cpuinfo", "bitlinear.runtime.build_worker", "bitlinear.doctor"):
+               "cpuinfo", "bitlinear.runtime.build_worker", "bitlinear.doctor", "bitlinear.report"):
     assert module not in new, module
 """,
         **warm,
@@ -222,9 +223,9 @@ def test_no_ninja_on_path(half: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_no_ninja_at_all(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = replace(detect(), ninja=None, ninja_reason="it is not installed")
+    without = replace(detect(), ninja=rejected("no-compiler", "no ninja: not installed", "fix it"))
     monkeypatch.setattr(runtime, "detect", lambda _: without)
-    with pytest.warns(RuntimeWarning, match=r"no ninja: it is not installed \(pip install ninja\)"):
+    with pytest.warns(RuntimeWarning, match=r"no ninja: not installed \(fix it\)"):
         loaded = stand_ins(tmp_path / "sources").load()
     assert loaded.verdicts[0].code == "no-compiler"
 
@@ -236,7 +237,7 @@ def test_no_setuptools(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(str(hidden))
     with pytest.warns(RuntimeWarning, match=r"No module named setuptools.*pip install setuptools"):
         stand_ins(tmp_path / "sources").load()
-    assert not artifacts.artifacts(fresh)
+    assert not artifacts.entries(fresh)
 
 
 def test_no_sources(fresh: Path, tmp_path: Path) -> None:
@@ -274,7 +275,7 @@ def test_a_home_that_cannot_be_written_to(
         assert lines.pop(0).startswith(f"bitlinear: {refused}")
         assert str(fresh) in lines[0]
     assert lines[0].startswith("bitlinear: no cache directory (")
-    assert "is lost when this process ends" in lines[0]
+    assert "are lost when this process ends" in lines[0]
 
 
 def test_nowhere_to_write_at_all(
@@ -306,6 +307,8 @@ def test_a_switch_knows_two_words(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.setenv(variable, "nein")
-    with pytest.raises(ValueError, match=f"{variable}='nein' means nothing. Set it to auto or off"):
+    with pytest.raises(
+        ValueError, match="='nein' is not a setting; set it to auto or off"
+    ):
         stand_ins(tmp_path / "sources").load()
-    assert not artifacts.artifacts(fresh)
+    assert not artifacts.entries(fresh)

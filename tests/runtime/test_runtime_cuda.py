@@ -13,8 +13,9 @@ from bitlinear import runtime
 from bitlinear.runtime import artifacts
 from bitlinear.runtime.gpus import Driver, Gpu
 from bitlinear.runtime.hardware import Hardware, detect
-from bitlinear.runtime.toolchain import Compiler
+from bitlinear.runtime.rejection import Probe, Rejection
 from bitlinear.runtime.verdicts import Verdict
+from tests.runtime.machines import with_release
 from tests.runtime.stand_ins import (
     forget_loaded,
     python,
@@ -24,19 +25,19 @@ from tests.runtime.stand_ins import (
 
 
 def with_gpus(nvcc: str = "13.0") -> Hardware:
-    """This machine, with two GPUs that can be used beside one that cannot."""
+    """This machine, with two usable GPUs beside one that is too old."""
     real = detect()
-    path = "/cuda/bin/nvcc"
     capabilities = ((9, 0), (5, 2), (8, 0))
     gpus = tuple(Gpu(f"GPU of {major}.{minor}", (major, minor), 1) for major, minor in capabilities)
     return replace(
         real,
         torch=replace(real.torch, cuda="13.0"),
-        driver=Driver("13.0", gpus),
-        driver_reason="",
-        nvcc=Compiler(path, path, f"release {nvcc}, V{nvcc}.1", "nvcc") if nvcc else None,
-        nvcc_reason="" if nvcc else "it is not installed",
+        driver=Probe(Driver("13.0", gpus)),
+        nvcc=Probe(with_release(nvcc)) if nvcc else Probe(rejection=NO_NVCC),
     )
+
+
+NO_NVCC = Rejection("no-compiler", "no nvcc: it is not installed", "install it")
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +47,11 @@ def compiled_beside_gpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BITLINEAR_CACHE_DIR", str(directory / "cache"))
         patch.setenv("BITLINEAR_CUDA", "off")
-        patch.setattr(runtime, "_state", runtime._State())
+        forget_loaded(patch)
         patch.setattr(runtime, "detect", lambda _: with_gpus())
         loaded = stand_ins(directory / "sources").load()
-    assert loaded.cuda == Verdict("cuda", False, "BITLINEAR_CUDA=off", code="forced-off")
+    off = Rejection("forced-off", "BITLINEAR_CUDA=off")
+    assert loaded.cuda == Verdict("cuda", rejection=off)
     assert loaded.cuda_problem == ""
     assert states(loaded) == {"kernel0": "built", "operator": "built"}
     return directory / "cache"
@@ -138,39 +140,28 @@ def test_a_failure_of_cuda_leaves_the_cpu_alone(
     assert bool(list(gpus.glob("cuda/*"))) == remembered
 
 
-@pytest.mark.parametrize(
-    ("nvcc", "code", "reason", "fix"),
-    [
-        (
-            "",
-            "no-compiler",
-            "no nvcc: it is not installed",
-            'pip install "cuda-toolkit[nvcc,cccl]==13.0.*", or install the CUDA 13.0 toolkit, or ',
-        ),
-        (
-            "12.8",
-            "cuda-mismatch",
-            "nvcc is of CUDA 12.8, torch is built for CUDA 13.0",
-            "install the CUDA 13.0 toolkit, or ",
-        ),
-    ],
+MISMATCH = Rejection(
+    "cuda-mismatch",
+    "nvcc is of CUDA 12.8, torch is built for CUDA 13.0",
+    "install the CUDA 13.0 toolkit, or set CUDA_HOME to where it is",
 )
+
+
+@pytest.mark.parametrize(("nvcc", "rejection"), [("", NO_NVCC), ("12.8", MISMATCH)])
 def test_a_toolkit_that_will_not_do(
     gpus: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     nvcc: str,
-    code: str,
-    reason: str,
-    fix: str,
+    rejection: Rejection,
 ) -> None:
     monkeypatch.setattr(runtime, "detect", lambda _: with_gpus(nvcc))
     sources = stand_ins(tmp_path / "sources")
-    with pytest.warns(RuntimeWarning, match="or set CUDA_HOME to where it is"):
+    with pytest.warns(RuntimeWarning, match=rejection.fix):
         loaded = sources.load()
-    assert loaded.cuda.fix == fix + "set CUDA_HOME to where it is"
-    assert (loaded.kernel, loaded.cuda.code, loaded.cuda.reason) == ("kernel0", code, reason)
+    assert loaded.kernel == "kernel0"
+    assert loaded.cuda == Verdict("cuda", rejection=rejection)
     assert capfd.readouterr().err == ""
 
     # What somebody else has compiled needs none.

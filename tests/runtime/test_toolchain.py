@@ -12,6 +12,8 @@ import torch
 
 from bitlinear.runtime import toolchain
 from bitlinear.runtime.hardware import detect
+from bitlinear.runtime.probe_cache import ProbeCache
+from bitlinear.runtime.rejection import Rejection
 from bitlinear.runtime.toolchain import Compiler
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -41,8 +43,12 @@ CLANG = "echo 'Debian clang version 14.0.6'"
 
 def test_no_compiler(bin_dir: Path) -> None:
     found = detect()
-    assert found.compiler is None
-    assert found.compiler_reason == "none of c++, g++, clang++ is on PATH"
+    assert found.compiler.value is None
+    assert found.compiler.rejection == Rejection(
+        "no-compiler",
+        "no C++ compiler: none of c++, g++, clang++ is on PATH",
+        "install a C++ compiler (Debian and Ubuntu: apt install g++) or set CXX",
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,7 +65,7 @@ def test_compiler_on_path(
 ) -> None:
     for name, text in installed.items():
         program(bin_dir / name, text)
-    compiler = detect().compiler
+    compiler = detect().compiler.value
     assert compiler is not None
     assert compiler.path == str(bin_dir / expected)
     assert compiler.family == family
@@ -72,7 +78,7 @@ def test_cxx_is_honoured_with_its_arguments(bin_dir: Path, monkeypatch: pytest.M
     real = program(bin_dir / "real" / "clang++-14", CLANG)
     (bin_dir / "clang").symlink_to(real)
     monkeypatch.setenv("CXX", "ccache clang --target=x86_64")
-    compiler = detect().compiler
+    compiler = detect().compiler.value
     assert compiler is not None
     assert compiler.path == "ccache clang --target=x86_64"
     assert compiler.realpath == str(real)
@@ -87,7 +93,9 @@ def test_cxx_that_does_not_exist_is_not_replaced(
     program(bin_dir / "g++", GCC)
     program(bin_dir / "ccache", 'exec "$@"')
     monkeypatch.setenv("CXX", value)
-    assert detect().compiler_reason == f"CXX={value!r} is not an executable on PATH"
+    assert (
+        detect().compiler.reason == f"no C++ compiler: CXX={value!r} is not an executable on PATH"
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,32 +108,31 @@ def test_cxx_that_does_not_exist_is_not_replaced(
     ],
 )
 def test_compiler_that_does_not_work(text: str, reason: str, bin_dir: Path) -> None:
-    path = program(bin_dir / "c++", text)
+    program(bin_dir / "c++", text)
     found = detect()
-    assert found.compiler is None
-    assert found.compiler_reason == f"{path} {reason}".replace(str(path), "c++")
+    assert found.compiler.reason == f"no C++ compiler: c++ {reason}"
 
 
 def test_cxx_with_unbalanced_quotes(bin_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "g++ 'oops")
-    assert "cannot be split into words" in detect().compiler_reason
+    assert "cannot be split into words" in detect().compiler.reason
 
 
 def test_scripts_are_asked_again(bin_dir: Path, tmp_path: Path) -> None:
     # Same name, size and time: the compiler behind a wrapper has changed.
     path = program(bin_dir / "c++", "echo compiler 1")
     status = path.stat()
-    assert detect(tmp_path).compiler.version == "compiler 1"  # type: ignore[union-attr]
+    assert detect(tmp_path).compiler.value.version == "compiler 1"  # type: ignore[union-attr]
     program(path, "echo compiler 2")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert detect(tmp_path).compiler.version == "compiler 2"  # type: ignore[union-attr]
+    assert detect(tmp_path).compiler.value.version == "compiler 2"  # type: ignore[union-attr]
 
 
 def test_failures_are_asked_again(bin_dir: Path, tmp_path: Path) -> None:
     path = program(bin_dir / "c++", "exit 1")
-    assert detect(tmp_path).compiler is None
+    assert detect(tmp_path).compiler.value is None
     program(path, GCC)
-    assert detect(tmp_path).compiler is not None
+    assert detect(tmp_path).compiler.value is not None
 
 
 NVCC = "echo 'nvcc: NVIDIA (R) Cuda compiler driver'; echo 'tools, release 13.0, V13.0.88'"
@@ -140,17 +147,17 @@ def toolkit(home: Path) -> Path:
 
 def test_nvcc(bin_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert detect().nvcc_reason == "not looked for: torch is built without CUDA"
+    assert detect().nvcc.reason == "not looked for: torch is built without CUDA"
     home = tmp_path / "cuda"
     monkeypatch.setenv("CUDA_HOME", str(home))
-    reason = f"no bin/nvcc and include/cuda_runtime_api.h in CUDA_HOME={str(home)!r}"
-    assert detect(everything=True).nvcc_reason == reason
+    reason = f"no nvcc: no bin/nvcc and include/cuda_runtime_api.h in CUDA_HOME={str(home)!r}"
+    assert detect(everything=True).nvcc.reason == reason
     path = str(toolkit(home))
-    assert detect().nvcc is None
+    assert detect().nvcc.value is None
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for found in (detect(), detect(everything=True)):
         expected = Compiler(path, path, "tools, release 13.0, V13.0.88", "nvcc")
-        assert found.nvcc == expected
+        assert found.nvcc.value == expected
         assert expected.release == "13.0"
 
 
@@ -158,13 +165,13 @@ def test_nvcc_on_path_and_elsewhere(
     bin_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def found() -> str:
-        nvcc = detect(everything=True).nvcc
+        nvcc = detect(everything=True).nvcc.value
         return nvcc.path if nvcc else ""
 
     usual, packages = tmp_path / "usual", tmp_path / "site-packages"
     monkeypatch.setattr(toolchain, "_CUDA_HOME", str(usual))
     monkeypatch.setattr(sys, "path", [str(packages)])
-    assert detect(everything=True).nvcc_reason.endswith(f"cuda_runtime_api.h in {usual}")
+    assert detect(everything=True).nvcc.reason.endswith(f"cuda_runtime_api.h in {usual}")
     packaged = str(toolkit(packages / "nvidia" / "cu13"))
     importlib.invalidate_caches()
     assert found() == packaged
@@ -180,7 +187,7 @@ def test_nvcc_on_path_and_elsewhere(
 
 def test_ninja_of_the_package_is_found_off_path(bin_dir: Path) -> None:
     ninja = pytest.importorskip("ninja")
-    found = detect().ninja
+    found = detect().ninja.value
     assert found is not None
     assert Path(found).parent == Path(ninja.BIN_DIR)
 
@@ -192,9 +199,33 @@ def test_ninja_on_path_and_beside_python(
     python = tmp_path / "venv" / "python"
     monkeypatch.setattr(sys, "executable", str(python))
     found = detect()
-    assert found.ninja is None
-    assert found.ninja_reason == "the package ninja is not installed, and ninja is not on PATH"
+    assert found.ninja.rejection == Rejection(
+        "no-compiler",
+        "no ninja: the package ninja is not installed, and ninja is not on PATH",
+        "pip install ninja",
+    )
     beside = program(python.parent / "ninja", "echo 1.11")
-    assert detect().ninja == str(beside)
+    assert detect().ninja.value == str(beside)
     on_path = program(bin_dir / "ninja", "echo 1.11")
-    assert detect().ninja == str(on_path)
+    assert detect().ninja.value == str(on_path)
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "fix"),
+    [
+        (None, ""),
+        ("12.8", "install the CUDA 12.8 toolkit, or set CUDA_HOME to where it is"),
+        (
+            "13.0",
+            'pip install "cuda-toolkit[nvcc,cccl]==13.0.*", or '
+            "install the CUDA 13.0 toolkit, or set CUDA_HOME to where it is",
+        ),
+    ],
+)
+def test_the_fix_of_a_missing_nvcc(
+    torch_cuda: str | None, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    reason = f"no nvcc: no bin/nvcc and include/cuda_runtime_api.h in CUDA_HOME={str(tmp_path)!r}"
+    found = toolchain.probe_nvcc(ProbeCache(None), torch_cuda)
+    assert found.rejection == Rejection("no-compiler", reason, fix)
