@@ -273,7 +273,7 @@ def _tested(hardware: Hardware) -> str:
 
 def _threads(threads: int | None, openmp: tuple[str, ...]) -> str:
     if threads is None:
-        return "those of torch (no compiled operator)"
+        return "torch's own (no compiled operator)"
     return f"OpenMP, {_count(len(openmp), 'runtime')}, {_count(threads, 'thread')}"
 
 

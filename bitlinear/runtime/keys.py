@@ -16,7 +16,7 @@ from ..kernels import CudaLibrary, Library, Variant
 from .hardware import Hardware
 
 COMPILER_INGREDIENTS = frozenset({"compiler", "compiler_arguments", "nvcc"})
-"""Ingredients that may differ where this machine has no compiler of its own."""
+"""Ingredients that a machine without a compiler ignores."""
 
 _FORMAT = "2"  # of an artifact's directory
 _WORKER = Path(__file__).with_name("build_worker.py")

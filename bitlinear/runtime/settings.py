@@ -14,9 +14,10 @@ from dataclasses import dataclass
 REPORTED = (
     "BITLINEAR_KERNEL", "BITLINEAR_CACHE_DIR", "BITLINEAR_BUILD", "BITLINEAR_CUDA",
     "BITLINEAR_VERBOSE", "XDG_CACHE_HOME", "CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH",
-    "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST", "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS",
+    "OMP_NUM_THREADS",
 )  # fmt: skip
-"""Every variable that changes what the runtime does; the doctor shows those that are set."""
+"""The variables that the doctor shows, if they are set."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def ready(fresh: Path, compiled: Path) -> Path:
+    """A fresh process whose cache holds the stand-in operator and kernel0."""
+    shutil.copytree(compiled, fresh)
+    return fresh
+
+
+@pytest.fixture
 def half(fresh: Path, compiled: Path) -> Path:
     """A fresh process whose cache holds the operator already: only kernels are compiled."""
     shutil.copytree(compiled / "operator", fresh / "operator")

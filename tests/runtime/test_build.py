@@ -120,7 +120,7 @@ def test_a_child_that_is_killed_is_not_remembered(
 
 
 def test_an_operator_that_cannot_be_built(
-    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = stand_ins(tmp_path / "sources", ("good", "good"), operator="#error too old")
     with pytest.warns(RuntimeWarning, match="slow reference implementation.*too old") as caught:
@@ -135,7 +135,7 @@ def test_an_operator_that_cannot_be_built(
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="one CPU gives one thread")
-def test_an_operator_without_threads(fresh: Path, tmp_path: Path) -> None:
+def test_an_operator_without_threads(ready: Path, tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="ran on 1 of .* threads"):
         stand_ins(tmp_path / "sources", threads=1).load()
 

@@ -124,7 +124,7 @@ def test_the_linker_finds_the_runtime_of_nvidias_packages(
     assert others == ["/one", "/two"]
 
 
-@pytest.mark.parametrize("form", ["env {}", "env A='b c' {}"])
+@pytest.mark.parametrize("form", ["env {}", pytest.param("env A='b c' {}", marks=pytest.mark.slow)])
 def test_cxx_with_arguments(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:

@@ -110,8 +110,14 @@ def test_cuda_is_built_beside_the_rest_and_found_again(
     ("self_test", "code", "reason", "remembered"),
     [
         ("return 1;", "self-test-failed", "self-test failed: GPU 0: stand-in", True),
-        ("return 2 * (device == 2);", "compile-failed", "not be run: GPU 2: stand-in", False),
-        ("nonsense", "compile-failed", "ops.cpp", True),
+        pytest.param(
+            "return 2 * (device == 2);",
+            "compile-failed",
+            "not be run: GPU 2: stand-in",
+            False,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("nonsense", "compile-failed", "ops.cpp", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_failure_of_cuda_leaves_the_cpu_alone(
