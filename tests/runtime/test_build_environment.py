@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-import bitlinear
 from bitlinear.runtime import build_environment
 from bitlinear.runtime.hardware import detect
 from bitlinear.runtime.rejection import Probe
@@ -45,7 +45,7 @@ def test_awkward_paths(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 def test_the_package_and_torch_in_awkward_paths(tmp_path: Path) -> None:
     awkward = tmp_path / AWKWARD
-    packages = Path(str(bitlinear.runtime.torch.__file__)).parents[1]
+    packages = Path(str(torch.__file__)).parents[1]
     (awkward / "bitlinear").parent.mkdir()
     shutil.copytree(ROOT / "bitlinear", awkward / "bitlinear")
     (awkward / "site packages").symlink_to(packages)

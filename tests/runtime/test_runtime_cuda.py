@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bitlinear import runtime
 from bitlinear.runtime import artifacts
@@ -98,7 +99,7 @@ def test_cuda_is_built_beside_the_rest_and_found_again(
     directory = loaded.artifacts["cuda"].directory
     assert directory is not None
     assert {file.name for file in directory.iterdir()} == {"cuda.so", artifacts.META, artifacts.LOG}
-    assert not runtime.torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    assert not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
     forget_loaded(monkeypatch)
     assert states(sources.load()) == {**CPU_ONLY, "cuda": "cached"}
