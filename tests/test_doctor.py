@@ -58,7 +58,7 @@ def warm(tmp_path: Path) -> Path:
 
 
 def healthy() -> doctor.Report:
-    """As on a machine where everything went well, whatever this machine is."""
+    """The report of a machine without problems, on any machine."""
     here = runtime.current().hardware
     cpu_build = replace(here.torch, cuda=None)
     hardware = replace(here, torch=cpu_build, driver=rejected("no-gpu", "no NVIDIA driver"))
@@ -85,20 +85,22 @@ def reject(variant: str, code: str, reason: str, fix: str = "") -> Verdict:
 
 
 @pytest.mark.parametrize(
-    ("system", "machine", "said"),
+    ("system", "machine", "expected"),
     [
         ("linux", "x86_64", "Tested    on machines of this kind"),
         ("linux", "aarch64", "Tested    under an emulator of this kind of machine"),
         ("darwin", "aarch64", "Tested    never on darwin aarch64"),
     ],
 )
-def test_it_says_where_the_tests_have_run(system: str, machine: str, said: str) -> None:
+def test_it_says_which_machines_the_tests_have_run_on(
+    system: str, machine: str, expected: str
+) -> None:
     healthy_one = healthy()
     cpu = replace(healthy_one.hardware.cpu, machine=machine)
-    its = replace(healthy_one, hardware=replace(healthy_one.hardware, system=system, cpu=cpu))
-    (line,) = [line for line in str(its).splitlines() if line.startswith("Tested")]
-    assert line.startswith(said)
-    assert its.to_json()["tested"] in line
+    report = replace(healthy_one, hardware=replace(healthy_one.hardware, system=system, cpu=cpu))
+    (line,) = [line for line in str(report).splitlines() if line.startswith("Tested")]
+    assert line.startswith(expected)
+    assert report.to_json()["tested"] in line
 
 
 def test_the_text() -> None:

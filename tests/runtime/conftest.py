@@ -1,4 +1,4 @@
-"""Processes that have loaded nothing yet, with a cold, a half and a warm cache."""
+"""Fixtures: a process that has loaded nothing yet, with a cold, a half full or a warm cache."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.runtime.stand_ins import (
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """As in a process that has loaded nothing yet, with a cold cache in the directory given."""
+    """Start over as in a new process; the directory of a cold cache."""
     for name in ("BITLINEAR_KERNEL", "BITLINEAR_BUILD", "BITLINEAR_VERBOSE", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BITLINEAR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("BITLINEAR_CUDA", "off")  # whatever this machine has
+    monkeypatch.setenv("BITLINEAR_CUDA", "off")  # also on a machine with GPUs
     forget_loaded(monkeypatch)
     yield tmp_path / "cache"
     staging = tmp_path / "cache" / artifacts.STAGING
@@ -31,7 +31,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that holds the stand-in operator and kernel0, as they are by default."""
+    """A cache that holds the stand-in operator and kernel0, compiled from the default sources."""
     directory = tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BITLINEAR_CACHE_DIR", str(directory / "cache"))
@@ -50,7 +50,7 @@ def ready(fresh: Path, compiled: Path) -> Path:
 
 @pytest.fixture
 def half(fresh: Path, compiled: Path) -> Path:
-    """A fresh process whose cache holds the operator already: only kernels are compiled."""
+    """A fresh process whose cache holds the operator, so that only kernels are compiled."""
     shutil.copytree(compiled / "operator", fresh / "operator")
     fresh.chmod(0o700)
     return fresh

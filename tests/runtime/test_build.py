@@ -79,7 +79,7 @@ def test_variants_that_fail_give_way_to_the_next(
 
 
 def test_a_kernel_that_the_system_refuses_gives_way_to_the_next(half: Path, tmp_path: Path) -> None:
-    """As amx_int8 does where a process is denied the tiles that the self-test had been granted."""
+    """As amx_int8, if a process is denied the tiles that the self-test was granted."""
     sources = stand_ins(tmp_path / "sources", ("good", "good"))
     file = sources.directory / "kernel0.cpp"
     file.write_text(file.read_text().replace("return &table", "return nullptr"))
@@ -110,7 +110,7 @@ def test_a_failure_of_the_machine_is_not_remembered(
 def test_a_child_that_is_killed_is_not_remembered(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel's out-of-memory killer takes whatever is large."""
+    """As by the kernel's out-of-memory killer."""
     body = f"for p in $(grep -l '{fresh}' /proc/[0-9]*/cmdline); do p=${{p%/cmdline}}; "
     body += "case $(tr '\\0' ' ' < $p/cmdline) in *build_worker*) kill -9 ${p#/proc/};; esac; done"
     monkeypatch.setenv("CXX", str(compiler(tmp_path / "tools", body)))

@@ -28,7 +28,7 @@ AWKWARD = "a b $HOME 'ä' \"q\" $"
 
 
 def test_awkward_paths(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the cache, the sources, the temporary directory and whatever Python imports from."""
+    """The cache, the sources, the temporary directory and a directory of sys.path."""
     awkward = tmp_path / AWKWARD
     (awkward / "tmp").mkdir(parents=True)
     (awkward / "site:packages").mkdir()

@@ -69,7 +69,7 @@ def test_names(name: str, expected: str) -> None:
         ("rk3588", "asimd asimddp asimdhp", "i8mm bf16"),
         ("exynos_9810", "asimd asimdhp", "asimddp"),
         ("big_little_mixed", "asimd crc32", "asimddp asimdhp atomics"),
-        # macOS's names are turned into those of Linux.
+        # macOS's names become Linux's.
         ("apple_m1", "asimd asimddp asimdhp asimdfhm asimdrdm atomics crc32", "i8mm bf16"),
         ("apple_m1_macos_11", "asimd asimdfhm atomics crc32", "asimddp i8mm bf16"),
         ("apple_m2", "asimd asimddp i8mm bf16", "sme"),

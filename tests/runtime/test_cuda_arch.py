@@ -11,7 +11,7 @@ from tests.runtime.machines import machine, read_cpu
 
 
 def compiled(capabilities: str, nvcc: str, listed: str = "") -> str:
-    """The architectures for GPUs of these capabilities, "-" where there is none."""
+    """The architectures for GPUs of these capabilities, "-" for none."""
     pairs = (map(int, text.split(".")) for text in capabilities.split())
     gpus = tuple(Gpu("a GPU", (major, minor), 1) for major, minor in pairs)
     hardware = machine(read_cpu("zen4"), nvcc, Driver(nvcc, gpus), nvcc)

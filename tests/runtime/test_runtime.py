@@ -148,7 +148,7 @@ def test_damaged_artifacts_are_built_again(
     library.unlink()
     library.write_bytes(truncated)
     meta = json.loads(meta_file.read_text())
-    meta["ingredients"]["cpu"] = "that of another machine"
+    meta["ingredients"]["cpu"] = "another machine's"
     meta_file.write_text(json.dumps(meta))
     forget_loaded(monkeypatch)
     again = sources.load()

@@ -227,7 +227,7 @@ def test_build_off_is_for_cuda_too(
 
 
 def test_kernels_may_be_there_before_the_operator_is_defined() -> None:
-    """C++ enters CUDA's kernels first where Python has to define the operator."""
+    """C++ enters the CUDA kernels first if Python defines the operator."""
     run = python(
         """
 import torch
