@@ -1,9 +1,9 @@
 """BitLinear: a hardware-optimised ternary linear layer for PyTorch.
 
-Importing the package chooses the fastest kernel that this machine supports, compiles it if that has
-not been done yet, and registers ``torch.ops.bitlinear.linear``. Where nothing can be compiled the
-layer works all the same, on a slower reference implementation; ``python -m bitlinear.doctor`` says
-what was chosen, and why.
+Importing the package chooses the fastest kernel that this machine supports, compiles it if it is
+not in the cache, and registers ``torch.ops.bitlinear.linear``. Without a compiled kernel the layer
+runs on a slower reference implementation. ``python -m bitlinear.doctor`` shows the choice and its
+reasons.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .runtime.verdicts import Verdict
 _loaded = runtime.load()
 
 HAS_BITLINEAR: bool = any(verdict.status == "chosen" for verdict in _loaded.verdicts)
-"""True where a compiled kernel is in use; False on the reference implementation."""
+"""Whether a compiled kernel is in use; if not, the reference implementation is."""
 
 ops.register(compiled=_loaded.kernel is not None)
 
@@ -41,12 +41,12 @@ __all__ = [
 
 
 def available_kernels() -> list[Verdict]:
-    """What was chosen, and why the rest was not: one verdict per kernel variant, best first."""
+    """Return one verdict per kernel variant, best first: chosen, available or rejected, and why."""
     return list(runtime.current().verdicts)
 
 
 def __getattr__(name: str) -> Any:
-    # bitlinear.doctor.report() in a notebook, at no cost to an import that does not use it.
+    # Lazy, so that bitlinear.doctor.report() costs nothing until it is used.
     if name == "doctor":
         import importlib
 

@@ -17,15 +17,15 @@ import pytest
 
 import bitlinear
 from bitlinear import doctor, runtime
-from bitlinear.runtime.artifacts import Artifact, CacheDirectory
-from bitlinear.runtime.hardware import Compiler, Driver, Gpu
+from bitlinear.runtime import installation
+from bitlinear.runtime.artifacts import Artifact
+from bitlinear.runtime.cache_directory import CacheDirectory
+from bitlinear.runtime.gpus import Driver, Gpu
+from bitlinear.runtime.rejection import CODES, Probe, Rejection, rejected
 from bitlinear.runtime.verdicts import Verdict, select
+from tests.runtime.machines import with_release
 
 ROOT = Path(bitlinear.__file__).parents[1]
-CODES = {
-    "cpu-flag", "no-compiler", "compile-failed", "self-test-failed", "illegal-instruction",
-    "cuda-mismatch", "no-gpu", "forced-off",
-}  # fmt: skip
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,39 +58,49 @@ def warm(tmp_path: Path) -> Path:
 
 
 def healthy() -> doctor.Report:
-    """As on a machine where everything went well, whatever this machine is."""
+    """The report of a machine without problems, on any machine."""
     here = runtime.current().hardware
     cpu_build = replace(here.torch, cuda=None)
-    hardware = replace(here, torch=cpu_build, driver=None, driver_reason="no NVIDIA driver")
+    hardware = replace(here, torch=cpu_build, driver=rejected("no-gpu", "no NVIDIA driver"))
     verdicts = [
-        Verdict("avx2", True, "the fastest that this CPU can run", status="chosen"),
-        Verdict("scalar", True, "lower priority", status="available"),
-        Verdict("avx_vnni", False, "this CPU lacks avx_vnni", code="cpu-flag"),
-        Verdict("cuda", False, "torch is a CPU build", "install one", "cuda-mismatch"),
+        Verdict("avx2", "chosen", summary="the fastest that this CPU can run"),
+        Verdict("scalar", "available", summary="lower priority"),
+        reject("avx_vnni", "cpu-flag", "this CPU lacks avx_vnni"),
+        reject("cuda", "cuda-mismatch", "torch is a CPU build", "install one"),
     ]
-    artifacts = {
-        "avx2": Artifact("avx2", "3f9a2c01" * 4, None, "cached", "bit-exact with scalar"),
-        "ops": Artifact("ops", "11111111" * 4, None, "cached", "ran on 2 of 2 threads"),
+    libraries = {
+        "avx2": cached("avx2", "3f9a2c01", "bit-exact with scalar"),
+        "ops": cached("ops", "11111111", "ran on 2 of 2 threads"),
     }
-    loaded = runtime.Runtime("avx2", tuple(verdicts), CacheDirectory(None), artifacts, "", hardware)
+    loaded = runtime.Runtime("avx2", tuple(verdicts), CacheDirectory(None), libraries, "", hardware)
     return doctor.Report(loaded, hardware, "", 2, ("/usr/lib/libgomp.so.1",))
 
 
+def cached(name: str, key: str, self_test: str) -> Probe[Artifact]:
+    return Probe(Artifact(name, key * 4, Path("/nowhere"), "cached", self_test))
+
+
+def reject(variant: str, code: str, reason: str, fix: str = "") -> Verdict:
+    return Verdict(variant, rejection=Rejection(code, reason, fix))
+
+
 @pytest.mark.parametrize(
-    ("system", "machine", "said"),
+    ("system", "machine", "expected"),
     [
         ("linux", "x86_64", "Tested    on machines of this kind"),
         ("linux", "aarch64", "Tested    under an emulator of this kind of machine"),
         ("darwin", "aarch64", "Tested    never on darwin aarch64"),
     ],
 )
-def test_it_says_where_the_tests_have_run(system: str, machine: str, said: str) -> None:
+def test_it_says_which_machines_the_tests_have_run_on(
+    system: str, machine: str, expected: str
+) -> None:
     healthy_one = healthy()
     cpu = replace(healthy_one.hardware.cpu, machine=machine)
-    its = replace(healthy_one, hardware=replace(healthy_one.hardware, system=system, cpu=cpu))
-    (line,) = [line for line in str(its).splitlines() if line.startswith("Tested")]
-    assert line.startswith(said)
-    assert its.to_json()["tested"] in line
+    report = replace(healthy_one, hardware=replace(healthy_one.hardware, system=system, cpu=cpu))
+    (line,) = [line for line in str(report).splitlines() if line.startswith("Tested")]
+    assert line.startswith(expected)
+    assert report.to_json()["tested"] in line
 
 
 def test_the_text() -> None:
@@ -125,7 +135,7 @@ class _Cells(HTMLParser):
 
 def test_a_notebook_shows_a_table_of_the_same() -> None:
     report = healthy()
-    verdicts = (*report.runtime.verdicts, Verdict("new", False, "<b>&", code="cpu-flag"))
+    verdicts = (*report.runtime.verdicts, reject("new", "cpu-flag", "<b>&"))
     report = replace(report, runtime=replace(report.runtime, verdicts=verdicts))
     table = _Cells()
     table.feed(report._repr_html_())
@@ -161,16 +171,18 @@ def with_gpus(cuda: Verdict, *gpus: Gpu) -> doctor.Report:
     hardware = replace(
         report.hardware,
         torch=replace(report.hardware.torch, cuda="13.0"),
-        driver=Driver("13.2", gpus),
-        nvcc=Compiler("/cuda/bin/nvcc", "/cuda/bin/nvcc", "release 13.1, V13.1.80", "nvcc"),
+        driver=Probe(Driver("13.2", gpus)),
+        nvcc=Probe(with_release("13.1")),
     )
-    artifact = Artifact("cuda", "22222222" * 4, None, "cached", "bit-exact with ... on 1 GPU")
-    artifacts = {**report.runtime.artifacts, **({"cuda": artifact} if cuda.ok else {})}
-    loaded = replace(report.runtime, hardware=hardware, artifacts=artifacts).with_cuda(cuda)
+    library = cached("cuda", "22222222", "bit-exact with ... on 1 GPU")
+    libraries = {**report.runtime.libraries, **({"cuda": library} if cuda.ok else {})}
+    loaded = replace(report.runtime, hardware=hardware, libraries=libraries).with_cuda(cuda)
     return replace(report, runtime=loaded, hardware=hardware)
 
 
-CHOSEN = Verdict("cuda", True, "NVIDIA H100 80GB HBM3 (sm_90a)", "nvcc is of 13.1", status="chosen")
+CHOSEN = Verdict(
+    "cuda", "chosen", summary="NVIDIA H100 80GB HBM3 (sm_90a)", advice="nvcc is of 13.1"
+)
 
 
 def test_gpus_are_shown() -> None:
@@ -197,7 +209,7 @@ def test_gpus_are_shown() -> None:
 
 
 def test_no_gpu_is_shown() -> None:
-    none = with_gpus(Verdict("cuda", False, "no GPU", code="no-gpu"))
+    none = with_gpus(reject("cuda", "no-gpu", "no GPU"))
     assert "  the NVIDIA driver shows this process no GPU" in str(none).splitlines()
 
 
@@ -213,7 +225,7 @@ def test_no_gpu_is_shown() -> None:
     ],
 )
 def test_exit_codes_beside_a_gpu(code: str, exit_code: int) -> None:
-    report = with_gpus(Verdict("cuda", False, "the reason", "the fix", code), H100)
+    report = with_gpus(reject("cuda", code, "the reason", "the fix"), H100)
     assert report.exit_code == exit_code
     assert report.to_json()["gpu"]["problem"] == ("the reason (the fix)" if exit_code else "")
     if exit_code == doctor.FALLBACK:
@@ -221,14 +233,14 @@ def test_exit_codes_beside_a_gpu(code: str, exit_code: int) -> None:
 
 
 def test_cuda_is_run_where_its_kernels_are_in_use() -> None:
-    assert doctor._cuda_devices(with_gpus(CHOSEN, OLD, H100).runtime) == ["cuda:1"]
-    off = Verdict("cuda", False, "BITLINEAR_CUDA=off", code="forced-off")
-    assert doctor._cuda_devices(with_gpus(off, OLD, H100).runtime) == []
+    assert with_gpus(CHOSEN, OLD, H100).runtime.cuda_devices == (1,)
+    off = reject("cuda", "forced-off", "BITLINEAR_CUDA=off")
+    assert with_gpus(off, OLD, H100).runtime.cuda_devices == ()
 
 
-def rejected(code: str) -> doctor.Report:
+def beside_rejected(code: str) -> doctor.Report:
     report = healthy()
-    verdict = Verdict("avx512_vnni", False, "reason", "fix", code)
+    verdict = reject("avx512_vnni", code, "reason", "fix")
     verdicts = (verdict, *report.runtime.verdicts)
     return replace(report, runtime=replace(report.runtime, verdicts=verdicts))
 
@@ -242,14 +254,14 @@ def with_cache(**changes: bool) -> doctor.Report:
 def test_exit_codes() -> None:
     report = healthy()
     assert report.exit_code == doctor.OK == 0
-    assert rejected("cpu-flag").exit_code == doctor.OK
+    assert beside_rejected("cpu-flag").exit_code == doctor.OK
     for code in ("compile-failed", "illegal-instruction", "no-compiler"):
-        assert rejected(code).exit_code == doctor.FALLBACK == 1
+        assert beside_rejected(code).exit_code == doctor.FALLBACK == 1
     assert with_cache(temporary=True).exit_code == doctor.FALLBACK
     fallback = replace(report, runtime=replace(report.runtime, kernel=None, problem="no compiler"))
     assert fallback.exit_code == doctor.FALLBACK
     assert str(fallback).endswith("the slow reference implementation runs: no compiler")
-    assert rejected("self-test-failed").exit_code == doctor.BROKEN == 2
+    assert beside_rejected("self-test-failed").exit_code == doctor.BROKEN == 2
     assert with_cache(unsafe=True).exit_code == doctor.BROKEN
     assert replace(report, operator="1 of 111 results differ").exit_code == doctor.BROKEN
 
@@ -303,10 +315,10 @@ def test_verbose_json_has_what_the_verbose_text_has(warm: Path) -> None:
     assert data["environment"]["MAX_JOBS"] == "7"
     assert set(data["builds"]) >= {"ops", data["kernel"]}
     assert any("-ffp-contract=off" in line for line in data["builds"]["ops"])
-    assert "builds" not in json.loads(run("--json", BITLINEAR_CACHE_DIR=str(warm)).stdout)
+    assert not {"builds", "environment"} & healthy().to_json().keys()
 
 
-@pytest.mark.parametrize("variable", ["BITLINEAR_KERNEL", "BITLINEAR_BUILD", "BITLINEAR_CUDA"])
+@pytest.mark.parametrize("variable", ["BITLINEAR_KERNEL", "BITLINEAR_BUILD"])
 def test_a_setting_that_means_nothing_is_one_line(warm: Path, variable: str) -> None:
     done = run(BITLINEAR_CACHE_DIR=str(warm), **{variable: "nonsense"})
     assert (done.returncode, done.stdout) == (2, "")
@@ -350,7 +362,7 @@ def test_rebuilding_forgets_and_compiles(warm: Path) -> None:
     """A recorded failure of the operator is what a user wants to be rid of."""
     (recorded,) = (warm / "ops").glob("*/meta.json")
     meta = json.loads(recorded.read_text())
-    meta["result"].update(code="compile-failed", reason="some header was missing", self_test="")
+    meta["rejection"] = {"code": "compile-failed", "reason": "some header was missing", "fix": ""}
     recorded.write_text(json.dumps(meta))
     done = run(BITLINEAR_CACHE_DIR=str(warm))
     assert done.returncode == 1
@@ -365,14 +377,15 @@ def test_rebuilding_forgets_and_compiles(warm: Path) -> None:
 
 def test_a_degraded_import(tmp_path: Path) -> None:
     environment = {"BITLINEAR_CACHE_DIR": str(tmp_path / "c"), "PATH": "/nonexistent", "CXX": ""}
-    done = run(**environment)
+    done = run("--json", **environment)
     assert done.returncode == 1
-    assert "no C++ compiler" in done.stdout
-    assert "fix: install a C++ compiler" in done.stdout
-    assert "the slow reference implementation runs" in done.stdout
     assert "Traceback" not in done.stderr
-    data = json.loads(run("--json", **environment).stdout)
-    assert {row["code"] for row in data["kernels"] if row["variant"] == "scalar"} == {"no-compiler"}
+    data = json.loads(done.stdout)
+    assert data["kernel"] is None
+    assert data["problem"].startswith("no C++ compiler: ")
+    (scalar,) = [row for row in data["kernels"] if row["variant"] == "scalar"]
+    assert scalar["code"] == "no-compiler"
+    assert scalar["fix"].startswith("install a C++ compiler")
     assert data["toolchain"]["compiler"]["found"] is None
 
 
@@ -411,3 +424,63 @@ assert report._repr_html_().startswith("<table>")
     )
     assert done.returncode == 0, done.stderr
     assert "Kernels" in done.stdout
+
+
+# --- Another project of the same name ------------------------------------------------------------
+
+
+def distribution(tmp_path: Path, summary: str, *files: str) -> None:
+    """Install the metadata of a distribution into a directory."""
+    info = tmp_path / "bitlinear-2.4.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: bitlinear\nVersion: 2.4.5\n{summary}\n"
+    )
+    (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+
+
+OURS = f"Summary: {installation.SUMMARY}, compiled on first import"
+
+
+@pytest.mark.parametrize(
+    ("summary", "files", "foreign"),
+    [
+        ("Summary: Another library", ("bitlinear/__init__.py",), "bitlinear 2.4.5"),
+        ("", (), "bitlinear 2.4.5"),
+        (OURS, ("__editable__.bitlinear.pth",), ""),
+        ("Summary: A fork", ("bitlinear/report.py", "{here}"), ""),
+    ],
+)
+def test_another_projects_distribution_is_named(
+    summary: str,
+    files: tuple[str, ...],
+    foreign: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = os.path.relpath(str(bitlinear.__file__), tmp_path)
+    distribution(tmp_path, summary, *(file.format(here=here) for file in files))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert installation.foreign_distribution() == foreign
+
+
+def test_no_distribution_is_no_other_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> object:
+        raise installation.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(installation.metadata, "distribution", missing)
+    assert installation.foreign_distribution() == ""
+
+
+def test_the_description_of_this_project_is_known() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'description = "{installation.SUMMARY}' in pyproject
+
+
+def test_another_project_is_one_line_with_a_fix() -> None:
+    report = replace(healthy(), foreign="bitlinear 2.4.5")
+    (line,) = [line for line in str(report).splitlines() if line.startswith("Package")]
+    assert "another project, bitlinear 2.4.5, is installed under this name; fix: pip" in line
+    assert report.to_json()["foreign_distribution"] == "bitlinear 2.4.5"
+    assert report.exit_code == doctor.OK
+    assert "Package" not in str(healthy())

@@ -1,8 +1,8 @@
-"""The child process of ``build.py``: compile one library, load it, let it test itself.
+"""The child process of ``build.py``: compile one library, load it, run its self-test.
 
-It is started by path and never imported, and imports only the standard library and torch, so that
-a crash here (an illegal instruction, say) is a result and not the end of the user's program. How
-far it came is in ``result.json`` at every moment: the parent reads it after whatever end.
+It is started by path and never imported, so a crash here (an illegal instruction, say) is a result
+and not the end of the user's program. It imports only the standard library and torch. It keeps
+its progress in ``result.json``, which the parent reads after any end.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 RESULT = "result.json"
 _PR_SET_PDEATHSIG = 1
-_DEVICE_FAILED = 2  # what bitlinear_cuda_selftest returns if the CUDA runtime fails
+_DEVICE_FAILED = 2  # bitlinear_cuda_selftest returns it if the CUDA runtime fails
 
 
 def main(spec_path: str) -> None:
-    """Build what the file says; exit with 1 if that fails."""
+    """Build the library that the file describes; exit with 1 if that fails."""
     spec: dict[str, Any] = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     _end_with_parent(spec["parent"])
     result = Path(spec["build_directory"], RESULT)
@@ -48,7 +48,7 @@ def main(spec_path: str) -> None:
             stage = "device"
         elif stage == "compile" and library.exists():
             stage = "load"  # cpp_extension.load links and loads in one call
-            error = error.__cause__ or error  # torch only names the file; the linker says why
+            error = error.__cause__ or error  # the loader says why; torch only names the file
         kind = "" if isinstance(error, _SelfTestError) else f"{type(error).__name__}: "
         report(stage, error=f"{kind}{error}")
         sys.exit(1)
@@ -56,11 +56,11 @@ def main(spec_path: str) -> None:
 
 
 class _SelfTestError(Exception):
-    """The library works, but not as it should."""
+    """The self-test found a wrong result."""
 
 
 class _DeviceError(_SelfTestError):
-    """A GPU could not be used, which says nothing about the library."""
+    """The self-test could not use a GPU; the library may be right."""
 
 
 def _compile(cpp_extension: Any, spec: dict[str, Any]) -> None:
@@ -72,24 +72,24 @@ def _compile(cpp_extension: Any, spec: dict[str, Any]) -> None:
         extra_ldflags=[*spec["ldflags"], *_shared_libstdcxx()],
         build_directory=spec["build_directory"],
         is_python_module=False,
-        verbose=True,  # into the parent's log
+        verbose=True,  # the parent writes it into the log
     )
 
 
 def _shared_libstdcxx() -> list[str]:
-    """The flag that links to the libstdc++ that torch uses; none where the compiler has none."""
-    # Where libstdc++.so is missing or a dangling link, the linker takes libstdc++.a and says
-    # nothing. Two copies in one process crash: formatting a number for an exception is enough.
+    """The flag that links to the libstdc++ of torch; none if the compiler has no such file."""
+    # If libstdc++.so is missing or a dangling link, the linker silently takes libstdc++.a. Two
+    # copies in one process crash: formatting a number for an exception is enough.
     if not sys.platform.startswith("linux"):
         return []
     name = "libstdc++.so.6"
     path = subprocess.run(
         [os.environ["CXX"], f"-print-file-name={name}"],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # the log is for what stops a build
+        stderr=subprocess.DEVNULL,  # the log holds errors that stop a build
         check=False,
     ).stdout
-    # By name: the path may have something to quote. A compiler that finds no file repeats the name.
+    # By name, because the path may need quotes. A compiler that finds no file repeats the name.
     return [f"-l:{name}"] if os.path.isabs(path) else []
 
 
@@ -111,8 +111,8 @@ def _run_self_test(function: Any, *device: int) -> None:
     result = function(*device, message, len(message))
     if result != 0:
         kind = _DeviceError if device and result == _DEVICE_FAILED else _SelfTestError
-        where = f"GPU {device[0]}: " if device else ""
-        raise kind(where + (message.value.decode("utf-8", "replace") or "no message"))
+        prefix = f"GPU {device[0]}: " if device else ""
+        raise kind(prefix + (message.value.decode("utf-8", "replace") or "no message"))
 
 
 def _test_operator(path: str, devices: list[int]) -> str:
@@ -129,10 +129,10 @@ _SELF_TESTS = {"kernels": _test_kernels, "operator": _test_operator, "cuda": _te
 
 
 def _end_with_parent(parent: int) -> None:
-    """Stop compiling when the parent is killed: nobody waits for it, and it would slow the next."""
+    """Stop compiling when the parent is killed: the result has no reader."""
 
     def forward(signum: int, frame: object) -> None:
-        # ninja puts each compiler into a group of its own, so only ninja can end those.
+        # ninja puts each compiler into a process group of its own, so only ninja can end it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.killpg(0, signal.SIGTERM)
 

@@ -1,7 +1,7 @@
-"""For which GPU architectures to compile the CUDA kernels. Pure, like ``verdicts``, which asks it.
+"""The GPU architectures to compile the CUDA kernels for. Pure, like ``verdicts``, which uses it.
 
-An architecture is written as nvcc writes it: ``sm_90a`` is machine code for one, ``compute_90`` is
-PTX, which the driver translates for that one or any later one.
+An architecture is written as nvcc writes it: ``sm_90a`` is machine code for one architecture,
+``compute_90`` is PTX, which the driver translates for that architecture or any later one.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .rejection import Rejection
+
 if TYPE_CHECKING:
-    from .hardware import Gpu, Hardware
+    from .gpus import Gpu
+    from .hardware import Hardware
 
 Version = tuple[int, int]
 
 _OLDEST: Version = (6, 1)  # the first with the dot product of bytes (dp4a)
 
-# From which CUDA release on, the oldest and the newest capability that nvcc compiles for.
+# Since a CUDA release: the oldest and the newest capability that its nvcc compiles for.
 _SPANS: tuple[tuple[Version, Version, Version], ...] = (
     ((11, 0), (3, 5), (8, 0)),
-    ((11, 8), (3, 5), (8, 9)),  # it knows 9.0, but not its matrix instructions
+    ((11, 8), (3, 5), (8, 9)),  # knows 9.0, but not its matrix instructions
     ((12, 0), (5, 0), (9, 0)),
     ((12, 8), (5, 0), (12, 0)),
     ((12, 9), (5, 0), (12, 1)),
@@ -35,15 +38,13 @@ class Target:
 
     Attributes:
         gpu: The GPU.
-        architecture: Empty if there is none.
-        reason: Why there is none.
-        fix: One line on how to mend that, empty where nothing can be done.
+        architecture: As nvcc spells it; empty if nothing can be compiled for this GPU.
+        rejection: Why nothing can be compiled for it.
     """
 
     gpu: Gpu
     architecture: str = ""
-    reason: str = ""
-    fix: str = ""
+    rejection: Rejection | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class _Architecture:
 
 
 def version(text: str) -> Version:
-    """Major and minor of ``"13.0"``."""
+    """Parse major and minor of ``"13.0"``."""
     major, minor = text.split(".")[:2]
     return int(major), int(minor)
 
@@ -71,59 +72,63 @@ def version(text: str) -> Version:
 def toolkit(hardware: Hardware) -> str:
     """The CUDA release that kernels are compiled with, such as ``"13.0"``; empty without CUDA.
 
-    Where nvcc is missing or does not fit, it is that of torch: somebody else may have compiled.
+    If nvcc is missing or does not fit, it is the release of torch: another machine may have
+    compiled the kernels.
     """
-    torch, nvcc = hardware.torch.cuda or "", hardware.nvcc
+    torch, nvcc = hardware.torch.cuda or "", hardware.nvcc.value
     if torch and nvcc and nvcc.release and version(nvcc.release)[0] == version(torch)[0]:
         return nvcc.release
     return torch
 
 
-def targets(hardware: Hardware, listed: str = "") -> list[Target]:
-    """What to compile for each GPU that torch can see.
+def targets(hardware: Hardware, arch_list: str = "") -> list[Target]:
+    """Choose the architecture to compile for each GPU that torch can see.
 
     Args:
         hardware: The machine.
-        listed: ``TORCH_CUDA_ARCH_LIST``: what may be compiled, as torch spells it
-            (``"8.0;8.6+PTX"``); each GPU gets the best of it. Empty or ``"native"``: whatever the
-            toolkit can compile for.
+        arch_list: ``TORCH_CUDA_ARCH_LIST``: the architectures that may be compiled, as torch spells
+            them (``"8.0;8.6+PTX"``). Each GPU gets the best of them. Empty or ``"native"``: any
+            that the toolkit knows.
     """
-    cuda = toolkit(hardware)
-    if hardware.driver is None or not cuda:
+    cuda, driver = toolkit(hardware), hardware.driver.value
+    if driver is None or not cuda:
         return []
-    return [_target(gpu, cuda, listed) for gpu in hardware.driver.gpus]
+    return [_target(gpu, cuda, arch_list) for gpu in driver.gpus]
 
 
-def _target(gpu: Gpu, cuda: str, listed: str) -> Target:
+def _target(gpu: Gpu, cuda: str, arch_list: str) -> Target:
     capability = "{}.{}".format(*gpu.capability)
     if gpu.capability < _OLDEST:
-        return Target(gpu, reason="requires compute capability {}.{} or newer".format(*_OLDEST))
-    if listed.lower() in ("", "native"):
+        reason = "requires compute capability {}.{} or newer".format(*_OLDEST)
+        return Target(gpu, rejection=Rejection("no-gpu", reason))
+    if arch_list.lower() in ("", "native"):
         candidates = [_newest(gpu.capability, cuda)]
         reason = f"CUDA {cuda} no longer compiles for compute capability {capability}"
         fix = "install an older CUDA toolkit, and a torch that is built for it"
     else:
-        candidates = list(_parse(listed))
-        reason = f"TORCH_CUDA_ARCH_LIST={listed!r} has nothing for compute capability {capability}"
+        candidates = list(_parse(arch_list))
+        reason = (
+            f"TORCH_CUDA_ARCH_LIST={arch_list!r} has nothing for compute capability {capability}"
+        )
         fix = f"add {capability} to TORCH_CUDA_ARCH_LIST, or unset it"
     usable = [candidate for candidate in candidates if candidate.runs_on(gpu.capability)]
     if not usable:
-        return Target(gpu, reason=reason, fix=fix)
+        return Target(gpu, rejection=Rejection("cuda-mismatch", reason, fix))
     best = max(usable, key=lambda candidate: (not candidate.ptx, candidate.capability))
     return Target(gpu, str(best))
 
 
 def _newest(capability: Version, cuda: str) -> _Architecture:
-    """For a GPU that is newer than the toolkit: PTX of the newest that the toolkit knows."""
+    # A GPU newer than the toolkit gets PTX of the newest architecture that the toolkit knows.
     rows = [row for row in _SPANS if row[0] <= version(cuda)]
     _, oldest, newest = rows[-1] if rows else _SPANS[0]
     inside = oldest <= capability <= newest
     return _Architecture(capability) if inside else _Architecture(newest, ptx=True)
 
 
-def _parse(listed: str) -> Iterator[_Architecture]:
-    """What is understood of a list; names such as "Ampere" are not."""
-    for name in re.split(r"[;,\s]+", listed):
+def _parse(arch_list: str) -> Iterator[_Architecture]:
+    # Names such as "Ampere" are skipped.
+    for name in re.split(r"[;,\s]+", arch_list):
         match = re.fullmatch(r"(\d+)\.(\d+)[af]?(\+PTX)?", name)
         if match:
             capability = int(match.group(1)), int(match.group(2))

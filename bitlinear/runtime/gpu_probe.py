@@ -1,8 +1,8 @@
-"""The child process of ``hardware.py``: ask the NVIDIA driver which GPUs this environment shows.
+"""The child process of ``gpus.py``: ask the NVIDIA driver which GPUs this environment shows.
 
-The driver cannot be used after a fork by whoever has initialised it, so it is never asked in the
-user's process. Started by path, with the standard library alone; prints one JSON object: what was
-found, or the reason why nothing was.
+A process that has initialised the driver cannot use it in a fork, so the user's process never asks.
+This file is started by path, with the standard library alone. It prints one JSON object: the driver
+and its GPUs, or the reason why there is none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _DriverError(Exception):
 
 
 def main() -> dict[str, Any]:
-    """The newest CUDA that the driver runs, and the GPUs in the order that CUDA numbers them."""
+    """Return the newest CUDA that the driver runs, and the GPUs in the order of CUDA's numbers."""
     cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
     def call(name: str, *arguments: Any) -> None:

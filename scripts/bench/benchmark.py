@@ -171,7 +171,7 @@ def _measure_peaks(setup: Setup, kernels: Sequence[str], results: Record) -> dic
         results["peaks"] = [records.peaks_record(measured)]
         return dict.fromkeys(setup.threads, measured)
     loops = {}
-    compiler = runtime.current().hardware.compiler
+    compiler = runtime.current().hardware.compiler.value
     for variant in sorted(VARIANTS, key=lambda variant: -variant.priority):
         if variant.name in kernels:
             try:

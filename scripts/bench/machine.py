@@ -14,7 +14,7 @@ import torch
 
 import bitlinear
 from bitlinear.kernels import VARIANTS
-from bitlinear.runtime.build import available_cpus
+from bitlinear.runtime.build_environment import available_cpus
 from bitlinear.runtime.hardware import Hardware
 
 # Other layers use these flags, and our kernels do not need them.
@@ -64,8 +64,9 @@ _INSTRUCTIONS = {
 def describe(hardware: Hardware, device: str) -> dict[str, Any]:
     """Return the machine's properties, those that it tells; ``name`` is for people."""
     cpu = hardware.cpu
-    flags = cpu.flags or frozenset()
+    flags = cpu.flags.value or frozenset()
     relevant = _FLAGS_OF_OTHERS.union(*(variant.requires for variant in VARIANTS))
+    compiler = hardware.compiler.value
     machine = {
         "name": cpu_name(cpu.brand, flags, cpu.vendor, cpu.family, cpu.model),
         "cpu": cpu.brand,
@@ -78,7 +79,7 @@ def describe(hardware: Hardware, device: str) -> dict[str, Any]:
         "caches": _caches(),
         "os": f"{platform.system()} {platform.release()}",
         "libc": hardware.libc,
-        "compiler": hardware.compiler.version if hardware.compiler else None,
+        "compiler": compiler.version if compiler else None,
     }
     if device == "cuda":
         machine["gpu"] = gpu()

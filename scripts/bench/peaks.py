@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from bitlinear.kernels import Variant
-from bitlinear.runtime.hardware import Compiler
+from bitlinear.runtime.toolchain import Compiler
 from scripts.bench import cuda_timing, timing
 
 SOURCE = Path(__file__).with_name("peaks.cpp")

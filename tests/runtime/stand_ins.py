@@ -1,7 +1,7 @@
-"""Small libraries in the place of the real kernels, and compilers that misbehave.
+"""Small libraries in the place of the real kernels, a driver, and compilers that misbehave.
 
-They go the same way as the real ones, with the real compiler, ninja and child process, in a tenth
-of the time. A stand-in kernel's table is one number; the stand-in operator tells what it was given.
+The real compiler, ninja and child process build them, in a tenth of the time of the real kernels.
+The table of a stand-in kernel is one number. The stand-in operator returns the number it was given.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import bitlinear
 from bitlinear import runtime
 from bitlinear.kernels import CudaLibrary, Library, Variant
+from bitlinear.runtime import cpu
+from bitlinear.runtime.system import ProbeError
 
 # What a self-test does, by name.
 SELF_TESTS = {
@@ -77,7 +83,7 @@ class StandIns:
         return runtime.load(self.variants, self.operator, self.directory, self.cuda)
 
     def write(self, target: Path) -> Path:
-        """For `run`, which reads it in another process."""
+        """Describe the libraries in a file, for `start`."""
         rows = [{**asdict(v), "requires": sorted(v.requires)} for v in self.variants]
         data = {
             "directory": str(self.directory),
@@ -164,7 +170,7 @@ int cuGetErrorString(int, const char** text) { *text = "unknown error"; return 0
 def libcuda(directory: Path) -> Path:
     """A driver in a directory for LD_LIBRARY_PATH; it knows CUDA 13.2.
 
-    Its GPUs are those of $STAND_IN_GPUS, such as "NVIDIA H100:9.0;", and cuInit returns
+    $STAND_IN_GPUS lists its GPUs, such as "NVIDIA H100:9.0;". cuInit returns
     $STAND_IN_INIT, or aborts if that is negative.
     """
     (directory / "libcuda.cpp").write_text(_LIBCUDA, encoding="utf-8")
@@ -208,7 +214,7 @@ def compilations(directory: Path) -> list[str]:
 
 _RUN = """
 import json, os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell's "&" started us
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
 build = os.environ.pop("BITLINEAR_BUILD", None)
 os.environ["BITLINEAR_BUILD"] = "off"  # the import itself is not what is looked at
 from bitlinear import runtime
@@ -221,12 +227,13 @@ loaded = runtime.load(
     __import__("pathlib").Path(data["directory"]),
 )
 print(json.dumps({"kernel": loaded.kernel, "problem": loaded.problem,
-                  "states": {name: a.state for name, a in loaded.artifacts.items()}}))
+                  "states": {name: probe.value.state if probe.value else "failed"
+                             for name, probe in loaded.libraries.items()}}))
 """
 
 
 def start(file: Path, **environment: str) -> subprocess.Popen[str]:
-    """Load what `StandIns.write` wrote in a process of its own, that leads a session of its own."""
+    """Load the libraries that `StandIns.write` described, in a new process and session."""
     return subprocess.Popen(
         [sys.executable, "-c", _RUN, str(file)],
         env={**os.environ, "BITLINEAR_CUDA": "off", **environment},
@@ -238,8 +245,40 @@ def start(file: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 120.0) -> tuple[dict[str, Any], str]:
-    """What such a process loaded, and what it wrote to stderr."""
+    """Wait for such a process; its result and its stderr."""
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == 0, err
     result: dict[str, Any] = json.loads(out)
     return result, err
+
+
+ROOT = Path(bitlinear.__file__).parents[1]
+
+
+def _no_answer() -> str:
+    raise ProbeError("not asked in this test")
+
+
+def forget_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go on as in a process that has loaded nothing yet."""
+    monkeypatch.setattr(runtime, "_process", runtime._Process())
+    monkeypatch.setattr(cpu, "_ask_py_cpuinfo", _no_answer)  # it takes more than a second
+
+
+def states(loaded: runtime.Runtime) -> dict[str, str]:
+    """The result of each library: "cached", "built" or "failed"."""
+    results = {name: probe.value for name, probe in loaded.libraries.items()}
+    return {name: artifact.state if artifact else "failed" for name, artifact in results.items()}
+
+
+def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that imports the real package."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        cwd=tempfile.gettempdir(),  # -c looks for packages there first
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )

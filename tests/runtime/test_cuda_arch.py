@@ -6,20 +6,19 @@ import pytest
 
 from bitlinear.kernels import CUDA, CudaLibrary
 from bitlinear.runtime.cuda_arch import targets, toolkit
-from bitlinear.runtime.hardware import Driver, Gpu
-from tests.runtime.cpu_texts import read_cpu
-from tests.runtime.test_verdicts import machine
+from bitlinear.runtime.gpus import Driver, Gpu
+from tests.runtime.machines import machine, read_cpu
 
 
 def compiled(capabilities: str, nvcc: str, listed: str = "") -> str:
-    """The architectures for GPUs of these capabilities, "-" where there is none."""
+    """The architectures for GPUs of these capabilities, "-" for none."""
     pairs = (map(int, text.split(".")) for text in capabilities.split())
     gpus = tuple(Gpu("a GPU", (major, minor), 1) for major, minor in pairs)
     hardware = machine(read_cpu("zen4"), nvcc, Driver(nvcc, gpus), nvcc)
     found = targets(hardware, listed)
     assert [target.gpu for target in found] == list(gpus)
     for target in found:
-        assert bool(target.architecture) != bool(target.reason)
+        assert bool(target.architecture) != bool(target.rejection)
     return " ".join(target.architecture or "-" for target in found)
 
 

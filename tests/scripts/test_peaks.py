@@ -32,7 +32,7 @@ def test_the_bound_is_the_longer_of_reading_and_multiplying():
 @pytest.fixture(scope="module")
 def loops():
     """``peaks.cpp`` with the flags of the kernel that runs here."""
-    compiler = runtime.current().hardware.compiler
+    compiler = runtime.current().hardware.compiler.value
     if compiler is None:
         pytest.skip("no compiler")
     variant = next(v for v in VARIANTS if v.name == runtime.current().kernel)
@@ -57,7 +57,7 @@ def test_peaks_are_measured_for_every_size_and_kernel(loops, monkeypatch):
 
 
 def test_loops_that_cannot_be_compiled_give_the_reason():
-    compiler = runtime.current().hardware.compiler
+    compiler = runtime.current().hardware.compiler.value
     if compiler is None:
         pytest.skip("no compiler")
     variant = VARIANTS[-1]

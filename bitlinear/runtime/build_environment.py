@@ -1,0 +1,127 @@
+"""The surroundings of a build: a directory with a plain name, and the child's environment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .cache_directory import why_unusable
+from .hardware import Hardware
+
+COMPILER_WRAPPER = "bitlinear-c++"
+
+_GIB = 1 << 30
+
+
+def plain_directory(staging: Path) -> Path:
+    """Make a private directory whose path needs no quotes, inside ``staging`` if possible.
+
+    Raises:
+        OSError: No directory will do.
+    """
+    problems = []
+    for parent in (str(staging), tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
+        if os.name == "posix" and not _is_plain(parent):
+            problems.append(f"{parent} has characters that ninja cannot read")
+        elif problem := why_unusable(Path(parent)):
+            problems.append(f"{parent} {problem}")
+        else:
+            return Path(tempfile.mkdtemp(prefix="bitlinear-", dir=parent))
+    raise OSError("; ".join(problems))
+
+
+def child_environment(hardware: Hardware, links: Path) -> dict[str, str]:
+    """Give the child the same Python, compiler, ninja and nvcc, all under plain names.
+
+    Args:
+        hardware: The machine.
+        links: A directory with a plain name, for links to paths that need quotes.
+    """
+    # The self-test must not depend on OMP_*, nor the build on another nvcc than the key names.
+    dropped = ("OMP_", "KMP_", "GOMP_", "PYTORCH_NVCC")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    environment.update(
+        PYTHONPATH=os.pathsep.join(_python_path(links)),
+        BITLINEAR_BUILD="off",  # a .pth file or sitecustomize could import this package
+        LC_ALL="C",  # the compiler's line goes into bug reports
+        PYTHONWARNINGS="ignore",  # warnings of torch's imports are no compiler's lines
+        TORCH_DONT_CHECK_COMPILER_ABI="1",  # torch 2.4 fails if CXX has arguments,
+        TORCH_NO_COMPILER_WRAPPER="1",  # and torch 2.13 takes them for a part of the name
+    )
+    environment.setdefault("MAX_JOBS", str(_max_jobs()))
+    if os.name == "posix":
+        tools = links / "bin"
+        tools.mkdir()
+        compiler = tools / COMPILER_WRAPPER
+        command = shlex.join(_compiler_command(hardware))
+        compiler.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
+        compiler.chmod(0o700)
+        if hardware.ninja.value is not None:
+            (tools / "ninja").symlink_to(os.path.abspath(hardware.ninja.value))
+        environment["CXX"] = environment["CC"] = str(compiler)  # CC: nvcc's host compiler
+        environment["PATH"] = os.pathsep.join([str(tools), os.environ.get("PATH", os.defpath)])
+    if hardware.nvcc.value is not None:
+        home = Path(os.path.abspath(hardware.nvcc.value.path)).parents[1]
+        environment["CUDA_HOME"] = _plain_path(str(home), links / "cuda")
+        environment["LIBRARY_PATH"] = _library_path(home, links / "lib")
+    return environment
+
+
+def available_cpus() -> int:
+    """Count the CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _is_plain(path: str) -> bool:
+    return re.fullmatch(r"[\w@%+=:,./-]*", path, re.ASCII) is not None
+
+
+def _plain_path(path: str, link: Path) -> str:
+    # The path itself, or a link to it if it needs quotes.
+    if os.name != "posix" or _is_plain(path.replace(os.pathsep, " ")):
+        return path
+    link.symlink_to(path)
+    return str(link)
+
+
+def _python_path(links: Path) -> Iterator[str]:
+    for number, entry in enumerate(map(os.path.abspath, sys.path)):
+        yield _plain_path(entry, links / f"path{number}")
+
+
+def _library_path(cuda_home: Path, directory: Path) -> str:
+    # NVIDIA's packages lack libcudart.so, the name that the linker looks for.
+    directory.mkdir()
+    runtime = min((cuda_home / "lib").glob("libcudart.so.*"), default=None)
+    if runtime is not None:
+        (directory / "libcudart.so").symlink_to(runtime)
+    return os.pathsep.join(filter(None, [str(directory), os.environ.get("LIBRARY_PATH")]))
+
+
+def _compiler_command(hardware: Hardware) -> list[str]:
+    compiler = hardware.compiler.value
+    if not (command := shlex.split(os.environ.get("CXX", ""))):
+        command = [compiler.path] if compiler else ["c++"]
+    if os.path.dirname(command[0]):  # relative to here, and not to the child's directory
+        command[0] = os.path.abspath(command[0])
+    return command
+
+
+def _max_jobs() -> int:
+    # One compiler for each CPU and each 2 GB of memory, at most 4.
+    limits = []
+    for file, pattern, unit in (
+        ("/proc/meminfo", r"MemAvailable:\s+(\d+)", 1024),
+        ("/sys/fs/cgroup/memory.max", r"(\d+)", 1),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", r"(\d+)", 1),
+    ):
+        with contextlib.suppress(OSError):
+            found = re.search(pattern, Path(file).read_text(encoding="ascii"))
+            limits += [int(found.group(1)) * unit] if found else []
+    return max(1, min(available_cpus(), min(limits, default=2 * _GIB) // (2 * _GIB), 4))

@@ -1,0 +1,131 @@
+"""The cache directory: the first candidate that is safe and can be written to."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class CacheDirectory:
+    """Where artifacts are written to and read from.
+
+    Attributes:
+        path: The directory for new artifacts; None: no candidate can be written to.
+        reason: Why it is not the first candidate; empty if it is.
+        temporary: Whether it vanishes when this process ends.
+        unsafe: Whether a candidate was skipped because other users could put code into it.
+        readable: Every directory to look for artifacts in, best first, read-only ones included.
+        override_problem: Why BITLINEAR_CACHE_DIR is not even read; empty if it is, or is not set.
+    """
+
+    path: Path | None
+    reason: str = ""
+    temporary: bool = False
+    unsafe: bool = False
+    readable: tuple[Path, ...] = ()
+    override_problem: str = ""
+
+
+def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
+    """Open the first candidate that is safe and can be written to, and create it if needed.
+
+    The candidates are ``BITLINEAR_CACHE_DIR``, ``$XDG_CACHE_HOME/bitlinear`` and
+    ``~/.cache/bitlinear``.
+    """
+    path: Path | None = None
+    problems: list[str] = []
+    readable: list[Path] = []
+    unsafe = False
+    for candidate in _candidates(environ):
+        directory = Path(os.path.realpath(candidate))
+        problem = _create(candidate)
+        if not problem:
+            problem = why_unsafe(directory)
+            unsafe = unsafe or bool(problem)
+        if not problem:
+            readable.append(directory)
+            problem = why_unusable(directory)
+        if not problem:
+            path = directory
+            break
+        problems.append(f"{candidate} {problem}")
+    override = Path(os.path.realpath(next(_candidates(environ), Path())))
+    is_ignored = bool(environ.get("BITLINEAR_CACHE_DIR")) and override not in readable
+    return CacheDirectory(
+        path=path,
+        reason="; ".join(problems),
+        unsafe=unsafe,
+        readable=tuple(readable),
+        override_problem=problems[0] if is_ignored else "",
+    )
+
+
+def with_temporary(cache: CacheDirectory) -> CacheDirectory:
+    """Add a private temporary directory to a cache that cannot be written to."""
+    if cache.path is not None:
+        return cache
+    try:
+        path = Path(tempfile.mkdtemp(prefix="bitlinear-")).resolve()
+    except OSError as error:
+        return replace(cache, reason=f"{cache.reason}; {error}")
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a forked child
+            shutil.rmtree(path, ignore_errors=True)
+
+    atexit.register(remove)
+    if problem := why_unusable(path):
+        return replace(cache, reason=f"{cache.reason}; {path} {problem}")
+    return replace(cache, path=path, temporary=True, readable=(*cache.readable, path))
+
+
+def why_unsafe(directory: Path) -> str:
+    """Say why code in a directory cannot be trusted; empty if it can."""
+    if not hasattr(os, "geteuid"):
+        return ""
+    try:
+        status = directory.stat()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if status.st_uid != os.geteuid():
+        return f"belongs to user {status.st_uid}, not to user {os.geteuid()}"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"can be written to by others (mode {stat.S_IMODE(status.st_mode):04o})"
+    return ""
+
+
+def why_unusable(directory: Path) -> str:
+    """Say why nothing can be built in a directory; empty if something can."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        if hasattr(os, "statvfs") and os.statvfs(directory).f_flag & getattr(os, "ST_NOEXEC", 0):
+            return "is mounted noexec"
+    except OSError as error:
+        return f"cannot be written to ({error.strerror})"
+    return ""
+
+
+def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
+    if chosen := environ.get("BITLINEAR_CACHE_DIR"):
+        yield Path(os.path.abspath(os.path.expanduser(chosen)))
+    if os.path.isabs(xdg := environ.get("XDG_CACHE_HOME", "")):  # XDG: ignore a relative path
+        yield Path(xdg, "bitlinear")
+    if os.path.isabs(home := os.path.expanduser("~")):
+        yield Path(home, ".cache", "bitlinear")
+
+
+def _create(directory: Path) -> str:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        return f"cannot be created ({error.strerror})"
+    return ""

@@ -1,0 +1,285 @@
+"""The CPU of this machine, and which of its features every core has and the system enables."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import takewhile
+from typing import Any
+
+from .probe_cache import ProbeCache, decode_text, file_version
+from .rejection import Probe, rejected
+from .system import ProbeError, boot_id, command_output, file_text, has_interpreter
+
+Flags = frozenset[str]
+
+_MACHINES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
+_PROC_CPUINFO = "/proc/cpuinfo"
+
+# Lines of /proc/cpuinfo that stay the same from one read to the next, and tell CPUs apart.
+_STABLE = (
+    "vendor_id", "cpu family", "model", "model name", "stepping", "flags",
+    "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features",
+)  # fmt: skip
+
+# macOS's names: CPUID features under machdep.cpu, switches under hw.optional.
+_FROM_SYSCTL = {
+    "avx1.0": "avx", "avx1_0": "avx", "avx2_0": "avx2", "sse3": "pni", "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2", "avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni",
+    "advsimd": "asimd", "neon": "asimd", "feat_dotprod": "asimddp", "feat_i8mm": "i8mm",
+    "feat_bf16": "bf16", "feat_fp16": "asimdhp", "feat_fhm": "asimdfhm", "feat_rdm": "asimdrdm",
+    "feat_lse": "atomics", "feat_crc32": "crc32", "armv8_crc32": "crc32",
+    "armv8_1_atomics": "atomics", "armv8_2_fhm": "asimdfhm",
+}  # fmt: skip
+
+_PY_CPUINFO_SECONDS = 20.0  # it takes 1.2 s on an idle machine
+# The child gets the parent's search path, and not the directory that it is started in.
+_PY_CPUINFO = (
+    "import sys; sys.path[:] = sys.argv[1:]; import cpuinfo; print(cpuinfo.get_cpu_info_json())"
+)
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """A CPU as every one of its cores can be used.
+
+    Attributes:
+        machine: ``"x86_64"``, ``"aarch64"``, or the system's name for any other architecture.
+        brand: The name for people, such as ``"AMD EPYC 9R14"``.
+        vendor, family, model, stepping: As the system prints them; empty if it does not.
+        flags: Features in the spelling of Linux that the operating system has enabled on all cores.
+            A rejection means that they are unknown, which is not "has none".
+    """
+
+    machine: str
+    brand: str
+    vendor: str
+    family: str
+    model: str
+    stepping: str
+    flags: Probe[Flags]
+
+    @property
+    def identity(self) -> str:
+        """A short text for cache keys, equal on CPUs that compiled code cannot tell apart."""
+        flags = "unknown"
+        if self.flags.value is not None:
+            flags = hashlib.sha256(" ".join(sorted(self.flags.value)).encode()).hexdigest()[:12]
+        return "-".join((self.machine, self.vendor, self.family, self.model, self.stepping, flags))
+
+
+def probe_cpu(system: str, cache: ProbeCache) -> Cpu:
+    """Describe the CPU of this machine.
+
+    py-cpuinfo is the source of the flags, and it is reliable on Linux only:
+
+    - **Linux**: the flags of py-cpuinfo that ``/proc/cpuinfo`` lists for every core. py-cpuinfo
+      reads one core and adds the flags of CPUID, which a hypervisor or the kernel may not have
+      enabled. It takes more than a second, so it is asked once for each model of CPU and
+      its answer is remembered. ``/proc/cpuinfo`` alone serves if py-cpuinfo is missing, fails
+      or finds no flags, and if its answer could not be remembered (a read-only cache).
+    - **macOS**: ``sysctl`` alone. py-cpuinfo reads the same lines except ``hw.optional``, so it
+      finds no flags of Apple silicon, and spells the others as macOS does.
+    - **Windows** and others: unknown. py-cpuinfo reads CPUID there, which does not say which
+      features the system has enabled.
+
+    On x86, AVX-512 also needs the consent of torch (:func:`without_disabled_avx512`).
+    """
+    machine = _MACHINES.get(platform.machine().lower(), platform.machine())
+    if system == "linux":
+        cpu = _linux_cpu(machine, cache)
+    elif system == "darwin":
+        try:
+            # By its full path: /usr/sbin is often missing from the PATH of services.
+            text = command_output(
+                ["/usr/sbin/sysctl", "machdep.cpu", "hw.cpufamily", "hw.optional"]
+            )
+        except ProbeError as error:
+            return _unknown_cpu(machine, str(error))
+        cpu = parse_sysctl(text, machine)
+    else:
+        brand = os.environ.get("PROCESSOR_IDENTIFIER", "")
+        cpu = _unknown_cpu(machine, f"CPU flags are not determined on {system}", brand)
+    if cpu.flags.value is None:
+        return cpu
+    return replace(cpu, flags=Probe(without_disabled_avx512(cpu.flags.value)))
+
+
+def without_disabled_avx512(flags: Flags) -> Flags:
+    """Remove AVX-512 if torch found that its registers are not enabled (XGETBV).
+
+    A hypervisor can announce the instructions without enabling their registers, which Linux does
+    not notice. The detection of torch can fail as a whole, for example if a sandbox has no /sys,
+    and then it denies everything. So its "no" counts only beside a "yes" for AVX2.
+    """
+    from torch import cpu as torch_cpu
+
+    def supported(*names: str) -> bool | None:  # the second name is the one of torch 2.4
+        functions = (getattr(torch_cpu, name, None) for name in names)
+        function = next(filter(callable, functions), None)
+        try:
+            return bool(function()) if function is not None else None
+        except Exception:
+            return None
+
+    if any(flag.startswith("avx512") for flag in flags) and (
+        supported("_is_avx2_supported", "_is_cpu_support_avx2") is True
+        and supported("_is_avx512_supported", "_is_cpu_support_avx512") is False
+    ):
+        return frozenset(flag for flag in flags if not flag.startswith("avx512"))
+    return flags
+
+
+# --- Linux ---------------------------------------------------------------------------------------
+
+
+def _linux_cpu(machine: str, cache: ProbeCache) -> Cpu:
+    def describe() -> dict[str, str]:
+        with open(_PROC_CPUINFO, encoding="utf-8", errors="replace") as file:
+            return _encode(parse_proc_cpuinfo(file.read(), machine))
+
+    try:
+        # Reading the blocks of all cores is slow on large machines. One block, the boot and the set
+        # of active cores identify the answer.
+        with open(_PROC_CPUINFO, encoding="utf-8", errors="replace") as file:
+            block = list(takewhile(str.strip, file))
+        model = "".join(line for line in block if line.partition(":")[0].strip() in _STABLE)
+        boot = boot_id()
+        online = file_text("/sys/devices/system/cpu/online")
+        # Without the name of the boot, nothing says how long the answer holds.
+        per_boot = cache if boot else ProbeCache(None)
+        key = f"cpu {_digest(machine, boot, online, model)}"
+        cpu = per_boot.recall(key, describe, _decode)
+    except OSError as error:
+        return _unknown_cpu(machine, f"{_PROC_CPUINFO} cannot be read: {error}")
+    except ProbeError as error:
+        first = parse_proc_cpuinfo("".join(block), machine)
+        return replace(first, flags=rejected("cpu-flag", str(error)))
+    assert cpu.flags.value is not None  # or _encode had raised
+    return replace(cpu, flags=Probe(_confirmed(cpu.flags.value, _digest(machine, model), cache)))
+
+
+def _confirmed(listed: Flags, model: str, cache: ProbeCache) -> Flags:
+    """The flags of py-cpuinfo that Linux lists; all that Linux lists if it has no answer."""
+    try:
+        spec = importlib.util.find_spec("cpuinfo")
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.origin or not cache.keeps_answers or not has_interpreter():
+        return listed
+    key = f"py-cpuinfo {model} {spec.origin} {file_version(spec.origin)}"
+    try:
+        return listed & frozenset(cache.recall(key, _ask_py_cpuinfo, decode_text).split())
+    except ProbeError:
+        return listed
+
+
+def _ask_py_cpuinfo() -> str:
+    # In a child, so that a crash, a hang or an import that starts processes stays outside.
+    command = [sys.executable, "-I", "-c", _PY_CPUINFO, *sys.path]
+    output = command_output(command, timeout=_PY_CPUINFO_SECONDS)
+    try:
+        flags = " ".join(json.loads(output)["flags"])
+    except (ValueError, KeyError, TypeError):
+        flags = ""
+    if not flags:
+        raise ProbeError("py-cpuinfo finds no flags")
+    return flags
+
+
+def parse_proc_cpuinfo(text: str, machine: str) -> Cpu:
+    """Describe the CPU of the text of Linux's ``/proc/cpuinfo``.
+
+    The kernel lists a flag only if it has enabled the feature. Cores may differ (big.LITTLE, a
+    hypervisor's mix of hosts), and a thread may move between them, so only common flags count.
+    """
+    blocks = [dict(_fields(block)) for block in text.split("\n\n")]
+    listed = [b.get("flags", b.get("Features")) for b in blocks]
+    sets = [frozenset(flags.split()) for flags in listed if flags is not None]
+    flags = reduce(frozenset.intersection, sets) if sets else frozenset()
+
+    first, last = blocks[0], blocks[-1]
+    part, implementer = first.get("CPU part", ""), first.get("CPU implementer", "")
+    cores = dict.fromkeys(
+        f"{b.get('CPU implementer', '')} part {b['CPU part']}" for b in blocks if b.get("CPU part")
+    )
+    brands = (first.get("model name"), last.get("Model"), last.get("Hardware"))
+    revision = f"r{first.get('CPU variant', '')}p{first.get('CPU revision', '')}" if part else ""
+    return Cpu(
+        machine=machine,
+        brand=next(filter(None, brands), f"Arm {' and '.join(cores)}" if cores else "unknown"),
+        vendor=first.get("vendor_id", implementer),
+        family=first.get("cpu family", first.get("CPU architecture", "")),
+        model=first.get("model", part),
+        stepping=first.get("stepping", revision),
+        flags=_known(flags, "/proc/cpuinfo"),
+    )
+
+
+def _encode(cpu: Cpu) -> dict[str, str]:
+    if cpu.flags.value is None:
+        raise ProbeError(cpu.flags.reason)  # not remembered
+    return {**vars(cpu), "flags": " ".join(sorted(cpu.flags.value))}
+
+
+def _decode(values: dict[str, Any]) -> Cpu:
+    texts = {name: decode_text(value) for name, value in values.items()}
+    flags = frozenset(texts.pop("flags").split())
+    if not flags:
+        raise ValueError(f"no flags in {values!r}")
+    return Cpu(**texts, flags=Probe(flags))
+
+
+# --- macOS ---------------------------------------------------------------------------------------
+
+
+def parse_sysctl(text: str, machine: str) -> Cpu:
+    """Describe the CPU of the text of macOS's ``sysctl machdep.cpu hw.cpufamily hw.optional``."""
+    fields = dict(_fields(text))
+    names: list[str] = []
+    for group in ("features", "leaf7_features", "extfeatures"):
+        names += fields.get(f"machdep.cpu.{group}", "").lower().split()
+    flags = {_FROM_SYSCTL.get(name, name) for name in names}
+    denied = set()  # not enabled by the system, even if CPUID or another name of it says so
+    for key, value in fields.items():
+        if key.startswith("hw.optional."):
+            name = key.rpartition(".")[2].lower()
+            if value == "0":
+                denied.add(_FROM_SYSCTL.get(name, name))
+            elif machine == "aarch64" and name in _FROM_SYSCTL:
+                flags.add(_FROM_SYSCTL[name])
+    return Cpu(
+        machine=machine,
+        brand=fields.get("machdep.cpu.brand_string", "unknown"),
+        vendor=fields.get("machdep.cpu.vendor", "Apple" if machine == "aarch64" else ""),
+        family=fields.get("machdep.cpu.family", fields.get("hw.cpufamily", "")),
+        model=fields.get("machdep.cpu.model", ""),
+        stepping=fields.get("machdep.cpu.stepping", ""),
+        flags=_known(frozenset(flags - denied), "sysctl"),
+    )
+
+
+# --- Helpers -------------------------------------------------------------------------------------
+
+
+def _known(flags: Flags, source: str) -> Probe[Flags]:
+    return Probe(flags) if flags else rejected("cpu-flag", f"{source} lists no flags")
+
+
+def _unknown_cpu(machine: str, reason: str, brand: str = "") -> Cpu:
+    return Cpu(machine, brand, "", "", "", "", rejected("cpu-flag", reason))
+
+
+def _fields(text: str) -> list[tuple[str, str]]:
+    pairs = (line.partition(":") for line in text.splitlines())
+    return [(key.strip(), value.strip()) for key, colon, value in pairs if colon]
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -1,0 +1,254 @@
+"""From a choice to loaded kernels: choose, provide, load, and choose again if that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from ..kernels import CudaLibrary, Library, Variant
+from .artifacts import Artifact
+from .build_lock import build_lock
+from .cache_directory import CacheDirectory, with_temporary
+from .cuda_arch import targets
+from .hardware import Hardware
+from .loader import Loader
+from .progress import announce
+from .provider import LibraryProvider, build_obstacle
+from .rejection import Probe, Rejection
+from .settings import Settings
+from .verdicts import Verdict, select
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What this process computes with, and why.
+
+    Attributes:
+        kernel: The CPU variant in use; None: the reference implementation.
+        verdicts: One for each variant by priority, then one for CUDA.
+        cache: Where compiled libraries lie.
+        libraries: The artifact or the rejection of each library that was looked up, by name.
+        problem: Why the reference implementation is in use, in one line; empty if it is not.
+        hardware: The machine.
+        arch_list: ``TORCH_CUDA_ARCH_LIST``, as it was when the choice was made.
+    """
+
+    kernel: str | None
+    verdicts: tuple[Verdict, ...]
+    cache: CacheDirectory
+    libraries: Mapping[str, Probe[Artifact]]
+    problem: str
+    hardware: Hardware
+    arch_list: str = ""
+
+    @property
+    def artifacts(self) -> dict[str, Artifact]:
+        """The libraries that are available, by name."""
+        found = {name: probe.value for name, probe in self.libraries.items()}
+        return {name: artifact for name, artifact in found.items() if artifact is not None}
+
+    @property
+    def cuda(self) -> Verdict:
+        """The verdict on the CUDA kernels."""
+        return self.verdicts[-1]
+
+    @property
+    def cuda_problem(self) -> str:
+        """Why CUDA tensors take the reference implementation, in one line.
+
+        Empty if they do not, if there can be no CUDA tensors, or if the user asked for it.
+        """
+        rejection = self.cuda.rejection
+        if rejection is None or not self.hardware.torch.cuda:
+            return ""
+        return "" if rejection.code in ("no-gpu", "forced-off") else rejection.line
+
+    @property
+    def cuda_devices(self) -> tuple[int, ...]:
+        """The numbers of the GPUs that run the CUDA kernels."""
+        if self.cuda.status != "chosen":
+            return ()
+        judged = targets(self.hardware, self.arch_list)
+        return tuple(number for number, target in enumerate(judged) if target.architecture)
+
+    def with_cuda(self, verdict: Verdict) -> Runtime:
+        """Replace the verdict on the CUDA kernels."""
+        return replace(self, verdicts=(*self.verdicts[:-1], verdict))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to choose from, and for which machine.
+
+    Attributes:
+        hardware: The machine.
+        settings: The user's wishes.
+        variants: The CPU kernels to choose from.
+        operator: The library that defines the operator.
+        cuda: The library of the kernels for GPUs.
+        directory: Where the sources of all of them lie.
+        cuda_verdict: The verdict on the CUDA kernels, once it is final.
+    """
+
+    hardware: Hardware
+    settings: Settings
+    variants: tuple[Variant, ...]
+    operator: Library
+    cuda: CudaLibrary
+    directory: Path
+    cuda_verdict: Verdict | None = None
+
+    def select(self, rejected: Mapping[str, Rejection] = MappingProxyType({})) -> list[Verdict]:
+        """Judge the variants; ``rejected`` holds those that failed on this machine.
+
+        Raises:
+            ValueError: ``BITLINEAR_KERNEL`` names no variant that this CPU can run.
+        """
+        *verdicts, cuda = select(
+            self.hardware,
+            self.variants,
+            forced=self.settings.kernel,
+            rejected=rejected,
+            arch_list=self.settings.arch_list,
+        )
+        return [*verdicts, self.cuda_verdict or cuda]
+
+    def cuda_libraries(self) -> list[CudaLibrary]:
+        """The CUDA kernels for the GPUs of this machine, if they are to be loaded; at most one."""
+        if self.cuda_verdict or not self.select()[-1].ok:
+            return []
+        found = targets(self.hardware, self.settings.arch_list)
+        architectures = tuple(sorted({t.architecture for t in found if t.architecture}))
+        devices = tuple(number for number, t in enumerate(found) if t.architecture)
+        return [replace(self.cuda, architectures=architectures, devices=devices)]
+
+
+def resolve(request: Request, cache: CacheDirectory, loader: Loader) -> Runtime:
+    """Load the best kernels that this machine can have.
+
+    The warm path looks everything up without a lock. If something is missing, the cold path takes
+    the lock, looks again and builds the rest.
+    """
+    obstacle = build_obstacle(request.hardware)
+    lookup = LibraryProvider(request.directory, request.hardware, cache, obstacle)
+    warm = _resolve(request, lookup, loader)
+    if warm is not None:
+        return warm
+    cache = with_temporary(cache)
+    if cache.path is None:
+        fix = "set BITLINEAR_CACHE_DIR to a directory that can be written to"
+        reason = f"no place to compile: {cache.reason}"
+        obstacle = Rejection("compile-failed", reason, fix)
+    if cache.temporary:
+        announce(
+            f"no cache directory ({cache.reason}): kernels compiled now are lost when this process "
+            "ends; set BITLINEAR_CACHE_DIR to a directory of your own"
+        )
+    provider = LibraryProvider(
+        request.directory,
+        request.hardware,
+        cache,
+        obstacle,
+        may_build=True,
+        verbose=request.settings.verbose,
+    )
+    with build_lock(cache.path), provider:
+        cold = _resolve(request, provider, loader)
+    assert cold is not None  # as the provider may build
+    return cold
+
+
+def without_kernel(
+    request: Request,
+    cache: CacheDirectory,
+    verdicts: Sequence[Verdict],
+    rejection: Rejection | None,
+    libraries: Mapping[str, Probe[Artifact]] = MappingProxyType({}),
+) -> Runtime:
+    """Fall back to the reference implementation.
+
+    Args:
+        request: What was asked for.
+        cache: Where compiled libraries lie.
+        verdicts: The verdicts so far.
+        rejection: Why no kernel is used; None: no variant supports this machine.
+        libraries: The results of the libraries that were looked up.
+    """
+    problem = rejection.line if rejection else "no kernel supports this machine"
+    return Runtime(
+        kernel=None,
+        verdicts=tuple(verdicts),
+        cache=cache,
+        libraries=libraries,
+        problem=problem,
+        hardware=request.hardware,
+        arch_list=request.settings.arch_list,
+    )
+
+
+def reject_usable(verdicts: Sequence[Verdict], rejection: Rejection) -> list[Verdict]:
+    """Reject every variant that this CPU could run."""
+    return [Verdict(v.variant, rejection=rejection) if v.ok else v for v in verdicts]
+
+
+def _resolve(request: Request, provider: LibraryProvider, loader: Loader) -> Runtime | None:
+    # None: something has to be built, and this provider may not build.
+    cuda = request.cuda_libraries()
+    runtime = _resolve_cpu(request, provider, loader, cuda)
+    for library in cuda:
+        if runtime is None or not provider.prepare(library):
+            return None
+        result = provider.get(library)
+        failure = loader.load_cuda(result.value) if result.value else result.rejection
+        if failure is not None:
+            runtime = runtime.with_cuda(Verdict("cuda", rejection=failure))
+    return runtime
+
+
+def _resolve_cpu(
+    request: Request, provider: LibraryProvider, loader: Loader, others: Sequence[Library]
+) -> Runtime | None:
+    # The libraries in `others` are built beside those for the CPU.
+    by_name = {variant.name: variant for variant in request.variants}
+    operator = [] if loader.operator else [request.operator]
+    rejected: dict[str, Rejection] = {}
+    while True:
+        *verdicts, cuda = request.select(rejected)
+        chosen = next((v.variant for v in verdicts if v.status == "chosen"), None)
+        if chosen is None:
+            first = next(iter(rejected.values()), None)
+            return without_kernel(
+                request, provider.cache, [*verdicts, cuda], first, provider.results
+            )
+        if not provider.prepare(by_name[chosen], *operator, *others):
+            return None
+        kernels = provider.get(by_name[chosen])
+        failure = loader.load_kernels(kernels.value) if kernels.value else kernels.rejection
+        if failure is None:
+            break
+        rejected[chosen] = failure
+
+    for library in operator:
+        failure = _load_operator(provider.get(library), loader)
+        if failure is not None:
+            every = [*reject_usable(verdicts, failure), cuda]
+            return without_kernel(request, provider.cache, every, failure, provider.results)
+    loader.use_kernels(chosen)
+    return Runtime(
+        kernel=chosen,
+        verdicts=(*verdicts, cuda),
+        cache=provider.cache,
+        libraries=provider.results,
+        problem="",
+        hardware=request.hardware,
+        arch_list=request.settings.arch_list,
+    )
+
+
+def _load_operator(result: Probe[Artifact], loader: Loader) -> Rejection | None:
+    if result.value is not None:
+        return loader.load_operator(result.value)
+    assert result.rejection is not None
+    return replace(result.rejection, reason=f"the operator: {result.reason}")

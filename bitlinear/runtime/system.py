@@ -1,0 +1,57 @@
+"""Questions to the operating system: a file, a command, the boot, this Python."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+
+class ProbeError(Exception):
+    """The system gives no answer; the message says why, in one line."""
+
+
+def file_text(path: str) -> str:
+    """Read a file; return an empty text if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def boot_id() -> str:
+    """Name the boot of the machine; return an empty text if the system does not tell."""
+    return file_text("/proc/sys/kernel/random/boot_id")
+
+
+def has_interpreter() -> bool:
+    """Tell whether this Python can be started again. One embedded in a program cannot."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False)
+
+
+def command_output(command: list[str], timeout: float = 30.0) -> str:
+    """Run a command and return its standard output.
+
+    Raises:
+        ProbeError: The command fails, prints nothing or takes longer than ``timeout`` seconds.
+    """
+    shown = shlex.join(command)
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout,
+            env={**os.environ, "LC_ALL": "C"},
+            check=False,
+        )
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise ProbeError(f"{shown}: {error}") from error
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise ProbeError(f"{shown} failed with {done.returncode}: {lines[0]}")
+    if not done.stdout.strip():
+        raise ProbeError(f"{shown} printed nothing")
+    return done.stdout.decode(errors="replace")

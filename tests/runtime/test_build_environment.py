@@ -1,0 +1,189 @@
+"""Awkward paths, and the environment of the child process that compiles."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitlinear.runtime import build_environment
+from bitlinear.runtime.hardware import detect
+from bitlinear.runtime.rejection import Probe
+from bitlinear.runtime.toolchain import Compiler
+from tests.runtime.stand_ins import (
+    ROOT,
+    compilations,
+    compiler,
+    python,
+    stand_ins,
+)
+
+AWKWARD = "a b $HOME 'ä' \"q\" $"
+
+
+def test_awkward_paths(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache, the sources, the temporary directory and a directory of sys.path."""
+    awkward = tmp_path / AWKWARD
+    (awkward / "tmp").mkdir(parents=True)
+    (awkward / "site:packages").mkdir()
+    monkeypatch.setenv("TMPDIR", str(awkward / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("BITLINEAR_CACHE_DIR", str(awkward / "cache"))
+    monkeypatch.syspath_prepend(str(awkward / "site:packages"))
+    loaded = stand_ins(awkward / "sources").load()
+    assert loaded.kernel == "kernel0"
+    assert loaded.cache.path == awkward / "cache"
+    assert not list((awkward / "tmp").iterdir())
+
+
+@pytest.mark.slow
+def test_the_package_and_torch_in_awkward_paths(tmp_path: Path) -> None:
+    awkward = tmp_path / AWKWARD
+    packages = Path(str(torch.__file__)).parents[1]
+    (awkward / "bitlinear").parent.mkdir()
+    shutil.copytree(ROOT / "bitlinear", awkward / "bitlinear")
+    (awkward / "site packages").symlink_to(packages)
+    run = python(
+        "import bitlinear, torch; print(bitlinear.__file__, torch.__file__, sep='\\n'); "
+        "print(bitlinear.HAS_BITLINEAR)",
+        PYTHONPATH=os.pathsep.join([str(awkward), str(awkward / "site packages")]),
+        BITLINEAR_CACHE_DIR=str(awkward / "cache"),
+        BITLINEAR_CUDA="off",
+        PYTHONDONTWRITEBYTECODE="1",
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [
+        str(awkward / "bitlinear" / "__init__.py"),
+        str(awkward / "site packages" / "torch" / "__init__.py"),
+        "True",
+    ], run.stderr
+    assert len(list((awkward / "cache").glob("*/*/*.so"))) == 2
+
+
+def environment_of_child(tmp_path: Path) -> dict[str, str]:
+    links = tmp_path / "links"
+    links.mkdir(exist_ok=True)
+    return build_environment.child_environment(detect(), links)
+
+
+def test_max_jobs(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = int(environment_of_child(tmp_path)["MAX_JOBS"])
+    assert 1 <= jobs <= min(4, len(os.sched_getaffinity(0)))
+    monkeypatch.setenv("MAX_JOBS", "7")
+    shutil.rmtree(tmp_path / "links")
+    assert environment_of_child(tmp_path)["MAX_JOBS"] == "7"
+
+
+def test_one_job_where_there_is_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mask)})
+    try:
+        assert build_environment._max_jobs() == 1
+    finally:
+        os.sched_setaffinity(0, mask)
+
+
+def test_nvcc_has_its_toolkit_and_the_host_compiler(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_NVCC", "another")
+    for home in (tmp_path / "plain", tmp_path / AWKWARD):
+        nvcc = str(home / "bin" / "nvcc")
+        links = tmp_path / f"links of {home.name}"
+        links.mkdir()
+        machine = replace(detect(), nvcc=Probe(Compiler(nvcc, nvcc, "release 13.0", "nvcc")))
+        environment = build_environment.child_environment(machine, links)
+        assert os.path.realpath(environment["CUDA_HOME"]) == str(home)
+        assert (environment["CUDA_HOME"] == str(home)) == (home.name == "plain")
+        assert environment["CC"] == environment["CXX"]
+        assert "PYTORCH_NVCC" not in environment
+
+
+def test_the_linker_finds_the_runtime_of_nvidias_packages(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBRARY_PATH", "/one:/two")
+    library = tmp_path / "cu13" / "lib" / "libcudart.so.13"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    library.with_name("libcudart.so.13.0.96").touch()
+    nvcc = str(tmp_path / "cu13" / "bin" / "nvcc")
+    links = tmp_path / "links"
+    links.mkdir()
+    machine = replace(detect(), nvcc=Probe(Compiler(nvcc, nvcc, "release 13.0", "nvcc")))
+    directory, *others = build_environment.child_environment(machine, links)["LIBRARY_PATH"].split(
+        ":"
+    )
+    assert Path(directory, "libcudart.so").resolve() == library
+    assert others == ["/one", "/two"]
+
+
+@pytest.mark.parametrize("form", ["env {}", pytest.param("env A='b c' {}", marks=pytest.mark.slow)])
+def test_cxx_with_arguments(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    cxx = compiler(tmp_path / "tools")
+    monkeypatch.setenv("CXX", form.format(cxx))
+    assert stand_ins(tmp_path / "sources").load().kernel == "kernel0"
+    assert len(compilations(tmp_path / "tools")) == 2
+
+
+def needs_libstdcxx(library: Path) -> bool:
+    command = ["readelf", "-d", str(library)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return "Shared library: [libstdc++.so.6]" in shown
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+def test_libstdcxx_is_shared_though_the_linker_finds_the_static_one_first(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a toolchain whose links lead to packages that are not installed."""
+    cxx = str(compiler(tmp_path / "tools"))
+    command = [cxx, "-print-file-name=libstdc++.a"]
+    archive = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(archive):
+        pytest.skip("there is no static libstdc++")
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "libstdc++.a").symlink_to(archive)
+    (first / "libstdc++.so").symlink_to("nowhere")
+    cxx += f" -L{first}"  # with -B clang++ would not look there for libraries
+    monkeypatch.setenv("CXX", cxx)
+    text = "std::string text(int number) { return std::to_string(number) + std::string(99, ' '); }"
+    sources = stand_ins(tmp_path / "sources", operator=f"#include <string>\n{text}")
+
+    unaided = tmp_path / "unaided.so"
+    source = sources.directory / "operator.cpp"
+    subprocess.run([*cxx.split(), "-shared", "-fPIC", "-o", unaided, source], check=True)
+    assert not needs_libstdcxx(unaided)
+    assert needs_libstdcxx(sources.load().artifacts["operator"].path)
+
+
+def test_verbose_shows_the_commands(
+    half: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("BITLINEAR_VERBOSE", "1")
+    stand_ins(tmp_path / "sources").load()
+    assert "-c " in capfd.readouterr().err
+
+
+def test_the_childs_environment_is_its_own(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What users set for their own program must not decide whether a kernel passes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/nonexistent")
+    assert stand_ins(tmp_path / "sources").load().kernel == "kernel0"

@@ -1,0 +1,241 @@
+"""The key of an artifact: every ingredient counts, and only files that a library includes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+from bitlinear.kernels import CUDA, DIRECTORY, OPS, VARIANTS, CudaLibrary, Library, Variant
+from bitlinear.runtime.gpus import Driver, Gpu
+from bitlinear.runtime.hardware import Hardware, detect
+from bitlinear.runtime.keys import ingredients, key_of, source_files
+from bitlinear.runtime.rejection import Probe, rejected
+from bitlinear.runtime.toolchain import Compiler
+from tests.runtime.machines import with_release
+from tests.runtime.test_artifacts import find, publish
+
+ALL = (*VARIANTS, OPS, CUDA)
+FAST = Variant("fast", ("fast.cpp",), ("-O3",), requires=frozenset({"avx2"}))
+
+
+@pytest.fixture(scope="module")
+def hardware() -> Hardware:
+    compiler = Compiler("c++", "/usr/bin/g++-12", "g++ 12.2", "gcc")
+    return replace(detect(), compiler=Probe(compiler))
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    directory = tmp_path / "sources"
+    directory.mkdir()
+    (directory / "fast.cpp").write_text('#include "shared.h"\nint fast;')
+    (directory / "shared.h").write_text("int shared;")
+    (directory / "other.h").write_text("int other;")
+    return directory
+
+
+def key(library: Library, directory: Path, machine: Hardware) -> str:
+    return key_of(ingredients(library, directory, machine))
+
+
+def test_every_ingredient_changes_the_key(
+    sources: Path, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, torch = hardware.compiler.value, hardware.torch
+    assert compiler is not None
+    changed = {
+        "a compiler flag": (replace(FAST, cflags=("-O2",)), {}),
+        "a linker flag": (replace(FAST, ldflags=("-lm",)), {}),
+        "the compiler's version": (FAST, {"compiler": Probe(replace(compiler, version="g++ 99"))}),
+        "the compiler's file": (FAST, {"compiler": Probe(replace(compiler, realpath="/opt/g++"))}),
+        "no compiler": (FAST, {"compiler": rejected("no-compiler", "none")}),
+        "torch": (FAST, {"torch": replace(torch, version="9.9")}),
+        "torch's commit": (FAST, {"torch": replace(torch, git_version="f")}),
+        "CUDA": (FAST, {"torch": replace(torch, cuda="99.0")}),
+        "the C++ ABI": (FAST, {"torch": replace(torch, cxx11_abi=not torch.cxx11_abi)}),
+        "libc": (FAST, {"libc": "glibc 9.9"}),
+        "the CPU": (FAST, {"cpu": replace(hardware.cpu, flags=Probe(frozenset({"avx2"})))}),
+    }
+    found = {
+        what: key(library, sources, replace(hardware, **changes))  # type: ignore[arg-type]
+        for what, (library, changes) in changed.items()
+    }
+    found["nothing"] = key(FAST, sources, hardware)
+    monkeypatch.setenv("CXX", "g++ -m32")
+    found["the compiler's arguments"] = key(FAST, sources, hardware)
+    monkeypatch.delenv("CXX")
+    (sources / "shared.h").write_text("int shared = 1;")
+    found["a header"] = key(FAST, sources, hardware)
+    (sources / "fast.cpp").write_text('#include "shared.h"\nint fast = 1;')
+    found["the source"] = key(FAST, sources, hardware)
+    assert len(set(found.values())) == len(found), found
+
+
+def test_the_operator_serves_every_cpu_but_one_python(sources: Path, hardware: Hardware) -> None:
+    operator = Library("fast", ("fast.cpp",), ())
+    parts = ingredients(operator, sources, hardware)
+    other = replace(hardware, cpu=replace(hardware.cpu, model="another"))
+    assert parts == ingredients(operator, sources, other)
+    assert "python" in parts
+    assert "python" not in ingredients(FAST, sources, hardware)
+
+
+# --- Headers -------------------------------------------------------------------------------------
+
+
+def test_headers_are_followed_from_the_file_that_includes_them(tmp_path: Path) -> None:
+    files = {
+        "cpu/one.cpp": '#include "near.h"\n#include <system.h>\n  #  include "../shared.h"\n',
+        "cpu/near.h": '#pragma once\n#if 0\n#include "never.h"\n#endif\n#include "torch/x.h"\n',
+        "cpu/never.h": "",
+        "cpu/shared.h": "",  # not this one
+        "shared.h": '#include "deep/far.cuh"\n#include "../outside.h"\n// #include "cpu/none.h"\n',
+        "deep/far.cuh": '#include "../shared.h"\n',  # a cycle
+        "cpu/none.h": "",
+        "../outside.h": "",
+    }
+    for name, text in files.items():
+        path = tmp_path / "sources" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    found = source_files(Library("one", ("cpu/one.cpp",), ()), tmp_path / "sources")
+    assert found == ["cpu/one.cpp", "cpu/near.h", "cpu/never.h", "deep/far.cuh", "shared.h"]
+
+
+def test_a_header_that_is_not_included_does_not_count(sources: Path, hardware: Hardware) -> None:
+    before = key(FAST, sources, hardware)
+    (sources / "other.h").write_text("int other = 1;")
+    assert key(FAST, sources, hardware) == before
+    assert source_files(FAST, sources) == ["fast.cpp", "shared.h"]
+
+
+def compilers_files(library: Library) -> set[str]:
+    """The files of the package that a compiler reads to compile the library."""
+    torch_headers = [f"-isystem{path}" for path in include_paths()]
+    rules = subprocess.run(
+        # -MG: a header of CUDA or of another architecture may be missing.
+        ["g++", "-MM", "-MG", "-std=c++17", "-xc++", *torch_headers, *library.sources],
+        cwd=DIRECTORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    paths = [DIRECTORY / word for word in re.findall(r"[^\s:\\]+\.(?:h|cuh|cpp|cu)\b", rules)]
+    inside = (path.resolve() for path in paths if path.is_file())
+    return {path.relative_to(DIRECTORY).as_posix() for path in inside}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+@pytest.mark.parametrize("library", ALL, ids=lambda library: library.name)
+def test_the_files_of_a_library_are_those_that_a_compiler_reads(library: Library) -> None:
+    assert set(source_files(library, DIRECTORY)) == compilers_files(library)
+
+
+@pytest.mark.parametrize("header", ["cpu/avx512.h", "cpu/neon.h", "cpu/gemm_panel.h", "abi.h"])
+def test_a_header_changes_the_keys_of_its_users_alone(
+    header: str, tmp_path: Path, hardware: Hardware
+) -> None:
+    directory = tmp_path / "kernels"
+    shutil.copytree(DIRECTORY, directory, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    machine = with_gpus(hardware)
+    before = {library.name: key(library, directory, machine) for library in ALL}
+    (directory / header).write_bytes((directory / header).read_bytes() + b"\n")
+    after = {library.name: key(library, directory, machine) for library in ALL}
+    users = {lib.name for lib in ALL if header in source_files(lib, DIRECTORY)}
+    assert {name for name in before if before[name] != after[name]} == users
+    others = [lib for lib in ALL if lib.name not in users]
+    if header == "cpu/avx512.h":
+        assert users
+        assert all("avx512f" in lib.requires for lib in VARIANTS if lib.name in users)
+        assert all("avx512f" not in getattr(lib, "requires", ()) for lib in others)
+
+
+# --- CUDA ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_sources(sources: Path) -> Path:
+    (sources / "cuda").mkdir()
+    texts = {
+        "ops.cpp": '#include "inner.h"',
+        "fast.cu": '#include "tile.cuh"\n#include "../shared.h"',
+        "tile.cuh": '#include "inner.h"',
+        "inner.h": "",
+        "unused.h": "",
+    }
+    for name, text in texts.items():
+        (sources / "cuda" / name).write_text(text)
+    return sources
+
+
+GPU = CudaLibrary("cuda", ("cuda/ops.cpp", "cuda/fast.cu"), (), (), ("-O3",), ("sm_90a",), (0,))
+
+
+def with_gpus(hardware: Hardware) -> Hardware:
+    gpus = (Gpu("H100", (9, 0), 1), Gpu("A100", (8, 0), 1), Gpu("H100", (9, 0), 2))
+    return replace(hardware, driver=Probe(Driver("13.0", gpus)), nvcc=Probe(with_release("13.0")))
+
+
+def test_sources_come_first(gpu_sources: Path) -> None:
+    assert source_files(GPU, gpu_sources) == [
+        "cuda/ops.cpp", "cuda/fast.cu", "cuda/inner.h", "cuda/tile.cuh", "shared.h",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ops.cpp", "fast.cu", "tile.cuh", "inner.h"])
+def test_cudas_sources_are_cudas_alone(gpu_sources: Path, hardware: Hardware, name: str) -> None:
+    machine = with_gpus(hardware)
+    before = [key(library, gpu_sources, machine) for library in (FAST, GPU)]
+    path = gpu_sources / "cuda" / name
+    path.write_text(path.read_text() + "// changed")
+    after = [key(library, gpu_sources, machine) for library in (FAST, GPU)]
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+    (gpu_sources / "shared.h").write_text("// changed")
+    assert key(GPU, gpu_sources, machine) != after[1]
+
+
+def test_every_ingredient_of_cuda_changes_the_key(
+    gpu_sources: Path, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = with_gpus(hardware)
+    nvcc, driver = machine.nvcc.value, machine.driver.value
+    assert nvcc is not None
+    assert driver is not None
+
+    def cuda_key(library: CudaLibrary = GPU, machine: Hardware = machine) -> str:
+        return key(library, gpu_sources, machine)
+
+    first = cuda_key()
+    assert cuda_key(replace(GPU, devices=(0, 2))) == first  # of one model
+    found = [
+        first,
+        cuda_key(replace(GPU, devices=(0, 1))),
+        cuda_key(replace(GPU, architectures=("sm_90a", "sm_80"))),
+        cuda_key(replace(GPU, cuda_cflags=("-O2",))),
+        cuda_key(machine=replace(machine, nvcc=Probe(replace(nvcc, version="release 13.1")))),
+        cuda_key(machine=replace(machine, nvcc=Probe(replace(nvcc, realpath="/other/nvcc")))),
+        cuda_key(machine=replace(machine, driver=Probe(replace(driver, cuda="13.1")))),
+    ]
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-allow-unsupported-compiler")
+    found.append(cuda_key())
+    assert len(set(found)) == len(found)
+
+
+def test_without_nvcc_anothers_artifact_serves(
+    tmp_path: Path, gpu_sources: Path, hardware: Hardware
+) -> None:
+    root = tmp_path / "cache"
+    root.mkdir(mode=0o700)
+    machine, library = with_gpus(hardware), replace(GPU, name="fast")
+    publish(root, ingredients(library, gpu_sources, machine))
+    without = replace(machine, nvcc=rejected("no-compiler", "no nvcc"))
+    parts = ingredients(library, gpu_sources, without)
+    assert find(root, parts) is None
+    assert find(root, parts, any_compiler=True) is not None
