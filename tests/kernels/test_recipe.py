@@ -24,7 +24,7 @@ def fenced_block(language):
 @pytest.fixture
 def recipe(tmp_path):
     """``(directory, variant)``: a copy of the kernels with the file and the row of the README."""
-    row = textwrap.indent(fenced_block("python").rstrip() + ",\n", "    ")
+    row = textwrap.indent(fenced_block("py").rstrip() + ",\n", "    ")
     source = fenced_block("cpp")
     directory = tmp_path / "kernels"
     shutil.copytree(DIRECTORY, directory, ignore=shutil.ignore_patterns("__pycache__"))
