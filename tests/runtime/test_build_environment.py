@@ -140,6 +140,7 @@ def needs_libstdcxx(library: Path) -> bool:
     return "Shared library: [libstdc++.so.6]" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
 def test_libstdcxx_is_shared_though_the_linker_finds_the_static_one_first(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -196,6 +196,7 @@ def test_cuda_without_a_kernel(gpus: Path, tmp_path: Path) -> None:
     assert loaded.cuda.status == "chosen"
 
 
+@pytest.mark.slow
 def test_cuda_stays_when_the_operator_is_switched(gpus: Path, tmp_path: Path) -> None:
     imported = stand_ins(tmp_path / "sources", ("good", "good")).load()
     assert imported.cuda.status == "chosen"
