@@ -167,6 +167,7 @@ def test_libstdcxx_is_shared_though_the_linker_finds_the_static_one_first(
     assert needs_libstdcxx(sources.load().artifacts["operator"].path)
 
 
+@pytest.mark.slow
 def test_verbose_shows_the_commands(
     half: Path,
     tmp_path: Path,
@@ -178,6 +179,7 @@ def test_verbose_shows_the_commands(
     assert "-c " in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_childs_environment_is_its_own(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

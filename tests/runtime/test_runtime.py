@@ -201,12 +201,14 @@ def test_no_compiler(tmp_path: Path) -> None:
     assert run.stderr == ""
 
 
+@pytest.mark.slow
 def test_no_compiler_but_somebody_elses_cache(warm: dict[str, str]) -> None:
     """As in a container that was built from an image with a compiler."""
     run = python(_USE, **warm, PATH="/nonexistent", CXX="")
     assert (run.stdout, run.stderr) == ("True\n", "")
 
 
+@pytest.mark.slow
 def test_no_ninja_on_path(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -228,6 +230,7 @@ def test_no_ninja_at_all(fresh: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert loaded.verdicts[0].code == "no-compiler"
 
 
+@pytest.mark.slow
 def test_no_setuptools(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()
@@ -288,6 +291,7 @@ def test_nowhere_to_write_at_all(
     assert loaded.kernel is None
 
 
+@pytest.mark.slow
 def test_build_off(warm: dict[str, str]) -> None:
     run = python(_USE, **warm, BITLINEAR_BUILD="off")
     assert (run.stdout, run.stderr) == ("False\n", "")
