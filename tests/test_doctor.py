@@ -309,6 +309,7 @@ def test_a_machine_where_all_is_well(warm: Path) -> None:
         assert len(data["threads"]["openmp"]) == 1
 
 
+@pytest.mark.slow
 def test_verbose_json_has_what_the_verbose_text_has(warm: Path) -> None:
     done = run("--json", "--verbose", BITLINEAR_CACHE_DIR=str(warm), MAX_JOBS="7")
     data = json.loads(done.stdout)
@@ -318,7 +319,9 @@ def test_verbose_json_has_what_the_verbose_text_has(warm: Path) -> None:
     assert not {"builds", "environment"} & healthy().to_json().keys()
 
 
-@pytest.mark.parametrize("variable", ["BITLINEAR_KERNEL", "BITLINEAR_BUILD"])
+@pytest.mark.parametrize(
+    "variable", ["BITLINEAR_KERNEL", pytest.param("BITLINEAR_BUILD", marks=pytest.mark.slow)]
+)
 def test_a_setting_that_means_nothing_is_one_line(warm: Path, variable: str) -> None:
     done = run(BITLINEAR_CACHE_DIR=str(warm), **{variable: "nonsense"})
     assert (done.returncode, done.stdout) == (2, "")
@@ -345,6 +348,7 @@ def test_cleaning_does_not_compile_first(warm: Path, tmp_path: Path) -> None:
     assert not list(warm.glob("*/*/meta.json"))
 
 
+@pytest.mark.slow
 def test_cleaning_deletes_nothing_but_what_was_named(warm: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     shutil.copytree(warm, home / ".cache" / "bitlinear")
@@ -389,6 +393,7 @@ def test_a_degraded_import(tmp_path: Path) -> None:
     assert data["toolchain"]["compiler"]["found"] is None
 
 
+@pytest.mark.slow
 def test_an_unsafe_cache_is_broken(warm: Path, tmp_path: Path) -> None:
     unsafe = tmp_path / "unsafe"
     unsafe.mkdir()

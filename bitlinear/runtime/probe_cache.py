@@ -17,8 +17,8 @@ class ProbeCache:
     """Answers of slow probes, in one JSON file that may vanish or be damaged at any time.
 
     A key names everything that its answer depends on; this class adds the version of this package's
-    code. A writer replaces the file as a whole. If two processes write at once, the last one wins,
-    and the answers of the other are probed again.
+    code. A writer adds its new answers to those in the file, and replaces the file as a whole. If
+    two processes write at the same moment, the answers of one may be lost and are probed again.
 
     Args:
         directory: An existing directory that only this user can write to. None: nothing is kept.
@@ -28,13 +28,9 @@ class ProbeCache:
 
     def __init__(self, directory: Path | None) -> None:
         self._path = None if directory is None else Path(directory) / "hardware.json"
-        self._answers: dict[str, Any] = {}
-        self._changed = False
+        self._answers = self._read()
+        self._new: dict[str, Any] = {}
         self._code_version = _code_version()
-        if self._path is not None:
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                answers = json.loads(self._path.read_bytes())
-                self._answers = answers if isinstance(answers, dict) else {}
 
     @property
     def keeps_answers(self) -> bool:
@@ -54,16 +50,15 @@ class ProbeCache:
         with contextlib.suppress(Exception):
             return decode(self._answers[key])
         answer = probe()
-        self._answers.pop(key, None)
-        self._answers[key] = answer
-        self._changed = True
+        self._answers[key] = self._new[key] = answer
         return decode(answer)
 
     def save(self) -> None:
         """Write the file if there are new answers; ignore failures."""
-        if self._path is None or not self._changed:
+        if self._path is None or not self._new:
             return
-        newest = dict(list(self._answers.items())[-self.LIMIT :])
+        older = {key: answer for key, answer in self._read().items() if key not in self._new}
+        newest = dict([*older.items(), *self._new.items()][-self.LIMIT :])
         with contextlib.suppress(OSError):
             handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=".hardware-")
             try:
@@ -73,6 +68,13 @@ class ProbeCache:
             except BaseException:
                 os.unlink(name)
                 raise
+
+    def _read(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            if self._path is not None:
+                answers = json.loads(self._path.read_bytes())
+                return answers if isinstance(answers, dict) else {}
+        return {}
 
 
 def decode_text(answer: Any) -> str:

@@ -78,6 +78,7 @@ def test_variants_that_fail_give_way_to_the_next(
     assert "built" not in states(again).values()
 
 
+@pytest.mark.slow
 def test_a_kernel_that_the_system_refuses_gives_way_to_the_next(half: Path, tmp_path: Path) -> None:
     """As amx_int8, if a process is denied the tiles that the self-test was granted."""
     sources = stand_ins(tmp_path / "sources", ("good", "good"))
@@ -140,6 +141,7 @@ def test_an_operator_without_threads(ready: Path, tmp_path: Path) -> None:
         stand_ins(tmp_path / "sources", threads=1).load()
 
 
+@pytest.mark.slow
 def test_a_forced_kernel_is_not_replaced(
     half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +156,7 @@ def test_a_forced_kernel_is_not_replaced(
         sources.load()
 
 
+@pytest.mark.slow
 def test_a_nonsense_kernel_is_an_error_that_lists_the_valid_ones(tmp_path: Path) -> None:
     run = python(
         "import bitlinear", BITLINEAR_KERNEL="nonsense", BITLINEAR_CACHE_DIR=str(tmp_path / "cache")

@@ -140,6 +140,7 @@ def needs_libstdcxx(library: Path) -> bool:
     return "Shared library: [libstdc++.so.6]" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
 def test_libstdcxx_is_shared_though_the_linker_finds_the_static_one_first(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,6 +167,7 @@ def test_libstdcxx_is_shared_though_the_linker_finds_the_static_one_first(
     assert needs_libstdcxx(sources.load().artifacts["operator"].path)
 
 
+@pytest.mark.slow
 def test_verbose_shows_the_commands(
     half: Path,
     tmp_path: Path,
@@ -177,6 +179,7 @@ def test_verbose_shows_the_commands(
     assert "-c " in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_childs_environment_is_its_own(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

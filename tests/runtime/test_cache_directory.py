@@ -63,6 +63,7 @@ def test_nowhere_to_write_gives_a_private_temporary_directory(
     assert cache_directory.with_temporary(none).path is None
 
 
+@pytest.mark.slow
 def test_the_temporary_directory_ends_with_the_process_but_not_with_its_forks() -> None:
     script = """
 import os, sys

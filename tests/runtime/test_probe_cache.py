@@ -113,6 +113,15 @@ def test_the_file_is_bounded(tmp_path: Path) -> None:
     assert list(answers.values()) == [str(n) for n in range(100)][-ProbeCache.LIMIT :]
 
 
+def test_two_writers_keep_each_others_answers(tmp_path: Path) -> None:
+    caches = [ProbeCache(tmp_path) for _ in range(2)]
+    for number, cache in enumerate(caches):
+        cache.recall(str(number), lambda n=number: str(n), decode_text)  # type: ignore[misc]
+    for cache in caches:
+        cache.save()
+    assert [*json.loads(remembered(tmp_path).read_text(encoding="utf-8")).values()] == ["0", "1"]
+
+
 def test_many_at_once(tmp_path: Path) -> None:
     new = detect(tmp_path)
 

@@ -154,7 +154,9 @@ MISMATCH = Rejection(
 )
 
 
-@pytest.mark.parametrize(("nvcc", "rejection"), [("", NO_NVCC), ("12.8", MISMATCH)])
+@pytest.mark.parametrize(
+    ("nvcc", "rejection"), [("", NO_NVCC), pytest.param("12.8", MISMATCH, marks=pytest.mark.slow)]
+)
 def test_a_toolkit_that_will_not_do(
     gpus: Path,
     tmp_path: Path,
@@ -180,6 +182,7 @@ def test_a_toolkit_that_will_not_do(
     assert states(sources.load())["cuda"] == "cached"
 
 
+@pytest.mark.slow
 def test_cuda_without_an_operator(gpus: Path, tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="too old") as caught:
         loaded = stand_ins(tmp_path / "sources", operator="#error too old").load()
@@ -189,6 +192,7 @@ def test_cuda_without_an_operator(gpus: Path, tmp_path: Path) -> None:
     assert states(loaded) == {"kernel0": "cached", "operator": "failed", "cuda": "built"}
 
 
+@pytest.mark.slow
 def test_cuda_without_a_kernel(gpus: Path, tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="row 3 differs"):
         loaded = stand_ins(tmp_path / "sources", ("mismatch",)).load()
@@ -196,6 +200,7 @@ def test_cuda_without_a_kernel(gpus: Path, tmp_path: Path) -> None:
     assert loaded.cuda.status == "chosen"
 
 
+@pytest.mark.slow
 def test_cuda_stays_when_the_operator_is_switched(gpus: Path, tmp_path: Path) -> None:
     imported = stand_ins(tmp_path / "sources", ("good", "good")).load()
     assert imported.cuda.status == "chosen"
