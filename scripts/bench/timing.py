@@ -124,8 +124,9 @@ def summarize(samples: Sequence[float]) -> Summary:
 def compare(contestants: Sequence[Contestant], budget: float, timer: Timer) -> dict[str, Summary]:
     """Time every contestant, all of them together in ``budget`` seconds.
 
-    A first call of each tells how long it takes. Those calls are part of the budget, and only they
-    can exceed it: a contestant that is left with no time has that one sample.
+    The first call of each is its set-up (it compiles, allocates, captures) and counts for nothing.
+    The next ones tell how long it takes. They are part of the budget, and only they can exceed it:
+    a contestant that is left with no time has that one sample.
 
     Args:
         contestants: In the order of the first round.
@@ -164,6 +165,7 @@ def compare(contestants: Sequence[Contestant], budget: float, timer: Timer) -> d
 
 def _first_times(contestant: Contestant, timer: Timer) -> list[float]:
     contestant.enter()
+    timer(contestant.call, 1)
     first = timer(contestant.call, 1)
     more = 0 if first > LONG_SECONDS else 3
     return [first, *(timer(contestant.call, 1) for _ in range(more))]
