@@ -14,7 +14,8 @@ from torch import Tensor
 from . import packing
 
 QUANT_TYPES = ("ai8pc_wpt",)
-"""``ai8pc_wpt``: int8 activations, one scale per token; ternary weights, one scale per tensor."""
+"""``ai8pc_wpt``: activations (``a``) as int8 (``i8``), one scale per token (``pc``); ternary
+weights (``w``), one scale per tensor (``pt``)."""
 
 MAX_IN_FEATURES = 500_000
 """The largest ``K`` for which the product, 127 * K, and the kernels' partial sums fit int32."""

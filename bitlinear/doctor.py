@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -74,7 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
     found = report(options.verbose)
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack a letter of a path
         sys.stdout.reconfigure(errors="backslashreplace")
-    print(json.dumps(found.to_json(), indent=2) if options.json else found)
+    try:
+        print(json.dumps(found.to_json(), indent=2) if options.json else found, flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return found.exit_code
 
 
@@ -89,14 +93,14 @@ def _run_operator(device: str = "cpu") -> str:
     M, N, K = 3, 37, 261
     x = torch.randn(M, K, generator=generator)
     codes = torch.randint(0, 3, (N, (K + 3) // 4, 4), generator=generator)
-    codes[:, -1, K % 4 or 4 :] = 1  # the slots past K
+    codes[:, -1, K % 4 :] = 1  # the slots past K
     w_packed = (codes * torch.tensor([64, 16, 4, 1])).sum(-1).to(torch.uint8)
     w_scale, bias = torch.tensor([0.02]), torch.randn(N, generator=generator)
     try:
         expected = ops.reference_linear(x, w_packed, w_scale, bias, K)
         arguments = (tensor.to(device) for tensor in (x, w_packed, w_scale, bias))
         found = torch.ops.bitlinear.linear(*arguments, K).cpu()
-    except Exception as error:  # any error belongs into the report
+    except Exception as error:  # any error belongs in the report
         return f"fails on {device}: {type(error).__name__}: {error}"
     different = int((found != expected).sum())
     if different:

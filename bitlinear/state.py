@@ -75,7 +75,7 @@ def check(
         was_conv1d: Whether the layer was made from a Conv1D, whose weight is ``(K, N)``.
 
     Returns:
-        The tensors to load into ``layer``.
+        The kind of the state, and the tensors to load into ``layer``.
 
     Raises:
         TypeError, ValueError: The state is newer, damaged, or does not fit the layer.

@@ -319,6 +319,19 @@ def test_verbose_json_has_what_the_verbose_text_has(warm: Path) -> None:
     assert not {"builds", "environment"} & healthy().to_json().keys()
 
 
+def test_a_reader_that_stops_early_is_no_error(warm: Path) -> None:
+    command = f"{sys.executable} -m bitlinear.doctor; echo $? >&2"
+    done = subprocess.run(
+        ["bash", "-c", f"({command}) | head -c 1"],
+        env={**os.environ, "BITLINEAR_CACHE_DIR": str(warm)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == "0\n"
+
+
 @pytest.mark.parametrize(
     "variable", ["BITLINEAR_KERNEL", pytest.param("BITLINEAR_BUILD", marks=pytest.mark.slow)]
 )

@@ -1,3 +1,5 @@
+"""The packed format: round trips, rejected bytes, the layout of a row."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bitlinear.runtime import settings
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("bitlinear", "scripts", "tests")
 DOCUMENTS = [
@@ -85,6 +87,21 @@ def test_the_features_have_tests():
     assert len(rows) > 20
     for row in rows:
         assert re.search(r"\]\([\w./]+\.py\): `test_\w+`", row), row
+
+
+def test_the_map_names_every_test_file():
+    text = read(ROOT / "tests" / "README.md")
+    for path in sorted((ROOT / "tests").iterdir()):
+        if path.name.startswith("test_") or (path.is_dir() and path.name[0] not in "_."):
+            name = f"{path.name}/" if path.is_dir() else path.name
+            assert f"`{name}`" in text, name
+
+
+def test_the_table_of_variables_is_what_the_doctor_reports():
+    table = read(ROOT / "bitlinear" / "runtime" / "README.md").split("## Environment variables")[1]
+    rows = re.findall(r"^\| (`[A-Z].*?) \|", table.split("\n## ")[0], re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`([A-Z_]+)`", row)}
+    assert listed == set(settings.REPORTED)
 
 
 def test_the_front_page_is_short():

@@ -1,5 +1,5 @@
-// Checks of the operators' arguments, for the CPU and for CUDA, with the messages of ops.py; and
-// access to the memory of tensors. Only the two ops.cpp, which include torch, include this.
+// Checks of the operators' arguments, for the CPU and for CUDA, with the messages of arguments.py;
+// and access to the memory of tensors. Only the two ops.cpp, which include torch, include this.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -71,7 +71,7 @@ inline void check_dtype(const at::Tensor& x) {
                    dtype_name(x.scalar_type()), ": convert it, for example with x.float()");
 }
 
-// The same conditions and messages as check_arguments in ops.py.
+// The same conditions and messages as check_linear in arguments.py.
 inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
                             const at::Tensor& w_scale, const std::optional<at::Tensor>& bias,
                             int64_t in_features, double eps, int64_t group_size, int64_t act_bits,

@@ -1,4 +1,4 @@
-// Compares a kernel variant with a reference: the numerics of the contract, in the plainest code.
+// Compares a kernel variant with a reference: the numerics of README.md, in the plainest code.
 //
 // check_case runs one shape with one kind of data and returns the first difference. selftest.cpp
 // runs over 100 cases after every build; the native driver in tests/ runs thousands, under
@@ -260,6 +260,7 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
                                           : isinf(got_sum);
   if (!sum_is_right) return "sum_magnitudes is " + std::to_string(got_sum) + where;
 
+  // Any scale would do here; a layer's is max(mean, eps).
   const float s_w = static_cast<float>(sum / static_cast<double>(c.K)) + operands.eps;
   std::vector<uint8_t> packed(static_cast<size_t>(operands.row_bytes), 99);
   std::vector<float> w(static_cast<size_t>(c.K));

@@ -1,8 +1,8 @@
 """The environment variables that steer the runtime, and the doctor's wish not to build.
 
 ``BITLINEAR_CACHE_DIR`` is read in ``cache_directory.py``, and the tools' own variables (``CXX``,
-``CUDA_HOME``) in ``toolchain.py``. A new variable also belongs into ``REPORTED`` and into the table
-of the README beside this file.
+``CUDA_HOME``, ``MAX_JOBS``) in ``toolchain.py`` and ``build_environment.py``. The README beside
+this file says what a new variable needs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ REPORTED = (
     "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS",
     "OMP_NUM_THREADS",
 )  # fmt: skip
-"""The variables that the doctor shows, if they are set."""
+"""The variables that ``doctor --verbose`` shows, if they are set."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,22 @@ def read_settings() -> Settings:
     """
     return Settings(
         kernel=os.environ.get("BITLINEAR_KERNEL") or None,
-        build=_is_on("BITLINEAR_BUILD"),
-        cuda=_is_on("BITLINEAR_CUDA"),
-        verbose=os.environ.get("BITLINEAR_VERBOSE") == "1",
+        build=_read("BITLINEAR_BUILD", "auto", "off") == "auto",
+        cuda=_read("BITLINEAR_CUDA", "auto", "off") == "auto",
+        verbose=_read("BITLINEAR_VERBOSE", "0", "1") == "1",
         arch_list=os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
     )
 
 
-def _is_on(variable: str) -> bool:
-    value = os.environ.get(variable) or "auto"
-    if value.lower() not in ("auto", "off"):
+def _read(variable: str, default: str, other: str) -> str:
+    """Read a variable that has two values."""
+    value = (os.environ.get(variable) or default).lower()
+    if value not in (default, other):
         raise ValueError(
-            f"{variable}={value!r} is not a setting; set it to auto or off, or unset it"
+            f"{variable}={os.environ[variable]!r} is not a setting; "
+            f"set it to {default} or {other}, or unset it"
         )
-    return value.lower() == "auto"
+    return value
 
 
 def is_doctor_running() -> bool:

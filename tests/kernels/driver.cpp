@@ -40,13 +40,14 @@ int main(int argc, char** argv) {
   char message[512];
   if (bitlinear_selftest(message, sizeof(message)) != 0) {
     printf("self-test: %s\n", message);
-    return 1;
+    ++failed;
   }
   const Data kinds[] = {Data::kRandom, Data::kLargestSums, Data::kZero, Data::kNonFinite,
                         Data::kSubnormal};
-  // Every K around the vectors of every variant, against one and several tokens.
+  // Every K around the vectors of every variant, against one, several and many tokens.
   for (int64_t K = 1; K <= (quick ? 70 : 530); ++K) {
-    for (const int64_t M : {1, 2, 3}) check({M, 6, K, 0, false, false, kinds[K % 5], 0});
+    for (const int64_t M : {1, 2, 3, 13, 33}) check({M, 6, K, 0, false, false, Data::kRandom, 0});
+    check({1 + K % 3, 6, K, 0, false, false, kinds[K % 5], 0});
   }
   // Every M and N around the tiles.
   for (int64_t M = 1; M <= (quick ? 5 : 19); ++M) {

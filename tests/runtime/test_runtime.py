@@ -307,11 +307,18 @@ def test_build_off_compiles_nothing(
     assert not any(fresh.glob("*/*/*"))
 
 
-@pytest.mark.parametrize("variable", ["BITLINEAR_BUILD", "BITLINEAR_CUDA"])
-def test_a_switch_knows_two_words(
-    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+@pytest.mark.parametrize(
+    ("variable", "values"),
+    [
+        ("BITLINEAR_BUILD", "auto or off"),
+        ("BITLINEAR_CUDA", "auto or off"),
+        ("BITLINEAR_VERBOSE", "0 or 1"),
+    ],
+)
+def test_a_switch_has_two_values(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, values: str
 ) -> None:
     monkeypatch.setenv(variable, "nein")
-    with pytest.raises(ValueError, match="='nein' is not a setting; set it to auto or off"):
+    with pytest.raises(ValueError, match=f"='nein' is not a setting; set it to {values}"):
         stand_ins(tmp_path / "sources").load()
     assert not artifacts.entries(fresh)

@@ -1,4 +1,4 @@
-"""Selection: the expected kernel of every recorded CPU, forcing, rejections, and rule R8."""
+"""Selection: the expected kernel of every recorded CPU, forcing and rejections."""
 
 from __future__ import annotations
 

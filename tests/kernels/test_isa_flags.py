@@ -1,4 +1,4 @@
-"""Rule R8: a variant requires every CPU flag that its compiler flags switch on, and no other."""
+"""A variant requires every CPU flag that its compiler flags switch on, and no other."""
 
 from __future__ import annotations
 
