@@ -133,7 +133,7 @@ def resolve(request: Request, cache: CacheDirectory, loader: Loader) -> Runtime:
     """
     obstacle = build_obstacle(request.hardware)
     lookup = LibraryProvider(request.directory, request.hardware, cache, obstacle)
-    warm = _resolve(request, lookup, loader)
+    warm = _try_resolve(request, lookup, loader)
     if warm is not None:
         return warm
     cache = with_temporary(cache)
@@ -155,7 +155,7 @@ def resolve(request: Request, cache: CacheDirectory, loader: Loader) -> Runtime:
         verbose=request.settings.verbose,
     )
     with build_lock(cache.path), provider:
-        cold = _resolve(request, provider, loader)
+        cold = _try_resolve(request, provider, loader)
     assert cold is not None  # as the provider may build
     return cold
 
@@ -193,7 +193,7 @@ def reject_usable(verdicts: Sequence[Verdict], rejection: Rejection) -> list[Ver
     return [Verdict(v.variant, rejection=rejection) if v.ok else v for v in verdicts]
 
 
-def _resolve(request: Request, provider: LibraryProvider, loader: Loader) -> Runtime | None:
+def _try_resolve(request: Request, provider: LibraryProvider, loader: Loader) -> Runtime | None:
     # None: something has to be built, and this provider may not build.
     cuda = request.cuda_libraries()
     runtime = _resolve_cpu(request, provider, loader, cuda)
