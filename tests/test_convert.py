@@ -145,6 +145,15 @@ def test_layers_that_share_a_weight_share_the_packed_weight():
     assert copied[0].w_packed is copied[1].w_packed
 
 
+def test_layers_that_share_a_weight_but_not_eps_do_not_share_the_packed_weight():
+    model = nn.Sequential(BitLinear(8, 8), BitLinear(8, 8, eps=0.5))
+    model[1].weight = model[0].weight
+    x = torch.randn(3, 8)
+    before = model(x).detach()
+    deploy(model)
+    assert torch.equal(model(x), before)
+
+
 def test_a_weight_shared_with_an_embedding_stays_there_in_floating_point(log):
     model = Model()
     model.lm_head.weight = model.embed.weight
@@ -182,3 +191,16 @@ def test_hooks_and_attributes_move_along():
         handle.remove()
     model(torch.randn(2, 8)).sum().backward()
     assert len(calls) == 4
+
+
+def test_a_hook_for_failed_calls_moves_along():
+    model, calls = nn.Sequential(nn.Linear(8, 8)), []
+    model[0].register_forward_hook(
+        lambda module, args, kwargs, output: calls.append(output),
+        with_kwargs=True,
+        always_call=True,
+    )
+    convert(model)
+    with pytest.raises(ValueError, match="in_features"):
+        model(torch.randn(2, 7))
+    assert calls == [None]

@@ -62,6 +62,13 @@ def test_the_bias_of_a_deployed_layer_can_require_a_gradient():
         layer(x).backward(grad)
 
 
+def test_the_gradient_of_a_bias_is_summed_in_fp32():
+    layer, x, grad = deployed(), torch.randn(300, 20), torch.randn(300, 6)
+    layer.bias.requires_grad_()
+    layer(x.bfloat16()).backward(grad.bfloat16())
+    torch.testing.assert_close(layer.bias.grad, grad.bfloat16().float().sum(0))
+
+
 def test_a_deployed_layer_in_training_mode_has_nothing_to_train():
     with pytest.raises(RuntimeError, match="does not require grad"):
         deployed().train()(torch.randn(2, 20)).sum().backward()

@@ -331,6 +331,7 @@ def test_the_first_invalid_code_is_found_anywhere(call, k):
 @pytest.mark.parametrize("call", IMPLEMENTATIONS)
 def test_weights_past_the_last_input_are_rejected(call):
     _, w_packed, w_scale = operands(4, 8)
+    call(torch.randn(2, 8), w_packed, w_scale, None, 8)  # these bytes are valid, and checked
     with pytest.raises(ValueError, match=r"weights beyond in_features = 7"):
         call(torch.randn(2, 7), w_packed, w_scale, None, 7)
 

@@ -55,8 +55,11 @@ def test_either_state_loads_into_either_layer(
 
 @pytest.mark.parametrize("from_deployed", [True, False])
 @pytest.mark.parametrize("into_deployed", [True, False])
-def test_a_load_copies_the_state_and_keeps_the_dtype_of_the_layer(from_deployed, into_deployed):
-    source, target = BitLinear(20, 6), BitLinear(20, 6, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_load_copies_the_state_and_keeps_the_dtype_of_the_layer(
+    from_deployed, into_deployed, dtype
+):
+    source, target = BitLinear(20, 6), BitLinear(20, 6, dtype=dtype)
     if from_deployed:
         source.deploy()
     if into_deployed:
@@ -65,7 +68,7 @@ def test_a_load_copies_the_state_and_keeps_the_dtype_of_the_layer(from_deployed,
     if from_deployed:
         state["w_scale"] = torch.rand(6, 1) + 0.1  # not the shape of the target's
     target.load_state_dict(state)
-    assert target.weight.dtype == target.bias.dtype == torch.bfloat16
+    assert target.weight.dtype == target.bias.dtype == dtype
     y = target(x)
     for tensor in state.values():
         tensor.zero_()

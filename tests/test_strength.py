@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -38,6 +40,14 @@ def test_the_formula_of_a_blend():
     torch.testing.assert_close(x.grad, torch.ones(8, 30) @ operand_w)
     torch.testing.assert_close(layer.weight.grad, torch.ones(30, 8) @ operand_x)
     torch.testing.assert_close(layer.bias.grad, torch.full((30,), 8.0))
+
+
+def test_a_shallow_copy_has_a_strength_of_its_own():
+    layer, x = BitLinear(40, 30), torch.randn(8, 40)
+    layer.quantization_strength = 0.3
+    y = layer(x)
+    copy.copy(layer).quantization_strength = 0.6
+    assert torch.equal(layer(x), y)
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)

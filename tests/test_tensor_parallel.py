@@ -349,7 +349,6 @@ def test_rows_with_any_layout_of_the_output(processes, world_size, scales):
     processes.run(world_size, check_layouts_of_rows, scales)
 
 
-@pytest.mark.slow
 def test_sums_that_fp32_cannot_hold(processes):
     processes.run(2, check_large_sums)
 

@@ -58,6 +58,8 @@ def test_load_state_dict_keeps_ties(deployed, from_deployed, bias, first):
     target.load_state_dict(source.state_dict())  # again, now that they are of one kind
     assert torch.equal(target(x), source(x))
     assert are_tied(target)
+    target.a.undeploy()
+    assert are_tied(target)
 
 
 @target_forms

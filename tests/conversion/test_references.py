@@ -103,6 +103,10 @@ REPLACED = {
         lambda held, x: held.popitem(last=False)[1](x),
     ),
     "set": (lambda layer: {layer}, lambda held, x: next(iter(held))(x)),
+    "tuple in a set, with the layer twice": (
+        lambda layer: {(layer, (layer,))},
+        lambda held, x: sum(pair[1][0](x) for pair in held),
+    ),
     "frozenset": (lambda layer: frozenset([layer]), lambda held, x: next(iter(held))(x)),
     "deque": (lambda layer: deque([0, layer], maxlen=2), lambda held, x: held[1](x)),
     "bound method": (lambda layer: layer.forward, lambda held, x: held(x)),

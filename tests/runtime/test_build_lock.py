@@ -29,9 +29,13 @@ def hold_lock(root: Path, seconds: float) -> subprocess.Popen[str]:
     return holder
 
 
-def test_a_wait_is_announced_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with hold_lock(tmp_path, 2.0) as holder, build_lock(tmp_path):
+def test_a_wait_is_announced_once_and_gets_the_lock(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with hold_lock(tmp_path, 1.0) as holder, build_lock(tmp_path):
         assert holder.wait(5) == 0
+        with hold_in_vain(tmp_path) as other:
+            assert other.wait(10) == 1
     announced = f"bitlinear: waiting for another process that compiles into {tmp_path}\n"
     assert capfd.readouterr().err == announced
     assert [file.name for file in tmp_path.iterdir()] in ([], [".lock"])

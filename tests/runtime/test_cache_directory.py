@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import stat
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
 from bitlinear.runtime import cache_directory
-from bitlinear.runtime.cache_directory import open_cache
+from bitlinear.runtime.cache_directory import CacheDirectory, open_cache
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
@@ -61,6 +63,22 @@ def test_nowhere_to_write_gives_a_private_temporary_directory(
     assert stat.S_IMODE(found.path.stat().st_mode) == 0o700
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nonexistent")
     assert cache_directory.with_temporary(none).path is None
+
+
+def test_the_exit_of_another_process_keeps_the_temporary_directory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    found = cache_directory.with_temporary(CacheDirectory(None, "no reason")).path
+    (remove,) = at_exit
+    assert found is not None
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: 0)
+        remove()
+    assert found.is_dir()
+    remove()
+    assert not found.exists()
 
 
 @pytest.mark.slow

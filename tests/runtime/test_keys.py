@@ -12,6 +12,7 @@ import pytest
 from torch.utils.cpp_extension import include_paths
 
 from bitlinear.kernels import CUDA, DIRECTORY, OPS, VARIANTS, CudaLibrary, Library, Variant
+from bitlinear.runtime import keys
 from bitlinear.runtime.gpus import Driver, Gpu
 from bitlinear.runtime.hardware import Hardware, detect
 from bitlinear.runtime.keys import ingredients, key_of, source_files
@@ -74,6 +75,10 @@ def test_every_ingredient_changes_the_key(
     found["a header"] = key(FAST, sources, hardware)
     (sources / "fast.cpp").write_text('#include "shared.h"\nint fast = 1;')
     found["the source"] = key(FAST, sources, hardware)
+    worker = sources / keys._WORKER.name
+    worker.write_text("another recipe")
+    monkeypatch.setattr(keys, "_WORKER", worker)
+    found["the build"] = key(FAST, sources, hardware)
     assert len(set(found.values())) == len(found), found
 
 

@@ -12,7 +12,7 @@ from typing import Callable
 
 import pytest
 
-from bitlinear.runtime import cpu
+from bitlinear.runtime import cpu, probe_cache
 from bitlinear.runtime.hardware import Hardware, detect
 from bitlinear.runtime.probe_cache import ProbeCache, decode_text
 
@@ -111,6 +111,18 @@ def test_the_file_is_bounded(tmp_path: Path) -> None:
         cache.save()
     answers = json.loads(remembered(tmp_path).read_text(encoding="utf-8"))
     assert list(answers.values()) == [str(n) for n in range(100)][-ProbeCache.LIMIT :]
+
+
+def test_other_code_probes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def recall(answer: str) -> str:
+        cache = ProbeCache(tmp_path)
+        found = cache.recall("key", lambda: answer, decode_text)
+        cache.save()
+        return found
+
+    assert [recall("first"), recall("second")] == ["first", "first"]
+    monkeypatch.setattr(probe_cache, "__file__", str(tmp_path / "probe_cache.py"))
+    assert recall("third") == "third"
 
 
 def test_two_writers_keep_each_others_answers(tmp_path: Path) -> None:

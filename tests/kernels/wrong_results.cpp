@@ -1,0 +1,78 @@
+// Runs the self-test with a correct kernel, then with each function of its table replaced by one
+// whose results are wrong in one place. Fails unless the self-test passes the first alone.
+//
+// Usage: wrong_results
+#define bitlinear_kernels correct_kernels
+#include "cpu/scalar.cpp"
+#undef bitlinear_kernels
+
+#include <stdio.h>
+
+namespace {
+
+const bitlinear_kernel_table correct = *correct_kernels();
+bitlinear_kernel_table table;
+
+void quantize_row(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x,
+                  int32_t* q_sum) {
+  correct.quantize_row(x, dtype, K, eps, q, s_x, q_sum);
+  if (K > 1000) *q ^= 1;
+}
+
+void linear(const bitlinear_task* task) {
+  correct.linear(task);
+  const int64_t last = (task->M - 1) * task->y_stride + task->n_end - 1;
+  const int64_t bytes = task->y_dtype == BITLINEAR_F32 ? 4 : 2;
+  if (task->M > 30) static_cast<uint8_t*>(task->y)[last * bytes] ^= 1;
+}
+
+double sum_magnitudes(const void* w, int dtype, int64_t K) {
+  return correct.sum_magnitudes(w, dtype, K) * 1.000001;
+}
+
+void pack_row(const void* w, int dtype, int64_t K, float s_w, uint8_t* packed) {
+  correct.pack_row(w, dtype, K, s_w, packed);
+  packed[(K - 1) / 4] ^= 1;  // the last slot, which can lie past K
+}
+
+void expand_row(const uint8_t* packed, int64_t K, float s_w, float* w) {
+  correct.expand_row(packed, K, s_w, w);
+  w[K - 1] += s_w;
+}
+
+void quantize_in_order(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x) {
+  correct.quantize_in_order(x, dtype, K, eps, q, s_x);
+  *s_x *= 2;
+}
+
+int failures = 0;
+
+void expect(int wanted, const char* what) {
+  char message[512] = "";
+  const int verdict = bitlinear_selftest(message, sizeof(message));
+  printf("%s: %d, %s\n", what, verdict, message);
+  failures += verdict != wanted;
+  table = correct;
+}
+
+}  // namespace
+
+extern "C" const bitlinear_kernel_table* bitlinear_kernels(void) { return &table; }
+
+int main() {
+  table = correct;
+  expect(0, "correct");
+  table.quantize_row = quantize_row;
+  expect(1, "quantize_row");
+  table.linear = linear;
+  expect(1, "linear");
+  table.sum_magnitudes = sum_magnitudes;
+  expect(1, "sum_magnitudes");
+  table.pack_row = pack_row;
+  expect(1, "pack_row");
+  table.expand_row = expand_row;
+  expect(1, "expand_row");
+  table.quantize_in_order = quantize_in_order;
+  expect(1, "quantize_in_order");
+  return failures;
+}
