@@ -228,7 +228,7 @@ class Layers:
         runners = [
             *((name, self._switch(name), _bind, self._deployed) for name in self._kernels),
             *(
-                (name, do_nothing, OTHERS[name].bind, copies)
+                (name, self._switch(None), OTHERS[name].bind, copies)
                 for name, copies in self._others.items()
             ),
         ]
@@ -247,9 +247,12 @@ class Layers:
     def _copied(self, weights: Weights) -> list[Weights]:
         return [weights, *(copy.deepcopy(weights) for _ in range(self._copies - 1))]
 
-    def _switch(self, kernel: str) -> Call:
+    def _switch(self, kernel: str | None) -> Call:
+        """Return a call that activates a CPU kernel; None: the one that the import chose."""
         # A GPU has one implementation, and the operator finds it by the device of its input.
-        return do_nothing if self._device.name == "cuda" else partial(runtime.activate, kernel)
+        if self._device.name == "cuda" or not bitlinear.HAS_BITLINEAR:
+            return do_nothing
+        return partial(runtime.activate, kernel)
 
 
 def one_line(error: Exception) -> str:

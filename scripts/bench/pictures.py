@@ -38,7 +38,7 @@ MODES = {
     "warm": "weights from the L2",
     "eager": "called from Python, weights from the L2",
 }
-UNSTEADY = f"quartiles over {records.UNSTEADY_SPREAD:.0%} apart, or under {MIN_SAMPLES} samples"
+UNSTEADY = f"quartiles over {records.UNSTEADY_SPREAD:.0%} apart or under {MIN_SAMPLES} samples"
 DASHES = [(0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 1.5))]
 
 # The linear layers in each block of a transformer with 1.2 billion weights: how many, N, K.
@@ -260,7 +260,7 @@ def _by_batch(results: Record, shape: Shape, threads: int, picture: ByBatch) -> 
     cells = [cell for cell in _cells(results, threads) if shape_of(cell) == shape]
     cells.sort(key=lambda cell: cell["M"])
     tokens = [cell["M"] for cell in cells]
-    note = f"medians; bands: quartiles; hollow: {UNSTEADY}"
+    note = f"medians, quartiles; hollow: {UNSTEADY}"
     figure, axes = charts.canvas(
         picture.title, _subtitle(results, threads, note), size=(9.5, 5.8), top=1.15
     )

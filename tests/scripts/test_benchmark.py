@@ -15,6 +15,7 @@ import torch
 from bitlinear import runtime
 from scripts.bench import contestants, peaks, records, timing
 from scripts.bench.__main__ import GRIDS, main
+from scripts.bench.devices import DEVICES
 from tests.scripts.times import made_up
 
 pytestmark = pytest.mark.skipif(
@@ -23,6 +24,19 @@ pytestmark = pytest.mark.skipif(
 
 
 TINY = ("--shapes", "64x30", "--tokens", "1", "3", "--budget", "0.02")
+
+
+def test_an_undeployed_layer_is_timed_on_the_chosen_kernel():
+    chosen, device = runtime.current().kernel, DEVICES["cpu"]
+    layers = contestants.Layers(8, 8, ["undeployed"], ["scalar"], device)
+    try:
+        scalar, undeployed = layers.contestants(1, device.modes[""])[0]
+        scalar.enter()
+        assert runtime.current().kernel == "scalar"
+        undeployed.enter()
+        assert runtime.current().kernel == chosen
+    finally:
+        runtime.activate(None)
 
 
 def test_a_run_of_everything(monkeypatch, tmp_path, capsys):
