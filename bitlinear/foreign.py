@@ -47,8 +47,8 @@ def why_not_linear(module: nn.Module) -> str:
     """Why a module might not compute the same as ``F.linear``, or ``""``.
 
     A subclass of ``nn.Linear`` computes the same if the classes that it adds define nothing but
-    ``__init__``, ``reset_parameters`` and how the layer is printed: its forward pass and its
-    state are then those of ``nn.Linear``. The same holds for subclasses of ``Conv1D`` and of
+    ``__init__``, ``reset_parameters`` and how the layer is printed: it then has the forward pass
+    and the state of ``nn.Linear``. The same holds for subclasses of ``Conv1D`` and of
     ``FalconLinear``.
     """
     kind = type(module)

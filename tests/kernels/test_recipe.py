@@ -74,16 +74,6 @@ def test_the_table_lists_every_cuda_kernel():
     assert rows == sources - {"launch.cu", "selftest.cu"}
 
 
-def test_every_link_resolves():
-    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
-    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
-    anchors = {
-        "#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
-    }
-    for target in targets:
-        assert target in anchors or (DIRECTORY / target).exists(), target
-
-
 def test_every_test_that_is_named_exists():
     folder = DIRECTORY.parent.parent / "tests" / "kernels"
     tests = "".join(path.read_text(encoding="utf-8") for path in folder.glob("test_*.py"))

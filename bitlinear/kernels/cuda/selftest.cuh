@@ -72,7 +72,7 @@ class DeviceArray {
   size_t offset_;
 };
 
-// The alignment of the operands: that of torch's allocations, or only that of their types.
+// The alignment of the operands: as torch allocates them, or only as their types require.
 enum class Placement { kAligned, kUnaligned };
 
 constexpr size_t kGuardBytes = 256;  // a multiple of the alignment of y and of the workspace

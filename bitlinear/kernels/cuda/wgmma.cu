@@ -266,7 +266,7 @@ class WeightReader {
   const uint8_t* high_[T::kBlocks];
 };
 
-// Adds the sums of the other blocks of the cluster to those of this block, for every splits-th
+// Adds the sums of the other blocks of the cluster to this block's sums, for every splits-th
 // token.
 template <class T>
 __device__ inline void add_cluster_sums(const TileRows<T::kRows, T::kConsumers>& rows,
