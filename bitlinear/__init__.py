@@ -13,6 +13,7 @@ from typing import Any
 from . import integrations, ops, runtime
 from .runtime.verdicts import Verdict
 
+ops.unregister()
 _loaded = runtime.load()
 
 HAS_BITLINEAR: bool = any(verdict.status == "chosen" for verdict in _loaded.verdicts)

@@ -18,8 +18,12 @@ import torch
 
 from .report import BROKEN, FALLBACK, OK, Report, redact
 from .runtime import artifacts, current, parallel_threads
+from .runtime.artifacts import Artifact
+from .runtime.build_lock import build_lock
 from .runtime.hardware import detect
 from .runtime.installation import foreign_distribution
+from .runtime.prebuild import parse, prebuild
+from .runtime.rejection import SettingError
 
 __all__ = ["BROKEN", "FALLBACK", "OK", "Report", "main", "report"]
 
@@ -46,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bitlinear.doctor",
         description="Shows which kernel bitlinear runs on this machine, and why not another.",
         epilog="Exit code: 0 fine, 1 works but on a fallback, 2 broken.",
+        allow_abbrev=False,  # the import looks at the options, too, and in full
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--verbose", action="store_true", help="add build logs and the environment")
@@ -57,21 +62,23 @@ def main(arguments: list[str] | None = None) -> int:
         "--clean", action="store_true", help="delete all compiled libraries, and stop"
     )
     action.add_argument("--no-build", action="store_true", help="compile nothing")
+    action.add_argument(
+        "--prebuild",
+        metavar="LIST",
+        help="compile kernels for other machines into the cache: all, or names of CPU kernels, "
+        "then architectures of GPUs, such as avx2,avx512_vnni,cuda:8.0,9.0",
+    )
     options = parser.parse_args(arguments)
-    # runtime/settings.py keeps the import from building under --no-build, --clean and --rebuild.
+    # runtime/settings.py keeps the import from building under these four options.
     if options.clean or options.rebuild:
-        if current().cache.override_problem:  # the import has said why
-            print("nothing deleted: that is not the directory asked for", file=sys.stderr)
-            return BROKEN
-        roots = current().cache.readable
-        count = sum(map(artifacts.clean, roots))
-        if options.clean:
-            where = redact(", ".join(map(str, roots))) or "no cache directory"
-            print(json.dumps({"deleted": count}) if options.json else f"{count} deleted: {where}")
-            return OK
+        exit_code = _clean(options.json, quiet=options.rebuild)
+        if options.clean or exit_code != OK:
+            return exit_code
         rest = [f"--{name}" for name in ("json", "verbose") if getattr(options, name)]
         # A process cannot load the operator twice, so a new process examines the new one.
         return subprocess.call([sys.executable, "-m", "bitlinear.doctor", *rest])
+    if options.prebuild is not None:
+        return _prebuild(options.prebuild, options.json, options.verbose)
     found = report(options.verbose)
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack a letter of a path
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -80,6 +87,59 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return found.exit_code
+
+
+# --- Actions -------------------------------------------------------------------------------------
+
+
+def _clean(as_json: bool, quiet: bool) -> int:
+    cache = current().cache
+    if cache.override_problem:  # the import has said why
+        print("nothing deleted: that is not the directory asked for", file=sys.stderr)
+        return BROKEN
+    deleted = 0
+    for root in cache.readable:
+        with build_lock(root):  # a process that compiles can still finish
+            deleted += artifacts.clean(root)
+    left = {root: len(artifacts.entries(root)) for root in cache.readable}
+    where = redact(", ".join(map(str, cache.readable))) or "no cache directory"
+    if not quiet:
+        counts = {"deleted": deleted, "left": sum(left.values())}
+        print(json.dumps(counts) if as_json else f"{deleted} deleted: {where}")
+    for root, count in left.items():
+        if count:
+            print(
+                f"{count} not deleted, for want of permission: {redact(str(root))}", file=sys.stderr
+            )
+    return BROKEN if any(left.values()) else OK
+
+
+def _prebuild(text: str, as_json: bool, verbose: bool) -> int:
+    cache = current().cache
+    try:
+        hardware = detect(cache.path)
+        done = prebuild(parse(text, hardware.cpu.machine), hardware, cache, verbose=verbose)
+    except SettingError as error:
+        print(f"bitlinear: {error}", file=sys.stderr)
+        return BROKEN
+    lines = {
+        name: probe.rejection.line if probe.rejection else _described(probe.value)
+        for name, probe in done.libraries.items()
+    }
+    failed = [name for name, probe in done.libraries.items() if probe.rejection]
+    if as_json:
+        print(json.dumps({"directory": str(done.directory), "libraries": lines, "failed": failed}))
+    else:
+        for name, line in lines.items():
+            print(f"  {'x' if name in failed else '*'} {name:<12} {redact(line)}")
+        print(f"{len(lines) - len(failed)} of {len(lines)} in {redact(str(done.directory))}")
+    return BROKEN if failed else OK
+
+
+def _described(artifact: Artifact | None) -> str:
+    assert artifact is not None
+    tested = artifact.self_test or "to be tested where it runs"
+    return f"{artifact.state} {artifact.key[:8]}  self-test: {tested}"
 
 
 # --- Examination ---------------------------------------------------------------------------------

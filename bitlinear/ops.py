@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import packing
 from .arguments import ACTIVATION_DTYPES, check_linear, raise_unsupported_layout
@@ -44,20 +44,29 @@ _UNSUPPORTED_KEYS = (
     *("NestedTensorCPU", "NestedTensorCUDA", "MkldnnCPU"),
 )
 
-# The registrations last as long as this object.
-_library: torch.library.Library | None = None
+_REGISTRATIONS = "_bitlinear_registrations"
+
+
+def unregister() -> None:
+    """Undo :func:`register` of an earlier import in this process, if there was one.
+
+    A notebook may delete this package's modules and import it again. C++ must be able to define the
+    operators then.
+    """
+    library = vars(torch.library).pop(_REGISTRATIONS, None)
+    if library is not None:
+        library._destroy()
 
 
 def register(compiled: bool) -> None:
-    """Register the operators; a second call does nothing.
+    """Register the operators.
 
     Args:
         compiled: Whether C++ has already defined them, with CPU kernels and autograd rules.
     """
-    global _library  # noqa: PLW0603
-    if _library is not None:
-        return
-    _library = library = torch.library.Library("bitlinear", "FRAGMENT")
+    library = torch.library.Library("bitlinear", "FRAGMENT")
+    # The registrations last as long as this object.
+    setattr(torch.library, _REGISTRATIONS, library)
     pt2 = (torch.Tag.pt2_compliant_tag,)
 
     if not compiled:
@@ -84,6 +93,7 @@ def register(compiled: bool) -> None:
         for name in implementations:
             operator = getattr(torch.ops.bitlinear, name).default
             torch.library.register_vmap(f"bitlinear::{name}", _vmap_rule(operator), lib=library)
+    flop_registry.pop(torch.ops.bitlinear.linear, None)
     register_flop_formula(torch.ops.bitlinear.linear)(_count_flops)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .kernels import OPS, VARIANTS
+from .kernels.tested import where_gpu_tested, where_tested
 from .runtime import Runtime, artifacts
 from .runtime.artifacts import Artifact
 from .runtime.hardware import Hardware
@@ -26,7 +27,9 @@ OK, FALLBACK, BROKEN = 0, 1, 2
 """Exit codes: the kernel passed its self-test; it works, but slower than it could; it is broken."""
 
 _MARKS = {"chosen": "*", "available": "o", "rejected": "x"}
-_FALLBACK_CODES = {"no-compiler", "compile-failed", "illegal-instruction", "forced-off"}
+_FALLBACK_CODES = {
+    *("no-compiler", "compile-failed", "illegal-instruction", "not-cached", "forced-off"),
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Report:
             ("Toolchain", [[_toolchain(self.hardware)]]),
             ("Cache", [[line] for line in _cache(self.runtime)]),
             ("Threads", [[_threads(self.threads, self.openmp)]]),
-            ("Tested", [[_tested(self.hardware)]]),
+            ("Tested", [[line] for line in _tested(self.runtime)]),
             ("Operator", [[self.operator or _same_bits(self.devices)]]),
             ("Verdict", [[_summary(self.runtime, self.exit_code)]]),
         ]
@@ -122,7 +125,7 @@ class Report:
         operator = runtime.libraries.get(OPS.name)
         data = {
             "exit_code": self.exit_code,
-            "tested": _tested(hardware),
+            "tested": _tested(runtime),
             "versions": dict(entry.split(" ", 1) for entry in _versions(hardware)),
             "foreign_distribution": self.foreign,
             "kernel": runtime.kernel,
@@ -259,16 +262,15 @@ def _cache(runtime: Runtime) -> list[str]:
     return lines
 
 
-# The machines that the test suite has run on.
-_TESTED = {
-    ("linux", "x86_64"): "on machines of this kind",
-    ("linux", "aarch64"): "under an emulator of this kind of machine: the results, not the speed",
-}
-
-
-def _tested(hardware: Hardware) -> str:
-    system, machine = hardware.system, hardware.cpu.machine
-    return _TESTED.get((system, machine), f"never on {system} {machine}: reports are welcome")
+def _tested(runtime: Runtime) -> list[str]:
+    """Say where the kernels in use have been tested."""
+    system = runtime.hardware.system
+    lines = [f"{runtime.kernel}: {where_tested(runtime.kernel, system)}"] if runtime.kernel else []
+    driver = runtime.hardware.driver.value
+    if driver is not None:
+        capabilities = {driver.gpus[number].capability for number in runtime.cuda_devices}
+        lines += [f"cuda: {where_gpu_tested(c, system)}" for c in sorted(capabilities)]
+    return lines or ["no kernel is in use"]
 
 
 def _threads(threads: int | None, openmp: tuple[str, ...]) -> str:

@@ -17,9 +17,12 @@ import pytest
 
 import bitlinear
 from bitlinear import doctor, runtime
-from bitlinear.runtime import installation
+from bitlinear.kernels import VARIANTS
+from bitlinear.kernels.tested import where_gpu_tested, where_tested
+from bitlinear.runtime import artifacts, installation
 from bitlinear.runtime.artifacts import Artifact
 from bitlinear.runtime.cache_directory import CacheDirectory
+from bitlinear.runtime.failures import Failure
 from bitlinear.runtime.gpus import Driver, Gpu
 from bitlinear.runtime.rejection import CODES, Probe, Rejection, rejected
 from bitlinear.runtime.verdicts import Verdict, select
@@ -84,23 +87,25 @@ def reject(variant: str, code: str, reason: str, fix: str = "") -> Verdict:
     return Verdict(variant, rejection=Rejection(code, reason, fix))
 
 
-@pytest.mark.parametrize(
-    ("system", "machine", "expected"),
-    [
-        ("linux", "x86_64", "Tested    on machines of this kind"),
-        ("linux", "aarch64", "Tested    under an emulator of this kind of machine"),
-        ("darwin", "aarch64", "Tested    never on darwin aarch64"),
-    ],
-)
-def test_it_says_which_machines_the_tests_have_run_on(
-    system: str, machine: str, expected: str
-) -> None:
-    healthy_one = healthy()
-    cpu = replace(healthy_one.hardware.cpu, machine=machine)
-    report = replace(healthy_one, hardware=replace(healthy_one.hardware, system=system, cpu=cpu))
-    (line,) = [line for line in str(report).splitlines() if line.startswith("Tested")]
-    assert line.startswith(expected)
-    assert report.to_json()["tested"] in line
+def test_it_says_where_the_kernels_in_use_have_been_tested() -> None:
+    here = healthy()
+    kernel = here.runtime.kernel
+    assert kernel is not None
+    (line,) = here.to_json()["tested"]
+    assert line == f"{kernel}: {where_tested(kernel, 'linux')}"
+    assert f"Tested    {line}" in str(here)
+
+    elsewhere = replace(here.runtime, hardware=replace(here.runtime.hardware, system="darwin"))
+    assert replace(here, runtime=elsewhere).to_json()["tested"] == [
+        f"{kernel}: never on darwin: reports are welcome"
+    ]
+
+
+def test_every_kernel_says_where_it_has_been_tested() -> None:
+    for variant in VARIANTS:
+        assert "never" not in where_tested(variant.name, "linux")
+    assert "H100" in where_gpu_tested((9, 0), "linux")
+    assert "never on compute capability 8.0" in where_gpu_tested((8, 0), "linux")
 
 
 def test_the_text() -> None:
@@ -216,7 +221,7 @@ def test_no_gpu_is_shown() -> None:
 @pytest.mark.parametrize(
     ("code", "exit_code"),
     [
-        ("no-gpu", doctor.OK),
+        ("no-gpu", doctor.FALLBACK),
         ("forced-off", doctor.OK),
         ("no-compiler", doctor.FALLBACK),
         ("cuda-mismatch", doctor.FALLBACK),
@@ -379,7 +384,8 @@ def test_rebuilding_forgets_and_compiles(warm: Path) -> None:
     """A recorded failure of the operator is what a user wants to be rid of."""
     (recorded,) = (warm / "ops").glob("*/meta.json")
     meta = json.loads(recorded.read_text())
-    meta["rejection"] = {"code": "compile-failed", "reason": "some header was missing", "fix": ""}
+    failure = Failure.now(Rejection("compile-failed", "some header was missing"), None)
+    meta["failure"] = failure.to_json()
     recorded.write_text(json.dumps(meta))
     done = run(BITLINEAR_CACHE_DIR=str(warm))
     assert done.returncode == 1
@@ -390,6 +396,30 @@ def test_rebuilding_forgets_and_compiles(warm: Path) -> None:
     assert "compiled in" in done.stderr
     assert "BITLINEAR_CACHE_DIR" in done.stdout  # the environment
     assert "-ffp-contract=off" in done.stdout  # the commands
+
+
+def test_an_option_that_does_not_exist_compiles_nothing(tmp_path: Path) -> None:
+    """Neither an unknown one nor the beginning of one."""
+    done = run("--no-b", BITLINEAR_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert "unrecognized arguments: --no-b" in done.stderr
+    assert "compiling" not in done.stderr
+
+
+def test_cleaning_says_what_it_could_not_delete(
+    warm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a read-only file system."""
+    loaded = runtime.current()
+    cache = replace(loaded.cache, path=None, readable=(warm,))
+    monkeypatch.setattr(doctor, "current", lambda: replace(loaded, cache=cache))
+    monkeypatch.setattr(artifacts, "remove", lambda path: None)
+    count = len(artifacts.entries(warm))
+    assert doctor.main(["--clean"]) == doctor.BROKEN
+    out, err = capsys.readouterr()
+    assert out == f"0 deleted: {warm}\n"
+    assert f"{count} not deleted, for want of permission: " in err
+    assert str(warm) in err
 
 
 def test_a_degraded_import(tmp_path: Path) -> None:
@@ -411,6 +441,7 @@ def test_an_unsafe_cache_is_broken(warm: Path, tmp_path: Path) -> None:
     unsafe = tmp_path / "unsafe"
     unsafe.mkdir()
     unsafe.chmod(0o777)
+    (unsafe / f"user-{os.geteuid()}").symlink_to(tmp_path)  # as somebody else may have laid it
     home = tmp_path / "home"
     shutil.copytree(warm, home / ".cache" / "bitlinear")
     (home / ".cache" / "bitlinear").chmod(0o700)

@@ -5,7 +5,7 @@ This module is the door: :func:`load` (called once, by ``import bitlinear``), :f
 
 The warm path computes a key, checks a hash and loads two libraries. It imports neither
 ``torch.utils.cpp_extension`` nor anything else that only a build needs. Every import ends with a
-:class:`Runtime` that says what is in use and why.
+:class:`Runtime` that says what is in use and why, whatever happens on the way.
 """
 
 from __future__ import annotations
@@ -15,16 +15,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..kernels import CUDA, DIRECTORY, OPS, VARIANTS, CudaLibrary, Library, Variant
-from .cache_directory import open_cache
-from .hardware import detect
+from .cache_directory import CacheDirectory, open_cache
+from .hardware import UNKNOWN, detect
 from .loader import Loader
 from .progress import announce
-from .rejection import Rejection
-from .resolution import Request, Runtime, reject_usable, resolve, without_kernel
+from .rejection import Rejection, SettingError
+from .resolution import (
+    Request,
+    Runtime,
+    keep_loaded,
+    reject_usable,
+    resolve,
+    unexpected,
+    without_kernel,
+)
 from .settings import Settings, is_build_postponed, is_doctor_running, read_settings
 from .verdicts import Verdict
 
-__all__ = ["Runtime", "activate", "current", "load", "parallel_threads"]
+__all__ = [
+    "MissingKernelError",
+    "Runtime",
+    "activate",
+    "current",
+    "load",
+    "parallel_threads",
+]
 
 
 @dataclass
@@ -58,34 +73,58 @@ def load(
 
     Raises:
         ValueError: An environment variable has a value without a meaning, or ``BITLINEAR_KERNEL``
-            names no kernel that this machine supports. No other problem raises.
+            names no kernel that this machine supports.
+        MissingKernelError: The cache lacks a kernel, and ``BITLINEAR_BUILD=cached``.
     """
-    cache = open_cache()
-    if cache.override_problem:
-        announce(f"BITLINEAR_CACHE_DIR is not used: {cache.override_problem}")
-    hardware = detect(cache.readable[0] if cache.readable else None)
-    request = Request(hardware, Settings(), variants, operator, cuda, directory)
+    request = Request(UNKNOWN, Settings(), variants, operator, cuda, directory)
     try:
         request = replace(request, settings=read_settings())
-        verdicts = request.select()
-    except ValueError as error:
+        request, runtime = _load(request)
+    except SettingError as error:
         if not is_doctor_running():
-            raise
+            raise ValueError(str(error)) from None
         announce(str(error))  # the doctor cannot: this is the import of its package
         raise SystemExit(2) from None
-    if not request.settings.cuda:
-        off = Rejection("forced-off", "BITLINEAR_CUDA=off")
-        request = replace(request, cuda_verdict=Verdict("cuda", rejection=off))
-    if request.settings.build:
-        runtime = resolve(request, cache, _process.loader)
-    else:
-        off = Rejection("forced-off", "BITLINEAR_BUILD=off")
-        runtime = without_kernel(request, cache, reject_usable(verdicts, off), off)
     _process.request = replace(request, cuda_verdict=runtime.cuda)
     _process.imported = _process.runtime = runtime
-    if request.settings.build and not is_build_postponed():
+    if is_build_postponed():
+        return runtime
+    if request.settings.cached and not is_doctor_running():
+        _require_kernels(runtime)
+    if request.settings.build:
         _warn(runtime)
     return runtime
+
+
+class MissingKernelError(ImportError):
+    """``BITLINEAR_BUILD=cached``, and the cache has no kernel that runs here."""
+
+
+def _load(request: Request) -> tuple[Request, Runtime]:
+    """Detect, choose, build and load. Anything unexpected ends in the reference implementation."""
+    loader, cache = _process.loader, CacheDirectory(None)
+    try:
+        cache = open_cache()
+        if cache.override_problem:
+            announce(f"BITLINEAR_CACHE_DIR is not used: {cache.override_problem}")
+        request = replace(request, hardware=detect(cache.path or next(iter(cache.readable), None)))
+        verdicts = request.select()
+        if not request.settings.cuda:
+            off = Rejection("forced-off", "BITLINEAR_CUDA=off")
+            request = replace(request, cuda_verdict=Verdict("cuda", rejection=off))
+        if request.settings.build:
+            runtime = resolve(request, cache, loader)
+        else:
+            off = Rejection("forced-off", "BITLINEAR_BUILD=off")
+            runtime = without_kernel(request, cache, reject_usable(verdicts, off), off)
+    except SettingError:
+        raise
+    except Exception as error:
+        problem = unexpected(error)
+        names = [*(variant.name for variant in request.variants), "cuda"]
+        rejected = [Verdict(name, rejection=problem) for name in names]
+        runtime = without_kernel(request, cache, rejected, problem)
+    return request, keep_loaded(runtime, loader)
 
 
 def activate(name: str | None) -> Runtime:
@@ -104,7 +143,7 @@ def activate(name: str | None) -> Runtime:
         raise RuntimeError(f"cannot switch to {name}: {before.problem}")
     if name is None:
         assert imported.kernel is not None  # as there is an operator
-        _process.loader.use_kernels(imported.kernel)
+        _process.loader.use_kernels(imported.kernel)  # it fitted before
         _process.runtime = imported
         return imported
     try:
@@ -112,7 +151,7 @@ def activate(name: str | None) -> Runtime:
         after = resolve(forced, before.cache, _process.loader)
     except ValueError as error:
         raise RuntimeError(str(error)) from error
-    if after.kernel != name:
+    if after.kernel != name or after.problem:
         raise RuntimeError(f"cannot switch to {name}: {after.problem}")
     _process.runtime = replace(after, libraries={**before.libraries, **after.libraries})
     return _process.runtime
@@ -128,14 +167,31 @@ def parallel_threads() -> int | None:
     return _process.loader.parallel_threads()
 
 
+def _require_kernels(runtime: Runtime) -> None:
+    missing = {"for this CPU": runtime.problem, "for this GPU": runtime.cuda_problem}
+    lines = [f"{which}: {problem}" for which, problem in missing.items() if problem]
+    if lines:
+        found = ", ".join(map(str, runtime.cache.readable)) or runtime.cache.reason
+        raise MissingKernelError(
+            f"BITLINEAR_BUILD=cached, but no kernel can be used {'; '.join(lines)}. "
+            f"The cache is {found}. Unset BITLINEAR_BUILD to compile, or to go on without."
+        )
+
+
 def _warn(runtime: Runtime) -> None:
     where, problem = "", runtime.problem
     if not problem:
         where, problem = " for CUDA tensors", runtime.cuda_problem
-    if problem:
+    if not problem:
+        return
+    try:
         warnings.warn(
             f"bitlinear runs its slow reference implementation{where}: {problem}. "
             "More: python -m bitlinear.doctor",
             RuntimeWarning,
             stacklevel=3,
         )
+    except Warning:
+        raise  # the user's filter makes errors of warnings
+    except Exception:  # nothing can be written to stderr
+        return

@@ -4,8 +4,9 @@ An entry is a directory that appears by one rename and never changes afterwards:
 
     <cache>/<library>/<key>/<library>.so    absent if the build failed
                             meta.json       every ingredient of the key in clear, and either the
-                                            hash of the library or the rejection
+                                            hash of the library or the failure
                             build.log       the output of the compiler
+    <cache>/.self-tests/<digest>.json       results of self-tests, see self_tests.py
     <cache>/.staging/<random>/              an unfinished entry, which only its writer knows
 """
 
@@ -17,16 +18,19 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from . import self_tests
 from .cache_directory import CacheDirectory, why_unsafe
-from .keys import COMPILER_INGREDIENTS, key_of
+from .failures import Failure
+from .keys import differences, key_of, serves
 from .rejection import Probe, Rejection
 
 META = "meta.json"
@@ -42,15 +46,16 @@ _STAGING_SECONDS = 3600.0  # twice the time that a build may take
 
 @dataclass(frozen=True)
 class Artifact:
-    """A compiled library that passed its self-test.
+    """A compiled library.
 
     Attributes:
         name: The library's name.
         key: Its key in the cache.
         directory: Where it lies.
         state: ``"cached"`` (found) or ``"built"`` (by this process).
-        self_test: The result of the self-test, in one line.
+        self_test: The result of the self-test on this hardware, in one line; empty before it ran.
         seconds: How long the build took.
+        sha256: The hash of the library file.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Artifact:
     state: str
     self_test: str = ""
     seconds: float = 0.0
+    sha256: str = ""
 
     @property
     def path(self) -> Path:
@@ -70,50 +76,81 @@ class Artifact:
 
 
 def find(
-    cache: CacheDirectory, parts: Mapping[str, str], any_compiler: bool
+    cache: CacheDirectory, parts: Mapping[str, str], can_build: bool
 ) -> Probe[Artifact] | None:
-    """Look up the entry with these ingredients, and mark it as used now.
+    """Look up an entry that serves where these ingredients are wanted; mark it as used now.
 
     Args:
         cache: The directories to look in.
         parts: The ingredients of the key.
-        any_compiler: Accept an artifact that another compiler built, but not another's failure.
+        can_build: See :func:`bitlinear.runtime.keys.serves`.
 
     Returns:
-        The artifact, or the rejection of a recorded failure; None if nothing valid is there.
+        The artifact, or the rejection of a failure that is not to be tried again; None if nothing
+        valid is there.
     """
-    name = parts["library"]
     for root in cache.readable:
-        directory = root / name / key_of(parts)
-        entry = _read(directory, parts)
-        if entry is None and any_compiler:
-            for directory in (root / name).glob("*"):
-                entry = _read(directory, parts, COMPILER_INGREDIENTS)
-                if entry is not None and entry.value is not None:
-                    break
-                entry = None
-        if entry is not None:
-            with contextlib.suppress(OSError):
-                os.utime(directory)  # prune() goes by this
-            return entry
+        for directory in _candidates(root, parts, can_build):
+            entry = _read(directory, parts, can_build)
+            if isinstance(entry, Failure):
+                if entry.is_due() or directory.name != key_of(parts):
+                    continue
+                return Probe(rejection=replace(entry.described(), log=directory / LOG))
+            if entry is not None:
+                with contextlib.suppress(OSError):
+                    os.utime(directory)  # prune() goes by this
+                return Probe(entry)
     return None
 
 
-def _read(
-    directory: Path, parts: Mapping[str, str], ignored: frozenset[str] = frozenset()
-) -> Probe[Artifact] | None:
-    # None: the entry is absent, damaged, writable by others, or for other ingredients.
+def nearest(cache: CacheDirectory, parts: Mapping[str, str]) -> str:
+    """Say what distinguishes the wanted library from one that the cache holds, in one line.
+
+    Returns:
+        Such as ``"the cache has ops for torch 2.12.0, not 2.13.0"``; empty if it has none at all.
+    """
+    name = parts["library"]
+    best: dict[str, str] | None = None
+    for root in cache.readable:
+        for meta_file in (root / name).glob(f"*/{META}"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                found = json.loads(meta_file.read_bytes())["ingredients"]
+                different = {part: found.get(part, "") for part in differences(found, parts)}
+                if best is None or len(different) < len(best):
+                    best = different
+    if not best:
+        return ""
+    texts = [
+        "other sources" if part == "sources" else f"{part} {other}, not {parts[part]}"
+        for part, other in best.items()
+    ]
+    return f"the cache has {name} for {' and '.join(texts)}"
+
+
+def _candidates(root: Path, parts: Mapping[str, str], can_build: bool) -> Iterator[Path]:
+    library = root / parts["library"]
+    yield library / key_of(parts)
+    if not can_build or "architectures" in parts:
+        yield from sorted(library.glob("*"))
+
+
+def _read(directory: Path, parts: Mapping[str, str], can_build: bool) -> Artifact | Failure | None:
+    # None: the entry is absent, damaged, writable by others, or does not serve.
     name = parts["library"]
     try:
-        meta = json.loads((directory / META).read_bytes())
-        found = meta["ingredients"]
-        same = all(found[part] == parts[part] for part in parts.keys() - ignored)
-        if why_unsafe(directory) or found.keys() != parts.keys() or not same:
+        meta_file = directory / META
+        meta = json.loads(meta_file.read_bytes())
+        if not serves(meta["ingredients"], parts, can_build):
             return None
-        if "rejection" in meta:
-            return Probe(rejection=Rejection(**meta["rejection"], log=directory / LOG))
-        artifact = Artifact(name, directory.name, directory, "cached", **meta["result"])
-        return Probe(artifact) if _digest(artifact.path) == meta["sha256"] else None
+        if "failure" in meta:
+            files = [directory, meta_file]
+            return None if any(map(why_unsafe, files)) else Failure.from_json(meta["failure"])
+        artifact = Artifact(
+            name, directory.name, directory, "cached", "", meta["seconds"], meta["sha256"]
+        )
+        if any(map(why_unsafe, [directory, meta_file, artifact.path])):
+            return None
+        return artifact if _digest(artifact.path) == artifact.sha256 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -144,26 +181,37 @@ def publish(root: Path, artifact: Artifact, parts: Mapping[str, str]) -> Artifac
     Raises:
         OSError: The directory cannot be written to.
     """
+    final = _final(root, parts)
+    if isinstance(published := _read(final, parts, can_build=True), Artifact):
+        remove(artifact.directory)
+        return replace(published, state=artifact.state)
+    artifact = replace(artifact, sha256=_digest(artifact.path))
     meta = {
-        "result": {"self_test": artifact.self_test, "seconds": artifact.seconds},
+        "seconds": artifact.seconds,
         "size": artifact.path.stat().st_size,
-        "sha256": _digest(artifact.path),
+        "sha256": artifact.sha256,
     }
     kept = {META, LOG, artifact.path.name}
-    return replace(artifact, directory=_publish(root, artifact.directory, meta, kept, parts))
+    directory = _publish(root, artifact.directory, meta, kept, parts)
+    return replace(artifact, directory=directory)
 
 
 def record_failure(
     root: Path, staging: Path, rejection: Rejection, parts: Mapping[str, str]
 ) -> Rejection:
-    """Publish a failure that the same ingredients would repeat, with the compiler's output.
+    """Publish a failed build with the compiler's output, and count it.
 
     Raises:
         OSError: The directory cannot be written to.
     """
-    recorded = {"code": rejection.code, "reason": rejection.reason, "fix": rejection.fix}
-    directory = _publish(root, staging, {"rejection": recorded}, {META, LOG}, parts)
+    earlier = _read(_final(root, parts), parts, can_build=True)
+    failure = Failure.now(rejection, earlier if isinstance(earlier, Failure) else None)
+    directory = _publish(root, staging, {"failure": failure.to_json()}, {META, LOG}, parts)
     return replace(rejection, log=directory / LOG)
+
+
+def _final(root: Path, parts: Mapping[str, str]) -> Path:
+    return root / parts["library"] / key_of(parts)
 
 
 def _publish(
@@ -175,13 +223,12 @@ def _publish(
         if leftover.name not in kept:
             remove(leftover)
     (staging / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    for file in staging.iterdir():
+        file.chmod(file.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))  # see why_unsafe
 
-    final = root / parts["library"] / key_of(parts)
+    final = _final(root, parts)
     final.parent.mkdir(mode=0o700, exist_ok=True)
-    if _read(final, parts) is not None:
-        remove(staging)
-        return final
-    remove(_move_away(root, final))  # a damaged entry, if any
+    remove(_move_away(root, final))  # a damaged entry or an earlier failure, if any
     try:
         os.replace(staging, final)
     except OSError:
@@ -224,18 +271,24 @@ def prune(root: Path, now: float | None = None) -> None:
         kept[library] = kept.get(library, 0) + 1
         if kept[library] > _KEEP and now - _last_use(directory) > _KEEP_SECONDS:
             remove(directory)
+    self_tests.prune(root)
     for staging in (root / STAGING).glob("*"):
         if now - _last_use(staging) > _STAGING_SECONDS:
             remove(staging)
 
 
 def clean(root: Path) -> int:
-    """Delete every entry, and nothing else that a user may keep there; return their number."""
+    """Delete every entry, and nothing else that a user may keep there.
+
+    Returns:
+        How many are gone; some may stay in a directory that cannot be written to.
+    """
     found = entries(root)
     for directory in found:
         remove(directory)
+    remove(root / self_tests.FOLDER)
     remove(root / STAGING)
-    return len(found)
+    return len(found) - len(entries(root))
 
 
 def size(directory: Path) -> int:

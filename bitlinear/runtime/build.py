@@ -1,48 +1,48 @@
-"""Compiling one library in a child process.
+"""Compiling one library in a child process, and testing one.
 
 Compilers fail, get killed and hang, and a kernel for another CPU ends in a signal. The child
-(``build_worker.py``) takes all that. :class:`Build` turns its end into an artifact or a rejection.
+(``build_worker.py``) takes all that. ``diagnosis.py`` explains its end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..kernels import CudaLibrary, Library
-from . import artifacts
-from .artifacts import Artifact
-from .build_environment import COMPILER_WRAPPER, child_environment, plain_directory
+from ..kernels import CudaLibrary, Library, Variant
+from . import artifacts, self_tests
+from .artifacts import LIBRARY_SUFFIX, Artifact
+from .build_environment import build_environment, plain_directory, plain_import_path
+from .cache_directory import CacheDirectory
+from .children import child_environment, import_path, python_command
+from .diagnosis import explain_build, explain_self_test
 from .hardware import Hardware
-from .keys import key_of, source_files
-from .rejection import Probe, Rejection, rejected
+from .keys import key_of, source_files, tested_on
+from .progress import write
+from .rejection import Probe, Rejection
+from .system import ProbeError
 
 BUILD_SECONDS = 1800.0  # a small Arm board needs minutes
-REBUILD_FIX = (
-    "python -m bitlinear.doctor --rebuild tries again, with --verbose it shows the commands"
-)
+SELF_TEST_SECONDS = 120.0  # of a library that is compiled already; it takes 0.1 s, a GPU a few
+
+Report = dict[str, Any]
+"""What the child reports; see ``build_worker.py``."""
 
 _WORKER = Path(__file__).with_name("build_worker.py")
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.02
 
-# The machine failed, not the source: the next import tries again.
-_TRANSIENT = re.compile(
-    r"Killed|[Nn]o space left|out of memory|[Cc]annot allocate|memory exhausted"
-    r"|Input/output error|Stale file handle|died due to signal"
-)
-_ERROR_LINE = re.compile(r"\berror\b|\bfatal\b|\bundefined\b|unrecognized|not found", re.IGNORECASE)
-_SENT_FROM_OUTSIDE = {
-    getattr(signal, name, 0) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU")
-}
+
+class CacheVanishedError(OSError):
+    """Somebody deleted the cache directory during a build."""
 
 
 class Build:
@@ -58,9 +58,10 @@ class Build:
         root: The cache directory.
         parts: The ingredients of its key.
         hardware: The machine.
+        self_test: Whether this machine can run the library.
 
     Raises:
-        OSError: The child cannot be started.
+        OSError, ProbeError: The child cannot be started.
     """
 
     def __init__(
@@ -70,54 +71,48 @@ class Build:
         root: Path,
         parts: Mapping[str, str],
         hardware: Hardware,
+        self_test: bool = True,
     ) -> None:
-        self._name = library.name
+        self._library = library
         self._root = root
         self._parts = parts
+        self._hardware = hardware
+        self._sources = source_files(library, sources)
         self._began = time.monotonic()
         self._staging = artifacts.new_staging(root)
         self._links = self._staging
         try:
             self._links = plain_directory(self._staging)
-            self._process = self._start(library, sources, hardware)
+            self._process = self._start(sources, self_test)
         except BaseException:
             artifacts.remove(self._links)
             artifacts.remove(self._staging)
             raise
 
-    def _start(
-        self, library: Library, sources: Path, hardware: Hardware
-    ) -> subprocess.Popen[bytes]:
+    def _start(self, sources: Path, self_test: bool) -> subprocess.Popen[bytes]:
         build_directory = self._staging
         if os.name == "posix":  # Windows allows links to administrators only
             build_directory = self._links / "build"
             build_directory.symlink_to(self._staging)
-        for name in source_files(library, sources):
+        for name in self._sources:
             copy = self._staging / name
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(sources / name, copy)
-        cuda = library if isinstance(library, CudaLibrary) else None
-        spec: dict[str, Any] = {
-            "name": library.name,
+        library = self._library
+        spec: Report = {
+            **_spec(library, build_directory / f"{library.name}{LIBRARY_SUFFIX}", self_test),
             "sources": [str(build_directory / name) for name in library.sources],
             "cflags": library.cflags,
-            "cuda_cflags": cuda.nvcc_flags if cuda else (),
+            "cuda_cflags": library.nvcc_flags if isinstance(library, CudaLibrary) else (),
             "ldflags": library.ldflags,
             "build_directory": str(build_directory),
-            "self_test": library.self_test,
-            "devices": cuda.devices if cuda else (),
-            "parent": os.getpid(),
         }
-        spec_file = build_directory / "spec.json"
-        spec_file.write_text(json.dumps(spec), encoding="utf-8")
-        # Neither -m nor the path of a script: then modules of this folder would be importable under
-        # their bare names and could shadow the standard library's.
-        run = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+        path = plain_import_path(self._links)
         with open(self._staging / artifacts.LOG, "wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-c", run, str(_WORKER), str(spec_file)],
+                python_command(_WORKER, json.dumps(spec), path=path),
                 cwd=build_directory,
-                env=child_environment(hardware, self._links),
+                env=build_environment(self._hardware, self._links),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -129,132 +124,165 @@ class Build:
 
         Args:
             verbose: Copy the compiler's output to stderr.
-        """
-        deadline = self._began + BUILD_SECONDS
-        with open(self._staging / artifacts.LOG, encoding="utf-8", errors="replace") as log:
-            while self._process.poll() is None and time.monotonic() < deadline:
-                time.sleep(_POLL_SECONDS)
-                if verbose:
-                    print(log.read(), end="", file=sys.stderr)
-            if verbose:
-                print(log.read(), file=sys.stderr)
-        outcome, is_repeatable = self._outcome()
-        if not is_repeatable:
-            self.stop()
-            return Probe(rejection=outcome.rejection)
-        artifacts.remove(self._links)
-        return self._publish(outcome)
 
-    def _publish(self, outcome: Probe[str]) -> Probe[Artifact]:
-        # If the cache cannot be written to, a full disk say, the result still serves this process.
-        if outcome.rejection is not None:
-            try:
-                recorded = artifacts.record_failure(
-                    self._root, self._staging, outcome.rejection, self._parts
-                )
-            except OSError:
-                recorded = outcome.rejection
-            return Probe(rejection=recorded)
+        Raises:
+            CacheVanishedError: The result is lost, because somebody deleted the cache.
+        """
+        shown = 0
+        while True:
+            code = self._process.poll()
+            is_over = code is not None or time.monotonic() > self._began + BUILD_SECONDS
+            if verbose:
+                log = self._log()
+                write(log[shown:])
+                shown = len(log)
+            if is_over:
+                break
+            time.sleep(_POLL_SECONDS)
+        if not self._staging.exists():
+            self.stop()
+            raise CacheVanishedError("was deleted during the build")
+        report = _read_report(self._staging / "result.json")
+        if not report.get("compiled"):
+            rejection = self._record(
+                explain_build(code, report, self._log(), self._sources, BUILD_SECONDS)
+            )
+            self.stop()
+            return Probe(rejection=rejection)
+        artifacts.remove(self._links)
+        artifact = self._publish()
+        if code == 0 and report["self_test"] is None:
+            return Probe(artifact)  # for another machine
+        return _conclude(
+            artifact, self._root, tested_on(self._library, self._hardware), code, report
+        )
+
+    # If the cache cannot be written to, a full disk say, the result still serves this process.
+
+    def _record(self, rejection: Rejection) -> Rejection:
+        with contextlib.suppress(OSError):
+            return artifacts.record_failure(self._root, self._staging, rejection, self._parts)
+        return rejection
+
+    def _publish(self) -> Artifact:
         seconds = round(time.monotonic() - self._began, 1)
-        key = key_of(self._parts)
-        built = Artifact(self._name, key, self._staging, "built", outcome.value or "", seconds)
-        try:
-            return Probe(artifacts.publish(self._root, built, self._parts))
-        except OSError:
-            return Probe(built)
+        name, key = self._library.name, key_of(self._parts)
+        artifact = Artifact(name, key, self._staging, "built", "", seconds)
+        with contextlib.suppress(OSError):
+            artifact = artifacts.publish(self._root, artifact, self._parts)
+        return artifact
 
     def stop(self) -> None:
         """End the child and every process that it started, and remove its files."""
-        if os.name == "posix":
-            # SIGTERM lets ninja end the compilers; the child itself may be dead already.
-            if not self._end_group(signal.SIGTERM):
-                self._end_group(signal.SIGKILL)
-        else:
-            self._process.kill()
-        self._process.wait()
+        _end_group(self._process)
         artifacts.remove(self._links)
         artifacts.remove(self._staging)
 
-    def _end_group(self, number: int) -> bool:
-        """Send a signal to the child's process group; return whether it is soon empty."""
-        deadline = time.monotonic() + 5.0
-        try:
-            os.killpg(self._process.pid, number)
-            while time.monotonic() < deadline:
-                self._process.poll()
-                os.killpg(self._process.pid, 0)
-                time.sleep(_POLL_SECONDS)
-        except OSError:  # no such group, or on macOS one of zombies
-            return True
-        return False
-
-    def _outcome(self) -> tuple[Probe[str], bool]:
-        """The self-test's result or a rejection, and whether a second build would end the same."""
-        code = self._process.poll()
-        log = (self._staging / artifacts.LOG).read_text(encoding="utf-8", errors="replace")
-        log = log.replace(f"{self._links / 'build'}{os.sep}", "")
-        try:
-            result = json.loads((self._staging / "result.json").read_bytes())
-        except (OSError, ValueError):
-            result = {"stage": "set-up"}
-        stage, error = result["stage"], result.get("error", "") or _last_line(log)
-
-        if code == 0 and stage == "done":
-            return Probe(result["self_test"]), True
-        if code is None:
-            reason = f"the compiler did not finish within {BUILD_SECONDS:.0f} s"
-            return _failed("compile-failed", reason), False
-        if code == -getattr(signal, "SIGILL", 4):
-            reason = (
-                "illegal instruction: the CPU, or a hypervisor, lacks a feature that it reports"
-            )
-            return _failed("illegal-instruction", reason), True
-        if code < 0 and -code in _SENT_FROM_OUTSIDE:
-            reason = f"the build was killed by {_signal_name(-code)} (out of memory?)"
-            return _failed("compile-failed", reason), False
-        if code < 0:
-            error = f"crashed with {_signal_name(-code)}"
-        if stage == "self-test":
-            return _failed("self-test-failed", f"self-test failed: {error}"), True
-        if stage == "device":
-            reason = f"the self-test could not be run: {error}"
-            fix = "see whether other programs occupy the GPU; the next import tries again"
-            return _failed("compile-failed", reason, fix), False
-        if stage == "load":
-            return _failed("compile-failed", f"cannot be loaded: {error}"), True
-        if stage == "compile":
-            is_repeatable = not _TRANSIENT.search(log + error)
-            return _failed("compile-failed", _compiler_line(log) or error), is_repeatable
-        reason = f"the build could not start: {error}"
-        return _failed("compile-failed", reason, "pip install setuptools"), False
+    def _log(self) -> str:
+        with contextlib.suppress(OSError):
+            text = (self._staging / artifacts.LOG).read_text(encoding="utf-8", errors="replace")
+            return text.replace(f"{self._links / 'build'}{os.sep}", "")
+        return ""
 
 
-def load_failure(name: str, error: Exception) -> Rejection:
-    """Make the rejection of a library that was built but cannot be loaded into this process."""
-    return Rejection("compile-failed", f"{name} cannot be loaded: {error}", REBUILD_FIX)
+def test(
+    artifact: Artifact, library: Library, cache: CacheDirectory, hardware: Hardware
+) -> Probe[Artifact]:
+    """Return a library with the result of its self-test on this hardware.
 
-
-def _failed(code: str, reason: str, fix: str = REBUILD_FIX) -> Probe[str]:
-    return rejected(code, reason, fix)
-
-
-def _signal_name(number: int) -> str:
+    The result of an earlier process serves. If there is none, a child runs the test now.
+    """
+    machine = tested_on(library, hardware)
+    known = self_tests.find(cache, artifact.sha256, machine)
+    if known is not None:
+        return _with_result(artifact, known)
     try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+        # A kernel needs nothing but its library; the others need torch.
+        path = () if isinstance(library, Variant) else import_path()
+        spec = json.dumps(_spec(library, artifact.path))
+        process = subprocess.Popen(
+            python_command(_WORKER, spec, path=path),
+            env=child_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except (OSError, ProbeError) as error:
+        rejection = explain_self_test(None, {"error": f"no child process: {error}"})
+        return Probe(rejection=rejection)
+    try:
+        output, _ = process.communicate(timeout=SELF_TEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        output = b""
+    finally:
+        code = process.poll()
+        _end_group(process)
+    lines = output.decode("utf-8", "replace").splitlines() or [""]
+    return _conclude(artifact, cache.path, machine, code, _parse_report(lines[-1]))
 
 
-def _compiler_line(log: str) -> str:
-    """The line with the error: not the command, and not ninja's comment on it."""
-    lines = [line.strip() for line in log.splitlines()]
-    messages = (
-        line
-        for line in lines
-        if COMPILER_WRAPPER not in line and not line.startswith(("FAILED:", "[", "ninja: build"))
-    )
-    return next((line for line in messages if _ERROR_LINE.search(line)), _last_line(log))
+def _conclude(
+    artifact: Artifact, root: Path | None, machine: str, code: int | None, report: Report
+) -> Probe[Artifact]:
+    """Turn the end of a self-test into a result, and record it."""
+    text = report.get("self_test") if code == 0 else None
+    result = Probe(text) if text else Probe[str](rejection=explain_self_test(code, report))
+    if root is not None and artifact.sha256:
+        self_tests.record(root, artifact.sha256, machine, result)
+    return _with_result(artifact, result)
 
 
-def _last_line(log: str) -> str:
-    return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "")
+def _with_result(artifact: Artifact, result: Probe[str]) -> Probe[Artifact]:
+    if result.value is None:
+        return Probe(rejection=result.rejection)
+    return Probe(replace(artifact, self_test=result.value))
+
+
+def _spec(library: Library, file: Path, self_test: bool = True) -> Report:
+    """What the child is to test."""
+    return {
+        "name": library.name,
+        "library": str(file),
+        "self_test": library.self_test if self_test else None,
+        "devices": library.devices if isinstance(library, CudaLibrary) else (),
+        "parent": os.getpid(),
+    }
+
+
+def _read_report(file: Path) -> Report:
+    with contextlib.suppress(OSError):
+        return _parse_report(file.read_text(encoding="utf-8", errors="replace"))
+    return {}
+
+
+def _parse_report(text: str) -> Report:
+    with contextlib.suppress(ValueError):
+        report = json.loads(text)
+        return report if isinstance(report, dict) else {}
+    return {}
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a child and every process that it started."""
+    if os.name == "posix":
+        # SIGTERM lets ninja end the compilers; the child itself may be dead already.
+        if not _signal_group(process, signal.SIGTERM):
+            _signal_group(process, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Send a signal to the child's process group; return whether it is soon empty."""
+    deadline = time.monotonic() + 5.0
+    try:
+        os.killpg(process.pid, number)
+        while time.monotonic() < deadline:
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(_POLL_SECONDS)
+    except OSError:  # no such group, or on macOS one of zombies
+        return True
+    return False

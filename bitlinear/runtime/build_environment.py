@@ -6,12 +6,11 @@ import contextlib
 import os
 import re
 import shlex
-import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from .cache_directory import why_unusable
+from .children import child_environment, import_path
 from .hardware import Hardware
 
 COMPILER_WRAPPER = "bitlinear-c++"
@@ -36,21 +35,17 @@ def plain_directory(staging: Path) -> Path:
     raise OSError("; ".join(problems))
 
 
-def child_environment(hardware: Hardware, links: Path) -> dict[str, str]:
-    """Give the child the same Python, compiler, ninja and nvcc, all under plain names.
+def build_environment(hardware: Hardware, links: Path) -> dict[str, str]:
+    """Give the child the same compiler, ninja and nvcc, all under plain names.
 
     Args:
         hardware: The machine.
         links: A directory with a plain name, for links to paths that need quotes.
     """
-    # The self-test must not depend on OMP_*, nor the build on another nvcc than the key names.
-    dropped = ("OMP_", "KMP_", "GOMP_", "PYTORCH_NVCC")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    environment = child_environment()
+    environment.pop("PYTORCH_NVCC", None)  # the build must not use another nvcc than the key names
     environment.update(
-        PYTHONPATH=os.pathsep.join(_python_path(links)),
-        BITLINEAR_BUILD="off",  # a .pth file or sitecustomize could import this package
         LC_ALL="C",  # the compiler's line goes into bug reports
-        PYTHONWARNINGS="ignore",  # warnings of torch's imports are no compiler's lines
         TORCH_DONT_CHECK_COMPILER_ABI="1",  # torch 2.4 fails if CXX has arguments,
         TORCH_NO_COMPILER_WRAPPER="1",  # and torch 2.13 takes them for a part of the name
     )
@@ -73,6 +68,16 @@ def child_environment(hardware: Hardware, links: Path) -> dict[str, str]:
     return environment
 
 
+def plain_import_path(links: Path) -> list[str]:
+    """List the folders that the child imports from, under plain names.
+
+    Args:
+        links: As for :func:`build_environment`.
+    """
+    # torch writes the paths of its headers and libraries into the file for ninja.
+    return [_plain_path(p, links / f"path{number}") for number, p in enumerate(import_path())]
+
+
 def available_cpus() -> int:
     """Count the CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -88,11 +93,6 @@ def _plain_path(path: str, link: Path) -> str:
         return path
     link.symlink_to(path)
     return str(link)
-
-
-def _python_path(links: Path) -> Iterator[str]:
-    for number, entry in enumerate(map(os.path.abspath, sys.path)):
-        yield _plain_path(entry, links / f"path{number}")
 
 
 def _library_path(cuda_home: Path, directory: Path) -> str:

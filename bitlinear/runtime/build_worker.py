@@ -1,8 +1,15 @@
-"""The child process of ``build.py``: compile one library, load it, run its self-test.
+"""The child process of ``build.py``: compile one library if need be, load it, run its self-test.
 
 It is started by path and never imported, so a crash here (an illegal instruction, say) is a result
-and not the end of the user's program. It imports only the standard library and torch. It keeps
-its progress in ``result.json``, which the parent reads after any end.
+and not the end of the user's program. It imports only the standard library, and torch if it
+compiles. It keeps its progress as JSON in ``result.json`` of the build directory, or prints it if
+it only tests:
+
+- ``stage``: ``"set-up"``, ``"compile"``, ``"load"``, ``"self-test"``, ``"device"`` (a GPU could not
+  be used) or ``"done"``.
+- ``compiled``: whether the library is there and can be loaded.
+- ``self_test``: its result in one line; None if it was not asked for.
+- ``error``: what stopped it.
 """
 
 from __future__ import annotations
@@ -21,38 +28,47 @@ _PR_SET_PDEATHSIG = 1
 _DEVICE_FAILED = 2  # bitlinear_cuda_selftest returns it if the CUDA runtime fails
 
 
-def main(spec_path: str) -> None:
-    """Build the library that the file describes; exit with 1 if that fails."""
-    spec: dict[str, Any] = json.loads(Path(spec_path).read_text(encoding="utf-8"))
+def main(text: str) -> None:
+    """Do what the JSON text describes; exit with 1 if that fails."""
+    spec: dict[str, Any] = json.loads(text)
     _end_with_parent(spec["parent"])
-    result = Path(spec["build_directory"], RESULT)
+    builds = "sources" in spec
+    progress: dict[str, Any] = {"stage": "set-up", "compiled": not builds}
 
-    def report(stage: str, **details: str) -> None:
-        result.write_text(json.dumps({"stage": stage, **details}), encoding="utf-8")
+    def report(**changes: Any) -> None:
+        progress.update(changes)
+        text = json.dumps(progress)
+        if builds:
+            Path(spec["build_directory"], RESULT).write_text(text, encoding="utf-8")
+        else:
+            print(text, flush=True)
 
-    stage = "set-up"
-    report(stage)
+    report()
     try:
-        from torch.utils import cpp_extension
+        if builds:
+            from torch.utils import cpp_extension
 
-        stage = "compile"
-        report(stage)
-        library = Path(spec["build_directory"], spec["name"] + cpp_extension.LIB_EXT)
-        _compile(cpp_extension, spec)
-        stage = "self-test"
-        report(stage)
-        verdict = _SELF_TESTS[spec["self_test"]](str(library), spec["devices"])
+            report(stage="compile")
+            _compile(cpp_extension, spec)
+        elif spec["self_test"] != "kernels":
+            import torch  # noqa: F401  the library needs its libraries
+        result = None
+        if spec["self_test"]:
+            report(stage="self-test", compiled=True)
+            result = _SELF_TESTS[spec["self_test"]](spec["library"], spec["devices"])
     except Exception as caught:
-        error: BaseException = caught
+        # The loader and ninja say why; torch only names the library.
+        error = caught.__cause__ or caught
         if isinstance(error, _DeviceError):
-            stage = "device"
-        elif stage == "compile" and library.exists():
-            stage = "load"  # cpp_extension.load links and loads in one call
-            error = error.__cause__ or error  # the loader says why; torch only names the file
+            report(stage="device")
+        elif isinstance(error, _SelfTestError):
+            pass
+        elif progress["stage"] == "self-test" or Path(spec["library"]).exists():
+            report(stage="load")
         kind = "" if isinstance(error, _SelfTestError) else f"{type(error).__name__}: "
-        report(stage, error=f"{kind}{error}")
+        report(error=f"{kind}{error}")
         sys.exit(1)
-    report("done", self_test=verdict)
+    report(stage="done", compiled=True, self_test=result)
 
 
 class _SelfTestError(Exception):

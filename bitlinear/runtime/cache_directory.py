@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import stat
@@ -10,6 +11,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+_ROOT = 0  # the user who builds images and installs software
+_FILE = 2 << 20  # larger than any file of a build for CPUs
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,21 @@ class CacheDirectory:
     readable: tuple[Path, ...] = ()
     override_problem: str = ""
 
+    def without(self, root: Path, problem: str) -> CacheDirectory:
+        """Give up a directory that turned out to be of no use."""
+        readable = tuple(path for path in self.readable if path != root)
+        reason = "; ".join(filter(None, [self.reason, f"{root} {problem}"]))
+        if root != self.path:
+            return replace(self, readable=readable, reason=reason)
+        return replace(self, path=None, readable=readable, reason=reason, temporary=False)
+
 
 def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
     """Open the first candidate that is safe and can be written to, and create it if needed.
 
     The candidates are ``BITLINEAR_CACHE_DIR``, ``$XDG_CACHE_HOME/bitlinear`` and
-    ``~/.cache/bitlinear``.
+    ``~/.cache/bitlinear``. In one that other users can write to, or that belongs to another user,
+    only a folder of this user's own serves.
     """
     path: Path | None = None
     problems: list[str] = []
@@ -46,9 +59,10 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
     for candidate in _candidates(environ):
         directory = Path(os.path.realpath(candidate))
         problem = _create(candidate)
-        if not problem:
-            problem = why_unsafe(directory)
+        if not problem and why_unsafe(directory):
+            directory, problem = _own_folder(directory)
             unsafe = unsafe or bool(problem)
+        problem = problem or _why_unreadable(directory)
         if not problem:
             readable.append(directory)
             problem = why_unusable(directory)
@@ -57,7 +71,8 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
             break
         problems.append(f"{candidate} {problem}")
     override = Path(os.path.realpath(next(_candidates(environ), Path())))
-    is_ignored = bool(environ.get("BITLINEAR_CACHE_DIR")) and override not in readable
+    is_read = any(override in (directory, directory.parent) for directory in readable)
+    is_ignored = bool(environ.get("BITLINEAR_CACHE_DIR")) and not is_read
     return CacheDirectory(
         path=path,
         reason="; ".join(problems),
@@ -87,26 +102,43 @@ def with_temporary(cache: CacheDirectory) -> CacheDirectory:
     return replace(cache, path=path, temporary=True, readable=(*cache.readable, path))
 
 
-def why_unsafe(directory: Path) -> str:
-    """Say why code in a directory cannot be trusted; empty if it can."""
+def why_unsafe(path: Path) -> str:
+    """Say why code in a directory, or a file, cannot be trusted; empty if it can.
+
+    It can if only this user or root can change it.
+    """
     if not hasattr(os, "geteuid"):
         return ""
     try:
-        status = directory.stat()
+        status = path.stat()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if status.st_uid != os.geteuid():
+    if status.st_uid not in (os.geteuid(), _ROOT):
         return f"belongs to user {status.st_uid}, not to user {os.geteuid()}"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"can be written to by others (mode {stat.S_IMODE(status.st_mode):04o})"
     return ""
 
 
-def why_unusable(directory: Path) -> str:
-    """Say why nothing can be built in a directory; empty if something can."""
+def _why_unreadable(directory: Path) -> str:
+    can_enter = os.access(directory, os.R_OK | os.X_OK)
+    return "" if can_enter else "cannot be read (Permission denied)"
+
+
+def why_unusable(directory: Path, size: int = 1) -> str:
+    """Say why nothing can be built in a directory; empty if something can.
+
+    Args:
+        directory: An existing directory.
+        size: How many bytes must fit, also into the user's quota.
+    """
     try:
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        with contextlib.ExitStack() as files:
+            for begin in range(0, size, _FILE):
+                file = files.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
+                rest = bytes(min(_FILE, size - begin))
+                while rest:  # a short write is followed by the reason
+                    rest = rest[file.write(rest) :]
         if hasattr(os, "statvfs") and os.statvfs(directory).f_flag & getattr(os, "ST_NOEXEC", 0):
             return "is mounted noexec"
     except OSError as error:
@@ -129,3 +161,20 @@ def _create(directory: Path) -> str:
     except OSError as error:
         return f"cannot be created ({error.strerror})"
     return ""
+
+
+def _own_folder(directory: Path) -> tuple[Path, str]:
+    """The folder of this user in a directory that others control, and why it cannot be used."""
+    problem = why_unsafe(directory)
+    own = directory / f"user-{os.geteuid()}"
+    try:
+        own.mkdir(mode=0o700, exist_ok=True)
+        status = own.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            return directory, f"{problem}, and {own.name} in it is not this user's own folder"
+        # Some volumes open every folder to a group when they are mounted. Nobody else can enter
+        # from here on, and an entry that was open to others does not count (see why_unsafe).
+        own.chmod(0o700)
+    except OSError:
+        return directory, problem
+    return own, ""

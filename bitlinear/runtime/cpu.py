@@ -7,15 +7,16 @@ import importlib.util
 import json
 import os
 import platform
-import sys
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
+from .children import child_environment, python_command
 from .probe_cache import ProbeCache, decode_text, file_version
 from .rejection import Probe, rejected
-from .system import ProbeError, boot_id, command_output, file_text, has_interpreter
+from .system import ProbeError, boot_id, command_output, file_text
 
 Flags = frozenset[str]
 
@@ -39,10 +40,7 @@ _FROM_SYSCTL = {
 }  # fmt: skip
 
 _PY_CPUINFO_SECONDS = 20.0  # it takes 1.2 s on an idle machine
-# The child gets the parent's search path, and not the directory that it is started in.
-_PY_CPUINFO = (
-    "import sys; sys.path[:] = sys.argv[1:]; import cpuinfo; print(cpuinfo.get_cpu_info_json())"
-)
+_PY_CPUINFO = Path(__file__).with_name("py_cpuinfo_probe.py")
 
 
 @dataclass(frozen=True)
@@ -171,19 +169,21 @@ def _confirmed(listed: Flags, model: str, cache: ProbeCache) -> Flags:
         spec = importlib.util.find_spec("cpuinfo")
     except (ImportError, ValueError):
         spec = None
-    if spec is None or not spec.origin or not cache.keeps_answers or not has_interpreter():
+    if spec is None or not spec.origin or not cache.keeps_answers:
         return listed
-    key = f"py-cpuinfo {model} {spec.origin} {file_version(spec.origin)}"
+    origin = spec.origin
+    key = f"py-cpuinfo {model} {origin} {file_version(origin)}"
     try:
-        return listed & frozenset(cache.recall(key, _ask_py_cpuinfo, decode_text).split())
+        answer = cache.recall(key, lambda: _ask_py_cpuinfo(origin), decode_text)
+        return listed & frozenset(answer.split())
     except ProbeError:
         return listed
 
 
-def _ask_py_cpuinfo() -> str:
+def _ask_py_cpuinfo(package: str) -> str:
     # In a child, so that a crash, a hang or an import that starts processes stays outside.
-    command = [sys.executable, "-I", "-c", _PY_CPUINFO, *sys.path]
-    output = command_output(command, timeout=_PY_CPUINFO_SECONDS)
+    command = python_command(_PY_CPUINFO, path=[str(Path(package).parents[1])])
+    output = command_output(command, _PY_CPUINFO_SECONDS, child_environment())
     try:
         flags = " ".join(json.loads(output)["flags"])
     except (ValueError, KeyError, TypeError):

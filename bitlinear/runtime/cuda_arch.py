@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .rejection import Rejection
+from .rejection import Rejection, SettingError
 
 if TYPE_CHECKING:
     from .gpus import Gpu
@@ -69,6 +69,28 @@ def version(text: str) -> Version:
     return int(major), int(minor)
 
 
+def parse_architectures(arch_list: str) -> tuple[str, ...]:
+    """Return the architectures of a list such as ``"8.0,9.0a"``, in nvcc's spelling.
+
+    Raises:
+        SettingError: An entry is no architecture, or is older than the kernels.
+    """
+    names = [name for name in re.split(r"[;,\s]+", arch_list) if name]
+    for name in names:
+        parsed = list(_parse(name))
+        if not parsed or parsed[0].capability < _OLDEST:
+            oldest = "{}.{}".format(*_OLDEST)
+            raise SettingError(f"{name!r} is no GPU architecture from {oldest} on, such as 9.0")
+    if not names:
+        raise SettingError("cuda: names no architecture, such as cuda:8.0,9.0")
+    return tuple(dict.fromkeys(map(str, _parse(arch_list))))
+
+
+def runs_on(architecture: str, other: str) -> bool:
+    """Tell whether a GPU for which ``other`` is compiled runs code for ``architecture``."""
+    return _read(architecture).runs_on(_read(other).capability)
+
+
 def toolkit(hardware: Hardware) -> str:
     """The CUDA release that kernels are compiled with, such as ``"13.0"``; empty without CUDA.
 
@@ -116,6 +138,11 @@ def _target(gpu: Gpu, cuda: str, arch_list: str) -> Target:
         return Target(gpu, rejection=Rejection("cuda-mismatch", reason, fix))
     best = max(usable, key=lambda candidate: (not candidate.ptx, candidate.capability))
     return Target(gpu, str(best))
+
+
+def _read(architecture: str) -> _Architecture:
+    kind, _, number = architecture.rstrip("a").partition("_")
+    return _Architecture((int(number[:-1]), int(number[-1])), ptx=kind == "compute")
 
 
 def _newest(capability: Version, cuda: str) -> _Architecture:

@@ -6,14 +6,14 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .children import child_environment, python_command
 from .probe_cache import ProbeCache, decode_text
 from .rejection import Probe, rejected
-from .system import ProbeError, boot_id, command_output, file_text, has_interpreter
+from .system import ProbeError, boot_id, command_output, file_text
 
 # One of these exists if an NVIDIA driver is loaded.
 _NVIDIA_DRIVER = (
@@ -68,8 +68,6 @@ def probe_driver(cache: ProbeCache) -> Probe[Driver]:
     """Ask the driver, in a child process, which GPUs it shows this process."""
     if not any(os.path.exists(path) for path in _NVIDIA_DRIVER):
         return rejected("no-gpu", "no NVIDIA driver is loaded")
-    if not has_interpreter():
-        return rejected("no-gpu", "there is no Python interpreter to ask the driver with")
     boot = boot_id()
     parts = [boot, file_text("/proc/driver/nvidia/version"), *_nvidia_devices()]
     parts += [f"{name}={os.environ.get(name)}" for name in _VISIBILITY]
@@ -79,7 +77,7 @@ def probe_driver(cache: ProbeCache) -> Probe[Driver]:
     try:
         return Probe(cache.recall(f"driver {digest}", _ask_driver, _decode_driver))
     except ProbeError as error:
-        return rejected("no-gpu", str(error))
+        return rejected("cuda-mismatch", str(error))  # there may be GPUs that torch can use
 
 
 def _nvidia_devices() -> list[str]:
@@ -90,8 +88,7 @@ def _nvidia_devices() -> list[str]:
 
 
 def _ask_driver() -> dict[str, Any]:
-    # Without the user's site-packages, which could import this package again.
-    output = command_output([sys.executable, "-I", "-S", str(_GPU_PROBE)])
+    output = command_output(python_command(_GPU_PROBE), environment=child_environment())
     try:
         answer: dict[str, Any] = json.loads(output)
     except ValueError:

@@ -17,7 +17,7 @@ from pathlib import Path
 from .cpu import Cpu, probe_cpu
 from .gpus import Driver, probe_driver
 from .probe_cache import ProbeCache
-from .rejection import Probe, Rejection
+from .rejection import Probe, Rejection, rejected
 from .toolchain import Compiler, probe_compiler, probe_ninja, probe_nvcc
 
 _NOT_PROBED = Rejection("cuda-mismatch", "not looked for: torch is built without CUDA")
@@ -59,6 +59,20 @@ class Hardware:
     torch: Torch
     libc: str
     python: str
+
+
+UNKNOWN = Hardware(
+    system="windows" if sys.platform == "win32" else sys.platform,
+    cpu=Cpu(platform.machine(), "", "", "", "", "", rejected("cpu-flag", "not probed")),
+    compiler=rejected("no-compiler", "not probed"),
+    ninja=rejected("no-compiler", "not probed"),
+    nvcc=rejected("no-compiler", "not probed"),
+    driver=rejected("no-gpu", "not probed"),
+    torch=Torch("", "", None, True),
+    libc="",
+    python=platform.python_version(),
+)
+"""A machine that has not been probed."""
 
 
 def detect(cache_dir: Path | None = None, *, everything: bool = False) -> Hardware:

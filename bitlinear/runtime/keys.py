@@ -1,4 +1,8 @@
-"""The key of an artifact: a digest of everything that its bytes, or its self-test, depend on."""
+"""The key of an artifact: a digest of everything that shaped its bytes.
+
+A machine that did not compile it can use it, too. So its self-test is recorded apart from it, for
+each machine (:func:`tested_on`).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,19 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from ..kernels import CudaLibrary, Library, Variant
+from .cuda_arch import runs_on
 from .hardware import Hardware
 
-COMPILER_INGREDIENTS = frozenset({"compiler", "compiler_arguments", "nvcc"})
-"""Ingredients that a machine without a compiler ignores."""
+_COMPILER_INGREDIENTS = frozenset({"compiler", "compiler_arguments", "search_paths", "nvcc"})
+_ARCHITECTURES = "architectures"
 
-_FORMAT = "2"  # of an artifact's directory
+# Where compilers look for headers and libraries apart from their flags.
+_SEARCH_PATHS = (
+    "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH",
+    "GCC_EXEC_PREFIX", "SDKROOT", "INCLUDE", "LIB",
+)  # fmt: skip
+
+_FORMAT = "3"  # of an artifact's directory
 _WORKER = Path(__file__).with_name("build_worker.py")
 _INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*"([^"\n]+)"', re.MULTILINE)
 
@@ -42,14 +53,13 @@ def ingredients(library: Library, directory: Path, hardware: Hardware) -> dict[s
         "flags": shlex.join((*library.cflags, "--", *library.ldflags)),
         "compiler": f"{compiler.realpath} | {compiler.version}" if compiler else "",
         "compiler_arguments": " ".join(os.environ.get("CXX", "").split()[1:]),
+        "search_paths": search_paths(),
         "torch": f"{torch.version} {torch.git_version} cuda={torch.cuda}",
         "abi": f"cxx11={torch.cxx11_abi}",
         "system": f"{hardware.system} {hardware.cpu.machine}",
         "libc": hardware.libc,
     }
-    if isinstance(library, Variant):
-        parts["cpu"] = hardware.cpu.identity  # its self-test ran on this CPU, for this CPU
-    else:
+    if not isinstance(library, Variant):
         parts["python"] = EXTENSION_SUFFIXES[0]
     if isinstance(library, CudaLibrary):
         parts.update(_cuda_ingredients(library, hardware))
@@ -57,15 +67,61 @@ def ingredients(library: Library, directory: Path, hardware: Hardware) -> dict[s
 
 
 def _cuda_ingredients(library: CudaLibrary, hardware: Hardware) -> dict[str, str]:
-    nvcc, driver = hardware.nvcc.value, hardware.driver.value
-    assert driver is not None  # or there would be no GPU to compile for
-    gpus = {driver.gpus[device].identity for device in library.devices}
+    nvcc = hardware.nvcc.value
     arguments = [os.environ.get(f"NVCC_{which}_FLAGS", "") for which in ("PREPEND", "APPEND")]
     return {
         "nvcc": " | ".join([nvcc.realpath, nvcc.version, *arguments]) if nvcc else "",
-        "nvcc_flags": shlex.join(library.nvcc_flags),
-        "gpus": f"{', '.join(sorted(gpus))} | {driver.cuda}",  # its self-test ran on these
+        "nvcc_flags": shlex.join(library.cuda_cflags),
+        _ARCHITECTURES: " ".join(library.architectures),
     }
+
+
+def search_paths() -> str:
+    """List the variables that add folders to the compiler's own, if they are set."""
+    return " ".join(f"{name}={os.environ[name]}" for name in _SEARCH_PATHS if os.environ.get(name))
+
+
+def serves(found: Mapping[str, str], wanted: Mapping[str, str], can_build: bool) -> bool:
+    """Tell whether a library with some ingredients does where others are wanted.
+
+    A library for more GPU architectures than needed does. If nothing can be built, a library of
+    any compiler does, and machine code for an older architecture that the GPUs run.
+
+    Args:
+        found: The ingredients of the library.
+        wanted: The ingredients that this machine would compile with.
+        can_build: Whether this machine can compile a better one.
+    """
+    different = set(differences(found, wanted))
+    if can_build:
+        needed = {*wanted.get(_ARCHITECTURES, "").split()}
+        compiled = {*found.get(_ARCHITECTURES, "").split()}
+        return not different and needed <= compiled
+    return not different - _COMPILER_INGREDIENTS
+
+
+def differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """List the ingredients in which a library is not what is wanted.
+
+    ``"architectures"`` is none of them if the GPUs run its code.
+    """
+    names = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    compiled = found.get(_ARCHITECTURES, "").split()
+    needed = wanted.get(_ARCHITECTURES, "").split()
+    if all(any(runs_on(code, other) for code in compiled) for other in needed):
+        names = [name for name in names if name != _ARCHITECTURES]
+    return names
+
+
+def tested_on(library: Library, hardware: Hardware) -> str:
+    """Name the hardware that a passed self-test of this library vouches for."""
+    if isinstance(library, Variant):
+        return hardware.cpu.identity
+    driver = hardware.driver.value
+    if isinstance(library, CudaLibrary) and driver is not None:
+        gpus = {driver.gpus[device].identity for device in library.devices}
+        return f"{', '.join(sorted(gpus))} | {driver.cuda}"
+    return "every machine"
 
 
 def key_of(parts: Mapping[str, str]) -> str:

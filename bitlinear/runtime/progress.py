@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 
 def announce(text: str) -> None:
-    """Print one line."""
-    if sys.stderr is not None:  # pythonw has none
-        print(f"bitlinear: {text}", file=sys.stderr, flush=True)
+    """Print one line, if there is anywhere to print it."""
+    write(f"bitlinear: {text}\n")
+
+
+def write(text: str) -> None:
+    """Print a text as it is, if there is anywhere to print it."""
+    # A program may have closed or replaced stderr; an import must not fail because of a message.
+    stream = sys.stderr
+    with contextlib.suppress(Exception):
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()

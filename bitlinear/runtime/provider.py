@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from ..kernels import CudaLibrary, Library, Variant
-from . import artifacts
+from . import artifacts, build
 from .artifacts import Artifact
-from .build import Build
+from .build import Build, CacheVanishedError
 from .cache_directory import CacheDirectory
 from .cuda_arch import toolkit
 from .hardware import Hardware
@@ -18,8 +19,24 @@ from .keys import ingredients
 from .progress import announce
 from .rejection import Probe, Rejection
 from .settings import is_build_postponed
-from .system import has_interpreter
+from .system import ProbeError
 from .toolchain import toolkit_fix
+
+
+class CacheUnusableError(Exception):
+    """A directory of the cache cannot be used after all.
+
+    Attributes:
+        root: The directory.
+        problem: Why not, in one line.
+        deleted: Whether somebody has deleted what was there.
+    """
+
+    def __init__(self, root: Path, problem: str, deleted: bool = False) -> None:
+        super().__init__(f"{root} {problem}")
+        self.root = root
+        self.problem = problem
+        self.deleted = deleted
 
 
 class LibraryProvider:
@@ -76,14 +93,22 @@ class LibraryProvider:
                 reason = f"a source cannot be read: {error}"
                 self._reject(library, Rejection("compile-failed", reason))
                 continue
-            obstacle = self._obstacle or _cuda_obstacle(library, self._hardware)
-            found = artifacts.find(self.cache, parts, any_compiler=obstacle is not None)
+            obstacle = self._obstacle
+            if obstacle is None and isinstance(library, CudaLibrary):
+                obstacle = cuda_obstacle(self._hardware)
+            found = artifacts.find(self.cache, parts, can_build=obstacle is None)
             if found is not None:
+                if found.value is not None:
+                    found = build.test(found.value, library, self.cache, self._hardware)
+                else:
+                    self._give_up(found.rejection)
                 self.results[library.name] = found
                 if found.rejection is not None:
                     break  # the libraries after it may never be needed
             elif obstacle is not None:
-                self._reject(library, obstacle)
+                nearest = artifacts.nearest(self.cache, parts)
+                reason = "; ".join(filter(None, [obstacle.reason, nearest]))
+                self._reject(library, replace(obstacle, reason=reason))
             else:
                 missing.append((library, parts))
         if missing and not self._may_build:
@@ -99,9 +124,19 @@ class LibraryProvider:
         return True
 
     def get(self, library: Library) -> Probe[Artifact]:
-        """Wait for a library that was prepared."""
+        """Wait for a library that was prepared.
+
+        Raises:
+            CacheUnusableError: Somebody deleted the cache during the build.
+        """
         if library.name not in self.results:
-            result = self._builds[library.name].wait(self._verbose)
+            try:
+                result = self._builds[library.name].wait(self._verbose)
+            except CacheVanishedError as error:
+                assert self.cache.path is not None  # it was built there
+                raise CacheUnusableError(self.cache.path, str(error), deleted=True) from error
+            if result.rejection is not None and result.rejection.code == "compile-failed":
+                self._give_up(result.rejection)
             self.results[library.name] = result
             del self._builds[library.name]
             if result.rejection is not None:
@@ -110,13 +145,22 @@ class LibraryProvider:
                 announce(f"compiled in {time.monotonic() - self._began:.1f} s")
         return self.results[library.name]
 
+    def _give_up(self, rejection: Rejection | None) -> None:
+        """Build nothing more if the machine has failed: the next build would end the same way."""
+        if rejection is not None and rejection.momentary:
+            self._obstacle = rejection
+
     def _start(self, library: Library, parts: Mapping[str, str]) -> None:
         assert self.cache.path is not None  # or there would be an obstacle
         try:
             self._builds[library.name] = Build(
                 library, self._sources, self.cache.path, parts, self._hardware
             )
+        except ProbeError as error:
+            self._reject(library, Rejection("no-compiler", str(error)))
         except OSError as error:
+            if not self.cache.path.exists():
+                raise CacheUnusableError(self.cache.path, "was deleted", deleted=True) from error
             reason = f"the build cannot start: {error}"
             self._reject(library, Rejection("compile-failed", reason))
 
@@ -142,17 +186,18 @@ def build_obstacle(hardware: Hardware) -> Rejection | None:
     """Say why this process can build nothing; None if it can."""
     if is_build_postponed():
         fix = "python -m bitlinear.doctor compiles it"
-        return Rejection("forced-off", "not compiled yet", fix)
-    if not has_interpreter():
-        reason = "there is no Python interpreter to run the build with"
-        return Rejection("no-compiler", reason)
+        return Rejection("not-cached", "not compiled yet", fix)
+    return toolchain_obstacle(hardware)
+
+
+def toolchain_obstacle(hardware: Hardware) -> Rejection | None:
+    """Say which tool is missing that every build needs; None if there is none."""
     return hardware.compiler.rejection or hardware.ninja.rejection
 
 
-def _cuda_obstacle(library: Library, hardware: Hardware) -> Rejection | None:
+def cuda_obstacle(hardware: Hardware) -> Rejection | None:
+    """Say why the CUDA kernels cannot be compiled; None if they can."""
     nvcc, torch = hardware.nvcc.value, hardware.torch.cuda or ""
-    if not isinstance(library, CudaLibrary):
-        return None
     if nvcc is not None and nvcc.release and nvcc.release != toolkit(hardware):
         reason = f"nvcc is of CUDA {nvcc.release}, torch is built for CUDA {torch}"
         return Rejection("cuda-mismatch", reason, toolkit_fix(torch))

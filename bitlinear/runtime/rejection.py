@@ -17,9 +17,14 @@ CODES = frozenset(
         "illegal-instruction",  # the CPU refuses an instruction that it claims to have
         "cuda-mismatch",  # torch, toolkit, driver and GPU do not fit together
         "no-gpu",  # there is no GPU that it can run on
+        "not-cached",  # it is not compiled yet, and this process may not compile
         "forced-off",  # an environment variable or an option switches it off
     }
 )
+
+
+class SettingError(ValueError):
+    """An environment variable has a value that cannot be followed."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,14 @@ class Rejection:
         reason: One line that says what happened.
         fix: One line that says what to do; empty if nothing can be done.
         log: The compiler's output, if a build failed and its log was kept.
+        momentary: Whether it may be the machine's moment: a full disk, a limit, a signal.
     """
 
     code: str
     reason: str
     fix: str = ""
     log: Path | None = None
+    momentary: bool = False
 
     @property
     def line(self) -> str:

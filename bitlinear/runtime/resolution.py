@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -10,15 +10,22 @@ from types import MappingProxyType
 from ..kernels import CudaLibrary, Library, Variant
 from .artifacts import Artifact
 from .build_lock import build_lock
-from .cache_directory import CacheDirectory, with_temporary
+from .cache_directory import CacheDirectory, why_unusable, with_temporary
+from .children import interpreter
 from .cuda_arch import targets
+from .diagnosis import load_failure
 from .hardware import Hardware
 from .loader import Loader
 from .progress import announce
-from .provider import LibraryProvider, build_obstacle
+from .provider import CacheUnusableError, LibraryProvider, build_obstacle
 from .rejection import Probe, Rejection
 from .settings import Settings
+from .system import ProbeError
 from .verdicts import Verdict, select
+
+_CPU_BYTES = 16 << 20  # measured while the operator and a kernel compile: 3 MB
+_CUDA_BYTES = 128 << 20
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -60,10 +67,11 @@ class Runtime:
 
         Empty if they do not, if there can be no CUDA tensors, or if the user asked for it.
         """
-        rejection = self.cuda.rejection
-        if rejection is None or not self.hardware.torch.cuda:
+        rejection, driver = self.cuda.rejection, self.hardware.driver
+        if rejection is None or rejection.code == "forced-off" or not self.hardware.torch.cuda:
             return ""
-        return "" if rejection.code in ("no-gpu", "forced-off") else rejection.line
+        has_no_gpu = not driver.value.gpus if driver.value else rejection.code == "no-gpu"
+        return "" if has_no_gpu else rejection.line
 
     @property
     def cuda_devices(self) -> tuple[int, ...]:
@@ -104,7 +112,7 @@ class Request:
         """Judge the variants; ``rejected`` holds those that failed on this machine.
 
         Raises:
-            ValueError: ``BITLINEAR_KERNEL`` names no variant that this CPU can run.
+            SettingError: ``BITLINEAR_KERNEL`` names no variant that this CPU can run.
         """
         *verdicts, cuda = select(
             self.hardware,
@@ -128,15 +136,36 @@ class Request:
 def resolve(request: Request, cache: CacheDirectory, loader: Loader) -> Runtime:
     """Load the best kernels that this machine can have.
 
-    The warm path looks everything up without a lock. If something is missing, the cold path takes
-    the lock, looks again and builds the rest.
+    A directory of the cache that turns out to be unusable is given up, and the others serve: in the
+    end a temporary directory, or nothing.
     """
-    obstacle = build_obstacle(request.hardware)
+    problems: list[str] = []
+    while True:
+        try:
+            runtime = _resolve_in(request, cache, loader)
+        except CacheUnusableError as error:
+            problems.append(str(error))
+            # What somebody deleted meanwhile can be built again in the same place.
+            if error.deleted and error.root.exists() and len(problems) < _ATTEMPTS:
+                announce(f"{error}; looking again")
+            else:
+                announce(f"{error}; going on without it")
+                cache = cache.without(error.root, error.problem)
+            continue
+        if runtime.problem and problems:
+            return replace(runtime, problem="; ".join([*problems, runtime.problem]))
+        return runtime
+
+
+def _resolve_in(request: Request, cache: CacheDirectory, loader: Loader) -> Runtime:
+    # The warm path looks everything up without a lock. If something is missing, the cold path takes
+    # the lock, looks again and builds the rest.
+    obstacle = _forbidden(request) or build_obstacle(request.hardware)
     lookup = LibraryProvider(request.directory, request.hardware, cache, obstacle)
     warm = _try_resolve(request, lookup, loader)
     if warm is not None:
         return warm
-    cache = with_temporary(cache)
+    cache = _with_space(with_temporary(cache), request)
     if cache.path is None:
         fix = "set BITLINEAR_CACHE_DIR to a directory that can be written to"
         reason = f"no place to compile: {cache.reason}"
@@ -150,7 +179,7 @@ def resolve(request: Request, cache: CacheDirectory, loader: Loader) -> Runtime:
         request.directory,
         request.hardware,
         cache,
-        obstacle,
+        obstacle or _no_interpreter(),
         may_build=True,
         verbose=request.settings.verbose,
     )
@@ -158,6 +187,34 @@ def resolve(request: Request, cache: CacheDirectory, loader: Loader) -> Runtime:
         cold = _try_resolve(request, provider, loader)
     assert cold is not None  # as the provider may build
     return cold
+
+
+def _forbidden(request: Request) -> Rejection | None:
+    if not request.settings.cached:
+        return None
+    reason = "not in the cache, and BITLINEAR_BUILD=cached compiles nothing"
+    fix = "run python -m bitlinear.doctor --prebuild where there is a compiler"
+    return Rejection("not-cached", reason, fix)
+
+
+def _no_interpreter() -> Rejection | None:
+    try:
+        interpreter()
+    except ProbeError as error:
+        return Rejection("no-compiler", str(error))
+    return None
+
+
+def _with_space(cache: CacheDirectory, request: Request) -> CacheDirectory:
+    """The cache, or a temporary directory if the cache has no room for a build."""
+    size = _CPU_BYTES + (_CUDA_BYTES if request.cuda_libraries() else 0)
+    for _ in range(2):
+        problem = why_unusable(cache.path, size) if cache.path else ""
+        if not problem or cache.path is None:
+            break
+        full = cache.without(cache.path, f"{problem} ({size >> 20} MB are needed)")
+        cache = full if cache.temporary else with_temporary(full)
+    return cache
 
 
 def without_kernel(
@@ -188,6 +245,25 @@ def without_kernel(
     )
 
 
+def keep_loaded(runtime: Runtime, loader: Loader) -> Runtime:
+    """Go on with the kernels of an earlier import in this process, if this one found none.
+
+    They cannot be unloaded, and they compute the same bits as the reference implementation.
+    """
+    if runtime.kernel is not None or loader.active is None:
+        return runtime
+    announce(f"this process keeps the kernels of its first import, {loader.active}")
+    kept = Verdict(loader.active, "chosen", summary="loaded by an earlier import in this process")
+    verdicts = tuple(kept if v.variant == kept.variant else v for v in runtime.verdicts)
+    return replace(runtime, kernel=loader.active, verdicts=verdicts, problem="")
+
+
+def unexpected(error: Exception) -> Rejection:
+    """Make the rejection of what nobody has thought of."""
+    reason = f"unexpected {type(error).__name__}: {error}"
+    return Rejection("compile-failed", reason, "please report it with the doctor's output")
+
+
 def reject_usable(verdicts: Sequence[Verdict], rejection: Rejection) -> list[Verdict]:
     """Reject every variant that this CPU could run."""
     return [Verdict(v.variant, rejection=rejection) if v.ok else v for v in verdicts]
@@ -200,8 +276,12 @@ def _try_resolve(request: Request, provider: LibraryProvider, loader: Loader) ->
     for library in cuda:
         if runtime is None or not provider.prepare(library):
             return None
-        result = provider.get(library)
-        failure = loader.load_cuda(result.value) if result.value else result.rejection
+        try:
+            failure = _load(library, provider, loader.load_cuda)
+        except CacheUnusableError:
+            raise
+        except Exception as error:  # the CPU kernels are loaded
+            failure = unexpected(error)
         if failure is not None:
             runtime = runtime.with_cuda(Verdict("cuda", rejection=failure))
     return runtime
@@ -224,18 +304,21 @@ def _resolve_cpu(
             )
         if not provider.prepare(by_name[chosen], *operator, *others):
             return None
-        kernels = provider.get(by_name[chosen])
-        failure = loader.load_kernels(kernels.value) if kernels.value else kernels.rejection
+        failure = _load(by_name[chosen], provider, loader.load_kernels)
+        if failure is None and loader.operator is not None:
+            failure = loader.use_kernels(chosen)
         if failure is None:
             break
         rejected[chosen] = failure
 
     for library in operator:
-        failure = _load_operator(provider.get(library), loader)
+        failure = _load(library, provider, loader.load_operator)
         if failure is not None:
+            failure = replace(failure, reason=f"the operator: {failure.reason}")
             every = [*reject_usable(verdicts, failure), cuda]
             return without_kernel(request, provider.cache, every, failure, provider.results)
-    loader.use_kernels(chosen)
+    if operator:
+        loader.use_kernels(chosen)
     return Runtime(
         kernel=chosen,
         verdicts=(*verdicts, cuda),
@@ -247,8 +330,26 @@ def _resolve_cpu(
     )
 
 
-def _load_operator(result: Probe[Artifact], loader: Loader) -> Rejection | None:
-    if result.value is not None:
-        return loader.load_operator(result.value)
-    assert result.rejection is not None
-    return replace(result.rejection, reason=f"the operator: {result.reason}")
+def _load(
+    library: Library,
+    provider: LibraryProvider,
+    load: Callable[[Artifact], Rejection | None],
+) -> Rejection | None:
+    """Load a prepared library; return why it cannot be used, if so.
+
+    Raises:
+        CacheUnusableError: A file in the cache cannot be loaded. Built elsewhere, it may be.
+    """
+    result = provider.get(library)
+    if result.value is None:
+        return result.rejection
+    artifact = result.value
+    try:
+        return load(artifact)
+    except OSError as error:
+        root = artifact.directory.parents[1]
+        deleted = not artifact.path.exists()
+        if root in provider.cache.readable and (artifact.state == "cached" or deleted):
+            problem = f"holds what cannot be loaded: {error}"
+            raise CacheUnusableError(root, problem, deleted=deleted) from error
+        return load_failure(artifact.name, error)

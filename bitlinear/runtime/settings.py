@@ -11,6 +11,8 @@ import os
 import sys
 from dataclasses import dataclass
 
+from .rejection import SettingError
+
 REPORTED = (
     "BITLINEAR_KERNEL", "BITLINEAR_CACHE_DIR", "BITLINEAR_BUILD", "BITLINEAR_CUDA",
     "BITLINEAR_VERBOSE", "XDG_CACHE_HOME", "CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH",
@@ -26,7 +28,8 @@ class Settings:
 
     Attributes:
         kernel: ``BITLINEAR_KERNEL``: the only CPU variant to use; None: choose.
-        build: ``BITLINEAR_BUILD``: use compiled kernels at all.
+        build: ``BITLINEAR_BUILD`` is not ``off``: use compiled kernels at all.
+        cached: ``BITLINEAR_BUILD=cached``: compile nothing, and raise if the cache lacks a kernel.
         cuda: ``BITLINEAR_CUDA``: use the kernels for GPUs.
         verbose: ``BITLINEAR_VERBOSE``: show the compiler's output.
         arch_list: ``TORCH_CUDA_ARCH_LIST``: the GPU architectures that may be compiled.
@@ -34,6 +37,7 @@ class Settings:
 
     kernel: str | None = None
     build: bool = True
+    cached: bool = False
     cuda: bool = True
     verbose: bool = False
     arch_list: str = ""
@@ -43,24 +47,26 @@ def read_settings() -> Settings:
     """Read the environment.
 
     Raises:
-        ValueError: A variable has a value without a meaning.
+        SettingError: A variable has a value without a meaning.
     """
+    build = _read("BITLINEAR_BUILD", "auto", "off", "cached")
     return Settings(
         kernel=os.environ.get("BITLINEAR_KERNEL") or None,
-        build=_read("BITLINEAR_BUILD", "auto", "off") == "auto",
+        build=build != "off",
+        cached=build == "cached",
         cuda=_read("BITLINEAR_CUDA", "auto", "off") == "auto",
         verbose=_read("BITLINEAR_VERBOSE", "0", "1") == "1",
         arch_list=os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
     )
 
 
-def _read(variable: str, default: str, other: str) -> str:
-    """Read a variable that has two values."""
+def _read(variable: str, default: str, *others: str) -> str:
+    """Read a variable that has a few values."""
     value = (os.environ.get(variable) or default).lower()
-    if value not in (default, other):
-        raise ValueError(
+    if value not in (default, *others):
+        raise SettingError(
             f"{variable}={os.environ[variable]!r} is not a setting; "
-            f"set it to {default} or {other}, or unset it"
+            f"set it to {' or '.join((default, *others))}, or unset it"
         )
     return value
 
@@ -76,6 +82,8 @@ def is_doctor_running() -> bool:
 
 
 def is_build_postponed() -> bool:
-    """Tell whether this import serves a doctor that only looks, or deletes first."""
-    options = {"--no-build", "--clean", "--rebuild"}
-    return is_doctor_running() and not options.isdisjoint(sys.argv)
+    """Tell whether this import serves a doctor that only looks, or does something else first.
+
+    An option that does not exist is an error, and nothing is compiled before it is shown.
+    """
+    return is_doctor_running() and not {*sys.argv[1:]} <= {"--json", "--verbose"}

@@ -1,11 +1,11 @@
-"""Questions to the operating system: a file, a command, the boot, this Python."""
+"""Questions to the operating system: a file, a command, the boot."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -26,13 +26,15 @@ def boot_id() -> str:
     return file_text("/proc/sys/kernel/random/boot_id")
 
 
-def has_interpreter() -> bool:
-    """Tell whether this Python can be started again. One embedded in a program cannot."""
-    return bool(sys.executable) and not getattr(sys, "frozen", False)
-
-
-def command_output(command: list[str], timeout: float = 30.0) -> str:
+def command_output(
+    command: list[str], timeout: float = 30.0, environment: Mapping[str, str] = os.environ
+) -> str:
     """Run a command and return its standard output.
+
+    Args:
+        command: The program and its arguments.
+        timeout: In seconds.
+        environment: The environment of the command; its messages are in English.
 
     Raises:
         ProbeError: The command fails, prints nothing or takes longer than ``timeout`` seconds.
@@ -44,7 +46,7 @@ def command_output(command: list[str], timeout: float = 30.0) -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout,
-            env={**os.environ, "LC_ALL": "C"},
+            env={**environment, "LC_ALL": "C"},
             check=False,
         )
     except (OSError, ValueError, subprocess.SubprocessError) as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..kernels import VARIANTS, Variant
 from .cuda_arch import Target, targets, toolkit, version
-from .rejection import Rejection
+from .rejection import Rejection, SettingError
 
 if TYPE_CHECKING:
     from .cpu import Cpu
@@ -93,7 +93,7 @@ def select(
         One verdict per variant, by falling priority and then by name, then one on ``"cuda"``.
 
     Raises:
-        ValueError: ``forced`` is not a variant, or this CPU cannot run it.
+        SettingError: ``forced`` is not a variant, or this CPU cannot run it.
     """
     ranked = sorted(variants, key=lambda variant: (-variant.priority, variant.name))
     by_cpu = {variant.name: _reject_for_cpu(variant, hardware.cpu) for variant in ranked}
@@ -130,7 +130,7 @@ def _check_forced(forced: str, by_cpu: Mapping[str, Rejection | None]) -> None:
     else:
         return
     valid = ", ".join(name for name, rejection in by_cpu.items() if rejection is None) or "none"
-    raise ValueError(
+    raise SettingError(
         f"BITLINEAR_KERNEL={forced!r} {problem}. Valid on this machine: {valid}. "
         "Set it to one of those, or unset it."
     )

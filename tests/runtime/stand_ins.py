@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import bitlinear
 from bitlinear import runtime
@@ -212,7 +213,7 @@ def compilations(directory: Path) -> list[str]:
 
 # --- Other processes -----------------------------------------------------------------------------
 
-_RUN = """
+LOAD = """
 import json, os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
 build = os.environ.pop("BITLINEAR_BUILD", None)
@@ -235,7 +236,7 @@ print(json.dumps({"kernel": loaded.kernel, "problem": loaded.problem,
 def start(file: Path, **environment: str) -> subprocess.Popen[str]:
     """Load the libraries that `StandIns.write` described, in a new process and session."""
     return subprocess.Popen(
-        [sys.executable, "-c", _RUN, str(file)],
+        [sys.executable, "-c", LOAD, str(file)],
         env={**os.environ, "BITLINEAR_CUDA": "off", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -255,12 +256,13 @@ def finish(process: subprocess.Popen[str], seconds: float = 120.0) -> tuple[dict
 ROOT = Path(bitlinear.__file__).parents[1]
 
 
-def _no_answer() -> str:
+def _no_answer(package: str) -> str:
     raise ProbeError("not asked in this test")
 
 
 def forget_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Go on as in a process that has loaded nothing yet."""
+    monkeypatch.delattr(torch.library, "_bitlinear_libraries", raising=False)
     monkeypatch.setattr(runtime, "_process", runtime._Process())
     monkeypatch.setattr(cpu, "_ask_py_cpuinfo", _no_answer)  # it takes more than a second
 

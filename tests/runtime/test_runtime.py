@@ -7,6 +7,7 @@ process share the cache that this test session has filled by importing it.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bitlinear import runtime
-from bitlinear.runtime import artifacts
+from bitlinear.runtime import artifacts, build_environment, children
 from bitlinear.runtime.hardware import detect
 from bitlinear.runtime.rejection import rejected
 from tests.runtime.stand_ins import (
@@ -235,10 +236,12 @@ def test_no_setuptools(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "setuptools.py").write_text("raise ImportError('No module named setuptools')")
-    monkeypatch.syspath_prepend(str(hidden))
+    path = children.import_path()
+    monkeypatch.setattr(build_environment, "import_path", lambda: [str(hidden), *path])
     with pytest.warns(RuntimeWarning, match=r"No module named setuptools.*pip install setuptools"):
-        stand_ins(tmp_path / "sources").load()
-    assert not artifacts.entries(fresh)
+        loaded = stand_ins(tmp_path / "sources").load()
+    assert loaded.verdicts[0].rejection is not None
+    assert loaded.verdicts[0].rejection.momentary
 
 
 def test_no_sources(fresh: Path, tmp_path: Path) -> None:
@@ -264,6 +267,7 @@ def test_a_home_that_cannot_be_written_to(
     else:
         fresh.mkdir()
         fresh.chmod(0o777)
+        (fresh / f"user-{os.geteuid()}").symlink_to(tmp_path)  # another user may have made it
     loaded = stand_ins(tmp_path / "sources").load()
     assert loaded.kernel == "kernel0"
     assert loaded.cache.temporary

@@ -1,0 +1,137 @@
+"""Why a build or a self-test failed, and whether it would fail again."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import signal
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from .build_environment import COMPILER_WRAPPER
+from .keys import search_paths
+from .rejection import Rejection
+
+REBUILD_FIX = (
+    "python -m bitlinear.doctor --rebuild tries again, with --verbose it shows the commands"
+)
+
+_ERROR = re.compile(
+    r"\b(error|fatal|undefined|unrecognized|not found|failed|cannot|can't|killed)\b", re.IGNORECASE
+)
+# An error at a place in our sources, or a flag that the compiler lacks. An error in a header of
+# torch, or a header that is missing, can be mended. So can whatever a "fatal error" names.
+_PLACE = re.compile(r"(\S+?)(?:[:(]\d+[:,)]?)+\s*error\b")  # g++, clang++, nvcc, cl
+_BY_COMPILER = re.compile(
+    r"internal compiler error: in |unrecognized (command[- ]line )?option|unknown argument"
+    r"|unsupported option|bad value .* for .*-m|^ptxas .*; error|invalid (arch|feature|value)"
+    r"|Unsupported gpu architecture",
+    re.IGNORECASE,
+)
+_SENT_FROM_OUTSIDE = {
+    getattr(signal, name, 0) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU")
+}
+_NINJA = ("FAILED:", "[", "ninja:")  # its own lines
+
+
+def first_error(log: str) -> str:
+    """Return the first line that says what failed: no command, and no comment of ninja."""
+    lines = list(_messages(log))
+    return next((line for line in lines if _ERROR.search(line)), lines[-1] if lines else "")
+
+
+def is_repeatable(log: str, sources: Collection[str]) -> bool:
+    """Tell whether the same sources and compiler would give the same compile error again.
+
+    Args:
+        log: The output of the build, with the sources under their names in the package.
+        sources: Those names.
+    """
+    if search_paths():  # of folders whose contents may change
+        return False
+    error = first_error(log)
+    place = _PLACE.match(error)
+    is_ours = place is not None and posixpath.normpath(place.group(1)) in sources
+    return is_ours or _BY_COMPILER.search(error) is not None
+
+
+def explain_build(
+    code: int | None,
+    report: Mapping[str, Any],
+    log: str,
+    sources: Collection[str],
+    seconds: float,
+) -> Rejection:
+    """Explain a child that was to compile and load a library, and did not.
+
+    Args:
+        code: Its exit status; None if it was still running.
+        report: What it reported, see ``build_worker.py``.
+        log: The output of the build.
+        sources: The names of the sources.
+        seconds: How long it may run.
+    """
+    stage, error = report.get("stage"), report.get("error", "")
+    if code is None:
+        return _momentary(f"the compiler did not finish within {seconds:.0f} s")
+    if code < 0:
+        return _momentary(f"the build was killed by {_signal(code)}")
+    if stage == "compile":
+        reason = first_error(log) or error
+        is_momentary = not is_repeatable(log, sources)
+        return Rejection("compile-failed", reason, REBUILD_FIX, momentary=is_momentary)
+    if stage == "load":
+        return _momentary(f"cannot be loaded: {error or first_error(log)}")
+    reason = f"the build could not start: {error or first_error(log)}"
+    return _momentary(reason, "pip install setuptools")
+
+
+def explain_self_test(code: int | None, report: Mapping[str, Any]) -> Rejection:
+    """Explain a child that was to run the self-test of a library, and did not pass it.
+
+    Args:
+        code: Its exit status; None if it did not start or was still running.
+        report: What it reported, see ``build_worker.py``.
+    """
+    stage, error = report.get("stage"), report.get("error", "")
+    if code == -getattr(signal, "SIGILL", 4):
+        reason = "illegal instruction: the CPU, or a hypervisor, lacks a feature that it reports"
+        return Rejection("illegal-instruction", reason, REBUILD_FIX)
+    if code is None:
+        error = error or "it did not finish in time"
+    elif code < 0 and -code in _SENT_FROM_OUTSIDE:
+        error = f"it was killed by {_signal(code)}"
+    elif code < 0:
+        reason = f"self-test failed: crashed with {_signal(code)}"
+        return Rejection("self-test-failed", reason, REBUILD_FIX, momentary=True)
+    elif stage == "self-test":
+        return Rejection("self-test-failed", f"self-test failed: {error}", REBUILD_FIX)
+    elif stage == "load":
+        return _momentary(f"cannot be loaded: {error}")
+    fix = "see whether other programs occupy the GPU" if stage == "device" else REBUILD_FIX
+    return _momentary(f"the self-test could not be run: {error}", fix)
+
+
+def load_failure(name: str, error: Exception) -> Rejection:
+    """Make the rejection of a library that was built but cannot be loaded into this process."""
+    return Rejection("compile-failed", f"{name} cannot be loaded: {error}", REBUILD_FIX)
+
+
+def _momentary(reason: str, fix: str = REBUILD_FIX) -> Rejection:
+    return Rejection("compile-failed", reason, fix, momentary=True)
+
+
+def _signal(code: int) -> str:
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"{name} (out of memory?)" if name == "SIGKILL" else name
+
+
+def _messages(log: str) -> Iterator[str]:
+    # ninja prints the output of a command behind the line that says that it failed.
+    _, _, failed = log.partition("\nFAILED:")
+    for line in map(str.strip, (failed or log).splitlines()):
+        if line and COMPILER_WRAPPER not in line and not line.startswith(_NINJA):
+            yield line
