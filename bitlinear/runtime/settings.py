@@ -17,7 +17,7 @@ REPORTED = (
     "BITLINEAR_KERNEL", "BITLINEAR_CACHE_DIR", "BITLINEAR_BUILD", "BITLINEAR_CUDA",
     "BITLINEAR_VERBOSE", "XDG_CACHE_HOME", "CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH",
     "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS",
-    "OMP_NUM_THREADS",
+    "CPATH", "LIBRARY_PATH", "OMP_NUM_THREADS",
 )  # fmt: skip
 """The variables that ``doctor --verbose`` shows, if they are set."""
 
@@ -66,7 +66,7 @@ def _read(variable: str, default: str, *others: str) -> str:
     if value not in (default, *others):
         raise SettingError(
             f"{variable}={os.environ[variable]!r} is not a setting; "
-            f"set it to {' or '.join((default, *others))}, or unset it"
+            f"set it to {', '.join((default, *others[:-1]))} or {others[-1]}, or unset it"
         )
     return value
 

@@ -314,12 +314,12 @@ def test_build_off_compiles_nothing(
 @pytest.mark.parametrize(
     ("variable", "values"),
     [
-        ("BITLINEAR_BUILD", "auto or off"),
+        ("BITLINEAR_BUILD", "auto, off or cached"),
         ("BITLINEAR_CUDA", "auto or off"),
         ("BITLINEAR_VERBOSE", "0 or 1"),
     ],
 )
-def test_a_switch_has_two_values(
+def test_a_switch_has_few_values(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, values: str
 ) -> None:
     monkeypatch.setenv(variable, "nein")
