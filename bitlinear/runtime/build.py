@@ -42,7 +42,7 @@ _POLL_SECONDS = 0.02
 
 
 class CacheVanishedError(OSError):
-    """Somebody deleted the cache directory during a build."""
+    """Somebody has deleted the cache, or the part of it that a build works in."""
 
 
 class Build:
@@ -61,6 +61,7 @@ class Build:
         self_test: Whether this machine can run the library.
 
     Raises:
+        CacheVanishedError: Somebody deletes the cache.
         OSError, ProbeError: The child cannot be started.
     """
 
@@ -79,14 +80,18 @@ class Build:
         self._hardware = hardware
         self._sources = source_files(library, sources)
         self._began = time.monotonic()
-        self._staging = artifacts.new_staging(root)
-        self._links = self._staging
+        self._staging = self._links = root
         try:
+            self._staging = self._links = artifacts.new_staging(root)
             self._links = plain_directory(self._staging)
             self._process = self._start(sources, self_test)
-        except BaseException:
-            artifacts.remove(self._links)
-            artifacts.remove(self._staging)
+        except BaseException as error:
+            is_gone = isinstance(error, OSError) and not self._staging.exists()
+            if self._staging != root:
+                artifacts.remove(self._links)
+                artifacts.remove(self._staging)
+            if is_gone:
+                raise CacheVanishedError("was deleted") from error
             raise
 
     def _start(self, sources: Path, self_test: bool) -> subprocess.Popen[bytes]:

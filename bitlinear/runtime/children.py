@@ -16,18 +16,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .rejection import Probe, rejected
 from .system import ProbeError, command_output
 
 _MARK = "BITLINEAR_CHILD"  # set in children, which start no children of their own
 _SECONDS = 5.0  # an interpreter answers within milliseconds
-_PYTHON = re.compile(r"(python|pypy)[\d.]*\w*(\.exe)?", re.IGNORECASE)
-_IDENTITY = (
-    "import sys; print(sys.implementation.cache_tag, sys.hexversion, sys.maxsize, "
-    "getattr(sys, 'abiflags', ''))"
-)
+_PYTHON = re.compile(r"(python|pypy)[-.\w]*", re.IGNORECASE)
+_IDENTITY = "import sys; print(sys.implementation.cache_tag, sys.hexversion, sys.maxsize)"
 # -I and -S leave the standard library alone on the path. The entries that are added behind it
-# cannot hide one of its modules.
-# Warnings would stand among a compiler's lines.
+# cannot hide one of its modules. Warnings would stand among a compiler's lines.
 _ISOLATED = ("-I", "-S", "-Wignore", "-c")
 _RUN = (
     "import json, runpy, sys; sys.path += json.loads(sys.argv[1]); del sys.argv[1]; "
@@ -70,11 +67,10 @@ def import_path() -> list[str]:
     return list(dict.fromkeys([*first, *entries]))
 
 
-@functools.cache
 def interpreter() -> str:
-    """Find an interpreter that is the same Python as this process.
+    """Return an interpreter that is the same Python as this process.
 
-    ``sys.executable`` is another program if Python is embedded in it, so only a file with the name
+    ``sys.executable`` is another program if Python is embedded in it. So only a file with the name
     of a Python is started, and its answer is waited for a few seconds.
 
     Raises:
@@ -82,31 +78,32 @@ def interpreter() -> str:
     """
     if os.environ.get(_MARK):
         raise ProbeError("this process is a child of an import of bitlinear")
+    found = find_interpreter()
+    if found.value is None:
+        raise ProbeError(found.reason)
+    return found.value
+
+
+@functools.cache
+def find_interpreter() -> Probe[str]:
+    """Try one Python after the other; a process does this once."""
     problem = f"sys.executable is {sys.executable!r}"
     tried: set[str] = set()
     for candidate in _candidates():
         if os.path.realpath(candidate) in tried:
             continue
         tried.add(os.path.realpath(candidate))
+        command = [candidate, *_ISOLATED, _IDENTITY]
         try:
-            answer = command_output(
-                [candidate, *_ISOLATED, _IDENTITY], _SECONDS, child_environment()
-            )
+            answer = command_output(command, _SECONDS, child_environment())
         except ProbeError as error:
             problem = str(error)
             continue
-        if answer.split() == _identity().split():
-            return candidate
+        if answer.split() == list(map(str, _identity())):
+            return Probe(candidate)
         problem = f"{candidate} is another Python"
-    raise ProbeError(f"there is no Python interpreter to start a child with: {problem}")
-
-
-def has_interpreter() -> bool:
-    """Tell whether a Python can be started as a child."""
-    try:
-        return bool(interpreter())
-    except ProbeError:
-        return False
+    reason = f"there is no Python interpreter to start a child with: {problem}"
+    return rejected("no-compiler", reason)
 
 
 def _candidates() -> Iterator[str]:
@@ -124,8 +121,5 @@ def _candidates() -> Iterator[str]:
             yield os.path.abspath(path)
 
 
-def _identity() -> str:
-    return (
-        f"{sys.implementation.cache_tag} {sys.hexversion} {sys.maxsize} "
-        f"{getattr(sys, 'abiflags', '')}"
-    )
+def _identity() -> tuple[object, ...]:
+    return sys.implementation.cache_tag, sys.hexversion, sys.maxsize

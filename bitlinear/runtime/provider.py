@@ -133,8 +133,7 @@ class LibraryProvider:
             try:
                 result = self._builds[library.name].wait(self._verbose)
             except CacheVanishedError as error:
-                assert self.cache.path is not None  # it was built there
-                raise CacheUnusableError(self.cache.path, str(error), deleted=True) from error
+                raise self._vanished(error) from error
             if result.rejection is not None and result.rejection.code == "compile-failed":
                 self._give_up(result.rejection)
             self.results[library.name] = result
@@ -156,13 +155,17 @@ class LibraryProvider:
             self._builds[library.name] = Build(
                 library, self._sources, self.cache.path, parts, self._hardware
             )
+        except CacheVanishedError as error:
+            raise self._vanished(error) from error
         except ProbeError as error:
             self._reject(library, Rejection("no-compiler", str(error)))
         except OSError as error:
-            if not self.cache.path.exists():
-                raise CacheUnusableError(self.cache.path, "was deleted", deleted=True) from error
             reason = f"the build cannot start: {error}"
             self._reject(library, Rejection("compile-failed", reason))
+
+    def _vanished(self, error: CacheVanishedError) -> CacheUnusableError:
+        assert self.cache.path is not None  # it was built there
+        return CacheUnusableError(self.cache.path, str(error), deleted=True)
 
     def _reject(self, library: Library, rejection: Rejection) -> None:
         self.results[library.name] = Probe(rejection=rejection)

@@ -350,12 +350,8 @@ def test_no_interpreter_to_build_with(
 ) -> None:
     """As in a program that embeds Python."""
     monkeypatch.setenv("BITLINEAR_CHILD", "1")
-    resolution.interpreter.cache_clear()
-    try:
-        with pytest.warns(RuntimeWarning, match="is a child of an import of bitlinear") as caught:
-            loaded = stand_ins(tmp_path / "sources").load()
-    finally:
-        resolution.interpreter.cache_clear()
+    with pytest.warns(RuntimeWarning, match="is a child of an import of bitlinear") as caught:
+        loaded = stand_ins(tmp_path / "sources").load()
     _check(loaded, list(caught), "no interpreter")
     assert loaded.verdicts[0].code == "no-compiler"
 
