@@ -6,13 +6,11 @@ one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import packing
 from .arguments import ACTIVATION_DTYPES, check_linear, raise_unsupported_layout
@@ -93,8 +91,6 @@ def register(compiled: bool) -> None:
         for name in implementations:
             operator = getattr(torch.ops.bitlinear, name).default
             torch.library.register_vmap(f"bitlinear::{name}", _vmap_rule(operator), lib=library)
-    flop_registry.pop(torch.ops.bitlinear.linear, None)
-    register_flop_formula(torch.ops.bitlinear.linear)(_count_flops)
 
 
 def reference_linear(
@@ -289,11 +285,6 @@ def _vmap_rule(operator: Any) -> Callable[..., tuple[Any, int]]:
         return tuple(map(torch.stack, zip(*results))), 0
 
     return rule
-
-
-def _count_flops(x_shape: Any, w_shape: Any, *_: Any, **__: Any) -> int:
-    """The number that ``nn.Linear`` has, for :class:`torch.utils.flop_counter.FlopCounterMode`."""
-    return int(2 * math.prod(x_shape) * w_shape[0])
 
 
 def _raise_no_derivative(ctx: Any, grad: Tensor) -> Any:

@@ -40,6 +40,7 @@ ORDER = [
     "conversion.references",
     "convert",
     "mapped",
+    "integrations.flop_counter",
     "integrations.inductor",
     "integrations.onnx",
     "integrations.transformers.layers",

@@ -18,6 +18,7 @@ _logger = logging.getLogger("bitlinear")
 def watch_imports() -> None:
     """Register each integration as soon as its project is imported."""
     register_after_import("torch.onnx", "bitlinear.integrations.onnx")
+    register_after_import("torch.utils.flop_counter", "bitlinear.integrations.flop_counter")
     register_after_import("torch._inductor.lowering", "bitlinear.integrations.inductor")
     register_after_import("transformers.quantizers.auto", "bitlinear.integrations.transformers")
 
@@ -35,8 +36,12 @@ def register_after_import(name: str, integration: str) -> None:
     """
     if name in sys.modules:
         _register(integration)
-    else:
-        sys.meta_path.insert(0, _ImportWatch(name, lambda: _register(integration)))
+        return
+    for finder in list(sys.meta_path):
+        # Of an earlier import of this package in the process, and so of another class.
+        if type(finder).__name__ == _ImportWatch.__name__ and vars(finder).get("name") == name:
+            sys.meta_path.remove(finder)
+    sys.meta_path.insert(0, _ImportWatch(name, lambda: _register(integration)))
 
 
 def attach_to_transformers(model: Any) -> None:

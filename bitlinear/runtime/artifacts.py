@@ -71,6 +71,12 @@ class Artifact:
         """The library file."""
         return self.directory / (self.name + LIBRARY_SUFFIX)
 
+    def tested(self, result: Probe[str]) -> Probe[Artifact]:
+        """This artifact with the result of its self-test, or the rejection of a failed one."""
+        if result.value is None:
+            return Probe(rejection=result.rejection)
+        return Probe(replace(self, self_test=result.value))
+
 
 # --- Lookup --------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..kernels import CudaLibrary, Library, Variant
 from . import artifacts, self_tests
 from .artifacts import LIBRARY_SUFFIX, Artifact
 from .build_environment import build_environment, plain_directory, plain_import_path
-from .cache_directory import CacheDirectory
+from .cache_directory import CacheVanishedError
 from .children import child_environment, import_path, python_command
 from .diagnosis import explain_build, explain_self_test
 from .hardware import Hardware
@@ -39,10 +38,6 @@ Report = dict[str, Any]
 
 _WORKER = Path(__file__).with_name("build_worker.py")
 _POLL_SECONDS = 0.02
-
-
-class CacheVanishedError(OSError):
-    """Somebody has deleted the cache, or the part of it that a build works in."""
 
 
 class Build:
@@ -191,16 +186,16 @@ class Build:
 
 
 def test(
-    artifact: Artifact, library: Library, cache: CacheDirectory, hardware: Hardware
+    artifact: Artifact, library: Library, root: Path | None, hardware: Hardware
 ) -> Probe[Artifact]:
-    """Return a library with the result of its self-test on this hardware.
+    """Run the self-test of a library on this hardware, in a child process.
 
-    The result of an earlier process serves. If there is none, a child runs the test now.
+    Args:
+        artifact: The compiled library.
+        library: What it was compiled from.
+        root: The cache directory that records the result; None: it is not recorded.
+        hardware: The machine.
     """
-    machine = tested_on(library, hardware)
-    known = self_tests.find(cache, artifact.sha256, machine)
-    if known is not None:
-        return _with_result(artifact, known)
     try:
         # A kernel needs nothing but its library; the others need torch.
         path = () if isinstance(library, Variant) else import_path()
@@ -224,7 +219,8 @@ def test(
         code = process.poll()
         _end_group(process)
     lines = output.decode("utf-8", "replace").splitlines() or [""]
-    return _conclude(artifact, cache.path, machine, code, _parse_report(lines[-1]))
+    machine = tested_on(library, hardware)
+    return _conclude(artifact, root, machine, code, _parse_report(lines[-1]))
 
 
 def _conclude(
@@ -235,13 +231,7 @@ def _conclude(
     result = Probe(text) if text else Probe[str](rejection=explain_self_test(code, report))
     if root is not None and artifact.sha256:
         self_tests.record(root, artifact.sha256, machine, result)
-    return _with_result(artifact, result)
-
-
-def _with_result(artifact: Artifact, result: Probe[str]) -> Probe[Artifact]:
-    if result.value is None:
-        return Probe(rejection=result.rejection)
-    return Probe(replace(artifact, self_test=result.value))
+    return artifact.tested(result)
 
 
 def _spec(library: Library, file: Path, self_test: bool = True) -> Report:

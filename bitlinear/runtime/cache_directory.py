@@ -16,6 +16,10 @@ _ROOT = 0  # the user who builds images and installs software
 _FILE = 2 << 20  # larger than any file of a build for CPUs
 
 
+class CacheVanishedError(OSError):
+    """Somebody has deleted the cache, or the part of it that a build works in."""
+
+
 @dataclass(frozen=True)
 class CacheDirectory:
     """Where artifacts are written to and read from.

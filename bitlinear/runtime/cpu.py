@@ -13,7 +13,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from .children import child_environment, python_command
 from .probe_cache import ProbeCache, decode_text, file_version
 from .rejection import Probe, rejected
 from .system import ProbeError, boot_id, command_output, file_text
@@ -182,6 +181,8 @@ def _confirmed(listed: Flags, model: str, cache: ProbeCache) -> Flags:
 
 def _ask_py_cpuinfo(package: str) -> str:
     # In a child, so that a crash, a hang or an import that starts processes stays outside.
+    from .children import child_environment, python_command
+
     command = python_command(_PY_CPUINFO, path=[str(Path(package).parents[1])])
     output = command_output(command, _PY_CPUINFO_SECONDS, child_environment())
     try:

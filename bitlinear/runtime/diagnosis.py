@@ -112,11 +112,6 @@ def explain_self_test(code: int | None, report: Mapping[str, Any]) -> Rejection:
     return _momentary(f"the self-test could not be run: {error}", fix)
 
 
-def load_failure(name: str, error: Exception) -> Rejection:
-    """Make the rejection of a library that was built but cannot be loaded into this process."""
-    return Rejection("compile-failed", f"{name} cannot be loaded: {error}", REBUILD_FIX)
-
-
 def _momentary(reason: str, fix: str = REBUILD_FIX) -> Rejection:
     return Rejection("compile-failed", reason, fix, momentary=True)
 

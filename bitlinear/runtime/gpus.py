@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .children import child_environment, python_command
 from .probe_cache import ProbeCache, decode_text
 from .rejection import Probe, rejected
 from .system import ProbeError, boot_id, command_output, file_text
@@ -88,6 +87,8 @@ def _nvidia_devices() -> list[str]:
 
 
 def _ask_driver() -> dict[str, Any]:
+    from .children import child_environment, python_command
+
     output = command_output(python_command(_GPU_PROBE), environment=child_environment())
     try:
         answer: dict[str, Any] = json.loads(output)

@@ -11,14 +11,14 @@ from pathlib import Path
 from ..kernels import CUDA, DIRECTORY, OPS, VARIANTS, CudaLibrary, Library, Variant
 from . import artifacts
 from .artifacts import Artifact
-from .build import Build, test
+from .build import Build
 from .build_lock import build_lock
 from .cache_directory import CacheDirectory
 from .cuda_arch import parse_architectures
 from .hardware import Hardware
 from .keys import ingredients
 from .progress import announce
-from .provider import cuda_obstacle, toolchain_obstacle
+from .provider import cuda_obstacle, tested, toolchain_obstacle
 from .rejection import Probe, Rejection, SettingError
 from .system import ProbeError
 from .verdicts import select
@@ -129,7 +129,7 @@ def _provide(
         own = replace(cache, readable=(cache.path,))
         found = artifacts.find(own, parts, can_build=True)
         if found is not None and found.value is not None:
-            return test(found.value, library, own, hardware) if runs_here else found
+            return tested(found.value, library, own, hardware) if runs_here else found
         announce(f"compiling {library} into {cache.path}")
         build = Build(library, sources, cache.path, parts, hardware, runs_here)
     except (OSError, ProbeError) as error:

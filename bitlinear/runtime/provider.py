@@ -7,20 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from ..kernels import CudaLibrary, Library, Variant
-from . import artifacts, build
+from . import artifacts, self_tests
 from .artifacts import Artifact
-from .build import Build, CacheVanishedError
-from .cache_directory import CacheDirectory
+from .cache_directory import CacheDirectory, CacheVanishedError
 from .cuda_arch import toolkit
 from .hardware import Hardware
-from .keys import ingredients
+from .keys import ingredients, tested_on
 from .progress import announce
 from .rejection import Probe, Rejection
 from .settings import is_build_postponed
 from .system import ProbeError
 from .toolchain import toolkit_fix
+
+if TYPE_CHECKING:
+    from .build import Build
 
 
 class CacheUnusableError(Exception):
@@ -99,7 +102,7 @@ class LibraryProvider:
             found = artifacts.find(self.cache, parts, can_build=obstacle is None)
             if found is not None:
                 if found.value is not None:
-                    found = build.test(found.value, library, self.cache, self._hardware)
+                    found = tested(found.value, library, self.cache, self._hardware)
                 else:
                     self._give_up(found.rejection)
                 self.results[library.name] = found
@@ -151,6 +154,8 @@ class LibraryProvider:
 
     def _start(self, library: Library, parts: Mapping[str, str]) -> None:
         assert self.cache.path is not None  # or there would be an obstacle
+        from .build import Build
+
         try:
             self._builds[library.name] = Build(
                 library, self._sources, self.cache.path, parts, self._hardware
@@ -183,6 +188,23 @@ class LibraryProvider:
             unneeded.stop()
         if self.cache.path is not None:
             artifacts.prune(self.cache.path)
+
+
+def tested(
+    artifact: Artifact, library: Library, cache: CacheDirectory, hardware: Hardware
+) -> Probe[Artifact]:
+    """Return a library with the result of its self-test on this hardware.
+
+    The result of an earlier process serves. If there is none, the test runs now.
+    """
+    known = self_tests.find(cache, artifact.sha256, tested_on(library, hardware))
+    if known is not None:
+        return artifact.tested(known)
+    from . import build
+
+    if isinstance(library, CudaLibrary):
+        announce(f"testing {library} on this machine: happens once, takes a few seconds")
+    return build.test(artifact, library, cache.path, hardware)
 
 
 def build_obstacle(hardware: Hardware) -> Rejection | None:

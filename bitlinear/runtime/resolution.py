@@ -11,9 +11,7 @@ from ..kernels import CudaLibrary, Library, Variant
 from .artifacts import Artifact
 from .build_lock import build_lock
 from .cache_directory import CacheDirectory, why_unusable, with_temporary
-from .children import interpreter
 from .cuda_arch import targets
-from .diagnosis import load_failure
 from .hardware import Hardware
 from .loader import Loader
 from .progress import announce
@@ -198,6 +196,8 @@ def _forbidden(request: Request) -> Rejection | None:
 
 
 def _no_interpreter() -> Rejection | None:
+    from .children import interpreter
+
     try:
         interpreter()
     except ProbeError as error:
@@ -352,4 +352,7 @@ def _load(
         if root in provider.cache.readable and (artifact.state == "cached" or deleted):
             problem = f"holds what cannot be loaded: {error}"
             raise CacheUnusableError(root, problem, deleted=deleted) from error
-        return load_failure(artifact.name, error)
+        reason = f"{artifact.name} cannot be loaded: {error}"
+        return Rejection(
+            "compile-failed", reason, "python -m bitlinear.doctor --rebuild tries again"
+        )

@@ -31,7 +31,12 @@ def import_seconds(cache: str) -> float:
     """Return the seconds of ``import bitlinear`` in a new process, after ``import torch``."""
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "BITLINEAR_CACHE_DIR": cache},
+        # With bytecode, as for an installed package.
+        env={
+            **{k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
+            "BITLINEAR_CACHE_DIR": cache,
+            "PYTHONPYCACHEPREFIX": os.path.join(cache, "bytecode"),
+        },
         stdout=subprocess.PIPE,
         text=True,
         check=True,

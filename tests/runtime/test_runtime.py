@@ -83,7 +83,8 @@ assert not started, started
 assert not torch.cuda.is_initialized()
 new = set(sys.modules) - loaded_by_torch
 for module in ("torch.utils.cpp_extension", "setuptools", "distutils", "filelock", "ninja",
-               "cpuinfo", "bitlinear.runtime.build_worker", "bitlinear.doctor", "bitlinear.report"):
+               "cpuinfo", "bitlinear.runtime.build", "bitlinear.runtime.diagnosis",
+               "bitlinear.runtime.children", "bitlinear.doctor", "bitlinear.report"):
     assert module not in new, module
 """,
         **warm,

@@ -21,7 +21,7 @@ from types import ModuleType
 import pytest
 
 from bitlinear import runtime
-from bitlinear.runtime import artifacts, build, resolution
+from bitlinear.runtime import artifacts, provider, resolution
 from bitlinear.runtime.artifacts import Artifact
 from bitlinear.runtime.cache_directory import CacheDirectory
 from bitlinear.runtime.gpus import Driver, Gpu
@@ -171,17 +171,17 @@ def test_deleted_between_lookup_and_load(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """It is built again in the same place."""
-    test = build.test
+    tested = provider.tested
     deleted = []
 
     def test_and_delete(artifact: Artifact, *arguments: object) -> object:
-        result = test(artifact, *arguments)  # type: ignore[arg-type]
+        result = tested(artifact, *arguments)  # type: ignore[arg-type]
         if artifact.name == "kernel0" and not deleted:
             deleted.append(artifact.directory)
             shutil.rmtree(artifact.directory)
         return result
 
-    monkeypatch.setattr(build, "test", test_and_delete)
+    monkeypatch.setattr(provider, "tested", test_and_delete)
     loaded = stand_ins(tmp_path / "sources").load()
     assert deleted
     assert loaded.cache.path == ready
