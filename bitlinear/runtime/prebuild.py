@@ -101,7 +101,8 @@ def prebuild(
             "set BITLINEAR_CACHE_DIR to one that can be written to"
         )
     variants = [library for library in libraries if isinstance(library, Variant)]
-    usable = {verdict.variant for verdict in select(hardware, variants) if verdict.ok}
+    *verdicts, _ = select(hardware, variants)
+    usable = {verdict.variant for verdict in verdicts if verdict.ok}
     results: dict[str, Probe[Artifact]] = {}
     with build_lock(cache.path):
         for library in (operator, *libraries):

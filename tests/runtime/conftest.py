@@ -23,6 +23,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BITLINEAR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("BITLINEAR_CUDA", "off")  # also on a machine with GPUs
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     forget_loaded(monkeypatch)
     yield tmp_path / "cache"
     staging = tmp_path / "cache" / artifacts.STAGING

@@ -23,7 +23,7 @@ from bitlinear.runtime.cache_directory import open_cache
 from bitlinear.runtime.gpus import Driver, Gpu
 from bitlinear.runtime.hardware import UNKNOWN, Hardware, detect
 from bitlinear.runtime.rejection import Probe, Rejection, SettingError
-from tests.runtime.machines import cpu_text
+from tests.runtime.machines import cpu_text, with_release
 from tests.runtime.stand_ins import (
     ROOT,
     StandIns,
@@ -121,6 +121,37 @@ def test_what_was_prebuilt_is_found_tested_and_used(
         assert states(loaded) == {"kernel0": "cached", "operator": "cached"}
         assert loaded.artifacts["kernel0"].self_test == "bit-exact with scalar"
     assert len(compilations(tools)) == 3
+
+
+@pytest.mark.slow
+def test_kernels_for_gpus_are_tested_where_the_gpus_are(
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One library for several architectures serves a machine with one of them."""
+    tested = tmp_path / "tested"
+    cuda = f'FILE* file = fopen("{tested}", "a"); fputs("x", file); fclose(file); return 0;'
+    sources = stand_ins(tmp_path / "sources", cuda=cuda)
+    fat = replace(sources.cuda, architectures=("sm_80", "sm_90a"))
+    here = detect()
+    nvcc, torch = with_release("13.0"), replace(here.torch, cuda="13.0")
+    builder = replace(here, torch=torch, nvcc=Probe(nvcc), driver=UNKNOWN.driver)
+    done = prebuild.prebuild([fat], builder, open_cache(), sources.operator, sources.directory)
+    assert done.libraries["cuda"].value is not None
+    assert done.libraries["cuda"].value.self_test == ""
+    assert not tested.exists()
+
+    _prebuild(sources, builder)  # the kernel for the CPU
+    driver = Probe(Driver("13.0", (Gpu("NVIDIA H100", (9, 0), 1),)))
+    other = replace(builder, driver=driver, nvcc=UNKNOWN.nvcc)
+    monkeypatch.setattr(runtime, "detect", lambda _: other)
+    monkeypatch.delenv("BITLINEAR_CUDA")
+    monkeypatch.setenv("BITLINEAR_BUILD", "cached")
+    for _ in range(2):
+        forget_loaded(monkeypatch)
+        loaded = sources.load()
+        assert loaded.cuda.status == "chosen"
+        assert loaded.artifacts["cuda"].self_test == "bit-exact with the reference on 1 GPU"
+        assert tested.read_text() == "x"
 
 
 def test_another_cpu_tests_the_same_library_again(
