@@ -25,7 +25,7 @@ from .cache_directory import CacheVanishedError
 from .children import child_environment, import_path, python_command
 from .diagnosis import explain_build, explain_self_test
 from .hardware import Hardware
-from .keys import key_of, source_files, tested_on
+from .keys import key_of, self_test_machine, source_files
 from .progress import write
 from .rejection import Probe, Rejection
 from .system import ProbeError
@@ -154,7 +154,7 @@ class Build:
         if code == 0 and report["self_test"] is None:
             return Probe(artifact)  # for another machine
         return _conclude(
-            artifact, self._root, tested_on(self._library, self._hardware), code, report
+            artifact, self._root, self_test_machine(self._library, self._hardware), code, report
         )
 
     # If the cache cannot be written to, a full disk say, the result still serves this process.
@@ -219,7 +219,7 @@ def test(
         code = process.poll()
         _end_group(process)
     lines = output.decode("utf-8", "replace").splitlines() or [""]
-    machine = tested_on(library, hardware)
+    machine = self_test_machine(library, hardware)
     return _conclude(artifact, root, machine, code, _parse_report(lines[-1]))
 
 

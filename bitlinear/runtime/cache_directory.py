@@ -125,8 +125,10 @@ def why_unsafe(path: Path) -> str:
 
 
 def _why_unreadable(directory: Path) -> str:
-    can_enter = os.access(directory, os.R_OK | os.X_OK)
-    return "" if can_enter else "cannot be read (Permission denied)"
+    effective = os.access in os.supports_effective_ids
+    if os.access(directory, os.R_OK | os.X_OK, effective_ids=effective):
+        return ""
+    return "cannot be read (Permission denied)"
 
 
 def why_unusable(directory: Path, size: int = 1) -> str:

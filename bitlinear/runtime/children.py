@@ -47,6 +47,16 @@ def python_command(program: Path, *arguments: str, path: Iterable[str] = ()) -> 
     return [interpreter(), *run, *arguments]
 
 
+def output_of(program: Path, path: Iterable[str] = (), timeout: float = 30.0) -> str:
+    """Run a program in a child with this Python, and return what it prints.
+
+    Raises:
+        ProbeError: It fails, prints nothing or takes longer than ``timeout`` seconds.
+    """
+    command = python_command(program, path=path)
+    return command_output(command, timeout, child_environment(), program.name)
+
+
 def child_environment() -> dict[str, str]:
     """Return the environment of a child: without the settings of a program's threads."""
     # A self-test must not depend on OMP_*.

@@ -181,10 +181,9 @@ def _confirmed(listed: Flags, model: str, cache: ProbeCache) -> Flags:
 
 def _ask_py_cpuinfo(package: str) -> str:
     # In a child, so that a crash, a hang or an import that starts processes stays outside.
-    from .children import child_environment, python_command
+    from .children import output_of
 
-    command = python_command(_PY_CPUINFO, path=[str(Path(package).parents[1])])
-    output = command_output(command, _PY_CPUINFO_SECONDS, child_environment())
+    output = output_of(_PY_CPUINFO, [str(Path(package).parents[1])], _PY_CPUINFO_SECONDS)
     try:
         flags = " ".join(json.loads(output)["flags"])
     except (ValueError, KeyError, TypeError):

@@ -12,7 +12,7 @@ from typing import Any
 
 from .probe_cache import ProbeCache, decode_text
 from .rejection import Probe, rejected
-from .system import ProbeError, boot_id, command_output, file_text
+from .system import ProbeError, boot_id, file_text
 
 # One of these exists if an NVIDIA driver is loaded.
 _NVIDIA_DRIVER = (
@@ -87,9 +87,9 @@ def _nvidia_devices() -> list[str]:
 
 
 def _ask_driver() -> dict[str, Any]:
-    from .children import child_environment, python_command
+    from .children import output_of
 
-    output = command_output(python_command(_GPU_PROBE), environment=child_environment())
+    output = output_of(_GPU_PROBE)
     try:
         answer: dict[str, Any] = json.loads(output)
     except ValueError:

@@ -1,7 +1,7 @@
 """The key of an artifact: a digest of everything that shaped its bytes.
 
 A machine that did not compile it can use it, too. So its self-test is recorded apart from it, for
-each machine (:func:`tested_on`).
+each machine (:func:`self_test_machine`).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str
     return names
 
 
-def tested_on(library: Library, hardware: Hardware) -> str:
+def self_test_machine(library: Library, hardware: Hardware) -> str:
     """Name the hardware that a passed self-test of this library vouches for."""
     if isinstance(library, Variant):
         return hardware.cpu.identity

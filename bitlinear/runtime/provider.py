@@ -15,7 +15,7 @@ from .artifacts import Artifact
 from .cache_directory import CacheDirectory, CacheVanishedError
 from .cuda_arch import toolkit
 from .hardware import Hardware
-from .keys import ingredients, tested_on
+from .keys import ingredients, self_test_machine
 from .progress import announce
 from .rejection import Probe, Rejection
 from .settings import is_build_postponed
@@ -197,7 +197,7 @@ def tested(
 
     The result of an earlier process serves. If there is none, the test runs now.
     """
-    known = self_tests.find(cache, artifact.sha256, tested_on(library, hardware))
+    known = self_tests.find(cache, artifact.sha256, self_test_machine(library, hardware))
     if known is not None:
         return artifact.tested(known)
     from . import build

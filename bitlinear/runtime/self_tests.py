@@ -32,7 +32,7 @@ def find(cache: CacheDirectory, sha256: str, hardware: str) -> Probe[str] | None
     Args:
         cache: The directories to look in.
         sha256: The hash of the library.
-        hardware: See :func:`bitlinear.runtime.keys.tested_on`.
+        hardware: See :func:`bitlinear.runtime.keys.self_test_machine`.
 
     Returns:
         The result, or the rejection of a failure that is not to be tried again; None if the test

@@ -27,7 +27,10 @@ def boot_id() -> str:
 
 
 def command_output(
-    command: list[str], timeout: float = 30.0, environment: Mapping[str, str] = os.environ
+    command: list[str],
+    timeout: float = 30.0,
+    environment: Mapping[str, str] = os.environ,
+    shown: str = "",
 ) -> str:
     """Run a command and return its standard output.
 
@@ -35,11 +38,12 @@ def command_output(
         command: The program and its arguments.
         timeout: In seconds.
         environment: The environment of the command; its messages are in English.
+        shown: What error messages call the command; empty: the command itself.
 
     Raises:
         ProbeError: The command fails, prints nothing or takes longer than ``timeout`` seconds.
     """
-    shown = shlex.join(command)
+    shown = shown or shlex.join(command)
     try:
         done = subprocess.run(
             command,

@@ -49,12 +49,12 @@ def publish(root: Path, parts: dict[str, str], content: bytes = b"code") -> Arti
     staging = artifacts.new_staging(root)
     (staging / "fast.so").write_bytes(content)
     (staging / "fast.o").write_bytes(b"left over")
-    built = Artifact("fast", keys.key_of(parts), staging, "built", "passed", 1.5)
+    built = Artifact("fast", keys.key_of(parts), staging, "built", "", 1.5)
     return artifacts.publish(root, built, parts)
 
 
-def find(root: Path, parts: dict[str, str], any_compiler: bool = False) -> Artifact | None:
-    entry = artifacts.find(opened(root), parts, any_compiler)
+def find(root: Path, parts: dict[str, str], can_build: bool = True) -> Artifact | None:
+    entry = artifacts.find(opened(root), parts, can_build)
     return None if entry is None else entry.value
 
 
@@ -118,22 +118,31 @@ def damage_remove(directory: Path) -> None:
 
 
 def damage_meta(directory: Path) -> None:
-    (directory / "meta.json").write_text('{"ingredients": {"cpu"')
+    (directory / "meta.json").write_text('{"ingredients": {"libc"')
 
 
 def damage_meta_type(directory: Path) -> None:
     (directory / "meta.json").write_text("[]")
 
 
-def damage_cpu(directory: Path) -> None:
+def damage_libc(directory: Path) -> None:
     """As if the cache of another machine had been copied over this one."""
     meta = json.loads((directory / "meta.json").read_text())
-    meta["ingredients"]["cpu"] = "another"
+    meta["ingredients"]["libc"] = "another"
     (directory / "meta.json").write_text(json.dumps(meta))
 
 
 def damage_mode(directory: Path) -> None:
     directory.chmod(0o777)
+
+
+def damage_mode_of_library(directory: Path) -> None:
+    """As Kubernetes does for the group of a volume."""
+    (directory / "fast.so").chmod(0o664)
+
+
+def damage_mode_of_meta(directory: Path) -> None:
+    (directory / "meta.json").chmod(0o666)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +153,10 @@ def damage_mode(directory: Path) -> None:
         damage_remove,
         damage_meta,
         damage_meta_type,
-        damage_cpu,
+        damage_libc,
         damage_mode,
+        damage_mode_of_library,
+        damage_mode_of_meta,
     ],
 )
 def test_a_damaged_artifact_is_not_found_and_gets_replaced(
@@ -155,7 +166,7 @@ def test_a_damaged_artifact_is_not_found_and_gets_replaced(
     assert callable(damage)
     damage(directory)
     assert find(root, parts) is None
-    assert find(root, parts, any_compiler=True) is None
+    assert find(root, parts, can_build=False) is None
     again = publish(root, parts, b"again")
     assert again.path.parent == directory
     found = find(root, parts)
@@ -173,10 +184,10 @@ def test_without_a_compiler_anothers_artifact_serves_but_not_its_failure(
     other = {**parts, "compiler": "another", "compiler_arguments": "-O3"}
     artifacts.record_failure(root, artifacts.new_staging(root), FAILURE, other)
     none = {**parts, "compiler": ""}
-    assert artifacts.find(opened(root), none, any_compiler=True) is None
+    assert artifacts.find(opened(root), none, can_build=False) is None
     publish(root, parts)
     assert find(root, none) is None
-    found = find(root, none, any_compiler=True)
+    found = find(root, none, can_build=False)
     assert found is not None
     assert found.key == keys.key_of(parts)
 
@@ -185,7 +196,7 @@ def test_a_failure_is_remembered_with_its_log(root: Path, parts: dict[str, str])
     staging = artifacts.new_staging(root)
     (staging / artifacts.LOG).write_text("g++: error")
     recorded = artifacts.record_failure(root, staging, FAILURE, parts)
-    entry = artifacts.find(opened(root), parts, any_compiler=False)
+    entry = artifacts.find(opened(root), parts, can_build=True)
     assert entry == Probe(rejection=recorded)
     assert recorded.log is not None
     assert recorded == replace(FAILURE, log=recorded.log)
@@ -195,8 +206,57 @@ def test_a_failure_is_remembered_with_its_log(root: Path, parts: dict[str, str])
 
 def test_a_cache_that_is_only_readable_serves(root: Path, parts: dict[str, str]) -> None:
     publish(root, parts)
-    found = artifacts.find(CacheDirectory(None, readable=(root,)), parts, any_compiler=False)
+    found = artifacts.find(CacheDirectory(None, readable=(root,)), parts, can_build=True)
     assert found is not None
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_what_is_published_is_closed_to_others(
+    root: Path, parts: dict[str, str], umask: int
+) -> None:
+    old = os.umask(umask)
+    try:
+        built = publish(root, parts)
+    finally:
+        os.umask(old)
+    assert find(root, parts) is not None
+    for path in (built.directory, *built.directory.iterdir()):
+        assert not path.stat().st_mode & 0o022
+
+
+def test_a_momentary_failure_is_found_only_while_it_is_not_due(
+    root: Path, parts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1e9]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    momentary = replace(FAILURE, momentary=True)
+
+    def fail() -> None:
+        artifacts.record_failure(root, artifacts.new_staging(root), momentary, parts)
+
+    fail()
+    assert artifacts.find(opened(root), parts, can_build=True) is None  # tried again at once
+    fail()
+    entry = artifacts.find(opened(root), parts, can_build=True)
+    assert entry is not None
+    assert entry.rejection is not None
+    assert "the next try is in 60 minutes" in entry.rejection.fix
+    now[0] += 3601
+    assert artifacts.find(opened(root), parts, can_build=True) is None
+    publish(root, parts)
+    assert find(root, parts) is not None
+
+
+def test_what_distinguishes_an_entry_is_named(root: Path, parts: dict[str, str]) -> None:
+    assert artifacts.nearest(opened(root), parts) == ""
+    publish(root, {**parts, "torch": "1.0", "libc": "musl 1"})
+    publish(root, {**parts, "torch": "2.0"})
+    wanted = f"the cache has fast for torch 2.0, not {parts['torch']}"
+    assert artifacts.nearest(opened(root), parts) == wanted
+    publish(root, {**parts, "sources": "0"})
+    (damaged,) = (root / "fast").glob(f"{keys.key_of({**parts, 'torch': '2.0'})}/meta.json")
+    damaged.write_text("[]")
+    assert artifacts.nearest(opened(root), parts) == "the cache has fast for other sources"
 
 
 # --- Pruning and cleaning ------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_the_package_and_torch_in_awkward_paths(tmp_path: Path) -> None:
 def environment_of_child(tmp_path: Path) -> dict[str, str]:
     links = tmp_path / "links"
     links.mkdir(exist_ok=True)
-    return build_environment.child_environment(detect(), links)
+    return build_environment.build_environment(detect(), links)
 
 
 def test_max_jobs(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_nvcc_has_its_toolkit_and_the_host_compiler(
         links = tmp_path / f"links of {home.name}"
         links.mkdir()
         machine = replace(detect(), nvcc=Probe(Compiler(nvcc, nvcc, "release 13.0", "nvcc")))
-        environment = build_environment.child_environment(machine, links)
+        environment = build_environment.build_environment(machine, links)
         assert os.path.realpath(environment["CUDA_HOME"]) == str(home)
         assert (environment["CUDA_HOME"] == str(home)) == (home.name == "plain")
         assert environment["CC"] == environment["CXX"]
@@ -117,7 +117,7 @@ def test_the_linker_finds_the_runtime_of_nvidias_packages(
     links = tmp_path / "links"
     links.mkdir()
     machine = replace(detect(), nvcc=Probe(Compiler(nvcc, nvcc, "release 13.0", "nvcc")))
-    directory, *others = build_environment.child_environment(machine, links)["LIBRARY_PATH"].split(
+    directory, *others = build_environment.build_environment(machine, links)["LIBRARY_PATH"].split(
         ":"
     )
     assert Path(directory, "libcudart.so").resolve() == library

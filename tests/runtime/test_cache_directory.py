@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import atexit
+import errno
+import io
 import os
 import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 
 from bitlinear.runtime import cache_directory
-from bitlinear.runtime.cache_directory import CacheDirectory, open_cache
+from bitlinear.runtime.cache_directory import (
+    CacheDirectory,
+    open_cache,
+    why_unsafe,
+    why_unusable,
+    with_temporary,
+)
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
@@ -113,30 +122,150 @@ def test_a_home_that_belongs_to_somebody_else() -> None:
     assert f"{home}/bitlinear cannot be created (Permission denied)" in found.reason
 
 
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A directory of root that every user can enter; its files are as root leaves them."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        directory = Path(name, "cache")
+        directory.mkdir()
+        os.chmod(name, 0o755)
+        yield directory
+
+
+def open_as_nobody(**environ: str) -> CacheDirectory:
+    groups = os.getgroups()
+    os.setgroups([])
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        return open_cache({"XDG_CACHE_HOME": "/proc/nonexistent", **environ})
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("mode", "serves", "reason"),
+    [
+        (0o755, True, "cannot be written to (Permission denied)"),
+        (0o711, False, "cannot be read (Permission denied)"),
+        (0o700, False, "cannot be read (Permission denied)"),
+        (0o775, False, "can be written to by others (mode 0775)"),
+    ],
+)
+def test_a_directory_of_root_serves_if_it_is_closed_to_others(
+    shared: Path, mode: int, serves: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an image that root has built."""
+    monkeypatch.setenv("HOME", "/proc/nonexistent")
+    shared.chmod(mode)
+    found = open_as_nobody(BITLINEAR_CACHE_DIR=str(shared))
+    assert found.path is None
+    assert found.readable == ((shared,) if serves else ())
+    assert bool(found.override_problem) != serves
+    assert f"{shared} {reason}" in found.reason
+
+
+@as_root
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o2775])
+def test_a_volume_that_a_group_or_everybody_can_write_to_holds_an_own_folder(
+    shared: Path, mode: int
+) -> None:
+    """As Kubernetes mounts volumes with fsGroup, and an emptyDir."""
+    shared.chmod(mode)
+    os.chown(shared, 0, NOBODY)
+    for _ in range(2):
+        found = open_as_nobody(BITLINEAR_CACHE_DIR=str(shared))
+        own = shared / f"user-{NOBODY}"
+        assert found.path == own
+        assert found.readable == (own,)
+        assert (found.reason, found.override_problem, found.unsafe) == ("", "", False)
+        assert stat.S_IMODE(own.stat().st_mode) & 0o777 == 0o700
+        own.chmod(0o2770)  # as the next mount does it
+
+
+@as_root
+@pytest.mark.parametrize("trap", ["a link", "another user's", "a file"])
+def test_an_own_folder_that_somebody_else_has_laid_is_refused(shared: Path, trap: str) -> None:
+    shared.chmod(0o777)
+    own = shared / f"user-{NOBODY}"
+    if trap == "a link":
+        own.symlink_to("/tmp")
+    elif trap == "a file":
+        own.touch()
+    else:
+        own.mkdir()
+    found = open_as_nobody(BITLINEAR_CACHE_DIR=str(shared))
+    assert found.unsafe
+    assert found.readable == ()
+    assert f"{shared} can be written to by others (mode 0777)" in found.override_problem
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702, 0o1777])
 def test_others_may_write(tmp_path: Path, mode: int) -> None:
+    """Also to a directory of this user's own."""
     chosen = tmp_path / "chosen"
     chosen.mkdir()
     chosen.chmod(mode)
     found = open_cache({"BITLINEAR_CACHE_DIR": str(chosen), "XDG_CACHE_HOME": str(tmp_path)})
-    assert found.unsafe
-    assert f"{chosen} can be written to by others (mode {mode:04o})" in found.reason
-    assert found.path == tmp_path / "bitlinear"
+    assert found.path == chosen / f"user-{os.geteuid()}"
     assert chosen not in found.readable
 
 
+@as_root
 def test_belongs_to_somebody_else(tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        chosen = tmp_path / "chosen"
-        chosen.mkdir(mode=0o700)
-        os.chown(chosen, NOBODY, NOBODY)
-        owner = NOBODY
-    else:
-        chosen, owner = Path("/usr"), 0
-    found = open_cache({"BITLINEAR_CACHE_DIR": str(chosen), "XDG_CACHE_HOME": str(tmp_path)})
+    """Root does not trust a user's directory; a user cannot write into another's."""
+    chosen = tmp_path / "chosen"
+    chosen.mkdir(mode=0o700)
+    os.chown(chosen, NOBODY, NOBODY)
+    assert why_unsafe(chosen) == f"belongs to user {NOBODY}, not to user 0"
+    found = open_cache({"BITLINEAR_CACHE_DIR": str(chosen)})
+    assert found.path == chosen / "user-0"
+
+
+@as_root
+def test_another_users_directory(shared: Path, tmp_path: Path) -> None:
+    os.chown(shared, 1, 1)
+    found = open_as_nobody(BITLINEAR_CACHE_DIR=str(shared))
     assert found.unsafe
-    assert f"belongs to user {owner}, not to user {os.geteuid()}" in found.reason
-    assert found.path == tmp_path / "bitlinear"
+    assert found.readable == ()
+    assert f"{shared} belongs to user 1, not to user {NOBODY}" in found.override_problem
+
+
+# --- Space, and directories that are given up ----------------------------------------------------
+
+
+def test_space_is_probed_by_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_unusable(tmp_path, 5 << 20) == ""
+    assert not list(tmp_path.iterdir())
+
+    class Full(io.BytesIO):
+        """A file on a disk with room for a million bytes."""
+
+        def write(self, data: Any) -> int:
+            room = 1_000_000 - self.tell()
+            if room <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data[:room])
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
+    assert why_unusable(tmp_path) == ""
+    reason = "cannot be written to (No space left on device)"
+    assert why_unusable(tmp_path, 5 << 20) == reason
+
+
+def test_a_directory_that_is_given_up(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    cache = CacheDirectory(second, "first reason", readable=(first, second))
+    without = cache.without(first, "is gone")
+    assert without.path == second
+    assert without.readable == (second,)
+    assert without.reason == f"first reason; {first} is gone"
+    nothing = without.without(second, "is full")
+    assert (nothing.path, nothing.readable) == (None, ())
+    assert with_temporary(nothing).temporary
 
 
 def test_symbolic_links_count_as_what_they_lead_to(tmp_path: Path) -> None:
@@ -147,8 +276,7 @@ def test_symbolic_links_count_as_what_they_lead_to(tmp_path: Path) -> None:
         (tmp_path / f"to_{name}").symlink_to(tmp_path / name)
     environ = {"XDG_CACHE_HOME": str(tmp_path)}
     found = open_cache({**environ, "BITLINEAR_CACHE_DIR": str(tmp_path / "to_open")})
-    assert found.unsafe
-    assert found.path == tmp_path / "bitlinear"
+    assert found.path == tmp_path / "open" / f"user-{os.geteuid()}"
     found = open_cache({**environ, "BITLINEAR_CACHE_DIR": str(tmp_path / "to_mine")})
     assert not found.unsafe
     assert found.path == tmp_path / "mine"

@@ -15,7 +15,7 @@ from bitlinear.kernels import CUDA, DIRECTORY, OPS, VARIANTS, CudaLibrary, Libra
 from bitlinear.runtime import keys
 from bitlinear.runtime.gpus import Driver, Gpu
 from bitlinear.runtime.hardware import Hardware, detect
-from bitlinear.runtime.keys import ingredients, key_of, source_files
+from bitlinear.runtime.keys import ingredients, key_of, self_test_machine, serves, source_files
 from bitlinear.runtime.rejection import Probe, rejected
 from bitlinear.runtime.toolchain import Compiler
 from tests.runtime.machines import with_release
@@ -61,7 +61,6 @@ def test_every_ingredient_changes_the_key(
         "CUDA": (FAST, {"torch": replace(torch, cuda="99.0")}),
         "the C++ ABI": (FAST, {"torch": replace(torch, cxx11_abi=not torch.cxx11_abi)}),
         "libc": (FAST, {"libc": "glibc 9.9"}),
-        "the CPU": (FAST, {"cpu": replace(hardware.cpu, flags=Probe(frozenset({"avx2"})))}),
     }
     found = {
         what: key(library, sources, replace(hardware, **changes))  # type: ignore[arg-type]
@@ -71,6 +70,10 @@ def test_every_ingredient_changes_the_key(
     monkeypatch.setenv("CXX", "g++ -m32")
     found["the compiler's arguments"] = key(FAST, sources, hardware)
     monkeypatch.delenv("CXX")
+    for variable in ("CPATH", "LIBRARY_PATH", "CPLUS_INCLUDE_PATH"):
+        monkeypatch.setenv(variable, "/opt")
+        found[variable] = key(FAST, sources, hardware)
+        monkeypatch.delenv(variable)
     (sources / "shared.h").write_text("int shared = 1;")
     found["a header"] = key(FAST, sources, hardware)
     (sources / "fast.cpp").write_text('#include "shared.h"\nint fast = 1;')
@@ -82,12 +85,16 @@ def test_every_ingredient_changes_the_key(
     assert len(set(found.values())) == len(found), found
 
 
-def test_the_operator_serves_every_cpu_but_one_python(sources: Path, hardware: Hardware) -> None:
+def test_a_library_serves_every_cpu_and_its_self_test_one(
+    sources: Path, hardware: Hardware
+) -> None:
     operator = Library("fast", ("fast.cpp",), ())
-    parts = ingredients(operator, sources, hardware)
     other = replace(hardware, cpu=replace(hardware.cpu, model="another"))
-    assert parts == ingredients(operator, sources, other)
-    assert "python" in parts
+    for library in (FAST, operator):
+        assert ingredients(library, sources, hardware) == ingredients(library, sources, other)
+    assert self_test_machine(FAST, hardware) != self_test_machine(FAST, other)
+    assert self_test_machine(operator, hardware) == self_test_machine(operator, other)
+    assert "python" in ingredients(operator, sources, hardware)
     assert "python" not in ingredients(FAST, sources, hardware)
 
 
@@ -217,20 +224,67 @@ def test_every_ingredient_of_cuda_changes_the_key(
     def cuda_key(library: CudaLibrary = GPU, machine: Hardware = machine) -> str:
         return key(library, gpu_sources, machine)
 
-    first = cuda_key()
-    assert cuda_key(replace(GPU, devices=(0, 2))) == first  # of one model
     found = [
-        first,
-        cuda_key(replace(GPU, devices=(0, 1))),
+        cuda_key(),
         cuda_key(replace(GPU, architectures=("sm_90a", "sm_80"))),
         cuda_key(replace(GPU, cuda_cflags=("-O2",))),
         cuda_key(machine=replace(machine, nvcc=Probe(replace(nvcc, version="release 13.1")))),
         cuda_key(machine=replace(machine, nvcc=Probe(replace(nvcc, realpath="/other/nvcc")))),
-        cuda_key(machine=replace(machine, driver=Probe(replace(driver, cuda="13.1")))),
     ]
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-allow-unsupported-compiler")
     found.append(cuda_key())
     assert len(set(found)) == len(found)
+
+
+def test_the_gpus_and_the_driver_belong_to_the_self_test(
+    gpu_sources: Path, hardware: Hardware
+) -> None:
+    machine = with_gpus(hardware)
+    driver = machine.driver.value
+    assert driver is not None
+    newer = replace(machine, driver=Probe(replace(driver, cuda="13.1")))
+    more = replace(GPU, devices=(0, 1))
+    assert key(GPU, gpu_sources, machine) == key(GPU, gpu_sources, newer)
+    assert key(GPU, gpu_sources, machine) == key(more, gpu_sources, machine)
+    assert self_test_machine(GPU, machine) == self_test_machine(
+        replace(GPU, devices=(0, 2)), machine
+    )  # one model
+    assert (
+        len(
+            {
+                self_test_machine(GPU, machine),
+                self_test_machine(GPU, newer),
+                self_test_machine(more, machine),
+            }
+        )
+        == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("compiled", "wanted", "with_a_compiler", "without"),
+    [
+        ("sm_90a", "sm_90a", True, True),
+        ("sm_80 sm_90a", "sm_90a", True, True),
+        ("sm_80 sm_90a", "sm_80 sm_90a", True, True),
+        ("sm_90a", "sm_80 sm_90a", False, False),
+        ("sm_80", "sm_86", False, True),  # runs there, but is not the best
+        ("sm_86", "sm_80", False, False),
+        ("sm_80", "sm_90a", False, False),
+        ("compute_80", "sm_90a", False, True),
+        ("compute_90", "sm_80", False, False),
+        ("", "sm_80", False, False),
+    ],
+)
+def test_which_architectures_serve(
+    compiled: str, wanted: str, with_a_compiler: bool, without: bool
+) -> None:
+    found, needed = {"architectures": compiled, "libc": "1"}, {"architectures": wanted, "libc": "1"}
+    assert serves(found, needed, can_build=True) == with_a_compiler
+    assert serves(found, needed, can_build=False) == without
+    assert not serves({**found, "libc": "2"}, needed, can_build=False)
+    assert not serves({**found, "more": ""}, needed, can_build=False)
+    assert not serves({}, needed, can_build=False)
 
 
 def test_without_nvcc_anothers_artifact_serves(
@@ -243,4 +297,4 @@ def test_without_nvcc_anothers_artifact_serves(
     without = replace(machine, nvcc=rejected("no-compiler", "no nvcc"))
     parts = ingredients(library, gpu_sources, without)
     assert find(root, parts) is None
-    assert find(root, parts, any_compiler=True) is not None
+    assert find(root, parts, can_build=False) is not None
