@@ -246,19 +246,10 @@ def test_the_gpus_and_the_driver_belong_to_the_self_test(
     more = replace(GPU, devices=(0, 1))
     assert key(GPU, gpu_sources, machine) == key(GPU, gpu_sources, newer)
     assert key(GPU, gpu_sources, machine) == key(more, gpu_sources, machine)
-    assert self_test_machine(GPU, machine) == self_test_machine(
-        replace(GPU, devices=(0, 2)), machine
-    )  # one model
-    assert (
-        len(
-            {
-                self_test_machine(GPU, machine),
-                self_test_machine(GPU, newer),
-                self_test_machine(more, machine),
-            }
-        )
-        == 3
-    )
+    same_model = replace(GPU, devices=(0, 2))
+    assert self_test_machine(GPU, machine) == self_test_machine(same_model, machine)
+    others = [(GPU, machine), (GPU, newer), (more, machine)]
+    assert len({self_test_machine(*other) for other in others}) == 3
 
 
 @pytest.mark.parametrize(
