@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels import CudaLibrary, Library
+from ..kernels.flags import compiler_flags, linker_flags
 from . import artifacts
 from .artifacts import Artifact
 from .build_environment import COMPILER_WRAPPER, child_environment, plain_directory
@@ -100,9 +101,9 @@ class Build:
         spec: dict[str, Any] = {
             "name": library.name,
             "sources": [str(build_directory / name) for name in library.sources],
-            "cflags": library.cflags,
+            "cflags": compiler_flags(library, hardware.system),
             "cuda_cflags": cuda.nvcc_flags if cuda else (),
-            "ldflags": library.ldflags,
+            "ldflags": linker_flags(library, hardware.system),
             "build_directory": str(build_directory),
             "self_test": library.self_test,
             "devices": cuda.devices if cuda else (),

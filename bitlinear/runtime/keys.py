@@ -13,6 +13,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from ..kernels import CudaLibrary, Library, Variant
+from ..kernels.flags import compiler_flags, linker_flags
 from .hardware import Hardware
 
 COMPILER_INGREDIENTS = frozenset({"compiler", "compiler_arguments", "nvcc"})
@@ -39,7 +40,9 @@ def ingredients(library: Library, directory: Path, hardware: Hardware) -> dict[s
         "format": _FORMAT,
         "library": library.name,
         "sources": _digest_of_sources(library, directory),
-        "flags": shlex.join((*library.cflags, "--", *library.ldflags)),
+        "flags": shlex.join(
+            (*compiler_flags(library, hardware.system), "--", *linker_flags(library, hardware.system))
+        ),
         "compiler": f"{compiler.realpath} | {compiler.version}" if compiler else "",
         "compiler_arguments": " ".join(os.environ.get("CXX", "").split()[1:]),
         "torch": f"{torch.version} {torch.git_version} cuda={torch.cuda}",
