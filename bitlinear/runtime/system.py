@@ -31,8 +31,10 @@ def has_interpreter() -> bool:
     return bool(sys.executable) and not getattr(sys, "frozen", False)
 
 
-def command_output(command: list[str], timeout: float = 30.0) -> str:
-    """Run a command and return its standard output.
+def command_output(
+    command: list[str], timeout: float = 30.0, *, with_errors: bool = False
+) -> str:
+    """Run a command and return its standard output, ``with_errors`` its standard error in front.
 
     Raises:
         ProbeError: The command fails, prints nothing or takes longer than ``timeout`` seconds.
@@ -54,4 +56,5 @@ def command_output(command: list[str], timeout: float = 30.0) -> str:
         raise ProbeError(f"{shown} failed with {done.returncode}: {lines[0]}")
     if not done.stdout.strip():
         raise ProbeError(f"{shown} printed nothing")
-    return done.stdout.decode(errors="replace")
+    output = done.stderr + done.stdout if with_errors else done.stdout
+    return output.decode(errors="replace")
