@@ -41,7 +41,11 @@ def ingredients(library: Library, directory: Path, hardware: Hardware) -> dict[s
         "library": library.name,
         "sources": _digest_of_sources(library, directory),
         "flags": shlex.join(
-            (*compiler_flags(library, hardware.system), "--", *linker_flags(library, hardware.system))
+            (
+                *compiler_flags(library, hardware.system),
+                "--",
+                *linker_flags(library, hardware.system),
+            )
         ),
         "compiler": f"{compiler.realpath} | {compiler.version}" if compiler else "",
         "compiler_arguments": " ".join(os.environ.get("CXX", "").split()[1:]),

@@ -31,9 +31,7 @@ def has_interpreter() -> bool:
     return bool(sys.executable) and not getattr(sys, "frozen", False)
 
 
-def command_output(
-    command: list[str], timeout: float = 30.0, *, with_errors: bool = False
-) -> str:
+def command_output(command: list[str], timeout: float = 30.0, *, with_errors: bool = False) -> str:
     """Run a command and return its standard output, ``with_errors`` its standard error in front.
 
     Raises:

@@ -20,8 +20,10 @@ from .system import ProbeError, command_output
 _CUDA_HOME = "/usr/local/cuda"  # where NVIDIA's packages put a toolkit
 _LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 _COMPILER_FIX = "install a C++ compiler (Debian and Ubuntu: apt install g++) or set CXX"
-_MSVC_FIX = "install the Visual Studio Build Tools with their C++ tools, or set CXX to the path of cl"
-_VSWHERE = ("Microsoft Visual Studio", "Installer", "vswhere.exe")  # under %ProgramFiles(x86)%
+_MSVC_FIX = (
+    "install the Visual Studio Build Tools with their C++ tools, or set CXX to the path of cl"
+)
+_VSWHERE = ("Microsoft Visual Studio", "Installer", "vswhere.exe")  # under %PROGRAMFILES(X86)%
 _MSVC_TOOLS = "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
 
 
@@ -92,7 +94,7 @@ def _probe_msvc(cache: ProbeCache) -> Probe[Compiler]:
 
 def _cl_of_visual_studio() -> str | None:
     """Ask Microsoft's locator for the latest Visual Studio, and find the compiler in it."""
-    vswhere = os.path.join(os.environ.get("ProgramFiles(x86)", ""), *_VSWHERE)
+    vswhere = os.path.join(os.environ.get("PROGRAMFILES(X86)", ""), *_VSWHERE)
     wanted = ["-latest", "-products", "*", "-requires", _MSVC_TOOLS]
     try:
         output = command_output([vswhere, *wanted, "-property", "installationPath"])
@@ -187,7 +189,9 @@ def _identify(path: str, command: list[str], found: str, cache: ProbeCache) -> C
         raise ProbeError(f"{path} cannot be examined: {error}") from error
     # cl prints its banner on stderr, and its usage on stdout.
     with_errors = len(command) == 1
-    output = cache.recall(key, lambda: command_output(command, with_errors=with_errors), decode_text)
+    output = cache.recall(
+        key, lambda: command_output(command, with_errors=with_errors), decode_text
+    )
     lower = output.lower()
     lines = output.strip().splitlines()
     marks = (

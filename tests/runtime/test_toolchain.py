@@ -246,7 +246,7 @@ def windows(bin_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     system = types.ModuleType("sys")  # not sys itself: shutil asks it how commands are named
     vars(system).update({**vars(sys), "platform": "win32"})
     monkeypatch.setattr(toolchain, "sys", system)
-    monkeypatch.setenv("ProgramFiles(x86)", str(tmp_path / "programs"))
+    monkeypatch.setenv("PROGRAMFILES(X86)", str(tmp_path / "programs"))
     return tmp_path / "programs"
 
 
