@@ -68,6 +68,7 @@ def child_environment(hardware: Hardware, links: Path) -> dict[str, str]:
         environment["PATH"] = os.pathsep.join([str(tools), os.environ.get("PATH", os.defpath)])
     else:
         environment["PATH"] = _windows_path(hardware)
+        environment.pop("CXX", None)  # cl is on PATH; a path with spaces would need quotes
         environment["VSLANG"] = "1033"  # as LC_ALL
     if hardware.nvcc.value is not None:
         home = Path(os.path.abspath(hardware.nvcc.value.path)).parents[1]

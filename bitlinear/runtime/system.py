@@ -52,7 +52,7 @@ def command_output(command: list[str], timeout: float = 30.0, *, with_errors: bo
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         raise ProbeError(f"{shown} failed with {done.returncode}: {lines[0]}")
-    if not done.stdout.strip():
-        raise ProbeError(f"{shown} printed nothing")
     output = done.stderr + done.stdout if with_errors else done.stdout
+    if not output.strip():
+        raise ProbeError(f"{shown} printed nothing")
     return output.decode(errors="replace")

@@ -95,7 +95,7 @@ def _probe_msvc(cache: ProbeCache) -> Probe[Compiler]:
 def _cl_of_visual_studio() -> str | None:
     """Ask Microsoft's locator for the latest Visual Studio, and find the compiler in it."""
     vswhere = os.path.join(os.environ.get("PROGRAMFILES(X86)", ""), *_VSWHERE)
-    wanted = ["-latest", "-products", "*", "-requires", _MSVC_TOOLS]
+    wanted = ["-latest", "-products", "*", "-requires", _MSVC_TOOLS, "-utf8"]
     try:
         output = command_output([vswhere, *wanted, "-property", "installationPath"])
         vc = Path(output.strip().splitlines()[0], "VC")

@@ -200,6 +200,7 @@ def test_windows_finds_ninja_and_cl_on_path(
     vars(windows).update({**vars(os), "name": "nt"})
     monkeypatch.setattr(build_environment, "os", windows)
     monkeypatch.setenv("PATH", "usual")
+    monkeypatch.setenv("CXX", "a path")
     cl, ninja = str(tmp_path / "tools" / "cl.exe"), str(tmp_path / "packages" / "ninja.exe")
     compiler = Compiler("cl", cl, "Version 19.44", "msvc")
     for found, expected in (

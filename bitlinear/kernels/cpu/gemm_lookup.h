@@ -130,8 +130,8 @@ inline void lookup_add(const uint16_t (*index)[Lookup<V>::kGroups], int64_t rows
   const char* tables[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     tables[v] = reinterpret_cast<const char*>(&scratch.tables[0][0].vector[v]);
-    // So that the compiler derives no base from another one: base plus
-    // index is an address, but a further constant costs AArch64 an addition per vector.
+    // So that the compiler derives no base from another one: base plus index is an address, but a
+    // further constant costs AArch64 an addition per vector.
     hide_origin(tables[v]);
   }
   for (int64_t r = 0; r < rows; ++r) {

@@ -64,9 +64,8 @@ struct OpenMp {
 };
 
 #if defined(BITLINEAR_FIND_GOMP)
-// A library of macOS finds a symbol only in the libraries that it names by their paths, and the
-// path of this runtime is torch's affair. So the entry points are looked up in what torch depends
-// on.
+// A library of macOS finds a symbol only in libraries that it names by their paths, and torch alone
+// knows the path of its runtime. So the entry points are looked up in what torch depends on.
 inline OpenMp find_openmp() {
   Dl_info torch = {};
   if (dladdr(reinterpret_cast<void*>(&at::get_num_threads), &torch) == 0) return {};
