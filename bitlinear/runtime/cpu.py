@@ -180,17 +180,23 @@ def _linux_cpu(machine: str, cache: ProbeCache) -> Cpu:
 
 def _confirmed(listed: Flags, model: str, cache: ProbeCache) -> Flags:
     """The flags of py-cpuinfo that Linux lists; all that Linux lists if it has no answer."""
+    if not cache.keeps_answers:
+        return listed
+    try:
+        return listed & _flags_of_py_cpuinfo(model, cache)
+    except ProbeError:
+        return listed
+
+
+def _flags_of_py_cpuinfo(model: str, cache: ProbeCache) -> Flags:
     try:
         spec = importlib.util.find_spec("cpuinfo")
     except (ImportError, ValueError):
         spec = None
-    if spec is None or not spec.origin or not cache.keeps_answers or not has_interpreter():
-        return listed
+    if spec is None or not spec.origin or not has_interpreter():
+        raise ProbeError("py-cpuinfo is not installed, or cannot be asked")
     key = f"py-cpuinfo {model} {spec.origin} {file_version(spec.origin)}"
-    try:
-        return listed & frozenset(cache.recall(key, _ask_py_cpuinfo, decode_text).split())
-    except ProbeError:
-        return listed
+    return frozenset(cache.recall(key, _ask_py_cpuinfo, decode_text).split())
 
 
 def _ask_py_cpuinfo() -> str:
@@ -283,10 +289,10 @@ def parse_sysctl(text: str, machine: str) -> Cpu:
 
 def _windows_cpu(machine: str, cache: ProbeCache) -> Cpu:
     identifier = os.environ.get("PROCESSOR_IDENTIFIER", "")
-    key = f"py-cpuinfo {_digest(machine, identifier, platform.version())}"
+    model = _digest(machine, identifier, platform.version())
     try:
-        # Asked anew in every process if the answer cannot be remembered: nothing else knows flags.
-        listed = frozenset(cache.recall(key, _ask_py_cpuinfo, decode_text).split())
+        # Asked even if the answer cannot be remembered: nothing else knows the flags.
+        listed = _flags_of_py_cpuinfo(model, cache)
     except ProbeError as error:
         return _unknown_cpu(machine, str(error), identifier)
     granted = {

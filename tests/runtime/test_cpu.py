@@ -320,6 +320,10 @@ def test_windows_without_an_answer_of_py_cpuinfo(
     cpu = probe_cpu("windows", ProbeCache(None))
     assert cpu.flags.value is None
     assert "py-cpuinfo finds no flags" in cpu.flags.reason or "failed with 1" in cpu.flags.reason
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert probe_cpu("windows", ProbeCache(None)).flags == rejected(
+        "cpu-flag", "py-cpuinfo is not installed, or cannot be asked"
+    )
     assert describe_windows_cpu("", "x86_64", frozenset(), {AVX2}).flags == rejected(
         "cpu-flag", "py-cpuinfo lists no flags"
     )
