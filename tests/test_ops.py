@@ -399,7 +399,11 @@ def test_wrong_arguments_are_found_while_tracing():
             OP(*args)
 
 
-def test_registering_again_changes_nothing():
-    library = ops._library
+def test_registering_again_takes_the_place_of_the_first():
+    args = arguments()
+    expected = OP(*args)
+    ops.unregister()
     ops.register(compiled=bitlinear.HAS_BITLINEAR)
-    assert ops._library is library
+    assert torch.equal(torch.ops.bitlinear.linear(*args), expected)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert torch.ops.bitlinear.linear(*args).shape == expected.shape

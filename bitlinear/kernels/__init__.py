@@ -7,7 +7,6 @@ Tests, doctor and benchmark iterate :data:`VARIANTS`, so each variant is tested 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -26,8 +25,9 @@ class Library:
     Attributes:
         name: The name of the library, of its file, and of its folder in the cache.
         sources: Paths inside ``bitlinear/kernels``, with forward slashes.
-        cflags: All compiler flags except those that torch adds.
-        ldflags: All linker flags except those that torch adds.
+        cflags: All compiler flags except those that torch adds, as GCC and clang spell them
+            (``flags.py`` has other spellings).
+        ldflags: All linker flags except those that torch adds, for GNU ld.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Library:
     ldflags: tuple[str, ...] = ()
 
     self_test: ClassVar[str] = "operator"  # a self-test of runtime/build_worker.py
+    starts_threads: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return "the operator"
@@ -57,6 +58,7 @@ class Variant(Library):
     priority: int = 0
 
     self_test: ClassVar[str] = "kernels"
+    starts_threads: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return f"the {self.name} kernel"
@@ -77,6 +79,7 @@ class CudaLibrary(Library):
     devices: tuple[int, ...] = ()
 
     self_test: ClassVar[str] = "cuda"
+    starts_threads: ClassVar[bool] = False
 
     @property
     def nvcc_flags(self) -> tuple[str, ...]:
@@ -91,7 +94,7 @@ class CudaLibrary(Library):
 
 # The kernels use nothing of torch, so the library should not depend on libtorch. The linkers of
 # macOS and Windows lack the flag; there the dependency is harmless, because torch is loaded first.
-_LDFLAGS = ("-Wl,--as-needed",) if sys.platform == "linux" else ()
+_LDFLAGS = ("-Wl,--as-needed",)
 
 # The flags that -mavx2 -mf16c lets a compiler use, with implied extensions.
 _AVX2_FLAGS = "pni ssse3 sse4_1 sse4_2 popcnt xsave avx f16c avx2"

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "portability.h"
+
 #define BITLINEAR_ABI_VERSION 4
 
 // Sums are int32. The codes of the most significant plane of a packed byte are 64 times too large
@@ -78,12 +80,6 @@ static inline int64_t bitlinear_q_stride(const bitlinear_kernel_table* kernels, 
   // A block holds whole lines, so setting bit 6 makes their number odd.
   return (row_bytes + kernels->block - 1) / kernels->block * kernels->block * 4 | 64;
 }
-
-#if defined(_WIN32)
-#define BITLINEAR_EXPORT extern "C" __declspec(dllexport)
-#else
-#define BITLINEAR_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 // Exported by every variant's library. Null if the operating system refuses a resource that the
 // variant needs (AMX tiles).

@@ -3,35 +3,9 @@
 // inherit the mode.
 #pragma once
 
-#include <stdint.h>
+#include "portability.h"
 
 namespace bitlinear {
-
-#if defined(__x86_64__)
-constexpr uint32_t kFlushBits = 0x8040;  // MXCSR.FTZ for results, .DAZ for operands
-inline uint32_t read_float_control() {
-  uint32_t control;
-  __asm__ volatile("stmxcsr %0" : "=m"(control) : : "memory");
-  return control;
-}
-inline void write_float_control(uint32_t control) {
-  __asm__ volatile("ldmxcsr %0" : : "m"(control) : "memory");
-}
-#elif defined(__aarch64__)
-constexpr uint64_t kFlushBits = 1u << 24 | 1u << 19;  // FPCR.FZ, and .FZ16 for fp16
-inline uint64_t read_float_control() {
-  uint64_t control;
-  __asm__ volatile("mrs %0, fpcr" : "=r"(control) : : "memory");
-  return control;
-}
-inline void write_float_control(uint64_t control) {
-  __asm__ volatile("msr fpcr, %0" : : "r"(control) : "memory");
-}
-#else
-constexpr uint32_t kFlushBits = 0;
-inline uint32_t read_float_control() { return 0; }
-inline void write_float_control(uint32_t) {}
-#endif
 
 enum class Subnormals { kPreserve, kFlush };
 
@@ -64,9 +38,7 @@ struct PreservingSubnormals<kFunction> {
   }
 
  private:
-  __attribute__((noinline)) static Result call(Arguments... arguments) {
-    return kFunction(arguments...);
-  }
+  BITLINEAR_NOINLINE static Result call(Arguments... arguments) { return kFunction(arguments...); }
 };
 
 }  // namespace bitlinear

@@ -17,6 +17,7 @@
 
 #include "abi.h"
 #include "float_environment.h"
+#include "portability.h"
 
 namespace bitlinear {
 namespace selftest {
@@ -327,15 +328,15 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   task.y_dtype = c.dtype;
   // Exactly the promised length and alignment.
   const int64_t scratch_bytes = kernels.scratch_bytes(c.M, operands.row_bytes);
-  void* scratch = nullptr;
-  if (posix_memalign(&scratch, 64, static_cast<size_t>(scratch_bytes)) != 0) return "no memory";
+  void* scratch = allocate_aligned(64, static_cast<size_t>(scratch_bytes));
+  if (scratch == nullptr) return "no memory";
   memset(scratch, 99, static_cast<size_t>(scratch_bytes));
   task.scratch = scratch;
   {
     const SubnormalScope scope(mode);
     kernels.linear(&task);
   }
-  free(scratch);
+  free_aligned(scratch);
 
   Buffer never_written(c.dtype, 1);
   never_written.set(0, is_intact);

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels import CudaLibrary, Library, Variant
+from ..kernels.flags import compiler_flags, linker_flags
 from . import artifacts, self_tests
 from .artifacts import LIBRARY_SUFFIX, Artifact
 from .build_environment import build_environment, plain_directory, plain_import_path
@@ -102,9 +103,9 @@ class Build:
         spec: Report = {
             **_spec(library, build_directory / f"{library.name}{LIBRARY_SUFFIX}", self_test),
             "sources": [str(build_directory / name) for name in library.sources],
-            "cflags": library.cflags,
+            "cflags": compiler_flags(library, self._hardware.system),
             "cuda_cflags": library.nvcc_flags if isinstance(library, CudaLibrary) else (),
-            "ldflags": library.ldflags,
+            "ldflags": linker_flags(library, self._hardware.system),
             "build_directory": str(build_directory),
         }
         path = plain_import_path(self._links)

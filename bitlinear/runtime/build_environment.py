@@ -61,6 +61,10 @@ def build_environment(hardware: Hardware, links: Path) -> dict[str, str]:
             (tools / "ninja").symlink_to(os.path.abspath(hardware.ninja.value))
         environment["CXX"] = environment["CC"] = str(compiler)  # CC: nvcc's host compiler
         environment["PATH"] = os.pathsep.join([str(tools), os.environ.get("PATH", os.defpath)])
+    else:
+        environment["PATH"] = _windows_path(hardware)
+        environment.pop("CXX", None)  # cl is on PATH; a path with spaces would need quotes
+        environment["VSLANG"] = "1033"  # as LC_ALL
     if hardware.nvcc.value is not None:
         home = Path(os.path.abspath(hardware.nvcc.value.path)).parents[1]
         environment["CUDA_HOME"] = _plain_path(str(home), links / "cuda")
@@ -102,6 +106,14 @@ def _library_path(cuda_home: Path, directory: Path) -> str:
     if runtime is not None:
         (directory / "libcudart.so").symlink_to(runtime)
     return os.pathsep.join(filter(None, [str(directory), os.environ.get("LIBRARY_PATH")]))
+
+
+def _windows_path(hardware: Hardware) -> str:
+    # cpp_extension looks for ninja and cl on PATH only. It sets the other variables of MSVC itself.
+    compiler = hardware.compiler.value
+    tools = (hardware.ninja.value, compiler and compiler.realpath)
+    directories = [os.path.dirname(os.path.abspath(tool)) for tool in tools if tool]
+    return os.pathsep.join([*directories, os.environ.get("PATH", os.defpath)])
 
 
 def _compiler_command(hardware: Hardware) -> list[str]:

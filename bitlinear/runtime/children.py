@@ -54,7 +54,7 @@ def output_of(program: Path, path: Iterable[str] = (), timeout: float = 30.0) ->
         ProbeError: It fails, prints nothing or takes longer than ``timeout`` seconds.
     """
     command = python_command(program, path=path)
-    return command_output(command, timeout, child_environment(), program.name)
+    return command_output(command, timeout, child_environment(), shown=program.name)
 
 
 def child_environment() -> dict[str, str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import json
 import os
 import platform
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import takewhile
@@ -37,6 +40,12 @@ _FROM_SYSCTL = {
     "feat_lse": "atomics", "feat_crc32": "crc32", "armv8_crc32": "crc32",
     "armv8_1_atomics": "atomics", "armv8_2_fhm": "asimdfhm",
 }  # fmt: skip
+
+# Windows' numbers of features that it grants, and py-cpuinfo's spellings that are not Linux's.
+_PF_AVX2_INSTRUCTIONS_AVAILABLE = 40
+_PF_AVX512F_INSTRUCTIONS_AVAILABLE = 41
+_FROM_CPUID = {"avx512vnni": "avx512_vnni"}
+_NEED_AVX = frozenset({"f16c", "fma", "fma4", "xop", "vaes", "vpclmulqdq"})
 
 _PY_CPUINFO_SECONDS = 20.0  # it takes 1.2 s on an idle machine
 _PY_CPUINFO = Path(__file__).with_name("py_cpuinfo_probe.py")
@@ -74,7 +83,7 @@ class Cpu:
 def probe_cpu(system: str, cache: ProbeCache) -> Cpu:
     """Describe the CPU of this machine.
 
-    py-cpuinfo is the source of the flags, and it is reliable on Linux only:
+    py-cpuinfo is the source of the flags, with what the system says of them:
 
     - **Linux**: the flags of py-cpuinfo that ``/proc/cpuinfo`` lists for every core. py-cpuinfo
       reads one core and adds the flags of CPUID, which a hypervisor or the kernel may not have
@@ -83,8 +92,10 @@ def probe_cpu(system: str, cache: ProbeCache) -> Cpu:
       or finds no flags, and if its answer could not be remembered (a read-only cache).
     - **macOS**: ``sysctl`` alone. py-cpuinfo reads the same lines except ``hw.optional``, so it
       finds no flags of Apple silicon, and spells the others as macOS does.
-    - **Windows** and others: unknown. py-cpuinfo reads CPUID there, which does not say which
-      features the system has enabled.
+    - **Windows** on x86: the flags of py-cpuinfo that Windows grants. py-cpuinfo reads CPUID there,
+      which does not say what the system has enabled, and ``IsProcessorFeaturePresent`` does, for
+      AVX2 and AVX-512. py-cpuinfo does not know AVX-VNNI and AMX, so their kernels never run.
+    - Others: unknown.
 
     On x86, AVX-512 also needs the consent of torch (:func:`without_disabled_avx512`).
     """
@@ -100,6 +111,8 @@ def probe_cpu(system: str, cache: ProbeCache) -> Cpu:
         except ProbeError as error:
             return _unknown_cpu(machine, str(error))
         cpu = parse_sysctl(text, machine)
+    elif system == "windows" and machine == "x86_64":
+        cpu = _windows_cpu(machine, cache)
     else:
         brand = os.environ.get("PROCESSOR_IDENTIFIER", "")
         cpu = _unknown_cpu(machine, f"CPU flags are not determined on {system}", brand)
@@ -164,19 +177,25 @@ def _linux_cpu(machine: str, cache: ProbeCache) -> Cpu:
 
 def _confirmed(listed: Flags, model: str, cache: ProbeCache) -> Flags:
     """The flags of py-cpuinfo that Linux lists; all that Linux lists if it has no answer."""
+    if not cache.keeps_answers:
+        return listed
+    try:
+        return listed & _flags_of_py_cpuinfo(model, cache)
+    except ProbeError:
+        return listed
+
+
+def _flags_of_py_cpuinfo(model: str, cache: ProbeCache) -> Flags:
     try:
         spec = importlib.util.find_spec("cpuinfo")
     except (ImportError, ValueError):
         spec = None
-    if spec is None or not spec.origin or not cache.keeps_answers:
-        return listed
+    if spec is None or not spec.origin:
+        raise ProbeError("py-cpuinfo is not installed")
     origin = spec.origin
     key = f"py-cpuinfo {model} {origin} {file_version(origin)}"
-    try:
-        answer = cache.recall(key, lambda: _ask_py_cpuinfo(origin), decode_text)
-        return listed & frozenset(answer.split())
-    except ProbeError:
-        return listed
+    answer = cache.recall(key, lambda: _ask_py_cpuinfo(origin), decode_text)
+    return frozenset(answer.split())
 
 
 def _ask_py_cpuinfo(package: str) -> str:
@@ -263,6 +282,51 @@ def parse_sysctl(text: str, machine: str) -> Cpu:
         stepping=fields.get("machdep.cpu.stepping", ""),
         flags=_known(frozenset(flags - denied), "sysctl"),
     )
+
+
+# --- Windows -------------------------------------------------------------------------------------
+
+
+def _windows_cpu(machine: str, cache: ProbeCache) -> Cpu:
+    identifier = os.environ.get("PROCESSOR_IDENTIFIER", "")
+    model = _digest(machine, identifier, platform.version())
+    try:
+        # Asked even if the answer cannot be remembered: nothing else knows the flags.
+        listed = _flags_of_py_cpuinfo(model, cache)
+    except ProbeError as error:
+        return _unknown_cpu(machine, str(error), identifier)
+    granted = {
+        number
+        for number in (_PF_AVX2_INSTRUCTIONS_AVAILABLE, _PF_AVX512F_INSTRUCTIONS_AVAILABLE)
+        if _windows_grants(number)
+    }
+    return describe_windows_cpu(identifier, machine, listed, granted)
+
+
+def _windows_grants(feature: int) -> bool:
+    return bool(ctypes.WinDLL("kernel32").IsProcessorFeaturePresent(feature))  # type: ignore[attr-defined, unused-ignore]
+
+
+def describe_windows_cpu(
+    identifier: str, machine: str, listed: Flags, granted: Collection[int]
+) -> Cpu:
+    """Describe the CPU of Windows' ``PROCESSOR_IDENTIFIER``.
+
+    Args:
+        identifier: Such as ``"Intel64 Family 6 Model 143 Stepping 8, GenuineIntel"``.
+        machine: As in :class:`Cpu`.
+        listed: The flags of py-cpuinfo.
+        granted: The features of which ``IsProcessorFeaturePresent`` says that they are available.
+    """
+    flags = {_FROM_CPUID.get(flag, flag) for flag in listed}
+    if _PF_AVX512F_INSTRUCTIONS_AVAILABLE not in granted:
+        flags = {flag for flag in flags if not flag.startswith("avx512")}
+    if _PF_AVX2_INSTRUCTIONS_AVAILABLE not in granted:
+        flags = {flag for flag in flags if not flag.startswith("avx") and flag not in _NEED_AVX}
+    found = re.search(r"Family (\d+) Model (\d+) Stepping (\d+), (\w+)", identifier)
+    family, model, stepping, vendor = found.groups() if found else ("", "", "", "")
+    known = _known(frozenset(flags), "py-cpuinfo")
+    return Cpu(machine, identifier or "unknown", vendor, family, model, stepping, known)
 
 
 # --- Helpers -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from ..kernels import CudaLibrary, Library, Variant
+from ..kernels.flags import compiler_flags, linker_flags
 from .cuda_arch import runs_on
 from .hardware import Hardware
 
@@ -46,11 +47,12 @@ def ingredients(library: Library, directory: Path, hardware: Hardware) -> dict[s
         OSError: A source cannot be read.
     """
     torch, compiler = hardware.torch, hardware.compiler.value
+    flags = compiler_flags(library, hardware.system)
     parts = {
         "format": _FORMAT,
         "library": library.name,
         "sources": _digest_of_sources(library, directory),
-        "flags": shlex.join((*library.cflags, "--", *library.ldflags)),
+        "flags": shlex.join((*flags, "--", *linker_flags(library, hardware.system))),
         "compiler": f"{compiler.realpath} | {compiler.version}" if compiler else "",
         "compiler_arguments": " ".join(os.environ.get("CXX", "").split()[1:]),
         "search_paths": search_paths(),

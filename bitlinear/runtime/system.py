@@ -30,7 +30,9 @@ def command_output(
     command: list[str],
     timeout: float = 30.0,
     environment: Mapping[str, str] = os.environ,
+    *,
     shown: str = "",
+    with_errors: bool = False,
 ) -> str:
     """Run a command and return its standard output.
 
@@ -39,6 +41,7 @@ def command_output(
         timeout: In seconds.
         environment: The environment of the command; its messages are in English.
         shown: What error messages call the command; empty: the command itself.
+        with_errors: Return its standard error, too, in front.
 
     Raises:
         ProbeError: The command fails, prints nothing or takes longer than ``timeout`` seconds.
@@ -58,6 +61,7 @@ def command_output(
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         raise ProbeError(f"{shown} failed with {done.returncode}: {lines[0]}")
-    if not done.stdout.strip():
+    output = done.stderr + done.stdout if with_errors else done.stdout
+    if not output.strip():
         raise ProbeError(f"{shown} printed nothing")
-    return done.stdout.decode(errors="replace")
+    return output.decode(errors="replace")

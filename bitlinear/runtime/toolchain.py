@@ -20,6 +20,11 @@ from .system import ProbeError, command_output
 _CUDA_HOME = "/usr/local/cuda"  # where NVIDIA's packages put a toolkit
 _LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 _COMPILER_FIX = "install a C++ compiler (Debian and Ubuntu: apt install g++) or set CXX"
+_MSVC_FIX = (
+    "install the Visual Studio Build Tools with their C++ tools, or set CXX to the path of cl"
+)
+_VSWHERE = ("Microsoft Visual Studio", "Installer", "vswhere.exe")  # under %PROGRAMFILES(X86)%
+_MSVC_TOOLS = "Microsoft.VisualStudio.Component.VC.Tools.x86.x64"
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Compiler:
     Attributes:
         path: The path as found; the value of ``$CXX`` with its arguments if that is set.
         realpath: The executable, with links resolved and launchers such as ``ccache`` stripped.
-        version: The line of ``--version`` that holds the version.
-        family: ``"gcc"``, ``"clang"``, ``"nvcc"`` or ``"unknown"``.
+        version: The line of ``--version`` that holds the version; for MSVC its banner.
+        family: ``"gcc"``, ``"clang"``, ``"msvc"``, ``"nvcc"`` or ``"unknown"``.
     """
 
     path: str
@@ -46,7 +51,13 @@ class Compiler:
 
 
 def probe_compiler(cache: ProbeCache) -> Probe[Compiler]:
-    """Find the C++ compiler: ``$CXX``, else the first of the usual names on PATH."""
+    """Find the C++ compiler: ``$CXX``, else the first of the usual names on PATH.
+
+    On Windows torch compiles with MSVC only: ``$CXX`` is the path of ``cl``, which is else looked
+    for on PATH and in the latest Visual Studio.
+    """
+    if sys.platform == "win32":
+        return _probe_msvc(cache)
     chosen = os.environ.get("CXX", "").strip()
     candidates = (chosen,) if chosen else ("c++", "g++", "clang++")
     problem = f"none of {', '.join(candidates)} is on PATH"
@@ -65,6 +76,34 @@ def probe_compiler(cache: ProbeCache) -> Probe[Compiler]:
     except ProbeError as error:
         problem = str(error)
     return rejected("no-compiler", f"no C++ compiler: {problem}", _COMPILER_FIX)
+
+
+def _probe_msvc(cache: ProbeCache) -> Probe[Compiler]:
+    chosen = os.environ.get("CXX", "").strip().strip('"')
+    found = shutil.which(chosen or "cl") or (None if chosen else _cl_of_visual_studio())
+    problem = "cl is neither on PATH nor in a Visual Studio"
+    if chosen:
+        problem = f"CXX={chosen!r} is not an executable on PATH"
+    if found:
+        try:
+            return Probe(_identify(found, [found], found, cache))  # alone, cl prints its banner
+        except ProbeError as error:
+            problem = str(error)
+    return rejected("no-compiler", f"no C++ compiler: {problem}", _MSVC_FIX)
+
+
+def _cl_of_visual_studio() -> str | None:
+    """Ask Microsoft's locator for the latest Visual Studio, and find the compiler in it."""
+    vswhere = os.path.join(os.environ.get("PROGRAMFILES(X86)", ""), *_VSWHERE)
+    wanted = ["-latest", "-products", "*", "-requires", _MSVC_TOOLS, "-utf8"]
+    try:
+        output = command_output([vswhere, *wanted, "-property", "installationPath"])
+        vc = Path(output.strip().splitlines()[0], "VC")
+        default = vc / "Auxiliary" / "Build" / "Microsoft.VCToolsVersion.default.txt"
+        tools = vc / "Tools" / "MSVC" / default.read_text(encoding="utf-8").strip()
+    except (ProbeError, OSError):
+        return None
+    return shutil.which("cl", path=str(tools / "bin" / "Hostx64" / "x64"))
 
 
 def probe_nvcc(cache: ProbeCache, torch_cuda: str | None) -> Probe[Compiler]:
@@ -148,10 +187,19 @@ def _identify(path: str, command: list[str], found: str, cache: ProbeCache) -> C
         key = " ".join((*command, realpath, file_version(realpath)))
     except OSError as error:
         raise ProbeError(f"{path} cannot be examined: {error}") from error
-    output = cache.recall(key, lambda: command_output(command), decode_text)
+    # cl prints its banner on stderr, and its usage on stdout.
+    with_errors = len(command) == 1
+    output = cache.recall(
+        key, lambda: command_output(command, with_errors=with_errors), decode_text
+    )
     lower = output.lower()
     lines = output.strip().splitlines()
-    marks = (("nvcc", "nvidia"), ("clang", "clang"), ("gcc", "free software foundation"))
+    marks = (
+        ("nvcc", "nvidia"),
+        ("clang", "clang"),
+        ("gcc", "free software foundation"),
+        ("msvc", "microsoft (r)"),
+    )
     family = next((family for family, mark in marks if mark in lower), "unknown")
     # The first line of nvcc is its name.
     line = next((line for line in lines if "release" in line and family == "nvcc"), lines[0])

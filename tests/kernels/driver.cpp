@@ -42,6 +42,7 @@ int main(int argc, char** argv) {
     printf("self-test: %s\n", message);
     ++failed;
   }
+  if (bitlinear_kernels() == nullptr) return 1;
   const Data kinds[] = {Data::kRandom, Data::kLargestSums, Data::kZero, Data::kNonFinite,
                         Data::kSubnormal};
   // Every K around the vectors of every variant, against one, several and many tokens.

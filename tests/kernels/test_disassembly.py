@@ -46,6 +46,11 @@ def test_instructions(variant, compiler, compiled_object):
         text=True,
         check=True,
     ).stdout
+    check_instructions(variant, text)
+
+
+def check_instructions(variant, text):
+    """Check the disassembly of a kernel, in the format of GNU objdump."""
     if variant.name in PRESENT:
         assert re.search(PRESENT[variant.name], text)
     for flag, mark in ISA_MARKS.items():

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
-import sys
 
 import pytest
 
-from bitlinear import kernels
 from bitlinear.kernels import VARIANTS, Variant
 from tests.kernels.native import COMPILERS, compiler_command, this_machine
 
@@ -94,17 +91,6 @@ def test_nothing_is_required_that_no_compiler_may_emit(variant: Variant) -> None
     # -mavx512f implies FMA for clang and not for gcc: only both together tell what is too much.
     emitted = frozenset().union(*(switched_on(compiler, variant) for compiler in COMPILERS))
     assert variant.requires == emitted
-
-
-@pytest.mark.parametrize(
-    ("system", "known"), [("linux", True), ("darwin", False), ("win32", False)]
-)
-def test_as_needed_is_for_linkers_that_know_it(
-    system: str, known: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "platform", system)
-    for variant in runpy.run_path(kernels.__file__)["VARIANTS"]:
-        assert variant.ldflags == (("-Wl,--as-needed",) if known else ())
 
 
 def test_no_variant_is_tuned_to_the_building_machine() -> None:

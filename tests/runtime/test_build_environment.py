@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from bitlinear.runtime import build_environment
 from bitlinear.runtime.hardware import detect
-from bitlinear.runtime.rejection import Probe
+from bitlinear.runtime.rejection import Probe, rejected
 from bitlinear.runtime.toolchain import Compiler
 from tests.runtime.stand_ins import (
     ROOT,
@@ -190,3 +191,24 @@ def test_the_childs_environment_is_its_own(
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/nonexistent")
     assert stand_ins(tmp_path / "sources").load().kernel == "kernel0"
+
+
+def test_windows_finds_ninja_and_cl_on_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = types.ModuleType("os")
+    vars(windows).update({**vars(os), "name": "nt"})
+    monkeypatch.setattr(build_environment, "os", windows)
+    monkeypatch.setenv("PATH", "usual")
+    monkeypatch.setenv("CXX", "a path")
+    cl, ninja = str(tmp_path / "tools" / "cl.exe"), str(tmp_path / "packages" / "ninja.exe")
+    compiler = Compiler("cl", cl, "Version 19.44", "msvc")
+    for found, expected in (
+        ({"compiler": Probe(compiler), "ninja": Probe(ninja)}, ["packages", "tools"]),
+        ({"compiler": rejected("no-compiler", "none"), "ninja": Probe(ninja)}, ["packages"]),
+    ):
+        hardware = replace(detect(), nvcc=rejected("no-compiler", "none"), **found)
+        environment = build_environment.build_environment(hardware, tmp_path)
+        directories = [*(str(tmp_path / name) for name in expected), "usual"]
+        assert environment["PATH"] == os.pathsep.join(directories)
+        assert "CXX" not in environment

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from bitlinear.runtime import cpu as cpu_module
 from bitlinear.runtime.cpu import (
     Cpu,
+    describe_windows_cpu,
     parse_proc_cpuinfo,
     parse_sysctl,
     probe_cpu,
@@ -28,7 +29,8 @@ from bitlinear.runtime.cpu import (
 from bitlinear.runtime.hardware import detect
 from bitlinear.runtime.probe_cache import ProbeCache
 from bitlinear.runtime.rejection import Probe, rejected
-from tests.runtime.machines import CPUS, cpu_text, read_cpu
+from bitlinear.runtime.verdicts import select
+from tests.runtime.machines import CPUS, cpu_text, machine, read_cpu
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -234,8 +236,13 @@ def test_unreadable_proc_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert cpu.flags.reason.startswith(f"{tmp_path}/missing cannot be read: ")
 
 
-@pytest.mark.parametrize("system", ["windows", "freebsd"])
-def test_other_systems_have_unknown_flags(system: str) -> None:
+@pytest.mark.parametrize(
+    ("system", "machine"), [("windows", "ARM64"), ("freebsd", "amd64"), ("freebsd", "arm64")]
+)
+def test_other_systems_have_unknown_flags(
+    system: str, machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     cpu = probe_cpu(system, ProbeCache(None))
     assert cpu.flags == rejected("cpu-flag", f"CPU flags are not determined on {system}")
 
@@ -243,7 +250,83 @@ def test_other_systems_have_unknown_flags(system: str) -> None:
 @pytest.mark.parametrize(("reported", "name"), [("AMD64", "x86_64"), ("arm64", "aarch64")])
 def test_machine_has_one_name(reported: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: reported)
-    assert probe_cpu("windows", ProbeCache(None)).machine == name
+    assert probe_cpu("freebsd", ProbeCache(None)).machine == name
+
+
+# --- Windows -------------------------------------------------------------------------------------
+
+IDENTIFIER = "Intel64 Family 6 Model 143 Stepping 8, GenuineIntel"
+AVX2, AVX512 = 40, 41  # of IsProcessorFeaturePresent
+# As py-cpuinfo spells the flags that it finds with CPUID: AVX-VNNI and AMX are missing.
+SSE = frozenset(["pni", "ssse3", "sse4_1", "sse4_2", "popcnt", "xsave", "osxsave"])
+AVX = SSE | {"avx", "avx2", "f16c", "fma", "vaes"}
+CPUID = AVX | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"}
+
+
+@pytest.mark.parametrize(
+    ("granted", "flags", "kernel"),
+    [
+        ({AVX2, AVX512}, (CPUID - {"avx512vnni"}) | {"avx512_vnni"}, "avx512_vnni"),
+        ({AVX2}, AVX, "avx2"),
+        ({AVX512}, SSE, "scalar"),
+        (set(), SSE, "scalar"),
+    ],
+)
+def test_windows_has_no_flag_that_the_system_does_not_grant(
+    granted: set[int],
+    flags: frozenset[str],
+    kernel: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer = json.dumps({"flags": sorted(CPUID)})
+    calls = py_cpuinfo(tmp_path, monkeypatch, f"return {answer!r}")
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    monkeypatch.setenv("PROCESSOR_IDENTIFIER", IDENTIFIER)
+    monkeypatch.setattr(cpu_module, "_windows_grants", granted.__contains__)
+    monkeypatch.setattr(cpu_module, "without_disabled_avx512", lambda flags: flags)
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    for _ in range(2):
+        probes = ProbeCache(cache)
+        cpu = probe_cpu("windows", probes)
+        probes.save()
+        assert cpu.flags.value == flags
+        parts = (cpu.machine, cpu.vendor, cpu.family, cpu.model, cpu.stepping, cpu.brand)
+        assert parts == ("x86_64", "GenuineIntel", "6", "143", "8", IDENTIFIER)
+        verdicts = select(machine(cpu))
+        assert [verdict.variant for verdict in verdicts if verdict.status == "chosen"] == [kernel]
+    assert calls.read_text() == "x", "the answer is remembered"
+
+
+def test_windows_asks_torch_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    py_cpuinfo(tmp_path, monkeypatch, f"return {json.dumps({'flags': sorted(CPUID)})!r}")
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    monkeypatch.setattr(cpu_module, "_windows_grants", {AVX2, AVX512}.__contains__)
+    for name in (*_NAMES["2.4"], *_NAMES["newer"]):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: "avx2" in name, raising=False)
+    flags = probe_cpu("windows", ProbeCache(None)).flags.value
+    assert flags is not None
+    assert "avx2" in flags
+    assert "avx512f" not in flags
+
+
+@pytest.mark.parametrize("body", ["return '{}'", "raise RuntimeError"])
+def test_windows_without_an_answer_of_py_cpuinfo(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    py_cpuinfo(tmp_path, monkeypatch, body)
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    cpu = probe_cpu("windows", ProbeCache(None))
+    assert cpu.flags.value is None
+    assert "py-cpuinfo finds no flags" in cpu.flags.reason or "failed with 1" in cpu.flags.reason
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert probe_cpu("windows", ProbeCache(None)).flags == rejected(
+        "cpu-flag", "py-cpuinfo is not installed"
+    )
+    assert describe_windows_cpu("", "x86_64", frozenset(), {AVX2}).flags == rejected(
+        "cpu-flag", "py-cpuinfo lists no flags"
+    )
 
 
 # --- py-cpuinfo ----------------------------------------------------------------------------------

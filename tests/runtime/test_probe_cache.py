@@ -23,7 +23,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def quick_py_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes more than a second, and many of these tests probe again and again."""
     flags = " ".join(sorted(detect().cpu.flags.value or {"none"}))
-    monkeypatch.setattr(cpu, "_ask_py_cpuinfo", lambda: flags)
+    monkeypatch.setattr(cpu, "_ask_py_cpuinfo", lambda package: flags)
 
 
 def remembered(directory: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -229,3 +230,82 @@ def test_the_fix_of_a_missing_nvcc(
     reason = f"no nvcc: no bin/nvcc and include/cuda_runtime_api.h in CUDA_HOME={str(tmp_path)!r}"
     found = toolchain.probe_nvcc(ProbeCache(None), torch_cuda)
     assert found.rejection == Rejection("no-compiler", reason, fix)
+
+
+# --- Windows -------------------------------------------------------------------------------------
+
+CL = (
+    "echo 'Microsoft (R) C/C++ Optimizing Compiler Version 19.44.35207.1 for x64' >&2; "
+    "echo 'usage: cl [ option... ] filename... [ /link linkoption... ]'"
+)
+
+
+@pytest.fixture
+def windows(bin_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where Windows keeps Visual Studio; nothing is there yet."""
+    system = types.ModuleType("sys")  # not sys itself: shutil asks it how commands are named
+    vars(system).update({**vars(sys), "platform": "win32"})
+    monkeypatch.setattr(toolchain, "sys", system)
+    monkeypatch.setenv("PROGRAMFILES(X86)", str(tmp_path / "programs"))
+    return tmp_path / "programs"
+
+
+def visual_studio(programs: Path, version: str = "14.44.35207") -> Path:
+    """Install Visual Studio with its locator; the compiler."""
+    home = programs / "Microsoft Visual Studio" / "2022" / "BuildTools"
+    installer = programs / "Microsoft Visual Studio" / "Installer"
+    program(installer / "vswhere.exe", f"echo '{home}'")
+    build = home / "VC" / "Auxiliary" / "Build"
+    build.mkdir(parents=True)
+    (build / "Microsoft.VCToolsVersion.default.txt").write_text(f"{version}\r\n")
+    tools = home / "VC" / "Tools" / "MSVC"
+    program(tools / "14.29.30133" / "bin" / "Hostx64" / "x64" / "cl", "exit 1")
+    return program(tools / version / "bin" / "Hostx64" / "x64" / "cl", CL)
+
+
+def test_msvc_on_path(windows: Path, bin_dir: Path) -> None:
+    visual_studio(windows)
+    program(bin_dir / "g++", GCC)  # torch cannot use it there
+    path = str(program(bin_dir / "cl", CL))
+    found = toolchain.probe_compiler(ProbeCache(None)).value
+    version = "Microsoft (R) C/C++ Optimizing Compiler Version 19.44.35207.1 for x64"
+    assert found == Compiler(path, path, version, "msvc")
+
+
+def test_msvc_of_visual_studio(windows: Path) -> None:
+    path = visual_studio(windows)
+    found = toolchain.probe_compiler(ProbeCache(None)).value
+    assert found is not None
+    assert (found.path, found.family) == (str(path), "msvc")
+
+
+def test_the_cl_of_cxx(windows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    visual_studio(windows)
+    path = program(tmp_path / "Program Files" / "cl", CL)
+    for value in (str(path), f'"{path}"'):
+        monkeypatch.setenv("CXX", value)
+        found = toolchain.probe_compiler(ProbeCache(None)).value
+        assert found is not None
+        assert found.path == str(path)
+    monkeypatch.setenv("CXX", r"C:\missing\cl.exe")
+    found = toolchain.probe_compiler(ProbeCache(None))
+    assert r"missing\\cl.exe' is not an executable on PATH" in found.reason
+
+
+@pytest.mark.parametrize("missing", ["", "vswhere.exe", "default.txt", "cl"])
+def test_no_msvc(windows: Path, missing: str) -> None:
+    if missing:
+        visual_studio(windows)
+        for path in windows.rglob(f"*{missing}"):
+            path.unlink()
+    assert toolchain.probe_compiler(ProbeCache(None)).rejection == Rejection(
+        "no-compiler",
+        "no C++ compiler: cl is neither on PATH nor in a Visual Studio",
+        "install the Visual Studio Build Tools with their C++ tools, or set CXX to the path of cl",
+    )
+
+
+def test_a_cl_that_does_not_work(windows: Path, bin_dir: Path) -> None:
+    program(bin_dir / "cl", "exit 3")
+    found = toolchain.probe_compiler(ProbeCache(None))
+    assert found.reason == f"no C++ compiler: {bin_dir / 'cl'} failed with 3: no message"

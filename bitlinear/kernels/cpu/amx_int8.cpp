@@ -8,9 +8,6 @@
 // Bound: 5590 Gop/s on one core of a Sapphire Rapids, measured. Reached there at 4096 x 4096, one
 // thread: M = 32 1120, M = 256 1920; 16 threads on 8 cores: 9000. The loop loads 4 tiles for 4
 // products. Loads of activations from the L2 cache take longer than the products.
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "avx512.h"
 #include "gemm_panel.h"
 
@@ -67,7 +64,7 @@ class AmxTiles {
     }
     // GCC 12 declares that _tile_loadconfig reads eight bytes; the barrier makes it store the
     // others too.
-    __asm__ volatile("" : : "r"(&config) : "memory");
+    compiler_barrier(&config);
     _tile_loadconfig(&config);
   }
 
@@ -78,7 +75,7 @@ class AmxTiles {
     constexpr int64_t kSumsStride = Panel<AmxInt8>::kBlockRows * 4;
     int32_t* below = sums + 16 * Panel<AmxInt8>::kBlockRows;
     // GCC does not declare that tile loads read memory.
-    __asm__ volatile("" : : : "memory");
+    compiler_barrier();
     if (accumulate) {
       _tile_loadd(0, sums, kSumsStride);
       if (kStrips > 1) _tile_loadd(1, sums + 16, kSumsStride);
@@ -114,13 +111,6 @@ class AmxTiles {
   uint8_t tokens_ = 0;
 };
 
-// Linux gives a process the use of tiles only on request.
-bool request_tiles() {
-  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 constexpr bitlinear_kernel_table kTable =
     make_table<AmxInt8, PanelGemm<AmxInt8, AmxTiles>>("amx_int8");
 
@@ -128,5 +118,5 @@ constexpr bitlinear_kernel_table kTable =
 }  // namespace bitlinear
 
 const bitlinear_kernel_table* bitlinear_kernels(void) {
-  return bitlinear::request_tiles() ? &bitlinear::kTable : nullptr;
+  return bitlinear::request_amx_tiles() ? &bitlinear::kTable : nullptr;
 }

@@ -20,13 +20,10 @@ struct Ymm : X86Ymm {
   static Bytes shift_bytes_right(Bytes a, int bits) { return _mm256_srli_epi16(a, bits); }
   static Bytes broadcast_int(int32_t value) { return _mm256_set1_epi32(value); }
   static Bytes dot(Bytes sum, Bytes codes, Bytes plane) {
-#if defined(__clang__)
-    return _mm256_dpbusd_avx_epi32(sum, codes, plane);
-#else
     // The intrinsic costs GCC register moves, as in avx512.h.
-    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "xm"(plane));
+    BITLINEAR_GCC_ASM(sum = _mm256_dpbusd_avx_epi32(sum, codes, plane),
+                      "%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "xm"(plane));
     return sum;
-#endif
   }
   template <int kBits>
   static Bytes shift_right(Bytes a) {

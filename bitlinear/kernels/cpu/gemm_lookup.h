@@ -39,7 +39,7 @@ struct Lookup {
   static constexpr int64_t kTiles = 8;    // more tiles amortise the indices
   static constexpr int kEntries = 81;
 
-  typedef int16_t Words __attribute__((vector_size(V::kWidth)));
+  using Words = typename Int16Vector<V::kWidth>::Type;
   struct Entry {
     Words vector[kVectors];
   };
@@ -105,7 +105,7 @@ inline void lookup_index(const uint8_t* packed, int64_t bytes, int64_t row, Look
     packed = padded;
   }
   // The next slice of k of the same row.
-  __builtin_prefetch(packed + kDepth);
+  prefetch(packed + kDepth);
   uint16_t offset[kDepth];
   for (int g = 0; g < kDepth; ++g) {
     // From digits of base 4 to base 3: 4a + b becomes 3a + b in each nibble, then 16A + B 9A + B.
@@ -130,9 +130,9 @@ inline void lookup_add(const uint16_t (*index)[Lookup<V>::kGroups], int64_t rows
   const char* tables[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     tables[v] = reinterpret_cast<const char*>(&scratch.tables[0][0].vector[v]);
-    // Hides the value from the compiler, so that it derives no base from another one: base plus
-    // index is an address, but a further constant costs AArch64 an addition per vector.
-    __asm__("" : "+r"(tables[v]));
+    // So that the compiler derives no base from another one: base plus index is an address, but a
+    // further constant costs AArch64 an addition per vector.
+    hide_origin(tables[v]);
   }
   for (int64_t r = 0; r < rows; ++r) {
     Entry sum = kFirst ? Entry{} : scratch.sums16[r];

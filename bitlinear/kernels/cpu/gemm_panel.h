@@ -86,7 +86,7 @@ struct DotTile {
       const int8_t* quad = q + first * 4;
       // Unrolled, because a core that runs two threads issues only three instructions of each per
       // cycle.
-#pragma GCC unroll 4
+      BITLINEAR_UNROLL_4
       for (int64_t step = 0; step < steps; ++step) {
         typename V::Bytes strip[kStrips];
         for (int s = 0; s < kStrips; ++s) strip[s] = V::load(code + s * V::kWidth);

@@ -47,7 +47,7 @@ inline void gemv_tile(const uint8_t* w, int64_t stride, int64_t blocks, const in
     for (int64_t i = 0; i < run;) {
       // Several strided streams defeat the hardware prefetcher, so the next row group is prefetched
       // here.
-      for (int r = 0; r < kRows; ++r) __builtin_prefetch(w + (kRows + r) * stride);
+      for (int r = 0; r < kRows; ++r) prefetch(w + (kRows + r) * stride);
       // Short vectors: one prefetch per cache line.
       const int64_t end = V::kWidth >= 32 ? i + 1 : minimum(i + 64 / V::kWidth, run);
       for (; i < end; ++i) {

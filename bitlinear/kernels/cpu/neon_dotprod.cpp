@@ -43,12 +43,10 @@ struct LaneTile {
   // given in neon_dotprod.h.
   template <int kLane>
   static int32x4_t dot(int32x4_t sum, uint8x16_t codes, int8x16_t quads) {
-#if defined(__clang__)
-    return vdotq_laneq_s32(sum, vreinterpretq_s8_u8(codes), quads, kLane);
-#else
-    __asm__("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(sum) : "w"(codes), "w"(quads), "i"(kLane));
+    BITLINEAR_GCC_ASM(sum = vdotq_laneq_s32(sum, vreinterpretq_s8_u8(codes), quads, kLane),
+                      "sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(sum) : "w"(codes), "w"(quads),
+                      "i"(kLane));
     return sum;
-#endif
   }
 
   template <int kTokens, int kStrips>

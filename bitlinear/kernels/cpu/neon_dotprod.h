@@ -18,12 +18,9 @@ struct NeonDot : NeonBytes {
   // With the intrinsic GCC adds register moves and spills (GCC 12: 142 instructions for a tile of
   // 96 sdot, where 126 are enough).
   static int32x4_t dot(int32x4_t sum, Bytes codes, Bytes plane) {
-#if defined(__clang__)
-    return vdotq_s32(sum, vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(plane));
-#else
-    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(codes), "w"(plane));
+    BITLINEAR_GCC_ASM(sum = vdotq_s32(sum, vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(plane)),
+                      "sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(codes), "w"(plane));
     return sum;
-#endif
   }
 
   struct PlaneSum {

@@ -36,12 +36,9 @@ struct MatrixTile {
   // sum (2 tokens, 2 rows) += tokens (2, 8) times rows (2, 8) transposed. Assembly for the reason
   // given in neon_dotprod.h.
   static int32x4_t multiply_matrices(int32x4_t sum, int8x16_t tokens, int8x16_t rows) {
-#if defined(__clang__)
-    return vmmlaq_s32(sum, tokens, rows);
-#else
-    __asm__("smmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(tokens), "w"(rows));
+    BITLINEAR_GCC_ASM(sum = vmmlaq_s32(sum, tokens, rows),
+                      "smmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(tokens), "w"(rows));
     return sum;
-#endif
   }
 
   template <int kTokens, int kStrips>

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../portability.h"
+
 namespace bitlinear {
 namespace {
 
@@ -15,7 +17,7 @@ struct X86Half {
       const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i));
       _mm256_storeu_ps(out + i, _mm256_cvtph_ps(eight));
     }
-    for (; i < count; ++i) out[i] = _cvtsh_ss(half[i]);
+    for (; i < count; ++i) out[i] = BITLINEAR_CVTSH_SS(half[i]);
   }
 
   static void fp16_from_floats(const float* floats, int64_t count, uint16_t* out) {
@@ -24,7 +26,7 @@ struct X86Half {
       const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(floats + i), _MM_FROUND_TO_NEAREST_INT);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), eight);
     }
-    for (; i < count; ++i) out[i] = _cvtss_sh(floats[i], _MM_FROUND_TO_NEAREST_INT);
+    for (; i < count; ++i) out[i] = BITLINEAR_CVTSS_SH(floats[i]);
   }
 };
 
