@@ -58,7 +58,7 @@ def zig(tmp_path_factory):
     """``zig(command, *arguments)`` runs one of zig's compilers and returns its output."""
     if importlib.util.find_spec("ziglang") is None:
         pytest.skip("ziglang is not installed")
-    # It builds the libraries of a target once: a minute for the C++ library of Windows.
+    # It builds the libraries of a target once: two minutes for the C++ library of Windows.
     cache = os.environ.get("ZIG_GLOBAL_CACHE_DIR") or str(tmp_path_factory.mktemp("zig"))
 
     def run(*command):
