@@ -157,7 +157,7 @@ def _read(directory: Path, parts: Mapping[str, str], can_build: bool) -> Artifac
         if any(map(why_unsafe, [directory, meta_file, artifact.path])):
             return None
         return artifact if _digest(artifact.path) == artifact.sha256 else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except Exception:  # a damaged file can raise anything
         return None
 
 

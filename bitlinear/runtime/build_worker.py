@@ -160,4 +160,4 @@ def _end_with_parent(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[-1])
+    main(sys.argv[1])

@@ -7,6 +7,7 @@ py-cpuinfo. It must not depend on the surroundings of the user's program. A fold
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -27,8 +28,8 @@ _IDENTITY = "import sys; print(sys.implementation.cache_tag, sys.hexversion, sys
 # cannot hide one of its modules. Warnings would stand among a compiler's lines.
 _ISOLATED = ("-I", "-S", "-Wignore", "-c")
 _RUN = (
-    "import json, runpy, sys; sys.path += json.loads(sys.argv[1]); del sys.argv[1]; "
-    "runpy.run_path(sys.argv[1], run_name='__main__')"
+    "import json, runpy, sys; path, program = sys.argv[1:3]; del sys.argv[1:3]; "
+    "sys.path += json.loads(path); runpy.run_path(program, run_name='__main__')"
 )
 
 
@@ -70,7 +71,11 @@ def import_path() -> list[str]:
     """List the folders that this process imports packages from, those of installed ones first."""
     import torch
 
-    entries = [os.path.abspath(entry) for entry in sys.path if os.path.exists(entry or ".")]
+    entries = []
+    for entry in sys.path:
+        with contextlib.suppress(OSError):  # the working directory may have been deleted
+            if os.path.exists(entry or "."):
+                entries.append(os.path.abspath(entry))
     first = [str(Path(torch.__file__).parents[1])]
     first += [entry for entry in entries if entry.endswith(("site-packages", "dist-packages"))]
     # The rest begins with the folder of the user's script.

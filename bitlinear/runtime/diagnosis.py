@@ -21,22 +21,29 @@ _ERROR = re.compile(
 )
 # An error at a place in our sources, or a flag that the compiler lacks. An error in a header of
 # torch, or a header that is missing, can be mended. So can whatever a "fatal error" names.
-_PLACE = re.compile(r"(\S+?)(?:[:(]\d+[:,)]?)+\s*error\b")  # g++, clang++, nvcc, cl
+# "cpu/x.cpp:1:2: error" of g++ and clang++, "cuda/x.cu(1): error" of nvcc and cl
+_PLACE = re.compile(r"(\S+?)(?:\(\d+(?:,\d+)?\)|:\d+(?::\d+)?)\s*:?\s*error\b")
+# These lines come before an error, and may contain the word.
+_NO_ERROR = re.compile(r": (warning|note)\b|\bIn (\w+ )?(function|instantiation)|In file included")
+_BINUTILS = re.compile(r"(\S*/)?(as|ld)(\.\w+)?: ")  # their version is not in the key
 _BY_COMPILER = re.compile(
-    r"internal compiler error: in |unrecognized (command[- ]line )?option|unknown argument"
-    r"|unsupported option|bad value .* for .*-m|^ptxas .*; error|invalid (arch|feature|value)"
+    r"internal compiler error: in |unrecognized (command[- ]line )?option"
+    r"|unknown (argument|option|target CPU)|unsupported option|bad value .* for .*-m"
+    r"|^ptxas .*; error|invalid (arch|feature|value)"
     r"|Unsupported gpu architecture",
     re.IGNORECASE,
 )
 _SENT_FROM_OUTSIDE = {
     getattr(signal, name, 0) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU")
 }
+_WINDOWS_EXCEPTION = 0xC0000000  # and above
+_ILLEGAL_INSTRUCTION = (-getattr(signal, "SIGILL", 4), 0xC000001D)  # POSIX, Windows
 _NINJA = ("FAILED:", "[", "ninja:")  # its own lines
 
 
 def first_error(log: str) -> str:
     """Return the first line that says what failed: no command, and no comment of ninja."""
-    lines = list(_messages(log))
+    lines = [line for line in _messages(log) if not _NO_ERROR.search(line)]
     return next((line for line in lines if _ERROR.search(line)), lines[-1] if lines else "")
 
 
@@ -51,8 +58,9 @@ def is_repeatable(log: str, sources: Collection[str]) -> bool:
         return False
     error = first_error(log)
     place = _PLACE.match(error)
-    is_ours = place is not None and posixpath.normpath(place.group(1)) in sources
-    return is_ours or _BY_COMPILER.search(error) is not None
+    if place is not None and posixpath.normpath(place.group(1).replace("\\", "/")) in sources:
+        return True
+    return bool(_BY_COMPILER.search(error)) and not _BINUTILS.match(error)
 
 
 def explain_build(
@@ -71,7 +79,8 @@ def explain_build(
         sources: The names of the sources.
         seconds: How long it may run.
     """
-    stage, error = report.get("stage"), report.get("error", "")
+    stage = report.get("stage")
+    error = report.get("error") or first_error(log) or _end(code)
     if code is None:
         return _momentary(f"the compiler did not finish within {seconds:.0f} s")
     if code < 0:
@@ -81,9 +90,8 @@ def explain_build(
         is_momentary = not is_repeatable(log, sources)
         return Rejection("compile-failed", reason, REBUILD_FIX, momentary=is_momentary)
     if stage == "load":
-        return _momentary(f"cannot be loaded: {error or first_error(log)}")
-    reason = f"the build could not start: {error or first_error(log)}"
-    return _momentary(reason, "pip install setuptools")
+        return _momentary(f"cannot be loaded: {error}")
+    return _momentary(f"the build could not start: {error}", "pip install setuptools")
 
 
 def explain_self_test(code: int | None, report: Mapping[str, Any]) -> Rejection:
@@ -93,15 +101,13 @@ def explain_self_test(code: int | None, report: Mapping[str, Any]) -> Rejection:
         code: Its exit status; None if it did not start or was still running.
         report: What it reported, see ``build_worker.py``.
     """
-    stage, error = report.get("stage"), report.get("error", "")
-    if code == -getattr(signal, "SIGILL", 4):
+    stage, error = report.get("stage"), report.get("error") or _end(code)
+    if code in _ILLEGAL_INSTRUCTION:
         reason = "illegal instruction: the CPU, or a hypervisor, lacks a feature that it reports"
         return Rejection("illegal-instruction", reason, REBUILD_FIX)
-    if code is None:
-        error = error or "it did not finish in time"
-    elif code < 0 and -code in _SENT_FROM_OUTSIDE:
+    if code is not None and code < 0 and -code in _SENT_FROM_OUTSIDE:
         error = f"it was killed by {_signal(code)}"
-    elif code < 0:
+    elif code is not None and not 0 <= code < _WINDOWS_EXCEPTION:
         reason = f"self-test failed: crashed with {_signal(code)}"
         return Rejection("self-test-failed", reason, REBUILD_FIX, momentary=True)
     elif stage == "self-test":
@@ -116,7 +122,13 @@ def _momentary(reason: str, fix: str = REBUILD_FIX) -> Rejection:
     return Rejection("compile-failed", reason, fix, momentary=True)
 
 
+def _end(code: int | None) -> str:
+    return "it did not finish in time" if code is None else f"exit code {code} and no message"
+
+
 def _signal(code: int) -> str:
+    if code >= 0:
+        return f"exception {code:#x}"
     try:
         name = signal.Signals(-code).name
     except ValueError:
@@ -127,6 +139,7 @@ def _signal(code: int) -> str:
 def _messages(log: str) -> Iterator[str]:
     # ninja prints the output of a command behind the line that says that it failed.
     _, _, failed = log.partition("\nFAILED:")
-    for line in map(str.strip, (failed or log).splitlines()):
-        if line and COMPILER_WRAPPER not in line and not line.startswith(_NINJA):
+    for line in map(str.strip, (failed.partition("\n")[2] or log).splitlines()):
+        is_command = COMPILER_WRAPPER in line or line.startswith(("cl ", "cl.exe "))
+        if line and not is_command and not line.startswith(_NINJA):
             yield line

@@ -14,8 +14,10 @@ def announce(text: str) -> None:
 def write(text: str) -> None:
     """Print a text as it is, if there is anywhere to print it."""
     # A program may have closed or replaced stderr; an import must not fail because of a message.
-    stream = sys.stderr
     with contextlib.suppress(Exception):
+        stream = sys.stderr
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        with contextlib.suppress(LookupError):
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
+        stream.write(text)
         stream.flush()

@@ -85,7 +85,7 @@ def _read(root: Path, sha256: str, hardware: str) -> str | Failure | None:
         if (values["sha256"], values["hardware"]) != (sha256, hardware):
             return None
         return Failure.from_json(values["failure"]) if "failure" in values else values["result"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except Exception:  # a damaged file can raise anything
         return None
 
 

@@ -109,6 +109,46 @@ print(found.path)
     assert not Path(run.stdout.strip()).exists()
 
 
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o711])
+def test_a_directory_of_ones_own_serves_if_nobody_else_can_write_to_it(
+    tmp_path: Path, mode: int
+) -> None:
+    chosen = tmp_path / "chosen"
+    chosen.mkdir()
+    chosen.chmod(mode)
+    found = open_cache({"BITLINEAR_CACHE_DIR": str(chosen)})
+    assert found == CacheDirectory(chosen, readable=(chosen,))
+    assert stat.S_IMODE(chosen.stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_a_new_directory_is_closed_to_others(tmp_path: Path, umask: int) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    old = os.umask(umask)
+    try:
+        found = [
+            open_cache({"BITLINEAR_CACHE_DIR": str(path)}).path
+            for path in (tmp_path / "new" / "cache", shared)
+        ]
+    finally:
+        os.umask(old)
+    assert found == [tmp_path / "new" / "cache", shared / f"user-{os.geteuid()}"]
+    for path in filter(None, found):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+def test_the_path_may_begin_with_a_tilde_or_be_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for chosen, expected in (("~/cache", "home/cache"), ("one/two", "one/two")):
+        found = open_cache({"BITLINEAR_CACHE_DIR": chosen})
+        assert found == CacheDirectory(tmp_path / expected, readable=(tmp_path / expected,))
+
+
 @as_root
 def test_a_home_that_belongs_to_somebody_else() -> None:
     """Root may write anywhere, so this process becomes somebody who may not."""
@@ -165,17 +205,47 @@ def test_a_directory_of_root_serves_if_it_is_closed_to_others(
     assert found.path is None
     assert found.readable == ((shared,) if serves else ())
     assert bool(found.override_problem) != serves
+    assert found.unsafe == (mode == 0o775)
     assert f"{shared} {reason}" in found.reason
 
 
 @as_root
+def test_what_is_skipped_as_unsafe_is_told_even_if_the_next_one_serves(
+    shared: Path, tmp_path: Path
+) -> None:
+    shared.chmod(0o775)
+    other = shared.with_name("other")
+    other.mkdir()
+    os.chown(other, NOBODY, NOBODY)
+    found = open_as_nobody(BITLINEAR_CACHE_DIR=str(shared), XDG_CACHE_HOME=str(other))
+    assert found.path == other / "bitlinear"
+    assert found.readable == (found.path,)
+    assert found.unsafe
+    assert found.override_problem == found.reason
+    assert found.reason == f"{shared} can be written to by others (mode 0775)"
+
+
+@as_root
+def test_what_root_prepared_is_read_before_what_the_user_compiles(shared: Path) -> None:
+    other = shared.with_name("other")
+    other.mkdir()
+    os.chown(other, NOBODY, NOBODY)
+    found = open_as_nobody(BITLINEAR_CACHE_DIR=str(shared), XDG_CACHE_HOME=str(other))
+    assert found.path == other / "bitlinear"
+    assert found.readable == (shared, found.path)
+    assert (found.unsafe, found.override_problem) == (False, "")
+    assert found.reason == f"{shared} cannot be written to (Permission denied)"
+
+
+@as_root
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o2775])
+@pytest.mark.parametrize("owner", [0, 1])
 def test_a_volume_that_a_group_or_everybody_can_write_to_holds_an_own_folder(
-    shared: Path, mode: int
+    shared: Path, mode: int, owner: int
 ) -> None:
     """As Kubernetes mounts volumes with fsGroup, and an emptyDir."""
+    os.chown(shared, owner, NOBODY)
     shared.chmod(mode)
-    os.chown(shared, 0, NOBODY)
     for _ in range(2):
         found = open_as_nobody(BITLINEAR_CACHE_DIR=str(shared))
         own = shared / f"user-{NOBODY}"
@@ -187,12 +257,17 @@ def test_a_volume_that_a_group_or_everybody_can_write_to_holds_an_own_folder(
 
 
 @as_root
-@pytest.mark.parametrize("trap", ["a link", "another user's", "a file"])
+@pytest.mark.parametrize("trap", ["a link", "a link to an own folder", "another user's", "a file"])
 def test_an_own_folder_that_somebody_else_has_laid_is_refused(shared: Path, trap: str) -> None:
     shared.chmod(0o777)
     own = shared / f"user-{NOBODY}"
     if trap == "a link":
         own.symlink_to("/tmp")
+    elif trap == "a link to an own folder":
+        (shared / "private").mkdir()
+        os.chown(shared / "private", NOBODY, NOBODY)
+        own.symlink_to("private")
+        os.lchown(own, NOBODY, NOBODY)
     elif trap == "a file":
         own.touch()
     else:
@@ -201,6 +276,28 @@ def test_an_own_folder_that_somebody_else_has_laid_is_refused(shared: Path, trap
     assert found.unsafe
     assert found.readable == ()
     assert f"{shared} can be written to by others (mode 0777)" in found.override_problem
+
+
+@as_root
+@pytest.mark.parametrize("trap", ["a link to root's folder", "a folder"])
+def test_root_is_not_caught_in_a_directory_of_another_user(tmp_path: Path, trap: str) -> None:
+    """Root may change the mode of anything, so that proves nothing."""
+    chosen, target, own = tmp_path / "chosen", tmp_path / "target", tmp_path / "chosen" / "user-0"
+    for path in (chosen, target):
+        path.mkdir(mode=0o755)
+    if trap == "a folder":
+        own.mkdir(mode=0o755)
+    else:
+        own.symlink_to(target)
+    for path in (chosen, own):
+        os.lchown(path, NOBODY, NOBODY)
+    found = open_cache({"BITLINEAR_CACHE_DIR": str(chosen)})
+    assert found.unsafe
+    assert chosen not in found.readable
+    assert own not in found.readable
+    assert target not in found.readable
+    assert found.override_problem.endswith("user-0 in it is not this user's own folder")
+    assert stat.S_IMODE(own.stat().st_mode) == stat.S_IMODE(target.stat().st_mode) == 0o755
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702, 0o1777])
@@ -254,6 +351,78 @@ def test_space_is_probed_by_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert why_unusable(tmp_path) == ""
     reason = "cannot be written to (No space left on device)"
     assert why_unusable(tmp_path, 5 << 20) == reason
+
+
+_IN_A_VOLUME = """
+import sys
+sys.path.append(sys.argv[1])
+from cache_directory import *
+from pathlib import Path
+cache = with_temporary(open_cache({"BITLINEAR_CACHE_DIR": sys.argv[2]}))
+print(cache.path == Path(sys.argv[2]), why_unusable(Path(sys.argv[2]), int(sys.argv[3])), sep="|")
+"""
+
+
+def in_a_volume(directory: Path, options: str, size: int) -> str:
+    """Mount a file system that only a child sees, and ask the child about it."""
+    directory.mkdir()
+    mount = f"mount -t tmpfs -o mode=700,{options} tmpfs '{directory}'"
+    unshare = ["unshare", "--mount", "sh", "-c"]
+    try:
+        subprocess.run([*unshare, mount], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this process cannot mount: {error}")
+    folder = str(Path(cache_directory.__file__).parent)
+    command = [sys.executable, "-S", "-c", _IN_A_VOLUME, folder, str(directory), str(size)]
+    return subprocess.run(
+        [*unshare, f'{mount} && exec "$@"', "sh", *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        ("size=8m", "True|"),
+        ("size=4m", "True|cannot be written to (No space left on device)"),
+        ("size=8m,nr_inodes=3", "True|cannot be written to (No space left on device)"),
+        ("size=8m,nr_inodes=1", "False|cannot be written to (No space left on device)"),
+        ("size=8m,noexec", "False|is mounted noexec"),
+        ("size=8m,ro", "False|cannot be written to (Read-only file system)"),
+    ],
+)
+def test_a_small_volume(tmp_path: Path, options: str, answer: str) -> None:
+    assert in_a_volume(tmp_path / "volume", options, 5 << 20) == answer
+
+
+def test_space_is_given_back(tmp_path: Path) -> None:
+    for size in (0, 1, (4 << 20) + 1):
+        assert why_unusable(tmp_path, size) == ""
+    assert why_unusable(tmp_path / "missing") == "cannot be written to (No such file or directory)"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_temporary_directory_without_space_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cache_directory, "why_unusable", lambda directory: "is mounted noexec")
+    found = with_temporary(CacheDirectory(None, "no home"))
+    assert (found.path, found.temporary, found.readable) == (None, False, ())
+    assert found.reason.startswith(f"no home; {tmp_path}/bitlinear-")
+    assert found.reason.endswith(" is mounted noexec")
+
+
+def test_a_cache_that_can_be_written_to_needs_no_temporary_directory(tmp_path: Path) -> None:
+    cache = CacheDirectory(tmp_path, readable=(tmp_path,))
+    assert with_temporary(cache) == cache
+
+
+def test_a_temporary_directory_that_is_given_up_is_no_longer_temporary(tmp_path: Path) -> None:
+    cache = CacheDirectory(tmp_path, temporary=True, readable=(tmp_path,))
+    assert cache.without(tmp_path, "is full") == CacheDirectory(None, f"{tmp_path} is full")
 
 
 def test_a_directory_that_is_given_up(tmp_path: Path) -> None:
