@@ -23,6 +23,7 @@ from .runtime.build_lock import build_lock
 from .runtime.hardware import detect
 from .runtime.installation import foreign_distribution
 from .runtime.prebuild import parse, prebuild
+from .runtime.provider import toolchain_obstacle
 from .runtime.rejection import SettingError
 
 __all__ = ["BROKEN", "FALLBACK", "OK", "Report", "main", "report"]
@@ -49,14 +50,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bitlinear.doctor",
         description="Shows which kernel bitlinear runs on this machine, and why not another.",
-        epilog="Exit code: 0 fine, 1 works but on a fallback, 2 broken.",
+        epilog="Exit code: 0 fine, 1 works but on a fallback, 2 broken, or import bitlinear fails.",
         allow_abbrev=False,  # the import looks at the options, too, and in full
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--verbose", action="store_true", help="add build logs and the environment")
     action = parser.add_mutually_exclusive_group()
     action.add_argument(
-        "--rebuild", action="store_true", help="delete all compiled libraries, then compile"
+        "--rebuild",
+        action="store_true",
+        help="delete all compiled libraries, then compile those for this machine",
     )
     action.add_argument(
         "--clean", action="store_true", help="delete all compiled libraries, and stop"
@@ -65,12 +68,18 @@ def main(arguments: list[str] | None = None) -> int:
     action.add_argument(
         "--prebuild",
         metavar="LIST",
-        help="compile kernels for other machines into the cache: all, or names of CPU kernels, "
-        "then architectures of GPUs, such as avx2,avx512_vnni,cuda:8.0,9.0",
+        action="append",
+        help="compile kernels for other machines into $BITLINEAR_CACHE_DIR: all, or names of CPU "
+        "kernels, then architectures of GPUs, such as avx2,avx512_vnni,cuda:8.0,9.0; "
+        "exit code 2 if one fails",
     )
     options = parser.parse_args(arguments)
     # runtime/settings.py keeps the import from building under these four options.
     if options.clean or options.rebuild:
+        obstacle = toolchain_obstacle(current().hardware)
+        if options.rebuild and obstacle is not None:
+            print(f"nothing deleted, as nothing can be compiled: {obstacle.line}", file=sys.stderr)
+            return BROKEN
         exit_code = _clean(options.json, quiet=options.rebuild)
         if options.clean or exit_code != OK:
             return exit_code
@@ -114,16 +123,17 @@ def _clean(as_json: bool, quiet: bool) -> int:
     return BROKEN if any(left.values()) else OK
 
 
-def _prebuild(text: str, as_json: bool, verbose: bool) -> int:
+def _prebuild(lists: list[str], as_json: bool, verbose: bool) -> int:
     cache = current().cache
     try:
         hardware = detect(cache.path)
-        done = prebuild(parse(text, hardware.cpu.machine), hardware, cache, verbose=verbose)
+        libraries = [lib for text in lists for lib in parse(text, hardware.cpu.machine)]
+        done = prebuild(libraries, hardware, cache, verbose=verbose)
     except SettingError as error:
         print(f"bitlinear: {error}", file=sys.stderr)
         return BROKEN
     lines = {
-        name: probe.rejection.line if probe.rejection else _described(probe.value)
+        name: probe.reason if probe.rejection else _described(probe.value)
         for name, probe in done.libraries.items()
     }
     failed = [name for name, probe in done.libraries.items() if probe.rejection]

@@ -62,7 +62,7 @@ class Report:
         runtime = self.runtime
         codes = {verdict.code for verdict in runtime.verdicts if verdict != runtime.cuda}
         differs = self.operator or "self-test-failed" in {*codes, runtime.cuda.code}
-        if differs or runtime.cache.unsafe:
+        if differs or runtime.cache.unsafe or runtime.missing:
             return BROKEN
         if runtime.kernel is None or runtime.cache.temporary or codes & _FALLBACK_CODES:
             return FALLBACK
@@ -79,7 +79,7 @@ class Report:
             ("Cache", [[line] for line in _cache(self.runtime)]),
             ("Threads", [[_threads(self.threads, self.openmp)]]),
             ("Tested", [[line] for line in _tested(self.runtime)]),
-            ("Operator", [[self.operator or _same_bits(self.devices)]]),
+            ("Operator", [[self.operator or _same_bits(self.runtime, self.devices)]]),
             ("Verdict", [[_summary(self.runtime, self.exit_code)]]),
         ]
         if self.verbose:
@@ -213,7 +213,9 @@ def _gpus(hardware: Hardware) -> list[str]:
     return [*(lines or ["the NVIDIA driver shows this process no GPU"]), f"CUDA: {cuda}"]
 
 
-def _same_bits(devices: tuple[str, ...]) -> str:
+def _same_bits(runtime: Runtime, devices: tuple[str, ...]) -> str:
+    if runtime.kernel is None:
+        return "none is compiled"
     text = "bit-identical to the reference implementation"
     return text if devices == ("cpu",) else f"{text} on {' and '.join(devices)}"
 
@@ -247,18 +249,22 @@ def _toolchain(hardware: Hardware) -> str:
 def _cache(runtime: Runtime) -> list[str]:
     directory = runtime.cache
     lines = []
+    for root in directory.readable:
+        mode = stat.S_IMODE(os.stat(root).st_mode)
+        count, size = len(artifacts.entries(root)), artifacts.size(root)
+        use = "" if root == directory.path else "  only read"
+        held = f"{count} artifacts, {size / 1e6:.1f} MB: {artifacts.contents(root)}"
+        lines.append(f"{root}  {mode:04o}{use}  {held}")
     if directory.path is None:
         lines.append("no directory can be written to")
-    else:
-        mode = stat.S_IMODE(os.stat(directory.path).st_mode)
-        count, size = len(artifacts.entries(directory.path)), artifacts.size(directory.path)
-        lines.append(f"{directory.path}  {mode:04o}  {count} artifacts, {size / 1e6:.1f} MB")
     if directory.temporary:
         lines.append("temporary: every process compiles again; set BITLINEAR_CACHE_DIR")
     if directory.reason:
         lines.append(directory.reason)
+    if directory.note:
+        lines.append(directory.note)
     if directory.unsafe:
-        lines.append("fix: a cache directory must be your own and closed to others (chmod 700)")
+        lines.append("fix: own directory: chmod 700; of an image: chown -R root, chmod -R go-w")
     return lines
 
 
@@ -284,6 +290,8 @@ def _count(number: int, noun: str) -> str:
 
 
 def _summary(runtime: Runtime, exit_code: int) -> str:
+    if runtime.missing:
+        return f"import bitlinear fails: {runtime.missing}"
     if runtime.kernel is None:
         return f"the slow reference implementation runs: {runtime.problem}"
     chosen = [verdict.variant for verdict in runtime.verdicts if verdict.status == "chosen"]

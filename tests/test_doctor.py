@@ -406,6 +406,29 @@ def test_an_option_that_does_not_exist_compiles_nothing(tmp_path: Path) -> None:
     assert "compiling" not in done.stderr
 
 
+def test_kernels_that_are_required_and_missing_are_broken(tmp_path: Path) -> None:
+    """The import raises then, and the doctor says so without doing it."""
+    root = tmp_path / "cache"
+    done = run("--json", BITLINEAR_CACHE_DIR=str(root), BITLINEAR_BUILD="cached")
+    assert (done.returncode, done.stderr) == (2, "")
+    done = run(BITLINEAR_CACHE_DIR=str(root), BITLINEAR_BUILD="cached")
+    assert "Operator  none is compiled" in done.stdout
+    assert "Verdict   import bitlinear fails: no kernel for this CPU can be used" in done.stdout
+
+
+def test_nothing_is_deleted_that_cannot_be_compiled_again(warm: Path) -> None:
+    done = run("--rebuild", BITLINEAR_CACHE_DIR=str(warm), PATH="/nonexistent", CXX="")
+    assert done.returncode == 2
+    assert "nothing deleted, as nothing can be compiled: no C++ compiler" in done.stderr
+    assert artifacts.entries(warm)
+
+
+def test_prebuilding_nonsense_is_one_line(warm: Path) -> None:
+    done = run("--prebuild", "avx3", "--prebuild", "scalar", BITLINEAR_CACHE_DIR=str(warm))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("bitlinear: 'avx3' is no kernel for ")
+
+
 def test_cleaning_says_what_it_could_not_delete(
     warm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..kernels import CUDA, DIRECTORY, OPS, VARIANTS, CudaLibrary, Library, Variant
+from . import artifacts
 from .cache_directory import CacheDirectory, open_cache
 from .hardware import UNKNOWN, detect
 from .loader import Loader
@@ -87,9 +88,9 @@ def load(
         raise SystemExit(2) from None
     _process.request = replace(request, cuda_verdict=runtime.cuda)
     _process.imported = _process.runtime = runtime
-    if is_build_postponed():
-        return runtime
-    if request.settings.cached and not is_doctor_running():
+    if is_build_postponed() or (runtime.required and is_doctor_running()):
+        return runtime  # the doctor reports it
+    if runtime.required:
         _require_kernels(runtime)
     if request.settings.build:
         _warn(runtime)
@@ -124,6 +125,7 @@ def _load(request: Request) -> tuple[Request, Runtime]:
         names = [*(variant.name for variant in request.variants), "cuda"]
         rejected = [Verdict(name, rejection=problem) for name in names]
         runtime = without_kernel(request, cache, rejected, problem)
+    runtime = replace(runtime, required=request.settings.cached)
     return request, keep_loaded(runtime, loader)
 
 
@@ -168,14 +170,16 @@ def parallel_threads() -> int | None:
 
 
 def _require_kernels(runtime: Runtime) -> None:
-    missing = {"for this CPU": runtime.problem, "for this GPU": runtime.cuda_problem}
-    lines = [f"{which}: {problem}" for which, problem in missing.items() if problem]
-    if lines:
-        found = ", ".join(map(str, runtime.cache.readable)) or runtime.cache.reason
-        raise MissingKernelError(
-            f"BITLINEAR_BUILD=cached, but no kernel can be used {'; '.join(lines)}. "
-            f"The cache is {found}. Unset BITLINEAR_BUILD to compile, or to go on without."
-        )
+    if not runtime.missing:
+        return
+    cache = runtime.cache
+    held = "; ".join(f"{root} holds {artifacts.contents(root)}" for root in cache.readable)
+    raise MissingKernelError(
+        f"BITLINEAR_BUILD=cached, but {runtime.missing}. "
+        f"{'. '.join(filter(None, [held, cache.note, cache.reason]))}. "
+        "Set BITLINEAR_CACHE_DIR to a directory that python -m bitlinear.doctor --prebuild has "
+        "filled for this machine, or unset BITLINEAR_BUILD."
+    )
 
 
 def _warn(runtime: Runtime) -> None:

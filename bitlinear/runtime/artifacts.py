@@ -30,7 +30,7 @@ from typing import Any
 from . import self_tests
 from .cache_directory import CacheDirectory, why_unsafe
 from .failures import Failure
-from .keys import differences, key_of, serves
+from .keys import COMPILER_INGREDIENTS, differences, key_of, serves
 from .rejection import Probe, Rejection
 
 META = "meta.json"
@@ -110,27 +110,47 @@ def find(
 
 
 def nearest(cache: CacheDirectory, parts: Mapping[str, str]) -> str:
-    """Say what distinguishes the wanted library from one that the cache holds, in one line.
+    """Say why a library that the cache holds does not serve, in one line.
 
     Returns:
         Such as ``"the cache has ops for torch 2.12.0, not 2.13.0"``; empty if it has none at all.
     """
     name = parts["library"]
-    best: dict[str, str] | None = None
+    best: tuple[int, str] | None = None
     for root in cache.readable:
-        for meta_file in (root / name).glob(f"*/{META}"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                found = json.loads(meta_file.read_bytes())["ingredients"]
-                different = {part: found.get(part, "") for part in differences(found, parts)}
-                if best is None or len(different) < len(best):
-                    best = different
-    if not best:
-        return ""
-    texts = [
-        "other sources" if part == "sources" else f"{part} {other}, not {parts[part]}"
-        for part, other in best.items()
-    ]
-    return f"the cache has {name} for {' and '.join(texts)}"
+        for directory in sorted((root / name).glob("*")):
+            mismatch = _mismatch(directory, parts)
+            if best is None or mismatch < best:
+                best = mismatch
+    return best[1] if best else ""
+
+
+def _mismatch(directory: Path, parts: Mapping[str, str]) -> tuple[int, str]:
+    """How far an entry is from serving where nothing can be built, and why it does not serve."""
+    name = parts["library"]
+    library = directory / (name + LIBRARY_SUFFIX)
+    try:
+        meta = json.loads((directory / META).read_bytes())
+        found = meta["ingredients"]
+        different = [part for part in differences(found, parts) if part not in COMPILER_INGREDIENTS]
+        if different:
+            texts = [
+                "other sources" if part == "sources" else f"{part} {found[part]}, not {parts[part]}"
+                for part in different
+            ]
+            return len(different), f"the cache has {name} for {' and '.join(texts)}"
+        if "failure" in meta:
+            return 1, f"its build in {directory} failed"
+        for path in (directory, directory / META, library):
+            if problem := why_unsafe(path):
+                return 0, f"{path} {problem}"
+        if _digest(library) != meta["sha256"]:
+            return 0, f"{library} is damaged: copy the directory again"
+    except OSError as error:
+        return 0, f"{error.filename or directory} cannot be read ({error.strerror})"
+    except Exception:
+        return 0, f"{directory / META} is damaged: copy the directory again"
+    return 0, ""
 
 
 def _candidates(root: Path, parts: Mapping[str, str], can_build: bool) -> Iterator[Path]:
@@ -281,6 +301,16 @@ def prune(root: Path, now: float | None = None) -> None:
     for staging in (root / STAGING).glob("*"):
         if now - _last_use(staging) > _STAGING_SECONDS:
             remove(staging)
+
+
+def contents(root: Path) -> str:
+    """Name the libraries that a cache holds, in one line."""
+    names = {entry.parent.name for entry in entries(root) if not _is_failure(entry)}
+    return ", ".join(sorted(names)) or "no library"
+
+
+def _is_failure(entry: Path) -> bool:
+    return not (entry / (entry.parent.name + LIBRARY_SUFFIX)).exists()
 
 
 def clean(root: Path) -> int:

@@ -31,6 +31,7 @@ class CacheDirectory:
         unsafe: Whether a candidate was skipped because other users could put code into it.
         readable: Every directory to look for artifacts in, best first, read-only ones included.
         override_problem: Why BITLINEAR_CACHE_DIR is not even read; empty if it is, or is not set.
+        note: Which directories serve only with a folder in them, and why; usually empty.
     """
 
     path: Path | None
@@ -39,6 +40,7 @@ class CacheDirectory:
     unsafe: bool = False
     readable: tuple[Path, ...] = ()
     override_problem: str = ""
+    note: str = ""
 
     def without(self, root: Path, problem: str) -> CacheDirectory:
         """Give up a directory that turned out to be of no use."""
@@ -59,13 +61,16 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
     path: Path | None = None
     problems: list[str] = []
     readable: list[Path] = []
+    notes: list[str] = []
     unsafe = False
     for candidate in _candidates(environ):
         directory = Path(os.path.realpath(candidate))
         problem = _create(candidate)
-        if not problem and why_unsafe(directory):
+        if not problem and (danger := why_unsafe(directory)):
             directory, problem = _own_folder(directory)
             unsafe = unsafe or bool(problem)
+            if not problem:
+                notes.append(f"{candidate} {danger}, so only {directory.name} in it is used")
         problem = problem or _why_unreadable(directory)
         if not problem:
             readable.append(directory)
@@ -83,6 +88,7 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
         unsafe=unsafe,
         readable=tuple(readable),
         override_problem=problems[0] if is_ignored else "",
+        note="; ".join(notes),
     )
 
 

@@ -21,7 +21,9 @@ from ..kernels.flags import compiler_flags, linker_flags
 from .cuda_arch import runs_on
 from .hardware import Hardware
 
-_COMPILER_INGREDIENTS = frozenset({"compiler", "compiler_arguments", "search_paths", "nvcc"})
+COMPILER_INGREDIENTS = frozenset({"compiler", "compiler_arguments", "search_paths", "nvcc"})
+"""Ingredients that a machine without a compiler ignores."""
+
 _ARCHITECTURES = "architectures"
 
 # Where compilers look for headers and libraries apart from their flags.
@@ -99,7 +101,7 @@ def serves(found: Mapping[str, str], wanted: Mapping[str, str], can_build: bool)
         needed = {*wanted.get(_ARCHITECTURES, "").split()}
         compiled = {*found.get(_ARCHITECTURES, "").split()}
         return not different and needed <= compiled
-    return not different - _COMPILER_INGREDIENTS
+    return not different - COMPILER_INGREDIENTS
 
 
 def differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:

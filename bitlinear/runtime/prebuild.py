@@ -62,7 +62,7 @@ def parse(text: str, machine: str, variants: Sequence[Variant] = VARIANTS) -> li
         else:
             raise SettingError(
                 f"{name!r} is no kernel for {machine}: choose of all, {', '.join(by_name)}, "
-                f"and {_CUDA_PREFIX}8.0,9.0 for GPUs"
+                f"and at the end {_CUDA_PREFIX}8.0,9.0 for GPUs"
             )
     if _CUDA_PREFIX in text:
         chosen.append(replace(CUDA, architectures=parse_architectures(gpus)))
@@ -93,12 +93,17 @@ def prebuild(
         verbose: Show the compilers' output.
 
     Raises:
-        SettingError: There is no directory that can be written to.
+        SettingError: There is no directory that can be written to, or others can write to it.
     """
     if cache.path is None:
         raise SettingError(
             f"no directory to compile into: {cache.reason}; "
             "set BITLINEAR_CACHE_DIR to one that can be written to"
+        )
+    if cache.note:
+        raise SettingError(
+            f"{cache.note}, where other users do not look; "
+            "set BITLINEAR_CACHE_DIR to a directory that only you can write to"
         )
     variants = [library for library in libraries if isinstance(library, Variant)]
     *verdicts, _ = select(hardware, variants)

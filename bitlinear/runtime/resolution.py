@@ -38,6 +38,7 @@ class Runtime:
         problem: Why the reference implementation is in use, in one line; empty if it is not.
         hardware: The machine.
         arch_list: ``TORCH_CUDA_ARCH_LIST``, as it was when the choice was made.
+        required: ``BITLINEAR_BUILD=cached``: the import fails if a kernel is missing.
     """
 
     kernel: str | None
@@ -47,6 +48,16 @@ class Runtime:
     problem: str
     hardware: Hardware
     arch_list: str = ""
+    required: bool = False
+
+    @property
+    def missing(self) -> str:
+        """Why an import fails that requires kernels, in one line; empty if it does not."""
+        kernels = {"this CPU": self.problem, "this machine's GPUs": self.cuda_problem}
+        lacking = {which: problem for which, problem in kernels.items() if problem}
+        if not self.required:
+            return ""
+        return "; ".join(f"no kernel for {which} can be used: {p}" for which, p in lacking.items())
 
     @property
     def artifacts(self) -> dict[str, Artifact]:
@@ -190,9 +201,7 @@ def _resolve_in(request: Request, cache: CacheDirectory, loader: Loader) -> Runt
 def _forbidden(request: Request) -> Rejection | None:
     if not request.settings.cached:
         return None
-    reason = "not in the cache, and BITLINEAR_BUILD=cached compiles nothing"
-    fix = "run python -m bitlinear.doctor --prebuild where there is a compiler"
-    return Rejection("not-cached", reason, fix)
+    return Rejection("not-cached", "not in the cache")
 
 
 def _no_interpreter() -> Rejection | None:

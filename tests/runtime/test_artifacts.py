@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bitlinear.kernels import Variant
-from bitlinear.runtime import artifacts, keys
+from bitlinear.runtime import artifacts, keys, self_tests
 from bitlinear.runtime.artifacts import Artifact
 from bitlinear.runtime.cache_directory import CacheDirectory
 from bitlinear.runtime.hardware import Hardware, detect
@@ -204,6 +204,40 @@ def test_a_failure_is_remembered_with_its_log(root: Path, parts: dict[str, str])
     assert sorted(file.name for file in recorded.log.parent.iterdir()) == ["build.log", "meta.json"]
 
 
+@pytest.mark.parametrize(("name", "mode"), [("", 0o770), ("", 0o702), ("meta.json", 0o664)])
+def test_a_failure_that_others_may_have_written_does_not_count(
+    root: Path, parts: dict[str, str], name: str, mode: int
+) -> None:
+    artifacts.record_failure(root, artifacts.new_staging(root), FAILURE, parts)
+    assert artifacts.find(opened(root), parts, can_build=True) is not None
+    (root / "fast" / keys.key_of(parts) / name).chmod(mode)
+    assert artifacts.find(opened(root), parts, can_build=True) is None
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files to others"
+)
+@pytest.mark.parametrize("name", ["", "meta.json", "fast.so"])
+def test_an_entry_of_another_user_does_not_count(
+    root: Path, parts: dict[str, str], name: str
+) -> None:
+    os.chown(publish(root, parts).directory / name, 65534, 65534)
+    assert find(root, parts) is None
+    assert find(root, parts, can_build=False) is None
+
+
+def test_the_entry_of_this_compiler_comes_before_those_of_others(
+    root: Path, parts: dict[str, str]
+) -> None:
+    compilers = [{**parts, "compiler": f"g++ {release}"} for release in range(3)]
+    for wanted in compilers:
+        publish(root, wanted)
+    for wanted in compilers:
+        found = find(root, wanted, can_build=False)
+        assert found is not None
+        assert found.key == keys.key_of(wanted)
+
+
 def test_a_cache_that_is_only_readable_serves(root: Path, parts: dict[str, str]) -> None:
     publish(root, parts)
     found = artifacts.find(CacheDirectory(None, readable=(root,)), parts, can_build=True)
@@ -220,7 +254,8 @@ def test_what_is_published_is_closed_to_others(
     finally:
         os.umask(old)
     assert find(root, parts) is not None
-    for path in (built.directory, *built.directory.iterdir()):
+    staging, library = root / artifacts.STAGING, root / "fast"
+    for path in (staging, library, built.directory, *built.directory.iterdir()):
         assert not path.stat().st_mode & 0o022
 
 
@@ -253,10 +288,40 @@ def test_what_distinguishes_an_entry_is_named(root: Path, parts: dict[str, str])
     publish(root, {**parts, "torch": "2.0"})
     wanted = f"the cache has fast for torch 2.0, not {parts['torch']}"
     assert artifacts.nearest(opened(root), parts) == wanted
-    publish(root, {**parts, "sources": "0"})
-    (damaged,) = (root / "fast").glob(f"{keys.key_of({**parts, 'torch': '2.0'})}/meta.json")
-    damaged.write_text("[]")
+    other_compiler = {**parts, "compiler": "another"}
+    publish(root, {**other_compiler, "sources": "0"})
     assert artifacts.nearest(opened(root), parts) == "the cache has fast for other sources"
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_flip, "fast.so is damaged: copy the directory again"),
+        (damage_remove, "fast.so cannot be read (No such file or directory)"),
+        (damage_meta, "meta.json is damaged: copy the directory again"),
+        (damage_meta_type, "meta.json is damaged: copy the directory again"),
+        (damage_mode_of_library, "fast.so can be written to by others (mode 0664)"),
+    ],
+)
+def test_an_entry_that_is_damaged_is_named(
+    root: Path, parts: dict[str, str], damage: object, reason: str
+) -> None:
+    directory = publish(root, parts).directory
+    assert callable(damage)
+    damage(directory)
+    publish(root, {**parts, "libc": "another"})
+    assert artifacts.nearest(opened(root), parts) == f"{directory}/{reason}"
+
+
+@pytest.mark.parametrize("near", ["1", "2"])
+def test_the_entry_that_differs_least_is_named(
+    root: Path, parts: dict[str, str], near: str
+) -> None:
+    for torch in ("1", "2"):
+        publish(root, {**parts, "torch": torch, "abi": torch})
+    wanted = {**parts, "abi": near}
+    expected = f"the cache has fast for torch {near}, not {parts['torch']}"
+    assert artifacts.nearest(opened(root), wanted) == expected
 
 
 # --- Pruning and cleaning ------------------------------------------------------------------------
@@ -304,3 +369,27 @@ def test_cleaning_deletes_nothing_but_entries(root: Path, parts: dict[str, str])
         "fast/thesis",
         "fast/thesis/meta.json",
     ]
+
+
+def test_pruning_and_cleaning_include_the_results_of_self_tests(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    self_tests.record(root, "0" * 64, "a CPU", Probe("passed"))
+    pruned: list[Path] = []
+    monkeypatch.setattr(self_tests, "prune", pruned.append)
+    artifacts.prune(root)
+    assert pruned == [root]
+    assert artifacts.clean(root) == 0
+    assert list(root.iterdir()) == []
+
+
+def test_cleaning_counts_only_what_is_gone(
+    root: Path, parts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a cache that this user cannot write to."""
+    stays = publish(root, parts).directory
+    publish(root, {**parts, "libc": "other"})
+    remove = artifacts.remove
+    monkeypatch.setattr(artifacts, "remove", lambda path: path == stays or remove(path))
+    assert artifacts.clean(root) == 1
+    assert artifacts.entries(root) == [stays]

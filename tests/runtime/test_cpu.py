@@ -457,6 +457,23 @@ def test_py_cpuinfo_itself_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert with_it.flags.value is None or with_it.flags.value <= set(asked[0].split())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="py-cpuinfo reads /proc/cpuinfo there")
+@pytest.mark.parametrize("has_cat", [True, False])
+def test_py_cpuinfo_is_asked_only_if_it_can_read(
+    has_cat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the command cat it guesses, and denies features that the CPU has."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    if not has_cat:
+        probe = tmp_path / "probe.py"
+        text = cpu_module._PY_CPUINFO.read_text().replace("os.defpath", "'/nonexistent'")
+        probe.write_text(text)
+        monkeypatch.setattr(cpu_module, "_PY_CPUINFO", probe)
+    with_it, alone = detect(tmp_path).cpu, detect().cpu
+    assert with_it == alone
+    assert ("py-cpuinfo" in (tmp_path / "hardware.json").read_text()) == has_cat
+
+
 def test_no_module_imports_py_cpuinfo() -> None:
     importers = set()
     for path in Path(cpu_module.__file__).parent.rglob("*.py"):

@@ -123,6 +123,29 @@ OUTPUTS = {
         "error: invalid value 'c++99' in '-std=c++99'",
         True,
     ),
+    "a feature that g++ for Arm lacks": (
+        "cc1plus: error: invalid feature modifier 'i8mm' in '-march=armv8.2-a+dotprod+i8mm'\n"
+        "cc1plus: note: valid arguments are: fp simd crypto crc lse fp16 dotprod",
+        "cc1plus: error: invalid feature modifier 'i8mm' in '-march=armv8.2-a+dotprod+i8mm'",
+        True,
+    ),
+    "an architecture that Apple's clang++ lacks": (
+        "error: invalid arch name '-march=armv8.2-a+i8mm'",
+        "error: invalid arch name '-march=armv8.2-a+i8mm'",
+        True,
+    ),
+    "an option of another architecture, clang++": (
+        "clang: error: unsupported option '-mavx512vnni' for target 'aarch64-linux-gnu'",
+        "clang: error: unsupported option '-mavx512vnni' for target 'aarch64-linux-gnu'",
+        True,
+    ),
+    "in a template, g++": (
+        "cpu/x.cpp: In instantiation of 'error<T>::error() [with T = int]':\n"
+        "cpu/x.cpp:2:23:   required from here\n"
+        "cpu/x.cpp:1:55: error: 'missing' is not a member of 'int'",
+        "cpu/x.cpp:1:55: error: 'missing' is not a member of 'int'",
+        True,
+    ),
     "a missing header, g++": (
         "cpu/x.cpp:1:10: fatal error: missing.h: No such file or directory\n"
         '    1 | #include "missing.h"\n'
@@ -341,6 +364,24 @@ def test_failures_of_the_machine_are_not_repeatable(message: str) -> None:
     assert rejection.momentary
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "g++: Error 28 while writing",
+        "nvcc fatal   : Could not set up the environment",
+        "x.cpp:(.text+0x5): undefined reference to `missing()'",
+        "as: unrecognized option '--gdwarf-5'",
+        "sh: 1: /opt/g++: not found",
+        "license checkout failed: Connection timed out",
+        "as: cannot open /tmp/ccB.o: Too many open files",
+        "Assembler messages: can't open /tmp/ccB.s for reading",
+        "collect2: ld terminated with signal 9 [Killed]",
+    ],
+)
+def test_the_words_of_an_error(line: str) -> None:
+    assert first_error(log_of(f"the first line\n{line}\ncompilation terminated.")) == line
+
+
 MACHINE = "g++: fatal error: No space left on device"
 OURS = "cpu/x.cpp:3:10: error: 'y' was not declared in this scope"
 
@@ -351,6 +392,7 @@ OURS = "cpu/x.cpp:3:10: error: 'y' was not declared in this scope"
         ([OURS, MACHINE], OURS, True),
         ([MACHINE, OURS], MACHINE, False),
         ([OURS, "cpu/w.cpp:1:1: error: expected unqualified-id"], OURS, True),
+        (["", OURS], OURS, True),  # a command that ends without a word
     ],
 )
 def test_the_first_of_several_failed_commands_counts(
@@ -378,6 +420,8 @@ def test_warnings_of_a_command_that_worked_do_not_count() -> None:
         ("ninja: error: loading 'build.ninja': No such file or directory\n", ""),
         (f"[1/2] {command()}\nFAILED: [code=1] x.o \n{command()}\n", ""),
         ("Building extension module avx2...\n", "Building extension module avx2..."),
+        ("Building extension module avx2...\nBus fault\n", "Bus fault"),
+        ("[1/2] link /out:error.pyd error.obj\nwithout a word\n", "without a word"),
         (f"{OURS}\n", OURS),  # no ninja
         (f"{OURS}\r\n", OURS),
     ],

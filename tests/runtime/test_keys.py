@@ -41,6 +41,14 @@ def sources(tmp_path: Path) -> Path:
     return directory
 
 
+# gcc(1), "Environment variables affecting GCC"; Apple's clang and MSVC.
+GCC_VARIABLES = (
+    "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH",
+    "GCC_EXEC_PREFIX",
+)  # fmt: skip
+OTHER_VARIABLES = ("SDKROOT", "INCLUDE", "LIB")
+
+
 def key(library: Library, directory: Path, machine: Hardware) -> str:
     return key_of(ingredients(library, directory, machine))
 
@@ -61,6 +69,8 @@ def test_every_ingredient_changes_the_key(
         "CUDA": (FAST, {"torch": replace(torch, cuda="99.0")}),
         "the C++ ABI": (FAST, {"torch": replace(torch, cxx11_abi=not torch.cxx11_abi)}),
         "libc": (FAST, {"libc": "glibc 9.9"}),
+        "the system": (FAST, {"system": "darwin"}),
+        "the architecture": (FAST, {"cpu": replace(hardware.cpu, machine="riscv64")}),
     }
     found = {
         what: key(library, sources, replace(hardware, **changes))  # type: ignore[arg-type]
@@ -70,7 +80,7 @@ def test_every_ingredient_changes_the_key(
     monkeypatch.setenv("CXX", "g++ -m32")
     found["the compiler's arguments"] = key(FAST, sources, hardware)
     monkeypatch.delenv("CXX")
-    for variable in ("CPATH", "LIBRARY_PATH", "CPLUS_INCLUDE_PATH"):
+    for variable in (*GCC_VARIABLES, *OTHER_VARIABLES):
         monkeypatch.setenv(variable, "/opt")
         found[variable] = key(FAST, sources, hardware)
         monkeypatch.delenv(variable)
@@ -82,7 +92,15 @@ def test_every_ingredient_changes_the_key(
     worker.write_text("another recipe")
     monkeypatch.setattr(keys, "_WORKER", worker)
     found["the build"] = key(FAST, sources, hardware)
+    monkeypatch.setattr(keys, "_FORMAT", "another")
+    found["the format"] = key(FAST, sources, hardware)
     assert len(set(found.values())) == len(found), found
+
+
+def test_the_order_of_the_ingredients_does_not_matter(sources: Path, hardware: Hardware) -> None:
+    parts = ingredients(FAST, sources, hardware)
+    assert key_of(dict(reversed(parts.items()))) == key_of(parts)
+    assert re.fullmatch("[0-9a-f]{32}", key_of(parts))
 
 
 def test_a_library_serves_every_cpu_and_its_self_test_one(
@@ -231,8 +249,9 @@ def test_every_ingredient_of_cuda_changes_the_key(
         cuda_key(machine=replace(machine, nvcc=Probe(replace(nvcc, version="release 13.1")))),
         cuda_key(machine=replace(machine, nvcc=Probe(replace(nvcc, realpath="/other/nvcc")))),
     ]
-    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-allow-unsupported-compiler")
-    found.append(cuda_key())
+    for variable in ("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS"):
+        monkeypatch.setenv(variable, "-allow-unsupported-compiler")
+        found.append(cuda_key())
     assert len(set(found)) == len(found)
 
 
@@ -250,6 +269,21 @@ def test_the_gpus_and_the_driver_belong_to_the_self_test(
     assert self_test_machine(GPU, machine) == self_test_machine(same_model, machine)
     others = [(GPU, machine), (GPU, newer), (more, machine)]
     assert len({self_test_machine(*other) for other in others}) == 3
+
+
+COMPILERS = ("compiler", "compiler_arguments", "search_paths", "nvcc")
+
+
+def test_without_a_compiler_nothing_but_the_compiler_may_differ(
+    gpu_sources: Path, hardware: Hardware
+) -> None:
+    for library in (FAST, GPU, Library("fast", ("fast.cpp",), ())):
+        wanted = ingredients(library, gpu_sources, with_gpus(hardware))
+        for name in wanted:
+            found = {**wanted, name: "sm_35" if name == "architectures" else "another"}
+            assert not serves(found, wanted, can_build=True), name
+            assert serves(found, wanted, can_build=False) == (name in COMPILERS), name
+        assert serves(wanted, wanted, can_build=True)
 
 
 @pytest.mark.parametrize(
@@ -289,3 +323,20 @@ def test_without_nvcc_anothers_artifact_serves(
     parts = ingredients(library, gpu_sources, without)
     assert find(root, parts) is None
     assert find(root, parts, can_build=False) is not None
+
+
+@pytest.mark.parametrize("can_build", [True, False])
+def test_a_library_for_more_gpus_is_found(
+    tmp_path: Path, gpu_sources: Path, hardware: Hardware, can_build: bool
+) -> None:
+    root = tmp_path / "cache"
+    root.mkdir(mode=0o700)
+    machine, library = with_gpus(hardware), replace(GPU, name="fast")
+    more = replace(library, architectures=("sm_80", "sm_90a"))
+    publish(root, ingredients(library, gpu_sources, machine))
+    assert find(root, ingredients(more, gpu_sources, machine), can_build) is None
+    built = publish(root, ingredients(more, gpu_sources, machine))
+    for wanted in (replace(library, architectures=("sm_80",)), more):
+        found = find(root, ingredients(wanted, gpu_sources, machine), can_build)
+        assert found is not None
+        assert found.key == built.key

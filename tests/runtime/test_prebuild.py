@@ -200,8 +200,8 @@ def cached_only(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("cached_only")
 def test_an_empty_cache_is_an_error(fresh: Path, tmp_path: Path, tools: Path) -> None:
     message = (
-        "BITLINEAR_BUILD=cached, but no kernel can be used for this CPU: not in the cache.*"
-        f"--prebuild.* The cache is {fresh}"
+        "BITLINEAR_BUILD=cached, but no kernel for this CPU can be used: not in the cache. "
+        f"{fresh} holds no library. Set BITLINEAR_CACHE_DIR to .*--prebuild"
     )
     with pytest.raises(ImportError, match=message):
         stand_ins(tmp_path / "sources").load()
@@ -230,6 +230,19 @@ def test_a_cache_for_something_else_is_named(
 
 
 @pytest.mark.usefixtures("cached_only")
+def test_a_directory_open_to_others_is_named(
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in images that give a group the rights of root: the kernels there do not serve."""
+    ready.chmod(0o775)
+    message = r"can be written to by others \(mode 0775\), so only user-\d+ in it is used"
+    with pytest.raises(ImportError, match=message):
+        stand_ins(tmp_path / "sources").load()
+    with pytest.raises(SettingError, match=f"{message}, where other users do not look"):
+        _prebuild(stand_ins(tmp_path / "sources"), detect())
+
+
+@pytest.mark.usefixtures("cached_only")
 def test_missing_kernels_for_a_gpu_are_an_error(
     ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +255,10 @@ def test_missing_kernels_for_a_gpu_are_an_error(
     for meta in ready.glob(f"*/*/{artifacts.META}"):
         meta.write_text(meta.read_text().replace(f"{rename}None", f"{rename}13.0"))
     monkeypatch.setattr(runtime, "detect", lambda _: with_gpu)
-    with pytest.raises(ImportError, match="for this GPU: not in the cache"):
+    with pytest.raises(
+        ImportError,
+        match=r"for this machine's GPUs can be used: not in the cache.*holds kernel0, operator",
+    ):
         stand_ins(tmp_path / "sources").load()
 
 
