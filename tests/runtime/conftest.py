@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitlinear import runtime
-from bitlinear.runtime import artifacts
+from bitlinear.runtime import artifacts, diagnosis
 from tests.runtime.stand_ins import (
     forget_loaded,
     stand_ins,
@@ -24,6 +24,8 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("BITLINEAR_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("BITLINEAR_CUDA", "off")  # also on a machine with GPUs
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    # The compiler here may need such a variable, which makes every compile error momentary.
+    monkeypatch.setattr(diagnosis, "search_paths", lambda: "")
     forget_loaded(monkeypatch)
     yield tmp_path / "cache"
     staging = tmp_path / "cache" / artifacts.STAGING

@@ -90,6 +90,107 @@ def test_one_job_where_there_is_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None
         os.sched_setaffinity(0, mask)
 
 
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("cpus", "available", "limit", "expected"),
+    [
+        (64, 64 * GIB, "max", 4),
+        (3, 64 * GIB, "max", 3),
+        (64, 6 * GIB, "max", 3),
+        (64, 64 * GIB, str(4 * GIB), 2),  # of a container
+        (64, 1 * GIB, "max", 1),
+        (64, 64 * GIB, "0", 1),
+        (64, None, None, 1),  # a system that does not tell
+    ],
+)
+def test_a_job_needs_a_cpu_and_memory(
+    cpus: int,
+    available: int | None,
+    limit: str | None,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = {}
+    if available is not None:
+        files["/proc/meminfo"] = f"MemTotal: 99999999999 kB\nMemAvailable:  {available >> 10} kB\n"
+    if limit is not None:
+        files["/sys/fs/cgroup/memory.max"] = f"{limit}\n"
+
+    def read_text(path: Path, encoding: str) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(build_environment, "available_cpus", lambda: cpus)
+    assert build_environment._max_jobs() == expected
+
+
+def test_the_child_uses_the_tools_of_the_key_and_speaks_english(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:/last")
+    ninja = tmp_path / AWKWARD / "ninja"
+    links = tmp_path / "links"
+    links.mkdir()
+    machine = replace(detect(), ninja=Probe(str(ninja)))
+    environment = build_environment.build_environment(machine, links)
+    first, *_, last = environment["PATH"].split(":")
+    assert (first, last) == (str(links / "bin"), "/last")
+    assert os.readlink(links / "bin" / "ninja") == str(ninja)
+    wrapper = Path(environment["CXX"])
+    assert wrapper.parent == links / "bin"
+    assert wrapper.stat().st_mode & 0o777 == 0o700
+    assert environment["LC_ALL"] == "C"
+
+
+def test_a_relative_compiler_is_the_one_of_this_directory(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(tmp_path / "tools")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "tools/c++ -DX='a b'")
+    wrapper = Path(environment_of_child(tmp_path)["CXX"])
+    assert wrapper.read_text() == f"#!/bin/sh\nexec {tmp_path}/tools/c++ '-DX=a b' \"$@\"\n"
+
+
+def test_the_directory_of_a_build_has_a_plain_name_and_can_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging, awkward, usual = tmp_path / "staging", tmp_path / AWKWARD, tmp_path / "usual"
+    for path in (staging, awkward, usual):
+        path.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(usual))
+    full: list[Path] = []
+    why = "cannot be written to (No space left on device)"
+    monkeypatch.setattr(build_environment, "why_unusable", lambda path: why if path in full else "")
+    assert build_environment.plain_directory(staging).parent == staging
+    directory = build_environment.plain_directory(awkward)
+    assert directory.parent == usual
+    assert directory.stat().st_mode & 0o777 == 0o700
+    full += [staging]
+    assert build_environment.plain_directory(staging).parent == usual
+    full += [usual, *map(Path, ("/tmp", "/var/tmp", "/dev/shm"))]
+    with pytest.raises(OSError, match=r"staging cannot be .*; .*usual cannot be .*; /tmp cannot"):
+        build_environment.plain_directory(staging)
+
+
+def test_what_needs_quotes_on_the_import_path_gets_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("plain-1.0", "a:b", "a b", "ä", "$HOME")
+    path = [str(tmp_path / name) for name in names]
+    monkeypatch.setattr(build_environment, "import_path", lambda: path)
+    links = tmp_path / "links"
+    links.mkdir()
+    found = build_environment.plain_import_path(links)
+    assert found == [path[0], *(str(links / f"path{number}") for number in range(1, 5))]
+    assert [os.readlink(link) for link in found[1:]] == path[1:]
+
+
 def test_nvcc_has_its_toolkit_and_the_host_compiler(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

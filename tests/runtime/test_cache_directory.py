@@ -46,6 +46,10 @@ def test_home_is_the_last_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert open_cache({}).path == tmp_path / ".cache" / "bitlinear"
     relative = open_cache({"XDG_CACHE_HOME": "relative/is/ignored"})
     assert relative.path == tmp_path / ".cache" / "bitlinear"
+    missing = open_cache({"XDG_CACHE_HOME": "/proc/nonexistent"})
+    assert missing.path == tmp_path / ".cache" / "bitlinear"
+    assert missing.reason.startswith("/proc/nonexistent/bitlinear cannot be created")
+    assert missing.override_problem == ""
 
 
 def test_a_file_in_the_way_leads_to_the_next_candidate(tmp_path: Path) -> None:
@@ -211,15 +215,19 @@ def test_a_directory_of_root_serves_if_it_is_closed_to_others(
 
 
 @as_root
+@pytest.mark.parametrize("next_one", ["", f"user-{NOBODY}"])
 def test_what_is_skipped_as_unsafe_is_told_even_if_the_next_one_serves(
-    shared: Path, tmp_path: Path
+    shared: Path, next_one: str
 ) -> None:
     shared.chmod(0o775)
     other = shared.with_name("other")
     other.mkdir()
     os.chown(other, NOBODY, NOBODY)
+    if next_one:
+        (other / "bitlinear").mkdir()
+        (other / "bitlinear").chmod(0o777)
     found = open_as_nobody(BITLINEAR_CACHE_DIR=str(shared), XDG_CACHE_HOME=str(other))
-    assert found.path == other / "bitlinear"
+    assert found.path == other / "bitlinear" / next_one
     assert found.readable == (found.path,)
     assert found.unsafe
     assert found.override_problem == found.reason

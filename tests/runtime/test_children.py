@@ -80,6 +80,17 @@ def test_an_executable_that_is_none(
     assert is_this_python(children.interpreter())
 
 
+def test_a_relative_executable_is_found_from_any_directory(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a program finds itself that was started as ``bin/python``."""
+    path = real(nowhere / "bin" / "python")
+    monkeypatch.chdir(nowhere)
+    monkeypatch.setattr(sys, "executable", "bin/python")
+    assert children.interpreter() == path
+    assert 1.0 <= children._SECONDS <= 10.0  # for one that does not answer
+
+
 def test_a_program_that_embeds_python_is_not_started(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

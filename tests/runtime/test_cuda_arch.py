@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bitlinear.kernels import CUDA, CudaLibrary
-from bitlinear.runtime.cuda_arch import targets, toolkit
+from bitlinear.runtime.cuda_arch import parse_architectures, runs_on, targets, toolkit
 from bitlinear.runtime.gpus import Driver, Gpu
+from bitlinear.runtime.rejection import SettingError
 from tests.runtime.machines import machine, read_cpu
 
 
@@ -79,6 +80,47 @@ def test_the_toolkit_is_that_of_torch_where_nvcc_does_not_fit(
     torch: str, nvcc: str, expected: str
 ) -> None:
     assert toolkit(machine(read_cpu("zen4"), torch, None, nvcc)) == expected
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("8.0", "sm_80"),
+        ("9.0", "sm_90a"),
+        ("8.0,9.0a", "sm_80 sm_90a"),
+        (" 8.0; 9.0  8.0,9.0a ", "sm_80 sm_90a"),
+        ("9.0a+PTX", "sm_90a compute_90"),
+        ("6.1 12.1f", "sm_61 sm_121"),
+    ],
+)
+def test_architectures_to_compile_for_another_machine(listed: str, expected: str) -> None:
+    assert " ".join(parse_architectures(listed)) == expected
+
+
+@pytest.mark.parametrize(
+    "listed", ["", " , ;", "Ampere", "8", "8.x", "8.0,nonsense", "6.0", "sm_80"]
+)
+def test_what_is_no_architecture(listed: str) -> None:
+    with pytest.raises(SettingError):
+        parse_architectures(listed)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "on"),
+    [
+        ("sm_80", "sm_80 sm_86 sm_89"),
+        ("sm_86", "sm_86 sm_89"),
+        ("sm_90a", "sm_90a"),
+        ("sm_100", "sm_100 sm_103"),
+        ("sm_120", "sm_120 sm_121"),
+        ("compute_80", "sm_80 sm_86 sm_89 sm_90a sm_100 sm_103 sm_120 sm_121"),
+        ("compute_90", "sm_90a sm_100 sm_103 sm_120 sm_121"),
+        ("compute_121", "sm_121"),
+    ],
+)
+def test_which_gpus_run_it(architecture: str, on: str) -> None:
+    every = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_103", "sm_120", "sm_121")
+    assert [other for other in every if runs_on(architecture, other)] == on.split()
 
 
 def test_flags_of_nvcc() -> None:

@@ -9,7 +9,7 @@ from typing import Callable
 import pytest
 import torch
 
-from bitlinear.runtime import gpus
+from bitlinear.runtime import children, gpus
 from bitlinear.runtime.gpus import Driver, Gpu
 from bitlinear.runtime.hardware import Hardware, detect
 from bitlinear.runtime.rejection import Probe
@@ -118,3 +118,22 @@ def test_the_drivers_answer_is_remembered(
     assert [count(), count()] == [3, 3]
     monkeypatch.setattr(gpus, "file_text", lambda path: "another driver")
     assert [count(), count()] == [4, 4]
+    monkeypatch.setattr(gpus, "_nvidia_devices", lambda: ["nvidia0", "nvidia1"])
+    assert [count(), count()] == [5, 5]
+    monkeypatch.setattr(gpus, "boot_id", lambda: "")  # nothing says how long it holds
+    assert [count(), count()] == [6, 7]
+
+
+@linux
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("NVRM: API mismatch\nmore", "the NVIDIA driver does not answer: NVRM: API mismatch"),
+        ('{"reason": "no device"}', "the NVIDIA driver does not answer: no device"),
+    ],
+)
+def test_an_answer_that_is_none(
+    output: str, reason: str, driver: Callable[..., Hardware], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(children, "output_of", lambda program: output)
+    assert driver("").driver.reason == reason
