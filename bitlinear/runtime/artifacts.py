@@ -119,6 +119,8 @@ def nearest(cache: CacheDirectory, parts: Mapping[str, str]) -> str:
     best: tuple[int, str] | None = None
     for root in cache.readable:
         for directory in sorted((root / name).glob("*")):
+            if not _KEY.fullmatch(directory.name):
+                continue
             mismatch = _mismatch(directory, parts)
             if best is None or mismatch < best:
                 best = mismatch
@@ -132,6 +134,8 @@ def _mismatch(directory: Path, parts: Mapping[str, str]) -> tuple[int, str]:
     try:
         meta = json.loads((directory / META).read_bytes())
         found = meta["ingredients"]
+        if found.keys() != parts.keys():
+            return len(parts), f"the cache has {name} of another version of this package"
         different = [part for part in differences(found, parts) if part not in COMPILER_INGREDIENTS]
         if different:
             texts = [

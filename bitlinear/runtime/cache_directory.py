@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 _ROOT = 0  # the user who builds images and installs software
+_FILES = 8  # as many as are open at once; a process may be limited
 _FILE = 2 << 20  # larger than any file of a build for CPUs
 
 
@@ -63,7 +64,8 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
     readable: list[Path] = []
     notes: list[str] = []
     unsafe = False
-    for candidate in _candidates(environ):
+    override_problem = ""
+    for number, candidate in enumerate(_candidates(environ)):
         directory = Path(os.path.realpath(candidate))
         problem = _create(candidate)
         if not problem and (danger := why_unsafe(directory)):
@@ -72,6 +74,8 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
             if not problem:
                 notes.append(f"{candidate} {danger}, so only {directory.name} in it is used")
         problem = problem or _why_unreadable(directory)
+        if number == 0 and problem and environ.get("BITLINEAR_CACHE_DIR"):
+            override_problem = f"{candidate} {problem}"
         if not problem:
             readable.append(directory)
             problem = why_unusable(directory)
@@ -79,15 +83,12 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
             path = directory
             break
         problems.append(f"{candidate} {problem}")
-    override = Path(os.path.realpath(next(_candidates(environ), Path())))
-    is_read = any(override in (directory, directory.parent) for directory in readable)
-    is_ignored = bool(environ.get("BITLINEAR_CACHE_DIR")) and not is_read
     return CacheDirectory(
         path=path,
         reason="; ".join(problems),
         unsafe=unsafe,
         readable=tuple(readable),
-        override_problem=problems[0] if is_ignored else "",
+        override_problem=override_problem,
         note="; ".join(notes),
     )
 
@@ -146,9 +147,10 @@ def why_unusable(directory: Path, size: int = 1) -> str:
     """
     try:
         with contextlib.ExitStack() as files:
-            for begin in range(0, size, _FILE):
+            step = max(_FILE, size // _FILES)
+            for begin in range(0, size, step):
                 file = files.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0))
-                rest = bytes(min(_FILE, size - begin))
+                rest = bytes(min(step, size - begin))
                 while rest:  # a short write is followed by the reason
                     rest = rest[file.write(rest) :]
         if hasattr(os, "statvfs") and os.statvfs(directory).f_flag & getattr(os, "ST_NOEXEC", 0):

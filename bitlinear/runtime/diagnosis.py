@@ -24,11 +24,15 @@ _ERROR = re.compile(
 # "cpu/x.cpp:1:2: error" of g++ and clang++, "cuda/x.cu(1): error" of nvcc and cl
 _PLACE = re.compile(r"(\S+?)(?:\(\d+(?:,\d+)?\)|:\d+(?::\d+)?)\s*:?\s*error\b")
 # These lines come before an error, and may contain the word.
-_NO_ERROR = re.compile(r": (warning|note)\b|\bIn (\w+ )?(function|instantiation)|In file included")
+_NO_ERROR = re.compile(
+    r": (warning|note)\b|In file included"
+    r"|\bIn (\w+ )?(function|instantiation|constructor|destructor)"
+)
 _BINUTILS = re.compile(r"(\S*/)?(as|ld)(\.\w+)?: ")  # their version is not in the key
 _BY_COMPILER = re.compile(
     r"internal compiler error: in |unrecognized (command[- ]line )?option"
     r"|unknown (argument|option|target CPU)|unsupported option|bad value .* for .*-m"
+    r"|unknown value .* for '-m|does not support '-m|unsupported argument .* to option '-m"
     r"|^ptxas .*; error|invalid (arch|feature|value)"
     r"|Unsupported gpu architecture",
     re.IGNORECASE,

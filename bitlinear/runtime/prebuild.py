@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..kernels import CUDA, DIRECTORY, OPS, VARIANTS, CudaLibrary, Library, Variant
-from . import artifacts
+from . import artifacts, self_tests
 from .artifacts import Artifact
 from .build import Build
 from .build_lock import build_lock
@@ -148,8 +148,15 @@ def _provide(
 
 
 def _open_to_readers(root: Path) -> None:
-    """Let every user read the cache, as with installed software. Nobody else can write to it."""
-    for path in (root, *root.rglob("*")):
-        if path.relative_to(root).parts[:1] != (artifacts.STAGING,):
-            mode = stat.S_IMODE(path.stat().st_mode) | stat.S_IRGRP | stat.S_IROTH
-            path.chmod(mode | stat.S_IXGRP | stat.S_IXOTH if path.is_dir() else mode)
+    """Let every user read what this package keeps in a cache, as with installed software.
+
+    Nothing else is touched: somebody may set BITLINEAR_CACHE_DIR to their home directory.
+    """
+    entries = artifacts.entries(root)
+    folders = {root, root / self_tests.FOLDER, *entries, *(entry.parent for entry in entries)}
+    files = [file for folder in folders - {root} if folder.is_dir() for file in folder.iterdir()]
+    for path in (*folders, *files):
+        if path.is_symlink() or not path.exists():
+            continue
+        mode = stat.S_IMODE(path.stat().st_mode) | stat.S_IRGRP | stat.S_IROTH
+        path.chmod(mode | stat.S_IXGRP | stat.S_IXOTH if path.is_dir() else mode)

@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
+from .cache_directory import why_unsafe
+
 T = TypeVar("T")
 
 
@@ -71,7 +73,8 @@ class ProbeCache:
 
     def _read(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            if self._path is not None:
+            # Another user may have laid it into a directory that was open for a while.
+            if self._path is not None and not why_unsafe(self._path):
                 answers = json.loads(self._path.read_bytes())
                 return answers if isinstance(answers, dict) else {}
         return {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -187,6 +188,26 @@ def test_a_library_that_fails_on_another_cpu_is_passed_over_there(
     monkeypatch.setattr(build, "test", lambda *_: wrong)
     with pytest.warns(RuntimeWarning, match="row 3 differs"):
         assert sources.load().kernel is None
+
+
+def test_nothing_but_the_cache_is_opened_to_readers(ready: Path, tmp_path: Path) -> None:
+    """BITLINEAR_CACHE_DIR may be somebody's home directory."""
+    secret = ready / ".ssh" / "id"
+    secret.parent.mkdir(mode=0o700)
+    secret.touch(mode=0o600)
+    outside = tmp_path / "outside"
+    outside.touch(mode=0o600)
+    entry = next(ready.glob("kernel0/*"))
+    (entry / "link").symlink_to(outside)
+    (entry / "dangling").symlink_to(tmp_path / "nowhere")
+    prebuild._open_to_readers(ready)
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    assert stat.S_IMODE(secret.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o600
+    for path in (ready, entry.parent, entry):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o755
+    for path in (entry / artifacts.META, next((ready / self_tests.FOLDER).iterdir())):
+        assert path.stat().st_mode & 0o044 == 0o044
 
 
 # --- BITLINEAR_BUILD=cached ----------------------------------------------------------------------

@@ -144,3 +144,13 @@ def test_many_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert all(found == new for found in pool.map(again, range(40)))
     assert [path.name for path in tmp_path.iterdir()] == ["hardware.json"]
+
+
+def test_answers_that_others_could_have_written_do_not_count(tmp_path: Path) -> None:
+    """A forged answer would name the ninja that the next build runs."""
+    cache = ProbeCache(tmp_path)
+    cache.recall("key", lambda: "true", str)
+    cache.save()
+    assert ProbeCache(tmp_path).recall("key", lambda: "probed", str) == "true"
+    (tmp_path / "hardware.json").chmod(0o660)
+    assert ProbeCache(tmp_path).recall("key", lambda: "probed", str) == "probed"
