@@ -95,7 +95,7 @@ def prebuild(
     Raises:
         SettingError: There is no directory that can be written to, or others can write to it.
     """
-    if cache.path is None:
+    if cache.path is None or cache.reason:  # not into another one than was asked for
         raise SettingError(
             f"no directory to compile into: {cache.reason}; "
             "set BITLINEAR_CACHE_DIR to one that can be written to"

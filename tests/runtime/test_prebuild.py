@@ -190,6 +190,16 @@ def test_a_library_that_fails_on_another_cpu_is_passed_over_there(
         assert sources.load().kernel is None
 
 
+def test_another_directory_than_was_asked_for_is_no_place(
+    fresh: Path, tmp_path: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(SettingError, match=f"no directory to compile into: {fresh} cannot be"):
+        _prebuild(stand_ins(tmp_path / "sources"), detect())
+    assert not compilations(tools)
+
+
 def test_nothing_but_the_cache_is_opened_to_readers(ready: Path, tmp_path: Path) -> None:
     """BITLINEAR_CACHE_DIR may be somebody's home directory."""
     secret = ready / ".ssh" / "id"
