@@ -19,6 +19,7 @@ from .kernels.tested import where_gpu_tested, where_tested
 from .runtime import Runtime, artifacts
 from .runtime.artifacts import Artifact
 from .runtime.hardware import Hardware
+from .runtime.pinned import at
 from .runtime.rejection import Probe
 from .runtime.settings import REPORTED
 from .runtime.verdicts import Verdict
@@ -250,7 +251,7 @@ def _cache(runtime: Runtime) -> list[str]:
     directory = runtime.cache
     lines = []
     for root in directory.readable:
-        mode = stat.S_IMODE(os.stat(root).st_mode)
+        mode = stat.S_IMODE(os.stat(at(root)).st_mode)
         count, size = len(artifacts.entries(root)), artifacts.size(root)
         use = "" if root == directory.path else "  only read"
         held = f"{count} artifacts, {size / 1e6:.1f} MB: {artifacts.contents(root)}"

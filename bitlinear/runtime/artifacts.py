@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from . import self_tests
-from .cache_directory import CacheDirectory, why_unsafe
+from .cache_directory import CacheDirectory, closed_folder, why_unsafe
 from .failures import Failure
 from .keys import COMPILER_INGREDIENTS, differences, key_of, serves
+from .pinned import at, shown
 from .rejection import Probe, Rejection
 
 META = "meta.json"
@@ -101,7 +102,8 @@ def find(
             if isinstance(entry, Failure):
                 if entry.is_due() or directory.name != key_of(parts):
                     continue
-                return Probe(rejection=replace(entry.described(), log=directory / LOG))
+                log = Path(shown(directory / LOG))
+                return Probe(rejection=replace(entry.described(), log=log))
             if entry is not None:
                 with contextlib.suppress(OSError):
                     os.utime(directory)  # prune() goes by this
@@ -118,13 +120,13 @@ def nearest(cache: CacheDirectory, parts: Mapping[str, str]) -> str:
     name = parts["library"]
     best: tuple[int, str] | None = None
     for root in cache.readable:
-        for directory in sorted((root / name).glob("*")):
-            if not _KEY.fullmatch(directory.name):
+        for directory in sorted((at(root) / name).glob("*")):
+            if not _is_entry(directory):
                 continue
             mismatch = _mismatch(directory, parts)
             if best is None or mismatch < best:
                 best = mismatch
-    return best[1] if best else ""
+    return shown(best[1]) if best else ""
 
 
 def _mismatch(directory: Path, parts: Mapping[str, str]) -> tuple[int, str]:
@@ -145,7 +147,7 @@ def _mismatch(directory: Path, parts: Mapping[str, str]) -> tuple[int, str]:
             return len(different), f"the cache has {name} for {' and '.join(texts)}"
         if "failure" in meta:
             return 1, f"its build in {directory} failed"
-        for path in (directory, directory / META, library):
+        for path in (directory.parent, directory, directory / META, library):
             if problem := why_unsafe(path):
                 return 0, f"{path} {problem}"
         if _digest(library) != meta["sha256"]:
@@ -158,7 +160,7 @@ def _mismatch(directory: Path, parts: Mapping[str, str]) -> tuple[int, str]:
 
 
 def _candidates(root: Path, parts: Mapping[str, str], can_build: bool) -> Iterator[Path]:
-    library = root / parts["library"]
+    library = at(root) / parts["library"]
     yield library / key_of(parts)
     if not can_build or "architectures" in parts:
         yield from sorted(library.glob("*"))
@@ -173,12 +175,12 @@ def _read(directory: Path, parts: Mapping[str, str], can_build: bool) -> Artifac
         if not serves(meta["ingredients"], parts, can_build):
             return None
         if "failure" in meta:
-            files = [directory, meta_file]
+            files = [directory.parent, directory, meta_file]
             return None if any(map(why_unsafe, files)) else Failure.from_json(meta["failure"])
         artifact = Artifact(
             name, directory.name, directory, "cached", "", meta["seconds"], meta["sha256"]
         )
-        if any(map(why_unsafe, [directory, meta_file, artifact.path])):
+        if any(map(why_unsafe, [directory.parent, directory, meta_file, artifact.path])):
             return None
         return artifact if _digest(artifact.path) == artifact.sha256 else None
     except Exception:  # a damaged file can raise anything
@@ -198,8 +200,8 @@ def new_staging(root: Path) -> Path:
     Raises:
         OSError: It cannot be made.
     """
-    (root / STAGING).mkdir(mode=0o700, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root / STAGING))
+    staging = closed_folder(at(root) / STAGING)
+    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=staging))
 
 
 def publish(root: Path, artifact: Artifact, parts: Mapping[str, str]) -> Artifact:
@@ -237,11 +239,11 @@ def record_failure(
     earlier = _read(_final(root, parts), parts, can_build=True)
     failure = Failure.now(rejection, earlier if isinstance(earlier, Failure) else None)
     directory = _publish(root, staging, {"failure": failure.to_json()}, {META, LOG}, parts)
-    return replace(rejection, log=directory / LOG)
+    return replace(rejection, log=Path(shown(directory / LOG)))
 
 
 def _final(root: Path, parts: Mapping[str, str]) -> Path:
-    return root / parts["library"] / key_of(parts)
+    return at(root) / parts["library"] / key_of(parts)
 
 
 def _publish(
@@ -257,7 +259,7 @@ def _publish(
         file.chmod(file.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))  # see why_unsafe
 
     final = _final(root, parts)
-    final.parent.mkdir(mode=0o700, exist_ok=True)
+    closed_folder(final.parent)
     remove(_move_away(root, final))  # a damaged entry or an earlier failure, if any
     try:
         os.replace(staging, final)
@@ -288,8 +290,12 @@ def remove(path: Path) -> None:
 
 def entries(root: Path) -> list[Path]:
     """The directories of all entries, the most recently used first."""
-    found = [meta.parent for meta in root.glob(f"*/*/{META}") if _KEY.fullmatch(meta.parent.name)]
-    return sorted(found, key=_last_use, reverse=True)
+    found = (meta.parent for meta in at(root).glob(f"*/*/{META}"))
+    return sorted(filter(_is_entry, found), key=_last_use, reverse=True)
+
+
+def _is_entry(directory: Path) -> bool:
+    return _KEY.fullmatch(directory.name) is not None
 
 
 def prune(root: Path, now: float | None = None) -> None:
@@ -302,7 +308,7 @@ def prune(root: Path, now: float | None = None) -> None:
         if kept[library] > _KEEP and now - _last_use(directory) > _KEEP_SECONDS:
             remove(directory)
     self_tests.prune(root)
-    for staging in (root / STAGING).glob("*"):
+    for staging in (at(root) / STAGING).glob("*"):
         if now - _last_use(staging) > _STAGING_SECONDS:
             remove(staging)
 
@@ -326,14 +332,14 @@ def clean(root: Path) -> int:
     found = entries(root)
     for directory in found:
         remove(directory)
-    remove(root / self_tests.FOLDER)
-    remove(root / STAGING)
+    remove(at(root) / self_tests.FOLDER)
+    remove(at(root) / STAGING)
     return len(found) - len(entries(root))
 
 
 def size(directory: Path) -> int:
     """Sum the bytes of all files below."""
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in at(directory).rglob("*") if file.is_file())
 
 
 def _last_use(directory: Path) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from .cache_directory import why_unusable
 from .children import child_environment, import_path
 from .hardware import Hardware
+from .pinned import others_can_replace
 
 COMPILER_WRAPPER = "bitlinear-c++"
 
@@ -28,6 +29,8 @@ def plain_directory(staging: Path) -> Path:
     for parent in (str(staging), tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
         if os.name == "posix" and not _is_plain(parent):
             problems.append(f"{parent} has characters that ninja cannot read")
+        elif parent != str(staging) and others_can_replace(Path(os.path.realpath(parent), "new")):
+            problems.append(f"{parent} can be changed by others")
         elif problem := why_unusable(Path(parent)):
             problems.append(f"{parent} {problem}")
         else:
@@ -50,6 +53,8 @@ def build_environment(hardware: Hardware, links: Path) -> dict[str, str]:
         TORCH_NO_COMPILER_WRAPPER="1",  # and torch 2.13 takes them for a part of the name
     )
     environment.setdefault("MAX_JOBS", str(_max_jobs()))
+    # Where compilers put what they read again: others may be able to change the usual place.
+    environment["TMPDIR"] = str(links)
     if os.name == "posix":
         tools = links / "bin"
         tools.mkdir()

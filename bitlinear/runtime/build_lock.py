@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from .pinned import at
 from .progress import announce
 
 LOCK_SECONDS = 1800.0  # as long as a build may take
@@ -39,7 +40,7 @@ def _acquire(root: Path, seconds: float, held: contextlib.ExitStack) -> None:
         from filelock import FileLock, Timeout
     except ImportError:
         return
-    lock = FileLock(root / _FILE)
+    lock = FileLock(at(root) / _FILE)
     try:
         try:
             held.enter_context(lock.acquire(min(_SILENT_SECONDS, seconds), _POLL_SECONDS))

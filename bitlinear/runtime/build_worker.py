@@ -80,6 +80,10 @@ class _DeviceError(_SelfTestError):
 
 
 def _compile(cpp_extension: Any, spec: dict[str, Any]) -> None:
+    import torch
+
+    # torch would follow links to another path, which others may have changed (see pinned.py).
+    vars(torch.ops)["load_library"] = ctypes.CDLL
     cpp_extension.load(
         name=spec["name"],
         sources=spec["sources"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -11,6 +12,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from .pinned import at, opened, others_can_replace, pin
 
 _ROOT = 0  # the user who builds images and installs software
 _FILES = 8  # as many as are open at once; a process may be limited
@@ -57,7 +60,7 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
 
     The candidates are ``BITLINEAR_CACHE_DIR``, ``$XDG_CACHE_HOME/bitlinear`` and
     ``~/.cache/bitlinear``. In one that other users can write to, or that belongs to another user,
-    only a folder of this user's own serves.
+    only a folder of this user's own serves. A directory that others could replace is pinned.
     """
     path: Path | None = None
     problems: list[str] = []
@@ -73,6 +76,8 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
             unsafe = unsafe or bool(problem)
             if not problem:
                 notes.append(f"{candidate} {danger}, so only {directory.name} in it is used")
+        if not problem and (problem := _pin(directory)):
+            unsafe = True
         problem = problem or _why_unreadable(directory)
         if number == 0 and problem and environ.get("BITLINEAR_CACHE_DIR"):
             override_problem = f"{candidate} {problem}"
@@ -101,31 +106,52 @@ def with_temporary(cache: CacheDirectory) -> CacheDirectory:
         path = Path(tempfile.mkdtemp(prefix="bitlinear-")).resolve()
     except OSError as error:
         return replace(cache, reason=f"{cache.reason}; {error}")
+    problem = _pin(path)
     owner = os.getpid()
 
     def remove() -> None:
         if os.getpid() == owner:  # not in a forked child
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(at(path), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
     atexit.register(remove)
-    if problem := why_unusable(path):
+    if problem := problem or why_unusable(path):
         return replace(cache, reason=f"{cache.reason}; {path} {problem}")
     return replace(cache, path=path, temporary=True, readable=(*cache.readable, path))
 
 
-def why_unsafe(path: Path) -> str:
+def closed_folder(path: Path) -> Path:
+    """Make a folder in the cache that only this user can write to, or close one that is open.
+
+    Raises:
+        OSError: It cannot be made or closed.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    if why_unsafe(path):
+        path.chmod(0o700)
+        if problem := why_unsafe(path):  # root can close what belongs to others
+            raise PermissionError(errno.EPERM, problem, str(path))
+    return path
+
+
+def why_unsafe(path: Path | int) -> str:
     """Say why code in a directory, or a file, cannot be trusted; empty if it can.
 
-    It can if only this user or root can change it.
+    It can if only this user or root can change it. A symbolic link must be theirs as well.
+
+    Args:
+        path: The path, or the descriptor of what is open.
     """
     if not hasattr(os, "geteuid"):
         return ""
     try:
-        status = path.stat()
+        status = os.stat(path)
+        owners = {status.st_uid, status.st_uid if isinstance(path, int) else os.lstat(path).st_uid}
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if status.st_uid not in (os.geteuid(), _ROOT):
-        return f"belongs to user {status.st_uid}, not to user {os.geteuid()}"
+    for owner in owners - {os.geteuid(), _ROOT}:
+        return f"belongs to user {owner}, not to user {os.geteuid()}"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return f"can be written to by others (mode {stat.S_IMODE(status.st_mode):04o})"
     return ""
@@ -133,7 +159,7 @@ def why_unsafe(path: Path) -> str:
 
 def _why_unreadable(directory: Path) -> str:
     effective = os.access in os.supports_effective_ids
-    if os.access(directory, os.R_OK | os.X_OK, effective_ids=effective):
+    if os.access(at(directory), os.R_OK | os.X_OK, effective_ids=effective):
         return ""
     return "cannot be read (Permission denied)"
 
@@ -146,6 +172,7 @@ def why_unusable(directory: Path, size: int = 1) -> str:
         size: How many bytes must fit, also into the user's quota.
     """
     try:
+        directory = at(directory)
         with contextlib.ExitStack() as files:
             step = max(_FILE, size // _FILES)
             for begin in range(0, size, step):
@@ -183,12 +210,31 @@ def _own_folder(directory: Path) -> tuple[Path, str]:
     own = directory / f"user-{os.geteuid()}"
     try:
         own.mkdir(mode=0o700, exist_ok=True)
-        status = own.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            return directory, f"{problem}, and {own.name} in it is not this user's own folder"
-        # Some volumes open every folder to a group when they are mounted. Nobody else can enter
-        # from here on, and an entry that was open to others does not count (see why_unsafe).
-        own.chmod(0o700)
+    except FileExistsError:
+        pass  # a file, and refused as such
     except OSError:
         return directory, problem
+    try:
+        with opened(own) as descriptor:
+            if os.fstat(descriptor).st_uid != os.geteuid():
+                raise PermissionError
+            # Some volumes open every folder to a group when they are mounted. Nobody else can enter
+            # from here on, and an entry that was open to others does not count (see why_unsafe).
+            os.fchmod(descriptor, 0o700)
+    except OSError:
+        return directory, f"{problem}, and {own.name} in it is not this user's own folder"
     return own, ""
+
+
+def _pin(directory: Path) -> str:
+    """Pin a directory if others could replace it; say why it cannot be trusted, if so."""
+    if not others_can_replace(directory):
+        return ""
+    try:
+        with opened(directory) as descriptor:
+            problem = why_unsafe(descriptor)
+            if not problem:
+                pin(directory, descriptor)
+            return problem
+    except OSError as error:
+        return f"can be replaced by others, and cannot be pinned ({error.strerror})"

@@ -31,7 +31,8 @@ class Loader:
     """Opens libraries and connects them. It unloads none, and loads the operator once.
 
     Its methods return the rejection of a library that this process cannot use, if so, and raise an
-    OSError if the file cannot be loaded from where it lies.
+    OSError if the file cannot be loaded from where it lies. ``torch.ops.load_library`` would follow
+    links to another path, which others may have changed (see ``pinned.py``).
     """
 
     def __init__(self) -> None:
@@ -59,29 +60,19 @@ class Loader:
         self._libraries.kernels[artifact.name] = kernels
         return None
 
-    def load_operator(self, artifact: Artifact) -> Rejection | None:
-        """Let torch open the library that defines the operator."""
-        try:
-            torch.ops.load_library(str(artifact.path))
-        except RuntimeError as error:
-            return _refused_by_torch(artifact, error)
+    def load_operator(self, artifact: Artifact) -> None:
+        """Open the library that defines the operator, which enters it into torch's dispatcher."""
         self._libraries.operator = ctypes.CDLL(str(artifact.path))
-        return None
 
-    def load_cuda(self, artifact: Artifact) -> Rejection | None:
-        """Let torch open the CUDA kernels.
+    def load_cuda(self, artifact: Artifact) -> None:
+        """Open the CUDA kernels.
 
         This initialises no GPU: the library enters its functions into torch's dispatcher, before or
         after the operator is defined.
         """
-        if self._libraries.cuda:
-            return None
-        try:
-            torch.ops.load_library(str(artifact.path))
-        except RuntimeError as error:
-            return _refused_by_torch(artifact, error)
-        self._libraries.cuda = True
-        return None
+        if not self._libraries.cuda:
+            ctypes.CDLL(str(artifact.path))
+            self._libraries.cuda = True
 
     def use_kernels(self, variant: str) -> Rejection | None:
         """Make the operator run the kernels of a variant. Both are loaded."""
@@ -99,7 +90,3 @@ class Loader:
     def parallel_threads(self) -> int | None:
         """Start the operator's threads and count them; None without an operator."""
         return None if self.operator is None else int(self.operator.bitlinear_parallel_threads())
-
-
-def _refused_by_torch(artifact: Artifact, error: RuntimeError) -> Rejection:
-    return Rejection("compile-failed", f"torch does not load {artifact.name}: {error}")

@@ -17,6 +17,7 @@ from .cache_directory import CacheDirectory
 from .cuda_arch import parse_architectures
 from .hardware import Hardware
 from .keys import ingredients
+from .pinned import at
 from .progress import announce
 from .provider import cuda_obstacle, tested, toolchain_obstacle
 from .rejection import Probe, Rejection, SettingError
@@ -153,6 +154,7 @@ def _open_to_readers(root: Path) -> None:
     Nothing else is touched: somebody may set BITLINEAR_CACHE_DIR to their home directory.
     """
     entries = artifacts.entries(root)
+    root = at(root)
     folders = {root, root / self_tests.FOLDER, *entries, *(entry.parent for entry in entries)}
     files = [file for folder in folders - {root} if folder.is_dir() for file in folder.iterdir()]
     for path in (*folders, *files):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, TypeVar
 
 from .cache_directory import why_unsafe
+from .pinned import at
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class ProbeCache:
     LIMIT = 32  # answers; the oldest are dropped
 
     def __init__(self, directory: Path | None) -> None:
-        self._path = None if directory is None else Path(directory) / "hardware.json"
+        self._path = None if directory is None else at(directory) / "hardware.json"
         self._answers = self._read()
         self._new: dict[str, Any] = {}
         self._code_version = _code_version()

@@ -14,6 +14,7 @@ from .cache_directory import CacheDirectory, why_unusable, with_temporary
 from .cuda_arch import targets
 from .hardware import Hardware
 from .loader import Loader
+from .pinned import at, shown
 from .progress import announce
 from .provider import CacheUnusableError, LibraryProvider, build_obstacle
 from .rejection import Probe, Rejection
@@ -356,12 +357,12 @@ def _load(
     try:
         return load(artifact)
     except OSError as error:
-        root = artifact.directory.parents[1]
         deleted = not artifact.path.exists()
-        if root in provider.cache.readable and (artifact.state == "cached" or deleted):
-            problem = f"holds what cannot be loaded: {error}"
-            raise CacheUnusableError(root, problem, deleted=deleted) from error
-        reason = f"{artifact.name} cannot be loaded: {error}"
+        roots = [r for r in provider.cache.readable if at(r) == artifact.directory.parents[1]]
+        if roots and (artifact.state == "cached" or deleted):
+            problem = f"holds what cannot be loaded: {shown(error)}"
+            raise CacheUnusableError(roots[0], problem, deleted=deleted) from error
+        reason = f"{artifact.name} cannot be loaded: {shown(error)}"
         return Rejection(
             "compile-failed", reason, "python -m bitlinear.doctor --rebuild tries again"
         )

@@ -17,8 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from .cache_directory import CacheDirectory, why_unsafe
+from .cache_directory import CacheDirectory, closed_folder, why_unsafe
 from .failures import Failure
+from .pinned import at
 from .rejection import Probe
 
 FOLDER = ".self-tests"
@@ -56,7 +57,7 @@ def record(root: Path, sha256: str, hardware: str, result: Probe[str]) -> None:
         values["failure"] = failure.to_json()
     with contextlib.suppress(OSError):
         file = _file(root, sha256, hardware)
-        file.parent.mkdir(mode=0o700, exist_ok=True)
+        closed_folder(file.parent)
         handle, name = tempfile.mkstemp(dir=file.parent)
         try:
             with open(handle, "w", encoding="utf-8") as new:
@@ -70,7 +71,7 @@ def record(root: Path, sha256: str, hardware: str, result: Probe[str]) -> None:
 def prune(root: Path) -> None:
     """Delete old results."""
     with contextlib.suppress(OSError):
-        files = sorted((root / FOLDER).glob("*"), key=lambda file: -file.stat().st_mtime)
+        files = sorted((at(root) / FOLDER).glob("*"), key=lambda file: -file.stat().st_mtime)
         for file in files[_KEEP:]:
             if time.time() - file.stat().st_mtime > _KEEP_SECONDS:
                 file.unlink()
@@ -91,4 +92,4 @@ def _read(root: Path, sha256: str, hardware: str) -> str | Failure | None:
 
 def _file(root: Path, sha256: str, hardware: str) -> Path:
     digest = hashlib.sha256(f"{sha256} {hardware}".encode()).hexdigest()
-    return root / FOLDER / f"{digest[:32]}.json"
+    return at(root) / FOLDER / f"{digest[:32]}.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bitlinear import runtime
-from bitlinear.runtime import artifacts, diagnosis
+from bitlinear.runtime import artifacts, diagnosis, pinned
 from tests.runtime.stand_ins import (
     forget_loaded,
     stand_ins,
@@ -30,6 +32,16 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "cache"
     staging = tmp_path / "cache" / artifacts.STAGING
     assert not staging.exists() or not any(staging.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def unpinned() -> Iterator[None]:
+    """Close the directories that a test has pinned; a process keeps them to its end."""
+    before = set(pinned._pinned)
+    yield
+    for path in set(pinned._pinned) - before:
+        with contextlib.suppress(OSError):  # a test may have closed it
+            os.close(pinned._pinned.pop(path)[0])
 
 
 @pytest.fixture(scope="session")

@@ -136,6 +136,11 @@ def damage_mode(directory: Path) -> None:
     directory.chmod(0o777)
 
 
+def damage_mode_of_parent(directory: Path) -> None:
+    """Others can rename entries."""
+    directory.parent.chmod(0o775)
+
+
 def damage_mode_of_library(directory: Path) -> None:
     """As Kubernetes does for the group of a volume."""
     (directory / "fast.so").chmod(0o664)
@@ -155,6 +160,7 @@ def damage_mode_of_meta(directory: Path) -> None:
         damage_meta_type,
         damage_libc,
         damage_mode,
+        damage_mode_of_parent,
         damage_mode_of_library,
         damage_mode_of_meta,
     ],
@@ -217,13 +223,38 @@ def test_a_failure_that_others_may_have_written_does_not_count(
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files to others"
 )
-@pytest.mark.parametrize("name", ["", "meta.json", "fast.so"])
+@pytest.mark.parametrize("name", ["..", "", "meta.json", "fast.so"])
+@pytest.mark.parametrize("is_link", [False, True])
 def test_an_entry_of_another_user_does_not_count(
-    root: Path, parts: dict[str, str], name: str
+    root: Path, parts: dict[str, str], name: str, is_link: bool
 ) -> None:
-    os.chown(publish(root, parts).directory / name, 65534, 65534)
+    path = Path(os.path.normpath(publish(root, parts).directory / name))
+    if is_link:
+        path.rename(root / "target")
+        path.symlink_to(root / "target")
+        assert find(root, parts) is not None
+    os.lchown(path, 65534, 65534)
     assert find(root, parts) is None
     assert find(root, parts, can_build=False) is None
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files to others"
+)
+@pytest.mark.parametrize("folder", ["fast", artifacts.STAGING])
+def test_nothing_is_written_into_a_folder_of_another_user(
+    root: Path, parts: dict[str, str], folder: str
+) -> None:
+    publish(root, parts)
+    os.chown(root / folder, 65534, 65534)
+    with pytest.raises(PermissionError, match="belongs to user 65534"):
+        publish(root, parts, b"again")
+
+
+def test_the_folder_of_unfinished_entries_is_closed(root: Path) -> None:
+    artifacts.new_staging(root)
+    (root / artifacts.STAGING).chmod(0o2777)
+    assert artifacts.new_staging(root).parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_entry_of_this_compiler_comes_before_those_of_others(

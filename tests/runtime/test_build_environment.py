@@ -178,6 +178,25 @@ def test_the_directory_of_a_build_has_a_plain_name_and_can_be_written_to(
         build_environment.plain_directory(staging)
 
 
+def test_a_build_does_not_work_where_others_could_change_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awkward, usual = tmp_path / AWKWARD, tmp_path / "usual"
+    awkward.mkdir()
+    usual.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(usual))
+    assert build_environment.plain_directory(awkward).parent == usual
+    usual.chmod(0o777)
+    assert build_environment.plain_directory(awkward).parent == Path("/tmp")
+    usual.chmod(0o1777)
+    assert build_environment.plain_directory(awkward).parent == usual
+
+
+def test_compilers_keep_their_files_beside_the_build(tmp_path: Path) -> None:
+    environment = build_environment.build_environment(detect(), tmp_path)
+    assert environment["TMPDIR"] == str(tmp_path)
+
+
 def test_what_needs_quotes_on_the_import_path_gets_a_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import errno
 import io
 import os
@@ -26,6 +27,7 @@ from bitlinear.runtime.cache_directory import (
 )
 
 NOBODY = 65534
+PR_SET_DUMPABLE = 4
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
 
 
@@ -181,6 +183,8 @@ def open_as_nobody(**environ: str) -> CacheDirectory:
     os.setgroups([])
     os.setegid(NOBODY)
     os.seteuid(NOBODY)
+    # In a process that has changed its user, /proc/self belongs to root unless it asks otherwise.
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
     try:
         return open_cache({"XDG_CACHE_HOME": "/proc/nonexistent", **environ})
     finally:
@@ -366,9 +370,10 @@ def test_space_is_probed_by_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 _IN_A_VOLUME = """
-import sys
-sys.path.append(sys.argv[1])
-from cache_directory import *
+import sys, types
+package = sys.modules["package"] = types.ModuleType("package")  # the real one would import torch
+package.__path__ = [sys.argv[1]]
+from package.cache_directory import *
 from pathlib import Path
 cache = with_temporary(open_cache({"BITLINEAR_CACHE_DIR": sys.argv[2]}))
 print(cache.path == Path(sys.argv[2]), why_unusable(Path(sys.argv[2]), int(sys.argv[3])), sep="|")
