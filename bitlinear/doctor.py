@@ -12,26 +12,29 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from .kernels import DIRECTORY, VARIANTS
 from .report import BROKEN, FALLBACK, OK, Report, redact
-from .runtime import artifacts, current, parallel_threads
+from .runtime import Runtime, artifacts, current, parallel_threads
 from .runtime.artifacts import Artifact
 from .runtime.build_lock import build_lock
 from .runtime.hardware import detect
 from .runtime.installation import foreign_distribution
 from .runtime.prebuild import parse, prebuild
-from .runtime.provider import toolchain_obstacle
-from .runtime.rejection import SettingError
+from .runtime.provider import LibraryProvider, toolchain_obstacle
+from .runtime.rejection import Rejection, SettingError
+from .runtime.verdicts import Verdict
 
 __all__ = ["BROKEN", "FALLBACK", "OK", "Report", "main", "report"]
 
 
 def report(verbose: bool = False) -> Report:
     """Examine this process; a notebook shows the result as a table."""
-    runtime = current()
+    runtime = _with_missing_kernels(current())
     devices = ("cpu", *(f"cuda:{number}" for number in runtime.cuda_devices))
     return Report(
         runtime=runtime,
@@ -144,6 +147,24 @@ def _prebuild(lists: list[str], as_json: bool, verbose: bool) -> int:
             print(f"  {'x' if name in failed else '*'} {name:<12} {redact(line)}")
         print(f"{len(lines) - len(failed)} of {len(lines)} in {redact(str(done.directory))}")
     return BROKEN if failed else OK
+
+
+def _with_missing_kernels(runtime: Runtime) -> Runtime:
+    """With ``BITLINEAR_BUILD=cached``, a kernel that is not in the cache is not available."""
+    if not runtime.required:
+        return runtime
+    absent = Rejection("not-cached", "not in the cache")
+    provider = LibraryProvider(DIRECTORY, runtime.hardware, runtime.cache, absent)
+    by_name = {variant.name: variant for variant in VARIANTS}
+
+    def judge(verdict: Verdict) -> Verdict:
+        if verdict.status != "available":
+            return verdict
+        provider.prepare(by_name[verdict.variant])
+        rejection = provider.results[verdict.variant].rejection
+        return Verdict(verdict.variant, rejection=rejection) if rejection else verdict
+
+    return replace(runtime, verdicts=tuple(map(judge, runtime.verdicts)))
 
 
 def _described(artifact: Artifact | None) -> str:

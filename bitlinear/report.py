@@ -9,6 +9,7 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ class Report:
         differs = self.operator or "self-test-failed" in {*codes, runtime.cuda.code}
         if differs or runtime.cache.unsafe or runtime.missing:
             return BROKEN
-        if runtime.kernel is None or runtime.cache.temporary or codes & _FALLBACK_CODES:
+        better = takewhile(lambda verdict: verdict.status != "chosen", runtime.verdicts)
+        is_slower = any(verdict.code in _FALLBACK_CODES for verdict in better)
+        if runtime.kernel is None or runtime.cache.temporary or is_slower:
             return FALLBACK
         return FALLBACK if runtime.cuda_problem else OK
 

@@ -263,6 +263,8 @@ def test_exit_codes() -> None:
     for code in ("compile-failed", "illegal-instruction", "no-compiler"):
         assert beside_rejected(code).exit_code == doctor.FALLBACK == 1
     assert with_cache(temporary=True).exit_code == doctor.FALLBACK
+    slower = (*report.runtime.verdicts, reject("sse", "not-cached", "reason"))
+    assert replace(report, runtime=replace(report.runtime, verdicts=slower)).exit_code == doctor.OK
     fallback = replace(report, runtime=replace(report.runtime, kernel=None, problem="no compiler"))
     assert fallback.exit_code == doctor.FALLBACK
     assert str(fallback).endswith("the slow reference implementation runs: no compiler")
@@ -414,6 +416,20 @@ def test_kernels_that_are_required_and_missing_are_broken(tmp_path: Path) -> Non
     done = run(BITLINEAR_CACHE_DIR=str(root), BITLINEAR_BUILD="cached")
     assert "Operator  none is compiled" in done.stdout
     assert "Verdict   import bitlinear fails: no kernel for this CPU can be used" in done.stdout
+
+
+@pytest.mark.slow
+def test_kernels_that_are_required_are_available_only_from_the_cache(warm: Path) -> None:
+    done = run("--json", BITLINEAR_CACHE_DIR=str(warm), BITLINEAR_BUILD="cached")
+    report = json.loads(done.stdout)
+    if report["kernel"] == "scalar":
+        pytest.skip("there is no slower kernel")
+    assert done.returncode == 0
+    held = {library.parent.name for library in artifacts.entries(warm)}
+    others = [k for k in report["kernels"] if k["code"] != "cpu-flag" and k["variant"] != "cuda"]
+    for kernel in others:
+        assert (kernel["reason"] != "not in the cache") == (kernel["variant"] in held)
+    assert any(kernel["code"] == "not-cached" for kernel in others)
 
 
 def test_nothing_is_deleted_that_cannot_be_compiled_again(warm: Path) -> None:
