@@ -88,7 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
             return exit_code
         rest = [f"--{name}" for name in ("json", "verbose") if getattr(options, name)]
         # A process cannot load the operator twice, so a new process examines the new one.
-        return subprocess.call([sys.executable, "-m", "bitlinear.doctor", *rest])
+        flags = ["-P"] if getattr(sys.flags, "safe_path", False) else []
+        return subprocess.call([sys.executable, *flags, "-m", "bitlinear.doctor", *rest])
     if options.prebuild is not None:
         return _prebuild(options.prebuild, options.json, options.verbose)
     found = report(options.verbose)

@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from . import self_tests
-from .cache_directory import CacheDirectory, closed_folder, why_unsafe
+from .cache_directory import CacheDirectory, closed_folder, temporary_directory
 from .failures import Failure
 from .keys import COMPILER_INGREDIENTS, differences, key_of, serves
-from .pinned import at, shown
+from .pinned import at, is_pinned, shown
 from .rejection import Probe, Rejection
+from .trust import is_own_folder, why_unsafe
 
 META = "meta.json"
 LOG = "build.log"
@@ -171,16 +172,17 @@ def _read(directory: Path, parts: Mapping[str, str], can_build: bool) -> Artifac
     name = parts["library"]
     try:
         meta_file = directory / META
+        if any(map(why_unsafe, [directory.parent, directory, meta_file])):
+            return None
         meta = json.loads(meta_file.read_bytes())
         if not serves(meta["ingredients"], parts, can_build):
             return None
         if "failure" in meta:
-            files = [directory.parent, directory, meta_file]
-            return None if any(map(why_unsafe, files)) else Failure.from_json(meta["failure"])
+            return Failure.from_json(meta["failure"])
         artifact = Artifact(
             name, directory.name, directory, "cached", "", meta["seconds"], meta["sha256"]
         )
-        if any(map(why_unsafe, [directory.parent, directory, meta_file, artifact.path])):
+        if why_unsafe(artifact.path):
             return None
         return artifact if _digest(artifact.path) == artifact.sha256 else None
     except Exception:  # a damaged file can raise anything
@@ -202,6 +204,15 @@ def new_staging(root: Path) -> Path:
     """
     staging = closed_folder(at(root) / STAGING)
     return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=staging))
+
+
+def new_workplace(root: Path) -> Path:
+    """Make a fresh directory to build in: inside the cache, unless a compiler could not find it.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    return temporary_directory() if is_pinned(root) else new_staging(root)
 
 
 def publish(root: Path, artifact: Artifact, parts: Mapping[str, str]) -> Artifact:
@@ -262,7 +273,10 @@ def _publish(
     closed_folder(final.parent)
     remove(_move_away(root, final))  # a damaged entry or an earlier failure, if any
     try:
-        os.replace(staging, final)
+        if is_pinned(root):
+            os.replace(shutil.copytree(staging, new_staging(root) / "entry"), final)
+        else:
+            os.replace(staging, final)
     except OSError:
         return staging
     return final
@@ -290,8 +304,10 @@ def remove(path: Path) -> None:
 
 def entries(root: Path) -> list[Path]:
     """The directories of all entries, the most recently used first."""
-    found = (meta.parent for meta in at(root).glob(f"*/*/{META}"))
-    return sorted(filter(_is_entry, found), key=_last_use, reverse=True)
+    libraries = filter(is_own_folder, at(root).glob("*"))
+    found = [entry for library in libraries for entry in library.glob("*") if _is_entry(entry)]
+    found = [entry for entry in found if is_own_folder(entry) and (entry / META).is_file()]
+    return sorted(found, key=_last_use, reverse=True)
 
 
 def _is_entry(directory: Path) -> bool:
@@ -308,7 +324,8 @@ def prune(root: Path, now: float | None = None) -> None:
         if kept[library] > _KEEP and now - _last_use(directory) > _KEEP_SECONDS:
             remove(directory)
     self_tests.prune(root)
-    for staging in (at(root) / STAGING).glob("*"):
+    staging_folder = at(root) / STAGING
+    for staging in staging_folder.glob("*") if is_own_folder(staging_folder) else ():
         if now - _last_use(staging) > _STAGING_SECONDS:
             remove(staging)
 

@@ -27,6 +27,7 @@ from .children import child_environment, import_path, python_command
 from .diagnosis import explain_build, explain_self_test
 from .hardware import Hardware
 from .keys import key_of, self_test_machine, source_files
+from .pinned import descriptors
 from .progress import write
 from .rejection import Probe, Rejection
 from .system import ProbeError
@@ -44,8 +45,8 @@ _POLL_SECONDS = 0.02
 class Build:
     """A child process that compiles, loads and tests one library.
 
-    It works inside the cache, because a temporary directory may be mounted noexec or be another
-    file system. ninja cannot read every path that the cache, torch or Python may lie in, so the
+    It works inside the cache if it can, because a temporary directory may be another file system.
+    ninja cannot read every path that the cache, torch or Python may lie in, so the
     child sees them through links in a directory with a plain name.
 
     Args:
@@ -78,7 +79,7 @@ class Build:
         self._began = time.monotonic()
         self._staging = self._links = root
         try:
-            self._staging = self._links = artifacts.new_staging(root)
+            self._staging = self._links = artifacts.new_workplace(root)
             self._links = plain_directory(self._staging)
             self._process = self._start(sources, self_test)
         except BaseException as error:
@@ -203,6 +204,7 @@ def test(
         spec = json.dumps(_spec(library, artifact.path))
         process = subprocess.Popen(
             python_command(_WORKER, spec, path=path),
+            pass_fds=descriptors(),
             env=child_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

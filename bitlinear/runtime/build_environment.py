@@ -12,7 +12,7 @@ from pathlib import Path
 from .cache_directory import why_unusable
 from .children import child_environment, import_path
 from .hardware import Hardware
-from .pinned import others_can_replace
+from .trust import why_replaceable
 
 COMPILER_WRAPPER = "bitlinear-c++"
 
@@ -29,8 +29,8 @@ def plain_directory(staging: Path) -> Path:
     for parent in (str(staging), tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
         if os.name == "posix" and not _is_plain(parent):
             problems.append(f"{parent} has characters that ninja cannot read")
-        elif parent != str(staging) and others_can_replace(Path(os.path.realpath(parent), "new")):
-            problems.append(f"{parent} can be changed by others")
+        elif problem := why_replaceable(Path(parent, "new")):
+            problems.append(f"{parent} can be changed by others: {problem}")
         elif problem := why_unusable(Path(parent)):
             problems.append(f"{parent} {problem}")
         else:

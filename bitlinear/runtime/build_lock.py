@@ -40,7 +40,11 @@ def _acquire(root: Path, seconds: float, held: contextlib.ExitStack) -> None:
         from filelock import FileLock, Timeout
     except ImportError:
         return
-    lock = FileLock(at(root) / _FILE)
+    file = at(root) / _FILE
+    if file.is_symlink():  # opening it would empty another file
+        with contextlib.suppress(OSError):
+            file.unlink()
+    lock = FileLock(file)
     try:
         try:
             held.enter_context(lock.acquire(min(_SILENT_SECONDS, seconds), _POLL_SECONDS))

@@ -25,6 +25,7 @@ from typing import Any
 
 RESULT = "result.json"
 _PR_SET_PDEATHSIG = 1
+_LAST_SECONDS = 10
 _DEVICE_FAILED = 2  # bitlinear_cuda_selftest returns it if the CUDA runtime fails
 
 
@@ -80,10 +81,6 @@ class _DeviceError(_SelfTestError):
 
 
 def _compile(cpp_extension: Any, spec: dict[str, Any]) -> None:
-    import torch
-
-    # torch would follow links to another path, which others may have changed (see pinned.py).
-    vars(torch.ops)["load_library"] = ctypes.CDLL
     cpp_extension.load(
         name=spec["name"],
         sources=spec["sources"],
@@ -155,6 +152,7 @@ def _end_with_parent(parent: int) -> None:
         # ninja puts each compiler into a process group of its own, so only ninja can end it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.killpg(0, signal.SIGTERM)
+        signal.alarm(_LAST_SECONDS)  # ninja may not have started yet
 
     if sys.platform.startswith("linux"):
         signal.signal(signal.SIGTERM, forward)

@@ -7,15 +7,15 @@ import contextlib
 import errno
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .pinned import at, opened, others_can_replace, pin
+from .pinned import at, opened, pin
+from .trust import why_replaceable, why_unsafe
 
-_ROOT = 0  # the user who builds images and installs software
+_TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
 _FILES = 8  # as many as are open at once; a process may be limited
 _FILE = 2 << 20  # larger than any file of a build for CPUs
 
@@ -59,8 +59,8 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
     """Open the first candidate that is safe and can be written to, and create it if needed.
 
     The candidates are ``BITLINEAR_CACHE_DIR``, ``$XDG_CACHE_HOME/bitlinear`` and
-    ``~/.cache/bitlinear``. In one that other users can write to, or that belongs to another user,
-    only a folder of this user's own serves. A directory that others could replace is pinned.
+    ``~/.cache/bitlinear``. In one that other users can write to or could replace, or that belongs
+    to another user, only a folder of this user's own serves, and is pinned.
     """
     path: Path | None = None
     problems: list[str] = []
@@ -69,15 +69,16 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
     unsafe = False
     override_problem = ""
     for number, candidate in enumerate(_candidates(environ)):
-        directory = Path(os.path.realpath(candidate))
+        directory = candidate
         problem = _create(candidate)
-        if not problem and (danger := why_unsafe(directory)):
-            directory, problem = _own_folder(directory)
+        danger = "" if problem else _why_not_trusted(candidate)
+        if danger:
+            directory, problem = _own_folder(candidate, danger)
             unsafe = unsafe or bool(problem)
             if not problem:
                 notes.append(f"{candidate} {danger}, so only {directory.name} in it is used")
-        if not problem and (problem := _pin(directory)):
-            unsafe = True
+        elif not problem:
+            directory = Path(os.path.realpath(candidate))
         problem = problem or _why_unreadable(directory)
         if number == 0 and problem and environ.get("BITLINEAR_CACHE_DIR"):
             override_problem = f"{candidate} {problem}"
@@ -103,58 +104,54 @@ def with_temporary(cache: CacheDirectory) -> CacheDirectory:
     if cache.path is not None:
         return cache
     try:
-        path = Path(tempfile.mkdtemp(prefix="bitlinear-")).resolve()
+        path = temporary_directory()
     except OSError as error:
         return replace(cache, reason=f"{cache.reason}; {error}")
-    problem = _pin(path)
+    return replace(cache, path=path, temporary=True, readable=(*cache.readable, path))
+
+
+def temporary_directory() -> Path:
+    """Make a private directory, which nobody else can replace and from which code can be loaded.
+
+    It vanishes when this process ends.
+
+    Raises:
+        OSError: There is none.
+    """
     owner = os.getpid()
 
-    def remove() -> None:
+    def remove(path: str) -> None:
         if os.getpid() == owner:  # not in a forked child
-            shutil.rmtree(at(path), ignore_errors=True)
-            with contextlib.suppress(OSError):
-                path.rmdir()
+            shutil.rmtree(path, ignore_errors=True)
 
-    atexit.register(remove)
-    if problem := problem or why_unusable(path):
-        return replace(cache, reason=f"{cache.reason}; {path} {problem}")
-    return replace(cache, path=path, temporary=True, readable=(*cache.readable, path))
+    problems = []
+    for parent in map(Path, dict.fromkeys((tempfile.gettempdir(), *_TEMPORARY))):
+        try:
+            problem = why_replaceable(parent / "new") or why_unusable(parent)
+            if not problem:
+                path = tempfile.mkdtemp(prefix="bitlinear-", dir=os.path.realpath(parent))
+                atexit.register(remove, path)
+                return Path(path)
+        except OSError as error:
+            problem = str(error.strerror)
+        problems.append(f"{parent}: {problem}")
+    raise OSError(f"no temporary directory ({'; '.join(problems)})")
 
 
 def closed_folder(path: Path) -> Path:
     """Make a folder in the cache that only this user can write to, or close one that is open.
 
     Raises:
-        OSError: It cannot be made or closed.
+        OSError: It cannot be made or closed, or it is not this user's or root's.
     """
     path.mkdir(mode=0o700, exist_ok=True)
     if why_unsafe(path):
-        path.chmod(0o700)
-        if problem := why_unsafe(path):  # root can close what belongs to others
+        with opened(path) as descriptor:
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                os.fchmod(descriptor, 0o700)
+        if problem := why_unsafe(path):
             raise PermissionError(errno.EPERM, problem, str(path))
     return path
-
-
-def why_unsafe(path: Path | int) -> str:
-    """Say why code in a directory, or a file, cannot be trusted; empty if it can.
-
-    It can if only this user or root can change it. A symbolic link must be theirs as well.
-
-    Args:
-        path: The path, or the descriptor of what is open.
-    """
-    if not hasattr(os, "geteuid"):
-        return ""
-    try:
-        status = os.stat(path)
-        owners = {status.st_uid, status.st_uid if isinstance(path, int) else os.lstat(path).st_uid}
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    for owner in owners - {os.geteuid(), _ROOT}:
-        return f"belongs to user {owner}, not to user {os.geteuid()}"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"can be written to by others (mode {stat.S_IMODE(status.st_mode):04o})"
-    return ""
 
 
 def _why_unreadable(directory: Path) -> str:
@@ -198,43 +195,42 @@ def _candidates(environ: Mapping[str, str]) -> Iterator[Path]:
 
 def _create(directory: Path) -> str:
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for parent in reversed(directory.parents):
+            with contextlib.suppress(FileExistsError):
+                parent.mkdir(mode=0o755)  # whatever the umask allows
+        directory.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         return f"cannot be created ({error.strerror})"
     return ""
 
 
-def _own_folder(directory: Path) -> tuple[Path, str]:
+def _why_not_trusted(directory: Path) -> str:
+    if problem := why_unsafe(directory):
+        return problem
+    problem = why_replaceable(directory)
+    return f"can be replaced by others ({problem})" if problem else ""
+
+
+def _own_folder(directory: Path, danger: str) -> tuple[Path, str]:
     """The folder of this user in a directory that others control, and why it cannot be used."""
-    problem = why_unsafe(directory)
+    directory = Path(os.path.realpath(directory))
     own = directory / f"user-{os.geteuid()}"
+    is_ours = False
     try:
-        own.mkdir(mode=0o700, exist_ok=True)
-    except FileExistsError:
-        pass  # a file, and refused as such
-    except OSError:
-        return directory, problem
-    try:
-        with opened(own) as descriptor:
-            if os.fstat(descriptor).st_uid != os.geteuid():
-                raise PermissionError
-            # Some volumes open every folder to a group when they are mounted. Nobody else can enter
-            # from here on, and an entry that was open to others does not count (see why_unsafe).
-            os.fchmod(descriptor, 0o700)
-    except OSError:
-        return directory, f"{problem}, and {own.name} in it is not this user's own folder"
-    return own, ""
-
-
-def _pin(directory: Path) -> str:
-    """Pin a directory if others could replace it; say why it cannot be trusted, if so."""
-    if not others_can_replace(directory):
-        return ""
-    try:
-        with opened(directory) as descriptor:
-            problem = why_unsafe(descriptor)
-            if not problem:
-                pin(directory, descriptor)
-            return problem
+        with opened(directory) as parent:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(own.name, mode=0o700, dir_fd=parent)
+            with opened(Path(own.name), parent) as descriptor:
+                is_ours = os.fstat(descriptor).st_uid == os.geteuid()
+                if is_ours:
+                    # Some volumes open every folder to a group when they are mounted. Nobody else
+                    # can enter from here on, and what was open to others does not count.
+                    os.fchmod(descriptor, 0o700)
+                    pin(own, descriptor)
+                    return own, ""
     except OSError as error:
-        return f"can be replaced by others, and cannot be pinned ({error.strerror})"
+        if is_ours:
+            return own, f"{danger}, and {own.name} in it cannot be pinned ({error})"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return own, danger
+    return own, f"{danger}, and {own.name} in it is not this user's own folder"

@@ -1,51 +1,33 @@
 """Directories that others could replace: opened once, then used through the open descriptor.
 
-Whoever owns a parent of a directory, or can write to it, can put another directory in its place at
-any moment, also between the check of a file and its use. A descriptor stays with the directory that
-was checked. File operations go through it, by way of ``/proc``.
+Whoever owns a directory above another one, or can write to it, can put something else in its place
+at any moment, also between the check of a file and its use. A descriptor stays with the directory
+that was checked. File operations go through it, by way of ``/proc``. Only this process has that
+path, and children that inherit the descriptor; a compiler, which starts others, works elsewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-_pinned: dict[Path, tuple[int, object]] = {}  # a descriptor, and what it must lead to
-
-
-def others_can_replace(path: Path) -> bool:
-    """Tell whether a user other than this one and root can rename a directory, or a parent of it.
-
-    Args:
-        path: An absolute path without symbolic links, to a directory of this user or of root.
-    """
-    return hasattr(os, "geteuid") and any(map(_others_control, path.parents))
-
-
-def _others_control(directory: Path) -> bool:
-    try:
-        status = directory.stat()
-    except OSError:
-        return True
-    if status.st_uid not in (os.geteuid(), 0):
-        return True
-    # In a sticky directory, only the owner of an entry can rename it.
-    is_open = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return bool(is_open) and not status.st_mode & stat.S_ISVTX
+_pinned: dict[Path, tuple[int, os.stat_result]] = {}  # a descriptor, and what it must lead to
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[int]:
+def opened(path: Path, parent: int | None = None) -> Iterator[int]:
     """Open a directory; the last part of its path is no symbolic link.
+
+    Args:
+        path: Its path, relative to ``parent`` if that is given.
+        parent: The descriptor of an open directory.
 
     Raises:
         OSError: It cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
     try:
         yield descriptor
     finally:
@@ -60,33 +42,37 @@ def pin(path: Path, descriptor: int) -> None:
         descriptor: What :func:`opened` gave; a copy is kept.
 
     Raises:
-        OSError: This system has no path to an open directory, or not for child processes.
+        OSError: This system has no path to an open directory.
     """
-    # The links of a process that has changed its user belong to root, and its children fail there.
-    if os.stat("/proc/self/fd").st_uid != os.geteuid():
-        raise PermissionError(errno.EPERM, "/proc/self/fd belongs to another user")
-    os.stat(f"{_link(descriptor)}/.")
-    identity = _identity(descriptor)
-    earlier, known = _pinned.get(path, (-1, None))
-    if known == identity == _identity(earlier):
-        return
-    _pinned[path] = os.dup(descriptor), identity
+    status = os.fstat(descriptor)
+    if not os.path.samestat(os.stat(f"{_link(descriptor)}/."), status):
+        raise OSError("/proc shows other processes than this one's")  # of another namespace
+    if not _is_pinned(path, status):
+        _pinned[path] = os.dup(descriptor), status
 
 
 def at(root: Path) -> Path:
     """Return the path that file operations in a directory of the cache must take.
-
-    It leads to the same directory in this process and in its children, while this process lives.
 
     Raises:
         OSError: This process has closed the descriptor.
     """
     if root not in _pinned:
         return root
-    descriptor, identity = _pinned[root]
-    if _identity(descriptor) != identity:
-        raise OSError(errno.EBADF, f"the descriptor of {root} was closed")
+    descriptor, status = _pinned[root]
+    if not _is_pinned(root, status):
+        raise OSError(f"the descriptor of {root} was closed")
     return Path(_link(descriptor))
+
+
+def is_pinned(root: Path) -> bool:
+    """Whether a directory is used through its descriptor."""
+    return root in _pinned
+
+
+def descriptors() -> list[int]:
+    """The descriptors that a child must inherit to follow the paths."""
+    return [descriptor for descriptor, _ in _pinned.values()]
 
 
 def shown(text: object) -> str:
@@ -98,12 +84,11 @@ def shown(text: object) -> str:
 
 
 def _link(descriptor: int) -> str:
-    return f"/proc/{os.getpid()}/fd/{descriptor}"
+    return f"/proc/self/fd/{descriptor}"
 
 
-def _identity(descriptor: int) -> tuple[int, int] | None:
-    try:
-        status = os.fstat(descriptor)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+def _is_pinned(path: Path, status: os.stat_result) -> bool:
+    # A program may have closed the descriptor, and the number may be that of another file.
+    with contextlib.suppress(KeyError, OSError):
+        return os.path.samestat(os.fstat(_pinned[path][0]), status)
+    return False

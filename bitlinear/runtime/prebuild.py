@@ -22,6 +22,7 @@ from .progress import announce
 from .provider import cuda_obstacle, tested, toolchain_obstacle
 from .rejection import Probe, Rejection, SettingError
 from .system import ProbeError
+from .trust import is_own_folder
 from .verdicts import select
 
 _CUDA_PREFIX = "cuda:"
@@ -156,7 +157,8 @@ def _open_to_readers(root: Path) -> None:
     entries = artifacts.entries(root)
     root = at(root)
     folders = {root, root / self_tests.FOLDER, *entries, *(entry.parent for entry in entries)}
-    files = [file for folder in folders - {root} if folder.is_dir() for file in folder.iterdir()]
+    folders = {root, *filter(is_own_folder, folders)}
+    files = [file for folder in folders - {root} for file in folder.iterdir()]
     for path in (*folders, *files):
         if path.is_symlink() or not path.exists():
             continue

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
-from .cache_directory import why_unsafe
 from .pinned import at
+from .trust import why_unsafe
 
 T = TypeVar("T")
 

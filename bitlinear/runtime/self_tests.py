@@ -17,10 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from .cache_directory import CacheDirectory, closed_folder, why_unsafe
+from .cache_directory import CacheDirectory, closed_folder
 from .failures import Failure
 from .pinned import at
 from .rejection import Probe
+from .trust import is_own_folder, why_unsafe
 
 FOLDER = ".self-tests"
 _KEEP = 256
@@ -70,8 +71,11 @@ def record(root: Path, sha256: str, hardware: str, result: Probe[str]) -> None:
 
 def prune(root: Path) -> None:
     """Delete old results."""
+    folder = at(root) / FOLDER
+    if not is_own_folder(folder):
+        return
     with contextlib.suppress(OSError):
-        files = sorted((at(root) / FOLDER).glob("*"), key=lambda file: -file.stat().st_mtime)
+        files = sorted(folder.glob("*"), key=lambda file: -file.stat().st_mtime)
         for file in files[_KEEP:]:
             if time.time() - file.stat().st_mtime > _KEEP_SECONDS:
                 file.unlink()
@@ -80,9 +84,9 @@ def prune(root: Path) -> None:
 def _read(root: Path, sha256: str, hardware: str) -> str | Failure | None:
     file = _file(root, sha256, hardware)
     try:
-        values = json.loads(file.read_bytes())
         if why_unsafe(file.parent) or why_unsafe(file):
             return None
+        values = json.loads(file.read_bytes())
         if (values["sha256"], values["hardware"]) != (sha256, hardware):
             return None
         return Failure.from_json(values["failure"]) if "failure" in values else values["result"]

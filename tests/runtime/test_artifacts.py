@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,9 @@ from bitlinear.runtime.hardware import Hardware, detect
 from bitlinear.runtime.rejection import Probe, Rejection
 
 HOUR = 3600.0
+as_root = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files to others"
+)
 
 
 @pytest.fixture(scope="module")
@@ -220,9 +224,7 @@ def test_a_failure_that_others_may_have_written_does_not_count(
     assert artifacts.find(opened(root), parts, can_build=True) is None
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files to others"
-)
+@as_root
 @pytest.mark.parametrize("name", ["..", "", "meta.json", "fast.so"])
 @pytest.mark.parametrize("is_link", [False, True])
 def test_an_entry_of_another_user_does_not_count(
@@ -238,9 +240,7 @@ def test_an_entry_of_another_user_does_not_count(
     assert find(root, parts, can_build=False) is None
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files to others"
-)
+@as_root
 @pytest.mark.parametrize("folder", ["fast", artifacts.STAGING])
 def test_nothing_is_written_into_a_folder_of_another_user(
     root: Path, parts: dict[str, str], folder: str
@@ -424,3 +424,37 @@ def test_cleaning_counts_only_what_is_gone(
     monkeypatch.setattr(artifacts, "remove", lambda path: path == stays or remove(path))
     assert artifacts.clean(root) == 1
     assert artifacts.entries(root) == [stays]
+
+
+@pytest.mark.parametrize("is_others", [False, pytest.param(True, marks=as_root)])
+def test_links_in_the_cache_are_not_followed_to_delete_or_change(
+    root: Path, tmp_path: Path, parts: dict[str, str], is_others: bool
+) -> None:
+    """Somebody may have laid them while the directory was open to others."""
+    home = tmp_path / "home"
+    (home / "folder").mkdir(parents=True)
+    home.chmod(0o750)
+    for number in range(300):
+        (home / f"{number}.json").touch()
+    another = tmp_path / "another"
+    another.mkdir()
+    entry = publish(another, parts).directory
+    for path in (*home.iterdir(), home / "folder", entry):
+        os.utime(path, (0, 0))
+    for name in (artifacts.STAGING, self_tests.FOLDER, "library"):
+        link = root / name
+        link.symlink_to(another / "fast" if name == "library" else home)
+        if is_others:
+            os.lchown(link, 65534, 65534)
+    now = time.time()
+    artifacts.prune(root, now)
+    assert artifacts.entries(root) == []
+    with contextlib.suppress(OSError):
+        self_tests.record(root, "hash", "hardware", Probe("passed"))
+    with contextlib.suppress(OSError):
+        artifacts.remove(artifacts.new_staging(root))
+    artifacts.clean(root)
+    assert entry.is_dir()
+    assert len([file for file in home.iterdir() if file.name[0].isdigit()]) >= 300
+    assert (home / "folder").is_dir()
+    assert home.stat().st_mode & 0o777 == 0o750

@@ -47,6 +47,16 @@ def test_a_free_lock_is_taken_in_silence(tmp_path: Path, capfd: pytest.CaptureFi
     assert capfd.readouterr().err == ""
 
 
+def test_a_link_in_its_place_is_not_opened(tmp_path: Path) -> None:
+    """Old versions of filelock would empty the file that it leads to."""
+    other = tmp_path / "other"
+    other.write_text("text")
+    (tmp_path / ".lock").symlink_to(other)
+    with build_lock(tmp_path), hold_in_vain(tmp_path) as holder:
+        assert holder.wait(10) == 1
+    assert other.read_text() == "text"
+
+
 def hold_in_vain(root: Path) -> subprocess.Popen[str]:
     """A process that fails if it does not get the lock at once."""
     script = _HOLD.replace('"/.lock")', '"/.lock", timeout=0)')

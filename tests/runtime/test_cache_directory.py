@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
@@ -21,10 +22,10 @@ from bitlinear.runtime import cache_directory
 from bitlinear.runtime.cache_directory import (
     CacheDirectory,
     open_cache,
-    why_unsafe,
     why_unusable,
     with_temporary,
 )
+from bitlinear.runtime.trust import why_unsafe
 
 NOBODY = 65534
 PR_SET_DUMPABLE = 4
@@ -77,6 +78,7 @@ def test_nowhere_to_write_gives_a_private_temporary_directory(
     assert found.path in found.readable
     assert stat.S_IMODE(found.path.stat().st_mode) == 0o700
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nonexistent")
+    monkeypatch.setattr(cache_directory, "_TEMPORARY", ())
     assert cache_directory.with_temporary(none).path is None
 
 
@@ -84,7 +86,7 @@ def test_the_exit_of_another_process_keeps_the_temporary_directory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     at_exit: list[Callable[[], None]] = []
-    monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setattr(atexit, "register", lambda *call: at_exit.append(partial(*call)))
     found = cache_directory.with_temporary(CacheDirectory(None, "no reason")).path
     (remove,) = at_exit
     assert found is not None
@@ -316,6 +318,44 @@ def test_root_is_not_caught_in_a_directory_of_another_user(
     assert stat.S_IMODE(own.stat().st_mode) == stat.S_IMODE(target.stat().st_mode) == 0o755
 
 
+@as_root
+def test_a_link_of_another_user_leads_to_an_own_folder(shared: Path) -> None:
+    """It may lead to a directory of root that is no cache."""
+    private = shared / "private"
+    private.mkdir(mode=0o700)
+    (private / "key").touch()
+    (shared / "link").symlink_to("private")
+    os.lchown(shared / "link", NOBODY, NOBODY)
+    found = open_cache({"BITLINEAR_CACHE_DIR": str(shared / "link")})
+    assert found.path == private / "user-0"
+    assert found.readable == (found.path,)
+    assert f"belongs to user {NOBODY}" in found.note
+    assert sorted(path.name for path in private.iterdir()) == ["key", "user-0"]
+
+
+@as_root
+def test_a_directory_inside_that_of_another_user(shared: Path) -> None:
+    """The other user can put another one in its place."""
+    mine = shared / "mine"
+    mine.mkdir(mode=0o700)
+    os.chown(shared, NOBODY, NOBODY)
+    found = open_cache({"BITLINEAR_CACHE_DIR": str(mine)})
+    assert found.path == mine / "user-0"
+    assert f"can be replaced by others ({shared} belongs to user {NOBODY})" in found.note
+
+
+@as_root
+def test_a_temporary_directory_of_another_user_is_not_used(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.chown(shared, NOBODY, NOBODY)
+    monkeypatch.setattr(tempfile, "tempdir", str(shared))
+    found = with_temporary(CacheDirectory(None, "no home")).path
+    assert found is not None
+    assert found.parent == Path("/tmp")
+    assert not list(shared.iterdir())
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702, 0o1777])
 def test_others_may_write(tmp_path: Path, mode: int) -> None:
     """Also to a directory of this user's own."""
@@ -428,8 +468,9 @@ def test_a_temporary_directory_without_space_is_not_used(
     monkeypatch.setattr(cache_directory, "why_unusable", lambda directory: "is mounted noexec")
     found = with_temporary(CacheDirectory(None, "no home"))
     assert (found.path, found.temporary, found.readable) == (None, False, ())
-    assert found.reason.startswith(f"no home; {tmp_path}/bitlinear-")
-    assert found.reason.endswith(" is mounted noexec")
+    assert found.reason.startswith(
+        f"no home; no temporary directory ({tmp_path}: is mounted noexec; /tmp: is mounted noexec"
+    )
 
 
 def test_a_cache_that_can_be_written_to_needs_no_temporary_directory(tmp_path: Path) -> None:

@@ -210,6 +210,8 @@ def test_nothing_but_the_cache_is_opened_to_readers(ready: Path, tmp_path: Path)
     entry = next(ready.glob("kernel0/*"))
     (entry / "link").symlink_to(outside)
     (entry / "dangling").symlink_to(tmp_path / "nowhere")
+    shutil.rmtree(ready / "operator")
+    (ready / "operator").symlink_to(secret.parent)
     prebuild._open_to_readers(ready)
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
     assert stat.S_IMODE(secret.parent.stat().st_mode) == 0o700

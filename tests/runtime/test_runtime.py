@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bitlinear import runtime
-from bitlinear.runtime import artifacts, build_environment, children
+from bitlinear.runtime import artifacts, build_environment, cache_directory, children
 from bitlinear.runtime.hardware import detect
 from bitlinear.runtime.rejection import rejected
 from tests.runtime.stand_ins import (
@@ -290,6 +290,7 @@ def test_nowhere_to_write_at_all(
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/proc/nonexistent")
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nonexistent")
+    monkeypatch.setattr(cache_directory, "_TEMPORARY", ())
     fresh.touch()
     with pytest.warns(RuntimeWarning, match="no place to compile.*BITLINEAR_CACHE_DIR"):
         loaded = stand_ins(tmp_path / "sources").load()
