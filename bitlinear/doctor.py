@@ -14,9 +14,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .arguments import QUANT_TYPES
 from .kernels import DIRECTORY, VARIANTS
 from .report import BROKEN, FALLBACK, OK, Report, redact
 from .runtime import Runtime, artifacts, current, parallel_threads
@@ -88,8 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
             return exit_code
         rest = [f"--{name}" for name in ("json", "verbose") if getattr(options, name)]
         # A process cannot load the operator twice, so a new process examines the new one.
-        flags = ["-P"] if getattr(sys.flags, "safe_path", False) else []
-        return subprocess.call([sys.executable, *flags, "-m", "bitlinear.doctor", *rest])
+        return subprocess.call(
+            [sys.executable, *_interpreter_flags(), "-m", "bitlinear.doctor", *rest]
+        )
     if options.prebuild is not None:
         return _prebuild(options.prebuild, options.json, options.verbose)
     found = report(options.verbose)
@@ -100,6 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return found.exit_code
+
+
+def _interpreter_flags() -> list[str]:
+    """The options that restrict where this Python imports from."""
+    flags = {"isolated": "-I", "safe_path": "-P", "no_user_site": "-s", "ignore_environment": "-E"}
+    return [flag for name, flag in flags.items() if getattr(sys.flags, name, False)]
 
 
 # --- Actions -------------------------------------------------------------------------------------
@@ -187,16 +196,22 @@ def _run_operator(device: str = "cpu") -> str:
     codes = torch.randint(0, 3, (N, (K + 3) // 4, 4), generator=generator)
     codes[:, -1, K % 4 :] = 1  # the slots past K
     w_packed = (codes * torch.tensor([64, 16, 4, 1])).sum(-1).to(torch.uint8)
-    w_scale, bias = torch.tensor([0.02]), torch.randn(N, generator=generator)
+    scales = torch.rand(N, 1, generator=generator) + 0.01
+    bias = torch.randn(N, generator=generator)
+    different = 0
     try:
-        expected = ops.reference_linear(x, w_packed, w_scale, bias, K)
-        arguments = (tensor.to(device) for tensor in (x, w_packed, w_scale, bias))
-        found = torch.ops.bitlinear.linear(*arguments, K).cpu()
+        for quant_type in QUANT_TYPES.values():
+            w_scale = scales if quant_type.group_size else scales[0]
+            rest: Any = (K, 1e-6, 0, quant_type.act_bits)
+            expected = ops.reference_linear(x, w_packed, w_scale, bias, *rest)
+            arguments = (tensor.to(device) for tensor in (x, w_packed, w_scale, bias))
+            found = torch.ops.bitlinear.linear(*arguments, *rest).cpu()
+            different += int((found != expected).sum())
     except Exception as error:  # any error belongs in the report
         return f"fails on {device}: {type(error).__name__}: {error}"
-    different = int((found != expected).sum())
     if different:
-        return f"{different} of {M * N} results differ from the reference on {device}"
+        count = M * N * len(QUANT_TYPES)
+        return f"{different} of {count} results differ from the reference on {device}"
     return ""
 
 

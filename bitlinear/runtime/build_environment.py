@@ -9,7 +9,7 @@ import shlex
 import tempfile
 from pathlib import Path
 
-from .cache_directory import why_unusable
+from .cache_directory import temporary_parents, why_unusable
 from .children import child_environment, import_path
 from .hardware import Hardware
 from .trust import why_replaceable
@@ -26,10 +26,10 @@ def plain_directory(staging: Path) -> Path:
         OSError: No directory will do.
     """
     problems = []
-    for parent in (str(staging), tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
+    for parent in map(str, (staging, *temporary_parents())):
         if os.name == "posix" and not _is_plain(parent):
             problems.append(f"{parent} has characters that ninja cannot read")
-        elif problem := why_replaceable(Path(parent, "new")):
+        elif problem := why_replaceable(Path(parent), entries=True):
             problems.append(f"{parent} can be changed by others: {problem}")
         elif problem := why_unusable(Path(parent)):
             problems.append(f"{parent} {problem}")

@@ -44,7 +44,7 @@ def _acquire(root: Path, seconds: float, held: contextlib.ExitStack) -> None:
     if file.is_symlink():  # opening it would empty another file
         with contextlib.suppress(OSError):
             file.unlink()
-    lock = FileLock(file)
+    lock = FileLock(file, mode=0o600)  # who can open it can hold it
     try:
         try:
             held.enter_context(lock.acquire(min(_SILENT_SECONDS, seconds), _POLL_SECONDS))

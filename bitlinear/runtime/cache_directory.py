@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .pinned import at, opened, pin
-from .trust import why_replaceable, why_unsafe
+from .trust import leads_through_foreign_link, why_replaceable, why_unsafe
 
 _TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm")
 _FILES = 8  # as many as are open at once; a process may be limited
@@ -71,7 +71,7 @@ def open_cache(environ: Mapping[str, str] = os.environ) -> CacheDirectory:
     for number, candidate in enumerate(_candidates(environ)):
         directory = candidate
         problem = _create(candidate)
-        danger = "" if problem else _why_not_trusted(candidate)
+        danger = "" if problem else why_not_trusted(candidate)
         if danger:
             directory, problem = _own_folder(candidate, danger)
             unsafe = unsafe or bool(problem)
@@ -125,9 +125,9 @@ def temporary_directory() -> Path:
             shutil.rmtree(path, ignore_errors=True)
 
     problems = []
-    for parent in map(Path, dict.fromkeys((tempfile.gettempdir(), *_TEMPORARY))):
+    for parent in temporary_parents():
         try:
-            problem = why_replaceable(parent / "new") or why_unusable(parent)
+            problem = why_replaceable(parent, entries=True) or why_unusable(parent)
             if not problem:
                 path = tempfile.mkdtemp(prefix="bitlinear-", dir=os.path.realpath(parent))
                 atexit.register(remove, path)
@@ -136,6 +136,15 @@ def temporary_directory() -> Path:
             problem = str(error.strerror)
         problems.append(f"{parent}: {problem}")
     raise OSError(f"no temporary directory ({'; '.join(problems)})")
+
+
+def temporary_parents() -> list[Path]:
+    """The usual places for temporary files, best first."""
+    chosen = os.environ.get("TMPDIR", "")
+    # tempfile writes to a directory before it recommends it.
+    if os.path.isabs(chosen) and os.path.exists(chosen) and why_replaceable(Path(chosen), True):
+        return [Path(chosen), *map(Path, _TEMPORARY)]
+    return [*map(Path, dict.fromkeys((tempfile.gettempdir(), *_TEMPORARY)))]
 
 
 def closed_folder(path: Path) -> Path:
@@ -204,19 +213,23 @@ def _create(directory: Path) -> str:
     return ""
 
 
-def _why_not_trusted(directory: Path) -> str:
-    if problem := why_unsafe(directory):
-        return problem
-    problem = why_replaceable(directory)
-    return f"can be replaced by others ({problem})" if problem else ""
+def why_not_trusted(directory: Path) -> str:
+    """Say why code in a directory, which is not pinned, cannot be trusted; empty if it can."""
+    # The way first: if it is safe, its end stays what it is.
+    if problem := why_replaceable(directory):
+        return why_unsafe(directory) or f"can be replaced by others ({problem})"
+    return why_unsafe(directory)
 
 
 def _own_folder(directory: Path, danger: str) -> tuple[Path, str]:
     """The folder of this user in a directory that others control, and why it cannot be used."""
-    directory = Path(os.path.realpath(directory))
+    if leads_through_foreign_link(directory):
+        return directory, f"{danger}, and a link of another user leads to it"
     own = directory / f"user-{os.geteuid()}"
     is_ours = False
     try:
+        directory = Path(os.path.realpath(directory))
+        own = directory / own.name
         with opened(directory) as parent:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(own.name, mode=0o700, dir_fd=parent)

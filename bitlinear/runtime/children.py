@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .rejection import Probe, rejected
 from .system import ProbeError, command_output
+from .trust import belongs_to_others
 
 _MARK = "BITLINEAR_CHILD"  # set in children, which start no children of their own
 _SECONDS = 5.0  # an interpreter answers within milliseconds
@@ -63,6 +64,10 @@ def child_environment() -> dict[str, str]:
     # A self-test must not depend on OMP_*.
     dropped = ("OMP_", "KMP_", "GOMP_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    # Compilers and ccache obey the configuration files that lie there.
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        if belongs_to_others(environment.get(name, "")):
+            environment.update({name: os.devnull, "CCACHE_DISABLE": "1"})
     # If the child imports this package after all, that import must not start children.
     return {**environment, _MARK: "1", "BITLINEAR_BUILD": "off"}
 

@@ -10,11 +10,11 @@ from types import MappingProxyType
 from ..kernels import CudaLibrary, Library, Variant
 from .artifacts import Artifact
 from .build_lock import build_lock
-from .cache_directory import CacheDirectory, why_unusable, with_temporary
+from .cache_directory import CacheDirectory, why_not_trusted, why_unusable, with_temporary
 from .cuda_arch import targets
 from .hardware import Hardware
 from .loader import Loader
-from .pinned import at, shown
+from .pinned import at, is_pinned, shown
 from .progress import announce
 from .provider import CacheUnusableError, LibraryProvider, build_obstacle
 from .rejection import Probe, Rejection
@@ -171,6 +171,10 @@ def _resolve_in(request: Request, cache: CacheDirectory, loader: Loader) -> Runt
     # The warm path looks everything up without a lock. If something is missing, the cold path takes
     # the lock, looks again and builds the rest.
     obstacle = _forbidden(request) or build_obstacle(request.hardware)
+    for root in cache.readable:
+        # Somebody may have taken its place since an earlier call.
+        if not is_pinned(root) and root.exists() and (problem := why_not_trusted(root)):
+            cache = cache.without(root, problem)
     lookup = LibraryProvider(request.directory, request.hardware, cache, obstacle)
     warm = _try_resolve(request, lookup, loader)
     if warm is not None:

@@ -319,18 +319,22 @@ def test_root_is_not_caught_in_a_directory_of_another_user(
 
 
 @as_root
-def test_a_link_of_another_user_leads_to_an_own_folder(shared: Path) -> None:
-    """It may lead to a directory of root that is no cache."""
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_link_of_another_user_is_not_followed(
+    shared: Path, prepared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may lead to what root has unpacked: a folder with the right name and others' content."""
+    monkeypatch.setenv("HOME", "/proc/nonexistent")
     private = shared / "private"
     private.mkdir(mode=0o700)
-    (private / "key").touch()
+    if prepared:
+        (private / "user-0").mkdir()
     (shared / "link").symlink_to("private")
     os.lchown(shared / "link", NOBODY, NOBODY)
-    found = open_cache({"BITLINEAR_CACHE_DIR": str(shared / "link")})
-    assert found.path == private / "user-0"
-    assert found.readable == (found.path,)
-    assert f"belongs to user {NOBODY}" in found.note
-    assert sorted(path.name for path in private.iterdir()) == ["key", "user-0"]
+    for name in ("link", "link/cache"):
+        found = open_cache({"BITLINEAR_CACHE_DIR": str(shared / name)})
+        assert (found.path, found.readable, found.unsafe) == (None, (), True)
+        assert "a link of another user leads to it" in found.override_problem
 
 
 @as_root
@@ -349,11 +353,18 @@ def test_a_temporary_directory_of_another_user_is_not_used(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     os.chown(shared, NOBODY, NOBODY)
-    monkeypatch.setattr(tempfile, "tempdir", str(shared))
-    found = with_temporary(CacheDirectory(None, "no home")).path
-    assert found is not None
-    assert found.parent == Path("/tmp")
-    assert not list(shared.iterdir())
+    for name in ("shared", "link"):
+        chosen = shared if name == "shared" else shared.with_name("link")
+        if name == "link":  # to a directory in which only root may write
+            chosen.symlink_to(shared.with_name("roots"))
+            shared.with_name("roots").mkdir()
+            os.lchown(chosen, NOBODY, NOBODY)
+        monkeypatch.setenv("TMPDIR", str(chosen))
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        found = with_temporary(CacheDirectory(None, "no home")).path
+        assert found is not None
+        assert found.parent == Path("/tmp")
+        assert not list(chosen.iterdir())
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702, 0o1777])

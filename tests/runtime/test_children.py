@@ -461,3 +461,19 @@ def test_a_working_directory_that_was_deleted(
     monkeypatch.syspath_prepend("")
     gone.rmdir()
     assert str(Path(torch.__file__).parents[1]) in children.import_path()
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files to others"
+)
+def test_children_do_not_obey_files_of_other_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under sudo, which may keep HOME: ccache runs what its configuration there says."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("CCACHE_DISABLE", raising=False)
+    assert children.child_environment()["HOME"] == str(tmp_path)
+    os.chown(tmp_path, 65534, 65534)
+    environment = children.child_environment()
+    assert environment["HOME"] == os.devnull
+    assert environment["CCACHE_DISABLE"] == "1"

@@ -213,3 +213,19 @@ def test_a_cache_that_is_replaced_during_an_import(
     assert sorted(file.name for file in folder.rglob("*")) == sorted(
         file.name for file in evil.rglob("*")
     )
+
+
+@as_root
+@pytest.mark.slow
+def test_a_cache_that_has_changed_hands_is_given_up(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long-lived process may compile again much later."""
+    stand_ins(tmp_path / "sources", ("good", "good")).load()
+    before = sorted(fresh.rglob("*"))
+    os.chown(fresh, NOBODY, NOBODY)
+    loaded = runtime.activate("kernel1")
+    assert loaded.kernel == "kernel1"
+    assert loaded.cache.temporary
+    assert f"belongs to user {NOBODY}" in loaded.cache.reason
+    assert sorted(fresh.rglob("*")) == before
