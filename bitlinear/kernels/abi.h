@@ -6,29 +6,38 @@
 
 #include "portability.h"
 
-#define BITLINEAR_ABI_VERSION 4
+#define BITLINEAR_ABI_VERSION 5
 
 // Sums are int32. The codes of the most significant plane of a packed byte are 64 times too large
 // (see gemv.h), so |acc| <= 127 * 2 * 64 * K / 4, which is below 2^31 for K < 528,000.
 #define BITLINEAR_MAX_K 500000
 
+// Activations of 16 bits, in -32385 .. 32385, are two rows of int8, a high and a low one:
+// q16 = 254 * high + low, with both in -127 .. 127. They take the same kernels as two tokens.
+#define BITLINEAR_HIGH_WEIGHT 254
+// round(q16 * this) is a high row: a little less than 1 / 254, so that 32385, at 127.5, gives 127.
+// Other values at ties may go either way.
+#define BITLINEAR_HIGH_FACTOR (0.99999905f / 254.0f)
+static inline int64_t bitlinear_rows_per_token(int64_t act_bits) { return act_bits / 8; }
+
 enum bitlinear_dtype { BITLINEAR_F32 = 0, BITLINEAR_F16 = 1, BITLINEAR_BF16 = 2 };
 
 // One rectangle y[0:M, n_begin:n_end] of y = epilogue(q @ w^T). Strides count elements, not bytes.
 struct bitlinear_task {
+  int64_t act_bits;      // 8, or 16: two rows of q per token
   const int8_t* q;       // (M, q_stride): activations as quantize_row wrote them
   int64_t q_stride;      // bitlinear_q_stride(kernels, K)
-  const float* s_x;      // (M,) scale of each token; NaN makes that row of y NaN
+  const float* s_x;      // scale of each token; NaN makes that row of y NaN
   const int32_t* q_sum;  // (M,) sum of q over k
-  int64_t M;
-  const uint8_t* w;   // (N, row_bytes): packed weights, format version 1
-  int64_t row_bytes;  // ceil(K / 4)
+  int64_t M;             // rows of q: tokens, or twice as many
+  const uint8_t* w;      // (N, row_bytes): packed weights, format version 1
+  int64_t row_bytes;     // ceil(K / 4)
   const float* s_w;
   int64_t s_w_stride;  // 0: one scale per tensor; 1: one per output channel
   const void* bias;    // (N,) or null
   int bias_dtype;
   int64_t n_begin, n_end;
-  void* y;  // (M, y_stride)
+  void* y;  // (tokens, y_stride)
   int64_t y_stride;
   int y_dtype;
   void* scratch;  // scratch_bytes() bytes at a multiple of 64, which no other call uses
@@ -50,14 +59,14 @@ struct bitlinear_kernel_table {
   // Packed bytes per block of the activations' layout: the byte width of the variant's vectors, a
   // multiple of 16.
   int64_t block;
-  // Quantises one token x[0:K] of `dtype` to q, its scale and its sum. Writes all
-  // bitlinear_q_stride bytes of q. Layout of q: blocks of 4 * block bytes; byte j * block + b of a
-  // block belongs to k = 4 * (block_index * block + b) + j; zero beyond K.
-  void (*quantize_row)(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x,
-                       int32_t* q_sum);
+  // Quantises one token x[0:K] of `dtype` to one or two rows of q, its scale, and the sum of each
+  // row. Writes bitlinear_q_stride bytes to each row. Layout of q: blocks of 4 * block bytes; byte
+  // j * block + b of a block belongs to k = 4 * (block_index * block + b) + j; zero beyond K.
+  void (*quantize_row)(const void* x, int dtype, int64_t K, float eps, int64_t act_bits, int8_t* q,
+                       int64_t q_stride, float* s_x, int32_t* q_sum);
   // Computes the rectangle of the task.
   void (*linear)(const bitlinear_task* task);
-  // The bytes of scratch memory for a task of at most M tokens.
+  // The bytes of scratch memory for a task of at most M rows of q.
   int64_t (*scratch_bytes)(int64_t M, int64_t row_bytes);
   bitlinear_costs costs;
 
@@ -70,8 +79,9 @@ struct bitlinear_kernel_table {
   void (*pack_row)(const void* w, int dtype, int64_t K, float s_w, uint8_t* packed);
   // The inverse of pack_row: w[0:K] in {-s_w, 0, s_w}.
   void (*expand_row)(const uint8_t* packed, int64_t K, float s_w, float* w);
-  // As quantize_row, but q[0:K] has the order of x.
-  void (*quantize_in_order)(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x);
+  // As quantize_row, but q[0:K] has the order of x, and holds int8 or int16.
+  void (*quantize_in_order)(const void* x, int dtype, int64_t K, float eps, int64_t act_bits,
+                            void* q, float* s_x);
 };
 
 // An odd number of cache lines. Rows a power of two apart would compete for the same cache sets.

@@ -58,11 +58,17 @@ inline void check_device(const at::Tensor& x, const char* name, const at::Tensor
       x.device(), " and ", name, " is on ", other.device(), ": move one of them with .to(device)");
 }
 
-inline void check_eps(double eps) {
-  TORCH_CHECK_VALUE(eps >= 2e-36 && eps <= 1e18,
-                    "bitlinear: eps must be between 2e-36 and 1e+18 (eps / 127, 127 / eps and "
-                    "eps * eps have to fit float32), but it is ",
-                    eps);
+inline void check_eps(double eps, int64_t act_bits = 8) {
+  const double least = act_bits == 8 ? 2e-36 : 4e-34;
+  const int largest = act_bits == 8 ? 127 : 32385;
+  TORCH_CHECK_VALUE(eps >= least && eps <= 1e18, "bitlinear: eps must be between ", least,
+                    " and 1e+18 (eps / ", largest, ", ", largest,
+                    " / eps and eps * eps have to fit float32), but it is ", eps);
+}
+
+inline void check_act_bits(int64_t act_bits) {
+  TORCH_CHECK_VALUE(act_bits == 8 || act_bits == 16,
+                    "bitlinear: act_bits must be 8 or 16, but it is ", act_bits);
 }
 
 inline void check_dtype(const at::Tensor& x) {
@@ -78,13 +84,12 @@ inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
                             at::ScalarType out_dtype) {
   TORCH_CHECK_NOT_IMPLEMENTED(group_size == 0, "bitlinear: group_size = ", group_size,
                               " is reserved for a later version: use 0");
-  TORCH_CHECK_NOT_IMPLEMENTED(act_bits == 8, "bitlinear: act_bits = ", act_bits,
-                              " is reserved for a later version: use 8");
+  check_act_bits(act_bits);
   TORCH_CHECK_VALUE(in_features >= 1 && in_features <= BITLINEAR_MAX_K,
                     "bitlinear: in_features must be between 1 and ", BITLINEAR_MAX_K,
                     " (where int32 sums are exact), but it is ", in_features,
                     ": split the layer along in_features");
-  check_eps(eps);
+  check_eps(eps, act_bits);
   check_dtype(x);
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == in_features,
                     "bitlinear: the last dimension of x must be in_features = ", in_features,
@@ -123,8 +128,15 @@ inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
   }
 }
 
-inline void check_weight(const at::Tensor& weight, double eps) {
+// Whether each row of a weight has a scale of its own.
+inline bool has_row_scales(int64_t group_size) { return group_size == -1; }
+
+inline void check_weight(const at::Tensor& weight, double eps, int64_t group_size) {
   check_eps(eps);
+  TORCH_CHECK_NOT_IMPLEMENTED(group_size == 0 || has_row_scales(group_size),
+                              "bitlinear: group_size = ", group_size,
+                              " is reserved for a later version: use 0 for one scale per tensor, "
+                              "-1 for one per output feature");
   TORCH_CHECK_VALUE(weight.dim() == 2 && at::isFloatingType(weight.scalar_type()),
                     "bitlinear: weight must be floating point, of shape (N, K), but it is ",
                     dtype_name(weight.scalar_type()), " of shape ", weight.sizes());
@@ -145,11 +157,15 @@ inline void check_packed(const at::Tensor& w_packed, int64_t in_features,
                     ") for in_features = ", in_features, ", but it is ",
                     dtype_name(w_packed.scalar_type()), " of shape ", w_packed.sizes());
   if (w_scale.has_value()) {
-    TORCH_CHECK_VALUE(w_scale->scalar_type() == at::ScalarType::Float && w_scale->numel() == 1 &&
-                          w_scale->device() == w_packed.device(),
-                      "bitlinear: w_scale must be float32, of shape (1,), on ", w_packed.device(),
-                      ", but it is ", dtype_name(w_scale->scalar_type()), " of shape ",
-                      w_scale->sizes(), " on ", w_scale->device());
+    const bool is_single = w_scale->dim() == 1 && w_scale->size(0) == 1;
+    const bool is_per_row =
+        w_scale->dim() == 2 && w_scale->size(0) == w_packed.size(0) && w_scale->size(1) == 1;
+    TORCH_CHECK_VALUE(w_scale->scalar_type() == at::ScalarType::Float &&
+                          (is_single || is_per_row) && w_scale->device() == w_packed.device(),
+                      "bitlinear: w_scale must be float32, of shape (1,) or (", w_packed.size(0),
+                      ", 1), on ", w_packed.device(), ", but it is ",
+                      dtype_name(w_scale->scalar_type()), " of shape ", w_scale->sizes(), " on ",
+                      w_scale->device());
   }
   check_output_dtype(dtype);
 }
@@ -159,19 +175,33 @@ inline void check_quantized(const at::Tensor& q, const at::Tensor& s_x, at::Scal
                        s_x.sizes().slice(0, q.dim() - 1) == q.sizes().slice(0, q.dim() - 1) &&
                        s_x.device() == q.device();
   TORCH_CHECK_VALUE(
-      matches && q.scalar_type() == at::ScalarType::Char &&
+      matches &&
+          (q.scalar_type() == at::ScalarType::Char || q.scalar_type() == at::ScalarType::Short) &&
           s_x.scalar_type() == at::ScalarType::Float,
-      "bitlinear: q must be int8, of shape (..., K), and s_x float32, of shape (..., 1) on the "
+      "bitlinear: q must be int8 or int16, of shape (..., K), and s_x float32, of shape (..., 1) "
+      "on the "
       "same device, but they are ",
       dtype_name(q.scalar_type()), " of shape ", q.sizes(), " on ", q.device(), " and ",
       dtype_name(s_x.scalar_type()), " of shape ", s_x.sizes(), " on ", s_x.device());
   check_output_dtype(dtype);
 }
 
-inline void check_tokens(const at::Tensor& x, double eps) {
-  check_eps(eps);
+inline void check_tokens(const at::Tensor& x, double eps, int64_t act_bits) {
+  check_act_bits(act_bits);
+  check_eps(eps, act_bits);
   check_dtype(x);
   TORCH_CHECK_VALUE(x.dim() > 0, "bitlinear: x must have shape (..., K), but it has no dimension");
+}
+
+// The type of quantised activations.
+inline at::ScalarType integer_type(int64_t act_bits) {
+  return act_bits == 8 ? at::ScalarType::Char : at::ScalarType::Short;
+}
+
+// The shape of the scale of a weight.
+inline c10::SmallVector<int64_t, 2> scale_shape(const at::Tensor& weight, int64_t group_size) {
+  if (has_row_scales(group_size)) return {weight.size(0), 1};
+  return {1};
 }
 
 // The tensor, contiguous and in a dtype that the kernels read.

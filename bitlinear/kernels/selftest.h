@@ -32,6 +32,7 @@ struct Case {
   Data data;
   int64_t n_begin;                  // the variant computes columns [n_begin, N) and writes no other
   bool flushes_subnormals = false;  // the calling thread flushes subnormal numbers to zero
+  int64_t act_bits = 8;
 };
 
 // A random generator of our own, so that every machine runs the same cases.
@@ -120,7 +121,8 @@ inline std::string describe(const Case& c) {
          " per_channel=" + std::to_string(c.per_channel) +
          " data=" + std::to_string(static_cast<int>(c.data)) +
          " n_begin=" + std::to_string(c.n_begin) +
-         " flushes=" + std::to_string(c.flushes_subnormals);
+         " flushes=" + std::to_string(c.flushes_subnormals) +
+         " act_bits=" + std::to_string(c.act_bits);
 }
 
 // The operands of a case. They follow from the seed, so every kernel gets the same.
@@ -147,10 +149,10 @@ inline Operands::Operands(const Case& c, uint64_t seed)
   Random random{seed * 2654435761u + 1};
   // The smallest normal number of the dtype.
   const float tiny = c.dtype == BITLINEAR_F16 ? 0x1p-14f : 0x1p-126f;
-  if (c.data == Data::kSubnormal) eps = 2e-36f;
+  if (c.data == Data::kSubnormal) eps = c.act_bits == 8 ? 2e-36f : 4e-34f;
   for (int64_t i = 0; i < c.M * c.K; ++i) {
     float value = random.uniform() * 3.0f;
-    if (c.data == Data::kLargestSums) value = 1.0f;  // every q is 127
+    if (c.data == Data::kLargestSums) value = 1.0f;  // every q is 127, or 32385
     if (c.data == Data::kZero) value = 0.0f;
     // A quarter of the values are normal: subnormal values beside them count too.
     if (c.data == Data::kSubnormal) value *= i % 4 == 0 ? 100 * tiny : 0.3f * tiny;
@@ -194,14 +196,15 @@ class Expected {
       finite_ = finite_ && isfinite(value);
       absmax = fabsf(value) > absmax ? fabsf(value) : absmax;
     }
-    const float inv = 127.0f / absmax;
-    s_x_ = absmax / 127.0f;
+    const float max = operands.shape.act_bits == 8 ? 127.0f : 254.0f * 127.0f + 127.0f;
+    const float inv = max / absmax;
+    s_x_ = absmax / max;
     for (int64_t k = 0; k < K; ++k) {
       // Volatile: excess precision or contraction would merge the two roundings.
       const volatile float scaled = values[k] * inv;
       const float rounded = nearbyintf(scaled);
       q_[k] = finite_
-                  ? static_cast<int32_t>(rounded > 127 ? 127 : (rounded < -127 ? -127 : rounded))
+                  ? static_cast<int32_t>(rounded > max ? max : (rounded < -max ? -max : rounded))
                   : 0;
     }
   }
@@ -266,13 +269,13 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
   std::vector<uint8_t> packed(static_cast<size_t>(operands.row_bytes), 99);
   std::vector<float> w(static_cast<size_t>(c.K));
   const float scale = c.data == Data::kSubnormal ? 0x1p-140f : 0.3f;
-  std::vector<int8_t> q(static_cast<size_t>(c.K), 99);
+  std::vector<int8_t> q(static_cast<size_t>(c.K * bitlinear_rows_per_token(c.act_bits)), 99);
   float s_x = 0.0f;
   {
     const SubnormalScope scope(mode);
     kernels.pack_row(row.data(), c.dtype, c.K, s_w, packed.data());
     kernels.expand_row(packed.data(), c.K, scale, w.data());
-    kernels.quantize_in_order(row.data(), c.dtype, c.K, operands.eps, q.data(), &s_x);
+    kernels.quantize_in_order(row.data(), c.dtype, c.K, operands.eps, c.act_bits, q.data(), &s_x);
   }
   for (int64_t k = 0; k < 4 * operands.row_bytes; ++k) {
     const int code = packed[k / 4] >> (6 - 2 * (k % 4)) & 3;
@@ -285,7 +288,9 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
   }
 
   for (int64_t k = 0; k < c.K; ++k) {
-    if (q[k] != expected.q(k)) return "q in order, " + std::to_string(k) + where;
+    int16_t value = q[k];
+    if (c.act_bits == 16) memcpy(&value, q.data() + 2 * k, sizeof(value));
+    if (value != expected.q(k)) return "q in order, " + std::to_string(k) + where;
   }
   if (!expected.is_scale(s_x)) return "s_x in order is " + std::to_string(s_x) + where;
   return "";
@@ -296,25 +301,28 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   Operands operands(c, seed);
 
   const int64_t q_stride = bitlinear_q_stride(&kernels, c.K);
-  std::vector<int8_t> q(static_cast<size_t>(c.M * q_stride), 99);
+  const int64_t token_rows = bitlinear_rows_per_token(c.act_bits);
+  std::vector<int8_t> q(static_cast<size_t>(c.M * token_rows * q_stride), 99);
   std::vector<float> s_x(static_cast<size_t>(c.M));
-  std::vector<int32_t> q_sum(static_cast<size_t>(c.M));
+  std::vector<int32_t> q_sum(static_cast<size_t>(c.M * token_rows));
   const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
   const Subnormals mode = c.flushes_subnormals ? Subnormals::kFlush : Subnormals::kPreserve;
   for (int64_t m = 0; m < c.M; ++m) {
     const SubnormalScope scope(mode);
     kernels.quantize_row(operands.x.data() + m * c.K * element, c.dtype, c.K, operands.eps,
-                         q.data() + m * q_stride, &s_x[m], &q_sum[m]);
+                         c.act_bits, q.data() + m * token_rows * q_stride, q_stride, &s_x[m],
+                         &q_sum[m * token_rows]);
   }
   Buffer y(c.dtype, c.M * c.N);
   const float is_intact = 12345.0f;
   for (int64_t i = 0; i < c.M * c.N; ++i) y.set(i, is_intact);
   bitlinear_task task = {};
+  task.act_bits = c.act_bits;
   task.q = q.data();
   task.q_stride = q_stride;
   task.s_x = s_x.data();
   task.q_sum = q_sum.data();
-  task.M = c.M;
+  task.M = c.M * token_rows;
   task.w = operands.w.data();
   task.row_bytes = operands.row_bytes;
   task.s_w = operands.s_w.data();
@@ -327,7 +335,7 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   task.y_stride = c.N;
   task.y_dtype = c.dtype;
   // Exactly the promised length and alignment.
-  const int64_t scratch_bytes = kernels.scratch_bytes(c.M, operands.row_bytes);
+  const int64_t scratch_bytes = kernels.scratch_bytes(task.M, operands.row_bytes);
   void* scratch = allocate_aligned(64, static_cast<size_t>(scratch_bytes));
   if (scratch == nullptr) return "no memory";
   memset(scratch, 99, static_cast<size_t>(scratch_bytes));
@@ -346,10 +354,16 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
       const int64_t block = k / 4 / kernels.block;
       const int64_t position =
           block * 4 * kernels.block + k % 4 * kernels.block + k / 4 % kernels.block;
-      if (q[m * q_stride + position] != expected.q(k)) {
+      int32_t value = 0;
+      for (int64_t r = 0; r < token_rows; ++r) {
+        const int32_t part = q[(m * token_rows + r) * q_stride + position];
+        if (part == -128) return "a q is -128 at " + describe(c);
+        value = BITLINEAR_HIGH_WEIGHT * value + part;
+      }
+      if (value != expected.q(k)) {
         return "q[" + std::to_string(m) + ", " + std::to_string(k) +
-               "] = " + std::to_string(q[m * q_stride + position]) + ", expected " +
-               std::to_string(expected.q(k)) + " at " + describe(c);
+               "] = " + std::to_string(value) + ", expected " + std::to_string(expected.q(k)) +
+               " at " + describe(c);
       }
     }
     for (int64_t n = 0; n < c.N; ++n) {

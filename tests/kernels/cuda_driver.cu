@@ -46,27 +46,30 @@ class Driver {
   // One shape through every kernel that takes it; dtype, bias, scales and placement take turns, so
   // that neighbouring shapes have others.
   void check(int64_t M, int64_t N, int64_t K, Data data) {
-    const uint64_t seed = ++cases_;
-    const Case c = {M, N, K, static_cast<int>(seed % 3), seed % 2 == 0, seed % 5 == 0, data, 0};
-    const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
-    for (int kernel = 0; kernel < kKernels; ++kernel) {
-      if (!bitlinear::cuda::supports_case(kernel, device_, c, placement)) continue;
-      record(kernel, bitlinear::cuda::check_case(kernel, c, seed, placement, stream_));
+    for (const int64_t act_bits : {8, 16}) {
+      const Case c = next_case(M, N, K, data, act_bits);
+      const Placement placement = cases_ % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
+      for (int kernel = 0; kernel < kKernels; ++kernel) {
+        if (!bitlinear::cuda::supports_case(kernel, device_, c, placement)) continue;
+        record(kernel, bitlinear::cuda::check_case(kernel, c, cases_, placement, stream_));
+      }
     }
   }
 
   // What training needs of as many rows.
   void check_training(int64_t M, int64_t K, Data data) {
-    const uint64_t seed = ++cases_;
-    const Case c = {M, 1, K, static_cast<int>(seed % 3), false, false, data, 0};
-    const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
-    record(kTraining, bitlinear::cuda::check_training(c, seed, placement, stream_));
+    const Case c = next_case(M, 1, K, data, cases_ % 4 < 2 ? 8 : 16);
+    const Placement placement = cases_ % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
+    record(kTraining, bitlinear::cuda::check_training(c, cases_, placement, stream_));
   }
 
   // One shape by every plan that a kernel can follow, not only by the one that suits it.
   void check_plans(int64_t M, int64_t N, int64_t K, Data data) {
-    const uint64_t seed = ++cases_;
-    const Case c = {M, N, K, static_cast<int>(seed % 3), seed % 2 == 0, seed % 5 == 0, data, 0};
+    for (const int64_t act_bits : {8, 16}) check_plans(next_case(M, N, K, data, act_bits));
+  }
+  void check_plans(const Case& c) {
+    const uint64_t seed = cases_;
+    const int64_t K = c.K;
     const Shape shape = bitlinear::cuda::shape_of(c, Placement::kAligned);
     if (supports(BITLINEAR_CUDA_GEMV, device_, shape)) {
       const GemvPlan best = plan_gemv(device_, shape);
@@ -84,7 +87,7 @@ class Driver {
       const SmallBatchPlan best = plan_small_batch(device_, shape);
       for (const int row_parts : {1, 2, 4}) {
         for (const int token_parts : {1, 2, 4}) {
-          if (8 * token_parts < M || row_parts * token_parts > 8) continue;
+          if (8 * token_parts < shape.M || row_parts * token_parts > 8) continue;
           const int stages = seed % 2 == 0 ? row_parts : std::min(best.stages, row_parts + 3);
           if (stages < row_parts) continue;
           for (const int blocks : {best.blocks, 1 + best.blocks / 50}) {
@@ -102,7 +105,8 @@ class Driver {
     if (supports(BITLINEAR_CUDA_WGMMA, device_, shape)) {
       for (const bitlinear::cuda::WgmmaTile& tile : bitlinear::cuda::kWgmmaTiles) {
         for (const int splits : {1, 2, 4, 8}) {
-          const bool fits = has_room(tile, M) && (splits == 1 || 2 * splits <= (K + 255) / 256);
+          const bool fits =
+              has_room(tile, shape.M) && (splits == 1 || 2 * splits <= (K + 255) / 256);
           if (fits) check_plan(WgmmaPlan{tile.rows, tile.tokens, splits}, c, seed);
         }
       }
@@ -188,6 +192,12 @@ class Driver {
   }
 
  private:
+  Case next_case(int64_t M, int64_t N, int64_t K, Data data, int64_t act_bits) {
+    const uint64_t seed = ++cases_;
+    const int dtype = static_cast<int>(seed % 3);
+    return {M, N, K, dtype, seed % 2 == 0, seed % 5 == 0, data, 0, false, act_bits};
+  }
+
   void record(int tally, const std::string& difference) {
     if (difference.empty()) {
       ++tallies_[tally].passed;

@@ -17,8 +17,9 @@ int64_t passed = 0;
 int64_t failed = 0;
 
 void check(Case c) {
-  for (int dtype = 0; dtype < 3; ++dtype) {
-    c.dtype = dtype;
+  for (int i = 0; i < 6; ++i) {
+    c.dtype = i % 3;
+    c.act_bits = i < 3 ? 8 : 16;
     const uint64_t seed = static_cast<uint64_t>(passed + failed);
     c.bias = seed % 2 == 0;
     c.per_channel = seed % 5 == 0;

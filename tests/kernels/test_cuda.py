@@ -16,6 +16,7 @@ from torch import nn
 
 import bitlinear
 from bitlinear import BitLinear, packing, runtime
+from bitlinear.arguments import QUANT_TYPES
 from tests import oracle
 from tests.test_ops import IMPLEMENTATIONS, OP, X, arguments, operands
 
@@ -44,11 +45,14 @@ def on_gpu(*tensors):
 
 
 def check(x, t, w_packed, w_scale, bias, k):
-    y = OP(*on_gpu(x, w_packed, w_scale, bias), k)
-    assert y.is_cuda
-    oracle.assert_same_bits(y.cpu(), oracle.expected(x, t, w_scale, bias))
-    if x.dtype == torch.float32:
-        oracle.assert_same_bits(y.cpu(), OP(x, w_packed, w_scale, bias, k))
+    for act_bits in (8, 16):
+        rest = (k, 1e-6, 0, act_bits)
+        y = OP(*on_gpu(x, w_packed, w_scale, bias), *rest)
+        assert y.is_cuda
+        wanted = oracle.expected(x, t, w_scale, bias, act_bits=act_bits)
+        oracle.assert_same_bits(y.cpu(), wanted)
+        if x.dtype == torch.float32:
+            oracle.assert_same_bits(y.cpu(), OP(x, w_packed, w_scale, bias, *rest))
 
 
 # --- Results ---
@@ -99,7 +103,10 @@ def test_any_shape_by_any_kernel(m, n, k, kernel, dtype, seed):
 @pytest.mark.parametrize("k", [6, 63, 256, 260, 132_105])
 def test_adversarial_rows(k, dtype):
     t, w_packed, w_scale = operands(9, k, per_row=True)
-    x, bias = torch.from_numpy(oracle.adversarial_rows(k)).to(dtype), torch.randn(9)
+    bias = torch.randn(9)
+    x = torch.from_numpy(oracle.adversarial_rows(k, act_bits=16)).to(dtype)
+    check(x, t, w_packed, w_scale, bias, k)
+    x = torch.from_numpy(oracle.adversarial_rows(k)).to(dtype)
     tensors = on_gpu(x, w_packed, w_scale, bias)
     for linear in IMPLEMENTATIONS:
         oracle.assert_same_bits(linear(*tensors, k).cpu(), oracle.expected(x, t, w_scale, bias))
@@ -347,9 +354,11 @@ def test_a_device_that_is_not_the_current_one():
 # --- The layer ---
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
-def test_training_and_deployment(dtype):
-    layer, x = BitLinear(70, 33).cuda(), torch.randn(5, 70, device="cuda").to(dtype)
+def test_training_and_deployment(dtype, quant_type):
+    layer = BitLinear(70, 33, quant_type=quant_type).cuda()
+    x = torch.randn(5, 70, device="cuda").to(dtype)
     before = layer(x)
     before.float().square().sum().backward()
     assert layer.weight.grad.isfinite().all()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bitlinear import BitLinear, ops
+from bitlinear.arguments import QUANT_TYPES
 from scripts.bench.train_step import saved_bytes
 from tests import oracle
 from tests.test_training_ops import check_operators
@@ -20,12 +21,17 @@ DTYPES = [*oracle.DTYPES, torch.float64]
 
 
 def check_weight(w):
-    w_packed, w_scale = OPS.quantize_weight(w.cuda(), 1e-6)
-    wanted, scale = OPS.quantize_weight(w, 1e-6)
+    for group_size in (0, -1):
+        check_weight_in_groups(w, group_size)
+
+
+def check_weight_in_groups(w, group_size):
+    w_packed, w_scale = OPS.quantize_weight(w.cuda(), 1e-6, group_size)
+    wanted, scale = OPS.quantize_weight(w, 1e-6, group_size)
     torch.testing.assert_close(w_scale.cpu(), scale, rtol=1.2e-7, atol=0)  # a bit: another order
-    if torch.equal(w_scale.cpu(), scale):
-        assert torch.equal(w_packed.cpu(), wanted)
-    again = OPS.quantize_weight(w.cuda(), 1e-6)
+    same = (w_scale.cpu() == scale).reshape(-1).expand(len(w))
+    assert torch.equal(w_packed.cpu()[same], wanted[same])
+    again = OPS.quantize_weight(w.cuda(), 1e-6, group_size)
     assert torch.equal(again[0], w_packed)
     assert torch.equal(again[1], w_scale)
     for dtype in (None, *oracle.DTYPES):
@@ -37,13 +43,14 @@ def check_weight(w):
 
 
 def check_tokens(x, eps=1e-6):
-    q, s_x = OPS.quantize_activations(x.cuda(), eps)
-    wanted, scale = OPS.quantize_activations(x, eps)
-    oracle.assert_same_bits(s_x.cpu(), scale)
-    assert torch.equal(q.cpu(), wanted)
-    for dtype in (None, *oracle.DTYPES):
-        reference = ops.reference_expand_activations(wanted, scale, dtype)
-        oracle.assert_same_bits(OPS.expand_activations(q, s_x, dtype).cpu(), reference)
+    for act_bits in (8, 16):
+        q, s_x = OPS.quantize_activations(x.cuda(), eps, act_bits)
+        wanted, scale = OPS.quantize_activations(x, eps, act_bits)
+        oracle.assert_same_bits(s_x.cpu(), scale)
+        assert torch.equal(q.cpu(), wanted)
+        for dtype in (None, *oracle.DTYPES):
+            reference = ops.reference_expand_activations(wanted, scale, dtype)
+            oracle.assert_same_bits(OPS.expand_activations(q, s_x, dtype).cpu(), reference)
 
 
 @settings(max_examples=200)
@@ -115,11 +122,12 @@ def test_the_operators_are_what_torch_expects():
     check_operators("cuda")
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
-def test_gradients_are_those_of_the_cpu(dtype):
+def test_gradients_are_those_of_the_cpu(dtype, quant_type):
     # Of a weight that has been ternary, no element lies near the middle between two ternary values.
     # It quantises to the same ones on every CPU and GPU, whatever the last bit of their scale.
-    layer = BitLinear(300, 200).deploy().undeploy().to(dtype)
+    layer = BitLinear(300, 200, quant_type=quant_type).deploy().undeploy().to(dtype)
     x, grad = torch.randn(40, 300).to(dtype), torch.randn(40, 200).to(dtype)
 
     def gradients(layer, x, grad):
@@ -151,9 +159,11 @@ def test_sums_beyond_fp16_on_the_way_to_a_gradient():
 def test_errors_name_what_is_wrong():
     q, s_x = OPS.quantize_activations(torch.randn(3, 8, device="cuda"))
     for tokens, scale in ((q.float(), s_x), (q, s_x[:2]), (q, s_x.cpu()), (q, s_x.half())):
-        with pytest.raises(ValueError, match=r"q must be int8, of shape \(\.\.\., K\)"):
+        with pytest.raises(ValueError, match=r"q must be int8 or int16, of shape \(\.\.\., K\)"):
             OPS.expand_activations(tokens, scale)
-    with pytest.raises(ValueError, match=r"w_scale must be float32, of shape \(1,\), on cuda"):
+    with pytest.raises(
+        ValueError, match=r"w_scale must be float32, of shape \(1,\) or \(3, 1\), on cuda"
+    ):
         OPS.expand_weight(torch.zeros(3, 2, dtype=torch.uint8, device="cuda"), 8, torch.ones(1))
 
 

@@ -42,15 +42,17 @@ def threads():
     torch.set_num_threads(before)
 
 
-def run(x, t, w_scale, bias=None, eps=EPS):
+def run(x, t, w_scale, bias=None, eps=EPS, act_bits=8):
     scale = torch.as_tensor(w_scale, dtype=torch.float32)
     packed = torch.from_numpy(oracle.pack(t))
-    return torch.ops.bitlinear.linear(x, packed, scale, bias, t.shape[1], eps)
+    return torch.ops.bitlinear.linear(x, packed, scale, bias, t.shape[1], eps, 0, act_bits)
 
 
 def check(x, t, w_scale=(0.37,), bias=None):
-    actual = run(x, t, w_scale, bias)
-    oracle.assert_same_bits(actual, oracle.expected(x, t, w_scale, bias, EPS))
+    for act_bits in (8, 16):
+        actual = run(x, t, w_scale, bias, EPS, act_bits)
+        wanted = oracle.expected(x, t, w_scale, bias, EPS, act_bits=act_bits)
+        oracle.assert_same_bits(actual, wanted)
 
 
 def random_x(m, k, dtype=torch.float32, seed=0):
@@ -92,43 +94,61 @@ def test_every_tile_of_tokens(kernel, m):
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("k", [64, 255, 1024, 4096, 65536, 500_000])
 def test_the_integer_product_is_exact_at_the_limits(kernel, k, sign):
-    """All +-127 against all +-1 and against random weights; scales of 1 show the product itself."""
+    """The largest against all +-1 and random weights; scales of 1 show the product itself."""
     t = np.stack([np.ones(k), -np.ones(k), oracle.ternary(1, k)[0]]).astype(np.int64)
-    for m in (1, 2, 9):
-        y = run(torch.full((m, k), 127.0 * sign), t, (1.0,))
-        wanted = (127 * sign * t.sum(axis=1)).astype(np.float32)
-        np.testing.assert_array_equal(y.numpy(), np.tile(wanted, (m, 1)))
+    for act_bits, qmax in oracle.QMAX.items():
+        for m in (1, 2, 9):
+            y = run(torch.full((m, k), float(qmax * sign)), t, (1.0,), act_bits=act_bits)
+            wanted = (qmax * sign * t.sum(axis=1)).astype(np.float32)
+            np.testing.assert_array_equal(y.numpy(), np.tile(wanted, (m, 1)))
+
+
+@pytest.mark.parametrize("k", [65_535, 66_000, 132_098, 500_000])
+def test_a_product_that_needs_more_than_32_bits_is_rounded_once(kernel, k):
+    """Sums around 2^31 and beyond, whose last bits decide the rounding."""
+    rng = np.random.default_rng(k)
+    t = np.ones((4, k), np.int64)
+    t[:, : k // 3] = rng.integers(-1, 2, (4, k // 3))
+    q = rng.integers(30_000, 32_386, (3, k))
+    q[:, 0] = 32_385  # a scale of 1
+    y = run(torch.from_numpy(q.astype(np.float32)), t, (1.0,), act_bits=16)
+    exact = q @ t.T
+    assert abs(exact).max() > 2**30
+    np.testing.assert_array_equal(y.numpy(), exact.astype(np.float32))
 
 
 def test_adversarial_activations(kernel):
     for k in (1, 64, 257, 1000):
-        x = torch.from_numpy(oracle.adversarial_rows(k))
-        for rows in (x, *x.split(1)):
-            check(rows, oracle.ternary(7, k), bias=random_bias(7))
+        for act_bits in (8, 16):
+            x = torch.from_numpy(oracle.adversarial_rows(k, act_bits=act_bits))
+            for rows in (x, *x.split(1)):
+                check(rows, oracle.ternary(7, k), bias=random_bias(7))
 
 
+@pytest.mark.parametrize("act_bits", [8, 16])
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_row_that_is_not_finite_gives_nan_and_touches_no_other(kernel, dtype, value):
+def test_a_row_that_is_not_finite_gives_nan_and_touches_no_other(kernel, dtype, value, act_bits):
     x = random_x(12, 300, dtype)
     t = oracle.ternary(9, 300)
-    clean = run(x, t, (0.5,))
+    clean = run(x, t, (0.5,), act_bits=act_bits)
     for row in range(12):
         broken = x.clone()
         broken[row, 7 * row] = value
-        y = run(broken, t, (0.5,), random_bias(9, dtype))
+        y = run(broken, t, (0.5,), random_bias(9, dtype), act_bits=act_bits)
         assert y[row].isnan().all()
-        y = run(broken, t, (0.5,))
+        y = run(broken, t, (0.5,), act_bits=act_bits)
         rest = torch.arange(12) != row
         oracle.assert_same_bits(y[rest], clean[rest])
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_a_row_of_zeros_gives_the_bias(kernel, dtype):
-    bias = random_bias(70, dtype)
+    bias, t = random_bias(70, dtype), oracle.ternary(70, 100)
     for m in (1, 3):
-        y = run(torch.zeros(m, 100, dtype=dtype), oracle.ternary(70, 100), (0.5,), bias)
-        oracle.assert_same_bits(y, bias.expand(m, -1))
+        for act_bits in (8, 16):
+            y = run(torch.zeros(m, 100, dtype=dtype), t, (0.5,), bias, act_bits=act_bits)
+            oracle.assert_same_bits(y, bias.expand(m, -1))
 
 
 def test_every_value_of_the_16_bit_types(kernel):
@@ -141,17 +161,17 @@ def test_every_value_of_the_16_bit_types(kernel):
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
-def test_subnormal_inputs_count_whatever_torch_flushes(kernel, dtype, flush):
-    eps = 2e-36
+@pytest.mark.parametrize(("act_bits", "eps"), [(8, 2e-36), (16, 4e-34)])
+def test_subnormal_inputs_count_whatever_torch_flushes(kernel, dtype, flush, act_bits, eps):
     tiny = torch.finfo(dtype).tiny
     for m, k in ((1, 64), (3, 300), (40, 1100)):
         x = (torch.rand(m, k) * 2 - 1) * tiny
         x[:, ::4] *= 100  # normal ones beside them
         x = x.to(dtype)
         t, bias = oracle.ternary(9, k), (random_bias(9) * tiny).to(dtype)
-        wanted = oracle.expected(x, t, 0.37, bias, eps)
+        wanted = oracle.expected(x, t, 0.37, bias, eps, act_bits=act_bits)
         flush(True)
-        y = run(x, t, (0.37,), bias, eps)
+        y = run(x, t, (0.37,), bias, eps, act_bits)
         flush(False)
         oracle.assert_same_bits(y, wanted)
 
@@ -176,18 +196,25 @@ def test_other_output_dtypes(kernel):
         oracle.assert_same_bits(y, oracle.expected(x, t, 0.3, None, EPS, dtype))
 
 
-def test_results_do_not_depend_on_batch_or_threads(kernel, threads):
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_results_do_not_depend_on_batch_or_threads(kernel, threads, act_bits):
     """One row alone, inside a batch of 300, with one thread or several: the same bits."""
     x, t, bias = random_x(300, 1030), oracle.ternary(515, 1030), random_bias(515)
+
+    def part(rows):
+        return run(x[rows], t, (0.2,), bias, EPS, act_bits)
+
     threads(1)
-    whole = run(x, t, (0.2,), bias)
-    oracle.assert_same_bits(whole, oracle.expected(x, t, 0.2, bias, EPS))
+    whole = part(slice(None))
+    oracle.assert_same_bits(whole, oracle.expected(x, t, 0.2, bias, EPS, act_bits=act_bits))
     for count in (2, 3, 7):
         threads(count)
-        oracle.assert_same_bits(run(x, t, (0.2,), bias), whole)
-        for row in (0, 1, 150, 299):
-            oracle.assert_same_bits(run(x[row : row + 1], t, (0.2,), bias), whole[row : row + 1])
-        oracle.assert_same_bits(run(x[40:57], t, (0.2,), bias), whole[40:57])
+        for rows in (
+            slice(None),
+            slice(40, 57),
+            *(slice(row, row + 1) for row in (0, 1, 150, 299)),
+        ):
+            oracle.assert_same_bits(part(rows), whole[rows])
 
 
 def test_a_tall_product_is_divided_among_tokens(kernel, threads):

@@ -13,17 +13,24 @@ namespace {
 const bitlinear_kernel_table correct = *correct_kernels();
 bitlinear_kernel_table table;
 
-void quantize_row(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x,
-                  int32_t* q_sum) {
-  correct.quantize_row(x, dtype, K, eps, q, s_x, q_sum);
+void quantize_row(const void* x, int dtype, int64_t K, float eps, int64_t act_bits, int8_t* q,
+                  int64_t q_stride, float* s_x, int32_t* q_sum) {
+  correct.quantize_row(x, dtype, K, eps, act_bits, q, q_stride, s_x, q_sum);
   if (K > 1000) *q ^= 1;
+}
+
+void quantize_low_row(const void* x, int dtype, int64_t K, float eps, int64_t act_bits, int8_t* q,
+                      int64_t q_stride, float* s_x, int32_t* q_sum) {
+  correct.quantize_row(x, dtype, K, eps, act_bits, q, q_stride, s_x, q_sum);
+  if (act_bits == 16) q[q_stride] ^= 1;
 }
 
 void linear(const bitlinear_task* task) {
   correct.linear(task);
-  const int64_t last = (task->M - 1) * task->y_stride + task->n_end - 1;
+  const int64_t tokens = task->M / bitlinear_rows_per_token(task->act_bits);
+  const int64_t last = (tokens - 1) * task->y_stride + task->n_end - 1;
   const int64_t bytes = task->y_dtype == BITLINEAR_F32 ? 4 : 2;
-  if (task->M > 30) static_cast<uint8_t*>(task->y)[last * bytes] ^= 1;
+  if (tokens > 30) static_cast<uint8_t*>(task->y)[last * bytes] ^= 1;
 }
 
 double sum_magnitudes(const void* w, int dtype, int64_t K) {
@@ -40,8 +47,9 @@ void expand_row(const uint8_t* packed, int64_t K, float s_w, float* w) {
   w[K - 1] += s_w;
 }
 
-void quantize_in_order(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x) {
-  correct.quantize_in_order(x, dtype, K, eps, q, s_x);
+void quantize_in_order(const void* x, int dtype, int64_t K, float eps, int64_t act_bits, void* q,
+                       float* s_x) {
+  correct.quantize_in_order(x, dtype, K, eps, act_bits, q, s_x);
   *s_x *= 2;
 }
 
@@ -64,6 +72,8 @@ int main() {
   expect(0, "correct");
   table.quantize_row = quantize_row;
   expect(1, "quantize_row");
+  table.quantize_row = quantize_low_row;
+  expect(1, "quantize_low_row");
   table.linear = linear;
   expect(1, "linear");
   table.sum_magnitudes = sum_magnitudes;

@@ -1,5 +1,6 @@
 // From integer sums to the output: y = float(acc) * (s_x * s_w) + bias, each operation rounded to
-// fp32 on its own and in this order, then one rounding to the output dtype.
+// fp32 on its own and in this order, then one rounding to the output dtype. With activations of 16
+// bits, acc = 254 * high + low.
 #pragma once
 
 #include <stdint.h>
@@ -26,28 +27,48 @@ class Epilogue {
     }
   }
 
-  // Writes row m. `codes` holds sum_k c * q with the codes c = t + 1, so one subtraction of
-  // sum_k q gives sum_k t * q.
-  void store(int64_t m, const int32_t* codes) const {
-    float buffer[kColumns];
-    const int64_t begin = m * task_.y_stride + n_;
-    float* out = task_.y_dtype == BITLINEAR_F32 ? static_cast<float*>(task_.y) + begin : buffer;
-    // A constant number of iterations compiles to vector code without a tail.
-    if (count_ == kColumns) {
-      scale(m, codes, kColumns, out);
+  // Writes the tokens of rows m .. m + rows of q: whole tokens. `codes` holds sum_k c * q with the
+  // codes c = t + 1, in rows `stride` apart, so one subtraction of sum_k q gives sum_k t * q.
+  void store(int64_t m, int64_t rows, const int32_t* codes, int64_t stride) const {
+    if (task_.act_bits == 8) {
+      for (int64_t i = 0; i < rows; ++i) store_row(m + i, codes + i * stride);
     } else {
-      scale(m, codes, count_, out);
+      for (int64_t i = 0; i < rows; i += 2) store_pair(m + i, codes + i * stride, stride);
     }
-    if (out == buffer) store_halves<V>(buffer, count_, task_.y, task_.y_dtype, begin);
+  }
+
+  // Writes the token of row m, with activations of 8 bits.
+  void store_row(int64_t m, const int32_t* codes) const {
+    const int32_t q_sum = task_.q_sum[m];
+    store_token(m, [=](int64_t i) { return static_cast<float>(codes[i] - q_sum); });
+  }
+
+  // Writes the token of rows m and m + 1, with activations of 16 bits.
+  void store_pair(int64_t m, const int32_t* codes, int64_t stride) const {
+    const int32_t high_sum = task_.q_sum[m], low_sum = task_.q_sum[m + 1];
+    store_token(m / 2, [=](int64_t i) {
+      const double high = codes[i] - high_sum, low = codes[stride + i] - low_sum;
+      return static_cast<float>(BITLINEAR_HIGH_WEIGHT * high + low);  // exact before this rounding
+    });
   }
 
  private:
-  void scale(int64_t m, const int32_t* codes, int64_t count, float* out) const {
-    const float s_x = task_.s_x[m];
-    const int32_t q_sum = task_.q_sum[m];
-    for (int64_t i = 0; i < count; ++i) {
-      out[i] = static_cast<float>(codes[i] - q_sum) * (s_x * s_w_[i]) + bias_[i];
+  template <class Product>
+  void store_token(int64_t token, const Product& product) const {
+    float buffer[kColumns];
+    const int64_t begin = token * task_.y_stride + n_;
+    float* out = task_.y_dtype == BITLINEAR_F32 ? static_cast<float*>(task_.y) + begin : buffer;
+    const float s_x = task_.s_x[token];
+    const auto scale = [&](int64_t count) {
+      for (int64_t i = 0; i < count; ++i) out[i] = product(i) * (s_x * s_w_[i]) + bias_[i];
+    };
+    // A constant number of iterations compiles to vector code without a tail.
+    if (count_ == kColumns) {
+      scale(kColumns);
+    } else {
+      scale(count_);
     }
+    if (out == buffer) store_halves<V>(buffer, count_, task_.y, task_.y_dtype, begin);
   }
 
   const bitlinear_task& task_;

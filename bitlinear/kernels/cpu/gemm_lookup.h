@@ -175,11 +175,16 @@ inline void lookup_store(const bitlinear_task& task, int64_t m, int64_t tokens, 
   for (int64_t r = 0; r < rows; r += kColumns) {
     const int64_t count = minimum(rows - r, kColumns);
     const Epilogue<V, kColumns> epilogue(task, n + r, count);
-    for (int64_t t = 0; t < tokens; ++t) {
-      int32_t codes[kColumns];
+    const int64_t step = bitlinear_rows_per_token(task.act_bits);
+    for (int64_t t = 0; t < tokens; t += step) {
+      int32_t codes[2][kColumns];
       // The tables hold sums of weights, the epilogue expects sums of codes.
-      for (int64_t i = 0; i < count; ++i) codes[i] = sums[r + i][t] + task.q_sum[m + t];
-      epilogue.store(m + t, codes);
+      for (int64_t j = 0; j < step; ++j) {
+        for (int64_t i = 0; i < count; ++i) {
+          codes[j][i] = sums[r + i][t + j] + task.q_sum[m + t + j];
+        }
+      }
+      epilogue.store(m + t, step, codes[0], kColumns);
     }
   }
 }

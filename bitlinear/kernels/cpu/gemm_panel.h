@@ -165,7 +165,7 @@ inline void panel_block(const bitlinear_task& task, int64_t m, int64_t tokens, i
   // All panels of a token are stored together: the prefetcher follows long runs of addresses
   // better.
   const Epilogue<V, P::kBlockRows> epilogue(task, n, rows);
-  for (int64_t t = 0; t < tokens; ++t) epilogue.store(m + t, sums + t * P::kBlockRows);
+  epilogue.store(m, tokens, sums, P::kBlockRows);
 }
 
 // V provides, in addition to the vocabulary of vocabulary.h (vnni.h and avx512.h are examples):

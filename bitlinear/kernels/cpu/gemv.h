@@ -110,7 +110,11 @@ inline void gemv_columns(const bitlinear_task& task, int64_t m, int64_t n, int64
   for (; i < count; ++i) {
     gemv_rows<V, kTokens, 1>(w + i * task.row_bytes, task.row_bytes, q, task.q_stride, codes + i);
   }
-  for (int t = 0; t < kTokens; ++t) epilogue.store(m + t, codes + t * kGemvColumns);
+  if constexpr (kTokens % 2 == 0) {
+    epilogue.store(m, kTokens, codes, kGemvColumns);
+  } else {  // tokens of 8 bits
+    for (int t = 0; t < kTokens; ++t) epilogue.store_row(m + t, codes + t * kGemvColumns);
+  }
 }
 
 // kTokens tokens at a time, then the tail.
@@ -128,7 +132,13 @@ void gemv(const bitlinear_task& task) {
   for (int64_t n = task.n_begin; n < task.n_end; n += kGemvColumns) {
     const int64_t count = minimum(task.n_end - n, kGemvColumns);
     const Epilogue<V, kGemvColumns> epilogue(task, n, count);
-    gemv_tokens<V, V::kGemvTokens>(task, 0, n, count, epilogue);
+    if (task.act_bits == 8) {
+      gemv_tokens<V, V::kGemvTokens>(task, 0, n, count, epilogue);
+    } else {
+      // Both rows of a token at once.
+      constexpr int kPairs = V::kGemvTokens > 1 ? V::kGemvTokens / 2 : 1;
+      gemv_tokens<V, 2 * kPairs>(task, 0, n, count, epilogue);
+    }
   }
 }
 

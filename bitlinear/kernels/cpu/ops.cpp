@@ -93,7 +93,9 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
 
   const int64_t K = in_features;
   const int64_t N = w_packed.size(0);
-  const int64_t M = x.numel() / K;
+  const int64_t tokens = x.numel() / K;
+  const int64_t token_rows = bitlinear_rows_per_token(act_bits);
+  const int64_t M = tokens * token_rows;
   c10::DimVector shape(x.sizes());
   shape.back() = N;
   // Not at::empty: its way through the dispatcher costs as much as a small product.
@@ -113,21 +115,22 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const int64_t parts = grid.tokens * grid.rows;
 
   // One allocation: scratch memory of each part, then quantised activations, scales and sums.
-  const int64_t part_tokens = bitlinear::largest_part(M, kernels->costs.token_unit, grid.tokens);
+  const int64_t part_size = bitlinear::largest_part(M, kernels->costs.token_unit, grid.tokens);
   const int64_t part_bytes =
-      bitlinear::ceil_div(kernels->scratch_bytes(part_tokens, row_bytes), kAlignment) * kAlignment;
+      bitlinear::ceil_div(kernels->scratch_bytes(part_size, row_bytes), kAlignment) * kAlignment;
   const int64_t q_stride = bitlinear_q_stride(kernels, K);
-  const int64_t token_bytes = q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)};
-  Scratch scratch(parts * part_bytes + M * token_bytes);
+  const int64_t q_row_bytes = q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)};
+  Scratch scratch(parts * part_bytes + M * q_row_bytes);
   char* const part_scratch = scratch.data();
   int8_t* q = reinterpret_cast<int8_t*>(part_scratch + parts * part_bytes);
   float* s_x = reinterpret_cast<float*>(q + M * q_stride);
   int32_t* q_sum = reinterpret_cast<int32_t*>(s_x + M);
 
   const int x_dtype = kernel_dtype(x.scalar_type());
-  const char* tokens = checked_data(input, "x");
+  const char* const x_data = checked_data(input, "x");
   const int64_t x_bytes = K * input.element_size();
   bitlinear_task task = {};
+  task.act_bits = act_bits;
   task.q = q;
   task.q_stride = q_stride;
   task.s_x = s_x;
@@ -142,12 +145,13 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.y = y.data_ptr();
   task.y_stride = N;
   task.y_dtype = kernel_dtype(y_dtype);
-  const int64_t quantize_parts = bitlinear::choose_quantize_parts(M, K, threads, parts);
+  const int64_t quantize_parts = bitlinear::choose_quantize_parts(tokens, K, threads, parts);
   const auto quantize = [&](int64_t part) {
-    const bitlinear::Range rows = bitlinear::part_of(M, 1, part, quantize_parts);
-    for (int64_t m = rows.begin; m < rows.end; ++m) {
-      kernels->quantize_row(tokens + m * x_bytes, x_dtype, K, static_cast<float>(eps),
-                            q + m * q_stride, s_x + m, q_sum + m);
+    const bitlinear::Range range = bitlinear::part_of(tokens, 1, part, quantize_parts);
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      kernels->quantize_row(x_data + i * x_bytes, x_dtype, K, static_cast<float>(eps), act_bits,
+                            q + i * token_rows * q_stride, q_stride, s_x + i,
+                            q_sum + i * token_rows);
     }
   };
   const auto multiply = [&](int64_t part) {
@@ -157,21 +161,21 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
         bitlinear::part_of(N, kernels->costs.row_unit, part % grid.rows, grid.rows);
     bitlinear_task part_task = task;
     part_task.q += m.begin * q_stride;
-    part_task.s_x += m.begin;
+    part_task.s_x += m.begin / token_rows;
     part_task.q_sum += m.begin;
     part_task.M = m.end - m.begin;
     part_task.n_begin = n.begin;
     part_task.n_end = n.end;
     part_task.scratch = part_scratch + part * part_bytes;
-    part_task.y = static_cast<char*>(task.y) + m.begin * N * y.element_size();
+    part_task.y = static_cast<char*>(task.y) + m.begin / token_rows * N * y.element_size();
     kernels->linear(&part_task);
   };
   bitlinear::parallel(quantize_parts, quantize, parts, multiply);
   return y;
 }
 
-std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
-  bitlinear::check_weight(weight, eps);
+std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int64_t group_size) {
+  bitlinear::check_weight(weight, eps, group_size);
   const bitlinear_kernel_table* const kernels = active_table();
   const int64_t N = weight.size(0), K = weight.size(1);
   const Tensor input = bitlinear::kernel_operand(weight);
@@ -180,7 +184,14 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   const int64_t bytes = K * input.element_size();
   const int64_t row_bytes = bitlinear::ceil_div(K, 4);
   Tensor packed = Tensor(at::detail::empty_cpu({N, row_bytes}, ScalarType::Byte));
-  Tensor scale = Tensor(at::detail::empty_cpu({1}, ScalarType::Float));
+  Tensor scale =
+      Tensor(at::detail::empty_cpu(bitlinear::scale_shape(weight, group_size), ScalarType::Float));
+  float* const s_w = scale.data_ptr<float>();
+  const float floor = static_cast<float>(eps);
+  const auto scale_of = [floor](double sum, int64_t count) {
+    const float mean = static_cast<float>(sum / static_cast<double>(count));
+    return mean < floor ? floor : mean;  // a NaN stays
+  };
 
   // Each row is summed in a fixed order, then the rows one after the other: the bits do not depend
   // on the number of threads.
@@ -188,15 +199,17 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
   for_each_row(N, K, [&](int64_t n) {
     sums[static_cast<size_t>(n)] = kernels->sum_magnitudes(rows + n * bytes, dtype, K);
   });
-  double sum = 0.0;
-  for (const double row : sums) sum += row;
-  const float mean = static_cast<float>(sum / static_cast<double>(N * K));
-  const float floor = static_cast<float>(eps);
-  const float s_w = mean < floor ? floor : mean;  // a NaN stays
-  *scale.data_ptr<float>() = s_w;
+  const int64_t stride = scale.dim() == 2 ? 1 : 0;
+  if (stride == 0) {
+    double sum = 0.0;
+    for (const double row : sums) sum += row;
+    *s_w = scale_of(sum, N * K);
+  } else {
+    for (int64_t n = 0; n < N; ++n) s_w[n] = scale_of(sums[static_cast<size_t>(n)], K);
+  }
   uint8_t* const out = packed.data_ptr<uint8_t>();
   for_each_row(N, K, [&](int64_t n) {
-    kernels->pack_row(rows + n * bytes, dtype, K, s_w, out + n * row_bytes);
+    kernels->pack_row(rows + n * bytes, dtype, K, s_w[n * stride], out + n * row_bytes);
   });
   bitlinear::checked_weights().add(packed, K);
   return {packed, scale};
@@ -210,16 +223,19 @@ Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
   const Tensor input = w_packed.contiguous();
   Tensor weight = Tensor(at::detail::empty_cpu({N, in_features}, ScalarType::Float));
   const uint8_t* const rows = input.const_data_ptr<uint8_t>();
-  const float s_w = w_scale.has_value() ? *w_scale->const_data_ptr<float>() : 1.0f;
+  const float one = 1.0f;
+  const Tensor scale = w_scale.has_value() ? w_scale->contiguous() : Tensor();
+  const float* const s_w = scale.defined() ? scale.const_data_ptr<float>() : &one;
+  const int64_t stride = scale.defined() && scale.dim() == 2 ? 1 : 0;
   float* const out = weight.data_ptr<float>();
   for_each_row(N, in_features, [&](int64_t n) {
-    kernels->expand_row(rows + n * row_bytes, in_features, s_w, out + n * in_features);
+    kernels->expand_row(rows + n * row_bytes, in_features, s_w[n * stride], out + n * in_features);
   });
   return dtype.has_value() ? weight.to(*dtype) : weight;
 }
 
-std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
-  bitlinear::check_tokens(x, eps);
+std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps, int64_t act_bits) {
+  bitlinear::check_tokens(x, eps, act_bits);
   const bitlinear_kernel_table* const kernels = active_table();
   const int64_t K = x.size(-1), M = K == 0 ? 0 : x.numel() / K;
   const Tensor input = x.contiguous();
@@ -227,14 +243,15 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
   const char* const tokens = checked_data(input, "x");
   const int64_t bytes = K * input.element_size();
   c10::DimVector shape(x.sizes());
-  Tensor q = Tensor(at::detail::empty_cpu(shape, ScalarType::Char));
+  Tensor q = Tensor(at::detail::empty_cpu(shape, bitlinear::integer_type(act_bits)));
   shape.back() = 1;
   Tensor scale = Tensor(at::detail::empty_cpu(shape, ScalarType::Float));
-  int8_t* const out = q.data_ptr<int8_t>();
+  char* const out = static_cast<char*>(q.data_ptr());
+  const int64_t q_bytes = K * q.element_size();
   float* const s_x = scale.data_ptr<float>();
   for_each_row(M, K, [&](int64_t m) {
-    kernels->quantize_in_order(tokens + m * bytes, dtype, K, static_cast<float>(eps), out + m * K,
-                               s_x + m);
+    kernels->quantize_in_order(tokens + m * bytes, dtype, K, static_cast<float>(eps), act_bits,
+                               out + m * q_bytes, s_x + m);
   });
   return {q, scale};
 }
@@ -266,13 +283,13 @@ TORCH_LIBRARY(bitlinear, m) {
       "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
       "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
-  m.def("quantize_weight(Tensor weight, float eps=1e-6) -> (Tensor, Tensor)",
+  m.def("quantize_weight(Tensor weight, float eps=1e-6, int group_size=0) -> (Tensor, Tensor)",
         {at::Tag::pt2_compliant_tag});
   m.def(
       "expand_weight(Tensor w_packed, int in_features, Tensor? w_scale=None, "
       "ScalarType? dtype=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
-  m.def("quantize_activations(Tensor x, float eps=1e-6) -> (Tensor, Tensor)",
+  m.def("quantize_activations(Tensor x, float eps=1e-6, int act_bits=8) -> (Tensor, Tensor)",
         {at::Tag::pt2_compliant_tag});
   m.def("expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
         {at::Tag::pt2_compliant_tag});

@@ -15,17 +15,19 @@ namespace bitlinear {
 // integer, ties to even, and its low mantissa bits hold that integer. Exact for |x| < 2^22.
 constexpr float kRoundMagic = 12582912.0f;
 
-// |x * inv| <= 127 * (1 + 2^-22), which rounds to 127, so no clamp is needed.
+// |x * inv| <= 32385 * (1 + 2^-22), which rounds to 32385 (and to 127 in 8 bits), so no clamp is
+// needed.
 inline int32_t round_to_int(float x) {
   return static_cast<int32_t>(float_bits(x + kRoundMagic) - float_bits(kRoundMagic));
 }
 
 constexpr int64_t kQuantizeChunk = 1024;  // values converted to fp32 at a time
 
-// Returns the scale of x[0:K]. Calls `store(k, count, row)` with the quantised values from k on;
-// never if the token has a NaN or an infinity.
-template <class V, class Store>
+// Returns the scale of x[0:K]. Calls `store(k, count, row)` with the quantised values from k on, as
+// Integer (int8_t or int16_t); never if the token has a NaN or an infinity.
+template <class V, class Integer, class Store>
 float quantize(const void* x, int dtype, int64_t K, float eps, const Store& store) {
+  constexpr float kMax = sizeof(Integer) == 1 ? 127.0f : 32385.0f;
   constexpr int64_t kChunk = kQuantizeChunk;
   float floats[kChunk];
 
@@ -41,49 +43,78 @@ float quantize(const void* x, int dtype, int64_t K, float eps, const Store& stor
   }
   if (absmax_bits >= 0x7F800000u) return bits_float(0x7FC00000u);
   const float absmax = bits_float(absmax_bits) > eps ? bits_float(absmax_bits) : eps;
-  const float inv = 127.0f / absmax;
+  const float inv = kMax / absmax;
 
   for (int64_t k = 0; k < K; k += kChunk) {
     const int64_t count = K - k < kChunk ? K - k : kChunk;
     const float* chunk = as_floats<V>(x, dtype, k, count, floats);
-    alignas(64) int8_t row[kChunk];
-    for (int64_t i = 0; i < count; ++i) row[i] = static_cast<int8_t>(round_to_int(chunk[i] * inv));
+    alignas(64) Integer row[kChunk];
+    for (int64_t i = 0; i < count; ++i) row[i] = static_cast<Integer>(round_to_int(chunk[i] * inv));
     store(k, count, row);
   }
-  return absmax / 127.0f;
+  return absmax / kMax;
 }
 
+// Stores a chunk of a row in planes, and returns its sum. Fills up the last block of `row` and `q`
+// with zeros.
 template <class V>
-void quantize_row(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x,
-                  int32_t* q_sum) {
+int32_t store_planes(int8_t* row, int64_t count, int8_t* q) {
   constexpr int64_t kBlock = V::kWidth;    // packed bytes, so values per plane
   constexpr int64_t kValues = 4 * kBlock;  // values per block
   static_assert(kQuantizeChunk % kValues == 0, "a chunk must hold whole blocks");
   int32_t sum = 0;
-  *s_x = quantize<V>(x, dtype, K, eps, [&](int64_t k, int64_t count, int8_t* row) {
-    for (int64_t i = 0; i < count; ++i) sum += row[i];
-    const int64_t filled = (count + kValues - 1) / kValues * kValues;
-    memset(row + count, 0, static_cast<size_t>(filled - count));
-    // Four values make one 32-bit word; plane j takes byte j of every word.
-    for (int64_t base = 0; base < filled; base += kValues) {
-      uint32_t words[kBlock];
-      memcpy(words, row + base, sizeof(words));
-      int8_t* block = q + k + base;
-      for (int64_t b = 0; b < kBlock; ++b) block[0 * kBlock + b] = static_cast<int8_t>(words[b]);
-      for (int64_t b = 0; b < kBlock; ++b) {
-        block[1 * kBlock + b] = static_cast<int8_t>(words[b] >> 8);
-      }
-      for (int64_t b = 0; b < kBlock; ++b) {
-        block[2 * kBlock + b] = static_cast<int8_t>(words[b] >> 16);
-      }
-      for (int64_t b = 0; b < kBlock; ++b) {
-        block[3 * kBlock + b] = static_cast<int8_t>(words[b] >> 24);
-      }
+  for (int64_t i = 0; i < count; ++i) sum += row[i];
+  const int64_t filled = (count + kValues - 1) / kValues * kValues;
+  memset(row + count, 0, static_cast<size_t>(filled - count));
+  // Four values make one 32-bit word; plane j takes byte j of every word.
+  for (int64_t base = 0; base < filled; base += kValues) {
+    uint32_t words[kBlock];
+    memcpy(words, row + base, sizeof(words));
+    int8_t* block = q + base;
+    for (int64_t b = 0; b < kBlock; ++b) block[0 * kBlock + b] = static_cast<int8_t>(words[b]);
+    for (int64_t b = 0; b < kBlock; ++b) {
+      block[1 * kBlock + b] = static_cast<int8_t>(words[b] >> 8);
     }
-  });
-  // The scale is NaN.
-  if (*s_x != *s_x) memset(q, 0, static_cast<size_t>((K + kValues - 1) / kValues * kValues));
-  *q_sum = sum;
+    for (int64_t b = 0; b < kBlock; ++b) {
+      block[2 * kBlock + b] = static_cast<int8_t>(words[b] >> 16);
+    }
+    for (int64_t b = 0; b < kBlock; ++b) {
+      block[3 * kBlock + b] = static_cast<int8_t>(words[b] >> 24);
+    }
+  }
+  return sum;
+}
+
+// Splits values of 16 bits: value = 254 * high + low, with both in -127 .. 127.
+inline void split(const int16_t* values, int64_t count, int8_t* high, int8_t* low) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t quotient = round_to_int(static_cast<float>(values[i]) * BITLINEAR_HIGH_FACTOR);
+    high[i] = static_cast<int8_t>(quotient);
+    low[i] = static_cast<int8_t>(values[i] - BITLINEAR_HIGH_WEIGHT * quotient);
+  }
+}
+
+template <class V>
+void quantize_row(const void* x, int dtype, int64_t K, float eps, int64_t act_bits, int8_t* q,
+                  int64_t q_stride, float* s_x, int32_t* q_sum) {
+  const int64_t rows = bitlinear_rows_per_token(act_bits);
+  for (int64_t r = 0; r < rows; ++r) q_sum[r] = 0;
+  if (act_bits == 8) {
+    *s_x = quantize<V, int8_t>(x, dtype, K, eps, [&](int64_t k, int64_t count, int8_t* row) {
+      q_sum[0] += store_planes<V>(row, count, q + k);
+    });
+  } else {
+    *s_x = quantize<V, int16_t>(x, dtype, K, eps, [&](int64_t k, int64_t count, int16_t* row) {
+      alignas(64) int8_t high[kQuantizeChunk], low[kQuantizeChunk];
+      split(row, count, high, low);
+      q_sum[0] += store_planes<V>(high, count, q + k);
+      q_sum[1] += store_planes<V>(low, count, q + q_stride + k);
+    });
+  }
+  if (*s_x == *s_x) return;
+  const int64_t values = 4 * int64_t{V::kWidth};
+  const size_t bytes = static_cast<size_t>((K + values - 1) / values * values);
+  for (int64_t r = 0; r < rows; ++r) memset(q + r * q_stride, 0, bytes);
 }
 
 }  // namespace bitlinear

@@ -28,7 +28,8 @@ std::string check_kernels(const bitlinear_kernel_table& kernels) {
                         seed % 5 == 0,
                         data,
                         static_cast<int64_t>(seed % 4),
-                        seed / 2 % 2 == 1};
+                        seed / 2 % 2 == 1,
+                        seed / 4 % 3 == 0 ? 16 : 8};
         const std::string difference = bitlinear::selftest::check_case(kernels, c, seed);
         if (!difference.empty()) return difference;
       }

@@ -68,12 +68,21 @@ void expand_row(const uint8_t* packed, int64_t K, float s_w, float* w) {
   for (int64_t k = K / 4 * 4; k < K; ++k) w[k] = value(k / 4, static_cast<int>(k % 4));
 }
 
+template <class V, class Integer>
+float quantize_integers(const void* x, int dtype, int64_t K, float eps, Integer* q) {
+  const float s_x =
+      quantize<V, Integer>(x, dtype, K, eps, [&](int64_t k, int64_t count, const Integer* row) {
+        memcpy(q + k, row, static_cast<size_t>(count) * sizeof(Integer));
+      });
+  if (s_x != s_x) memset(q, 0, static_cast<size_t>(K) * sizeof(Integer));
+  return s_x;
+}
+
 template <class V>
-void quantize_in_order(const void* x, int dtype, int64_t K, float eps, int8_t* q, float* s_x) {
-  *s_x = quantize<V>(x, dtype, K, eps, [&](int64_t k, int64_t count, const int8_t* row) {
-    memcpy(q + k, row, static_cast<size_t>(count));
-  });
-  if (*s_x != *s_x) memset(q, 0, static_cast<size_t>(K));
+void quantize_in_order(const void* x, int dtype, int64_t K, float eps, int64_t act_bits, void* q,
+                       float* s_x) {
+  *s_x = act_bits == 8 ? quantize_integers<V>(x, dtype, K, eps, static_cast<int8_t*>(q))
+                       : quantize_integers<V>(x, dtype, K, eps, static_cast<int16_t*>(q));
 }
 
 }  // namespace bitlinear

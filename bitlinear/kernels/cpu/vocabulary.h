@@ -56,6 +56,7 @@ int64_t scratch_bytes(int64_t M, int64_t row_bytes) {
 
 template <class V, class Gemm>
 constexpr bitlinear_kernel_table make_table(const char* name) {
+  static_assert(Gemm::kCosts.token_unit % 2 == 0, "a part holds both rows of a 16-bit token");
   return {BITLINEAR_ABI_VERSION,
           name,
           V::kWidth,

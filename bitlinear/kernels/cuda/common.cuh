@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "heuristics.h"
+#include "task.h"
 
 namespace bitlinear {
 namespace cuda {
@@ -28,15 +29,16 @@ namespace cuda {
 // 128-byte swizzle. The atoms of consecutive tokens are contiguous, so that one bulk copy fetches a
 // tile. The words of a plane, seen as a 4 x 4 matrix, are transposed.
 //
-// kInOrder: (M, K), in the order of x.
+// kInOrder: (M, K), in the order of x; int16 if activations have 16 bits.
 enum class Layout { kRows, kFragments, kTiles, kInOrder };
 
-// Quantised activations: output of the quantiser, input of the products.
+// Quantised activations: output of the quantiser, input of the products. M counts rows of q. A
+// token with 16 bits has two, one after the other: the high and the low one.
 struct Activations {
   int8_t* q;
   int64_t q_stride;      // a multiple of 256; kInOrder: K
   int64_t token_groups;  // M / 8, rounded up to whole tiles
-  float* s_x;            // (M,)
+  float* s_x;            // (M,), the token's scale for each of its rows; kInOrder: (tokens,)
   int32_t* q_sum;        // (M,); kInOrder: null
 };
 
@@ -134,9 +136,26 @@ __device__ inline void store_partial(Y* y, const Four& four, int count) {
   }
 }
 
-// y = float(acc) * (s_x * s_w) + bias, each operation rounded on its own. `codes` is sum_k c * q.
-__device__ inline float dequantize(int32_t codes, int32_t q_sum, float s_x, float s_w) {
-  return __fmul_rn(__int2float_rn(codes - q_sum), __fmul_rn(s_x, s_w));
+// y = float(acc) * (s_x * s_w) + bias, each operation rounded on its own. `codes` is sum_k c * q
+// for each row of q that the token has.
+__device__ inline float dequantize(const int32_t (&codes)[1], const int32_t* q_sum, float s_x,
+                                   float s_w) {
+  return __fmul_rn(__int2float_rn(codes[0] - q_sum[0]), __fmul_rn(s_x, s_w));
+}
+__device__ inline float dequantize(const int32_t (&codes)[2], const int32_t* q_sum, float s_x,
+                                   float s_w) {
+  const int64_t high = codes[0] - q_sum[0], low = codes[1] - q_sum[1];
+  return __fmul_rn(__ll2float_rn(BITLINEAR_HIGH_WEIGHT * high + low), __fmul_rn(s_x, s_w));
+}
+
+// Calls `f` with the number of rows of q that a token has, as a constant.
+template <class F>
+__device__ inline void with_token_rows(const bitlinear_cuda_task& task, F&& f) {
+  if (task.act_bits == 8) {
+    f(std::integral_constant<int, 1>{});
+  } else {
+    f(std::integral_constant<int, 2>{});
+  }
 }
 
 // Programmatic dependent launch (sm_90): a kernel can start while its predecessor in the stream

@@ -30,16 +30,18 @@ __device__ inline void add_products(const uint4& packed, const uint4 (&planes)[4
   }
 }
 
+// Writes the token whose first row of q is m.
+template <int kTokenRows>
 __device__ inline void store(const bitlinear_cuda_task& task, const Activations& activations,
-                             int64_t m, int64_t n, int32_t codes) {
+                             int64_t m, int64_t n, const int32_t (&codes)[kTokenRows]) {
   float value =
-      dequantize(codes, activations.q_sum[m], activations.s_x[m], task.s_w[n * task.s_w_stride]);
+      dequantize(codes, activations.q_sum + m, activations.s_x[m], task.s_w[n * task.s_w_stride]);
   if (task.bias != nullptr) {
     value = __fadd_rn(value, load_as_float(task.bias, task.bias_dtype, n));
   }
   with_dtype(task.y_dtype, [&](auto zero) {
     using Y = decltype(zero);
-    static_cast<Y*>(task.y)[m * task.N + n] = from_float<Y>(value);
+    static_cast<Y*>(task.y)[m / kTokenRows * task.N + n] = from_float<Y>(value);
   });
 }
 
@@ -80,10 +82,17 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 #pragma unroll
-  for (int m = 0; m < kTokens; ++m) {
-    const int32_t codes = warp_reduce_add(sums[m]);
-    if (lane == m && m < task.M) store(task, activations, m, n, codes);
-  }
+  for (int m = 0; m < kTokens; ++m) sums[m] = warp_reduce_add(sums[m]);
+  with_token_rows(task, [&](auto token_rows) {
+    constexpr int kTokenRows = decltype(token_rows)::value;
+#pragma unroll
+    for (int m = 0; m + kTokenRows <= kTokens; m += kTokenRows) {
+      int32_t codes[kTokenRows];
+#pragma unroll
+      for (int r = 0; r < kTokenRows; ++r) codes[r] = sums[m + r];
+      if (lane == m && m < task.M) store(task, activations, m, n, codes);
+    }
+  });
 }
 
 // --- Many tokens: tiles of 64 rows by 16 or 64 tokens, 64 packed bytes at a time ---
@@ -169,7 +178,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t out_m = m_begin + m + kSide * t, out_n = n_begin + n + kSide * r;
-      if (out_m < task.M && out_n < task.N) store(task, activations, out_m, out_n, sums[t][r]);
+      // The second half of the warp has the odd rows of q.
+      const int32_t next = __shfl_down_sync(~0u, sums[t][r], kSide);
+      if (out_m >= task.M || out_n >= task.N) continue;
+      if (task.act_bits == 8) {
+        const int32_t codes[1] = {sums[t][r]};
+        store(task, activations, out_m, out_n, codes);
+      } else if (m % 2 == 0) {
+        const int32_t codes[2] = {sums[t][r], next};
+        store(task, activations, out_m, out_n, codes);
+      }
     }
   }
 }

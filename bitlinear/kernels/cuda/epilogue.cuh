@@ -10,9 +10,9 @@ __device__ inline int4 add(const int4& a, const int4& b) {
   return make_int4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// The tokens first, first + step, ... below `end` of a tile.
+// The tokens first, first + step, ... of a tile with this many rows of q.
 struct TokenRange {
-  int first, step, end;
+  int first, step, rows;
 };
 
 // Scales and bias of the rows of a tile that one of kThreads threads writes: four rows from row n
@@ -42,10 +42,10 @@ struct TileRows {
   }
 };
 
-// Writes these rows of y for some tokens of a tile that begins with token m. load_codes(token, row)
-// returns the sums of four rows from `row` on; s_x and q_sum belong to the tokens of the tile. A
-// thread reads kBatch tokens before it stores the first one, because the compiler moves no load
-// across a store.
+// Writes some tokens of a tile that begins with row m of q. load_codes(token, row) returns the sums
+// of a row of q of the tile with four rows of weights from `row` on; s_x and q_sum belong to the
+// rows of q. A thread reads kBatch tokens before it stores the first one, because the compiler
+// moves no load across a store.
 template <int kBatch = 4, int kRows, int kThreads, class LoadCodes>
 __device__ inline void write_tile(const bitlinear_cuda_task& task,
                                   const TileRows<kRows, kThreads>& rows, int64_t m,
@@ -59,34 +59,42 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
   const int step = tokens.step * (kThreads / rows.kGroups);
   const int64_t pitch = step * task.N;
 
-  const auto write = [&](auto zero, auto is_whole) {
+  const auto write = [&](auto zero, auto is_whole, auto token_rows) {
     using Y = decltype(zero);
     using Four = decltype(round_to_vector(Y{}, bias));
+    constexpr int kTokenRows = decltype(token_rows)::value;
+    constexpr int kTokens = kBatch > kTokenRows ? kBatch / kTokenRows : 1;  // of a batch
+    const int end = tokens.rows / kTokenRows;
     int token = tokens.first + rows.group * tokens.step;
-    Y* y = static_cast<Y*>(task.y) + (m + token) * task.N + rows.n;
-    for (; token < tokens.end; token += kBatch * step, y += kBatch * pitch) {
-      int4 codes[kBatch];
-      int32_t q[kBatch];
-      float s[kBatch];
+    Y* y = static_cast<Y*>(task.y) + (m / kTokenRows + token) * task.N + rows.n;
+    for (; token < end; token += kTokens * step, y += kTokens * pitch) {
+      int32_t codes[kTokens][4][kTokenRows];
+      int32_t q[kTokens][kTokenRows];
+      float s[kTokens];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int batch_token = token + i * step < tokens.end ? token + i * step : token;
-        codes[i] = load_codes(batch_token, rows.row);
-        q[i] = q_sum[batch_token];
-        s[i] = s_x[batch_token];
+      for (int i = 0; i < kTokens; ++i) {
+        const int first = (token + i * step < end ? token + i * step : token) * kTokenRows;
+        s[i] = s_x[first];
+#pragma unroll
+        for (int r = 0; r < kTokenRows; ++r) {
+          const int4 four = load_codes(first + r, rows.row);
+          codes[i][0][r] = four.x;
+          codes[i][1][r] = four.y;
+          codes[i][2][r] = four.z;
+          codes[i][3][r] = four.w;
+          q[i][r] = q_sum[first + r];
+        }
       }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        float values[4] = {dequantize(codes[i].x, q[i], s[i], rows.s_w[0]),
-                           dequantize(codes[i].y, q[i], s[i], rows.s_w[1]),
-                           dequantize(codes[i].z, q[i], s[i], rows.s_w[2]),
-                           dequantize(codes[i].w, q[i], s[i], rows.s_w[3])};
+      for (int i = 0; i < kTokens; ++i) {
+        float values[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
+          values[j] = dequantize(codes[i][j], q[i], s[i], rows.s_w[j]);
           if (has_bias) values[j] = __fadd_rn(values[j], bias[j]);
         }
         const Four four = round_to_vector(zero, values);
-        if (token + i * step < tokens.end) {
+        if (token + i * step < end) {
           if constexpr (decltype(is_whole)::value) {
             *reinterpret_cast<Four*>(y + i * pitch) = four;
           } else {
@@ -96,12 +104,14 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
       }
     }
   };
-  with_dtype(task.y_dtype, [&](auto zero) {
-    if (rows.count == 4 && task.N % 4 == 0) {  // so the address is a multiple of the vector size
-      write(zero, std::true_type{});
-    } else {
-      write(zero, std::false_type{});
-    }
+  with_token_rows(task, [&](auto token_rows) {
+    with_dtype(task.y_dtype, [&](auto zero) {
+      if (rows.count == 4 && task.N % 4 == 0) {  // so the address is a multiple of the vector size
+        write(zero, std::true_type{}, token_rows);
+      } else {
+        write(zero, std::false_type{}, token_rows);
+      }
+    });
   });
 }
 

@@ -58,13 +58,13 @@ struct Sizes {
         q_stride(ceil_div(row_bytes, kSliceBytes) * kSliceValues + kGemvTokenPad) {}
 };
 
-// Quantises all tokens at once. Each token has its share of the warps, which keep the values in
-// registers between the maximum and the rounding.
-template <class X>
+// Quantises all tokens at once, each to kTokenRows rows of q. Each token has its share of the
+// warps, which keep the values in registers between the maximum and the rounding.
+template <class X, int kTokenRows>
 __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_stride, int8_t* q,
                                        Shared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int tokens = static_cast<int>(task.M), K = static_cast<int>(task.K);
+  const int tokens = static_cast<int>(task.M) / kTokenRows, K = static_cast<int>(task.K);
   const int log_share = tokens > 2 ? 1 : tokens > 1 ? 2 : 3;
   const int m = warp >> log_share;
   const int first = ((warp & ((1 << log_share) - 1)) * 32 + lane) * kGroup;
@@ -88,30 +88,37 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_st
 
   if (m < tokens) {
     absmax = warp_reduce_max(shared.warp_max[(m << log_share) + (lane & ((1 << log_share) - 1))]);
-    const TokenScale scale(absmax, task.eps);
-    int32_t sum = 0;
+    const TokenScale<kTokenRows> scale(absmax, task.eps);
+    int32_t sums[kTokenRows] = {};
 #pragma unroll
     for (int i = 0; i < kGemvGroups; ++i) {
       const int k = first + i * step;
       if (k >= q_stride - kGemvTokenPad) break;
       float values[kGroup] = {};
       if (k < end) groups[i].convert(values);
-      uint32_t planes[4];
-      sum += quantize_group(values, scale.inv, planes);
-      uint32_t* block =
-          reinterpret_cast<uint32_t*>(q + m * q_stride + k / kSliceValues * kSliceValues);
+      uint32_t planes[kTokenRows][4];
+      quantize_group(values, scale.inv, planes, sums);
 #pragma unroll
-      for (int p = 0; p < 4; ++p) block[16 * p + k / kGroup % 16] = planes[p];
+      for (int r = 0; r < kTokenRows; ++r) {
+        uint32_t* block = reinterpret_cast<uint32_t*>(q + (m * kTokenRows + r) * q_stride +
+                                                      k / kSliceValues * kSliceValues);
+#pragma unroll
+        for (int p = 0; p < 4; ++p) block[16 * p + k / kGroup % 16] = planes[r][p];
+      }
     }
-    sum = warp_reduce_add(sum);
-    if (lane == 0) atomicAdd(&shared.q_sum[m], sum);
-    if (first == 0) shared.s_x[m] = scale.s_x;
+#pragma unroll
+    for (int r = 0; r < kTokenRows; ++r) {
+      const int32_t sum = warp_reduce_add(sums[r]);
+      if (lane == 0) atomicAdd(&shared.q_sum[m * kTokenRows + r], sum);
+      if (first == 0) shared.s_x[m * kTokenRows + r] = scale.s_x;
+    }
   }
   sync_consumers();
 }
 
 // X: the dtype of x. kLogSplit: log2 of the number of warps that share 16 rows, along K.
-template <class X, int kLogSplit>
+// kTokenRows: the rows of q of a token. "Tokens" below counts rows of q.
+template <class X, int kLogSplit, int kTokenRows>
 __global__ void __launch_bounds__(kThreads, 2)
     gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages) {
 #if __CUDA_ARCH__ >= 900
@@ -175,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   load_scales(threadIdx.x);
   int8_t* const q = reinterpret_cast<int8_t*>(dynamic + stages * stage_bytes);
-  quantize_tokens<X>(task, sizes.q_stride, q, shared);
+  quantize_tokens<X, kTokenRows>(task, sizes.q_stride, q, shared);
 
   const int g = lane / 4, tig = lane % 4;
   const int group = warp >> kLogSplit, member = warp & (kSplit - 1);
@@ -223,13 +230,18 @@ __global__ void __launch_bounds__(kThreads, 2)
       with_dtype(task.y_dtype, [&](auto zero) {
         using Y = decltype(zero);
 #pragma unroll 1
-        for (int m = 0; m < tokens; ++m) {
-          int32_t codes = 0;
+        for (int m = 0; m < tokens; m += kTokenRows) {
+          int32_t codes[kTokenRows] = {};
 #pragma unroll
-          for (int v = 0; v < kSplit; ++v) codes += partial[(v * tokens + m) * kRowPitch + row];
-          float value = dequantize(codes, shared.q_sum[m], shared.s_x[m], s_w);
+          for (int r = 0; r < kTokenRows; ++r) {
+#pragma unroll
+            for (int v = 0; v < kSplit; ++v) {
+              codes[r] += partial[(v * tokens + m + r) * kRowPitch + row];
+            }
+          }
+          float value = dequantize(codes, shared.q_sum + m, shared.s_x[m], s_w);
           if (has_bias) value = __fadd_rn(value, bias);
-          static_cast<Y*>(task.y)[m * task.N + n] = from_float<Y>(value);
+          static_cast<Y*>(task.y)[m / kTokenRows * task.N + n] = from_float<Y>(value);
         }
       });
       load_scales(tile * kTileRows + row + kConsumers);
@@ -238,29 +250,30 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-template <class X, int kLogSplit>
+template <class X, int kLogSplit, int kTokenRows>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
   const Sizes sizes(call.task.K);
   const int stage_bytes = static_cast<int>(gemv_stage_bytes(sizes.row_bytes, kLogSplit));
   const int stages = minimum(plan.ring_bytes / stage_bytes, kMaxStages);
   const int shared_bytes = stages * stage_bytes + static_cast<int>(call.task.M) * sizes.q_stride;
   const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
-  return launch_kernel<gemv_kernel<X, kLogSplit>>(config, call, call.task, stages);
+  return launch_kernel<gemv_kernel<X, kLogSplit, kTokenRows>>(config, call, call.task, stages);
 }
 
-template <class X>
+template <class X, int kTokenRows>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
-  if (plan.log_split == 3) return launch<X, 3>(call, plan);
-  if (plan.log_split == 2) return launch<X, 2>(call, plan);
-  return launch<X, 1>(call, plan);
+  if (plan.log_split == 3) return launch<X, 3, kTokenRows>(call, plan);
+  if (plan.log_split == 2) return launch<X, 2, kTokenRows>(call, plan);
+  return launch<X, 1, kTokenRows>(call, plan);
 }
 
 }  // namespace
 
 cudaError_t gemv(const Call& call, const GemvPlan& plan) {
-  if (call.task.x_dtype == BITLINEAR_F32) return launch<float>(call, plan);
-  if (call.task.x_dtype == BITLINEAR_F16) return launch<__half>(call, plan);
-  return launch<__nv_bfloat16>(call, plan);
+  return dispatch_dtype(call.task.x_dtype, [&](auto zero) {
+    using X = decltype(zero);
+    return call.task.act_bits == 8 ? launch<X, 1>(call, plan) : launch<X, 2>(call, plan);
+  });
 }
 
 }  // namespace cuda

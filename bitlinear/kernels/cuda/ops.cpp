@@ -134,11 +134,11 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const c10::cuda::CUDAGuard guard(x.device());
 
   const int64_t N = w_packed.size(0);
-  const int64_t M = x.numel() / in_features;
+  const int64_t tokens = x.numel() / in_features;
   c10::DimVector shape(x.sizes());
   shape.back() = N;
   Tensor y = empty(shape, y_dtype, x);
-  if (M == 0 || N == 0) return y;
+  if (tokens == 0 || N == 0) return y;
 
   const Tensor input = x.contiguous();
   const Tensor weight = w_packed.contiguous();
@@ -146,9 +146,10 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const Tensor bias_values = bitlinear::kernel_bias(bias);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(x.device().index());
   bitlinear_cuda_task task = {};
+  task.act_bits = act_bits;
   task.x = checked_data(input, "x");
   task.x_dtype = kernel_dtype(x.scalar_type());
-  task.M = M;
+  task.M = tokens * bitlinear_rows_per_token(act_bits);
   task.N = N;
   task.K = in_features;
   task.eps = static_cast<float>(eps);
@@ -171,7 +172,7 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   const bool is_copy = !weight.is_same(w_packed);
   task.w_prefetchable = !is_copy && prefetchable_weights().contains(w_packed, stream);
   const char* error = bitlinear_cuda_linear(&task, kernel, static_cast<void*>(stream.stream()));
-  TORCH_CHECK(error == nullptr, "bitlinear: a product of (", M, ", ", in_features, ") by (", N,
+  TORCH_CHECK(error == nullptr, "bitlinear: a product of (", tokens, ", ", in_features, ") by (", N,
               ", ", in_features, ") failed on ", x.device(), ": ", error);
   if (!is_copy && !task.w_prefetchable) prefetchable_weights().add(w_packed, stream);
   return y;
@@ -182,19 +183,19 @@ void check_launch(const char* error, const char* name, const Tensor& operand) {
               operand.device(), ": ", error);
 }
 
-std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps) {
-  bitlinear::check_weight(weight, eps);
+std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int64_t group_size) {
+  bitlinear::check_weight(weight, eps, group_size);
   const c10::cuda::CUDAGuard guard(weight.device());
   const int64_t N = weight.size(0), K = weight.size(1);
   const Tensor input = bitlinear::kernel_operand(weight);
   Tensor packed = empty({N, (K + 3) / 4}, ScalarType::Byte, weight);
-  Tensor scale = empty({1}, ScalarType::Float, weight);
+  Tensor scale = empty(bitlinear::scale_shape(weight, group_size), ScalarType::Float, weight);
   const auto bytes = static_cast<size_t>(bitlinear_cuda_weight_workspace_bytes(N, K));
   const at::DataPtr workspace = c10::cuda::CUDACachingAllocator::get()->allocate(bytes);
   const char* const error = bitlinear_cuda_quantize_weight(
       checked_data(input, "weight"), kernel_dtype(input.scalar_type()), N, K,
-      static_cast<float>(eps), packed.data_ptr<uint8_t>(), scale.data_ptr<float>(), workspace.get(),
-      current_stream(weight));
+      static_cast<float>(eps), packed.data_ptr<uint8_t>(), scale.data_ptr<float>(),
+      scale.dim() == 2 ? 1 : 0, workspace.get(), current_stream(weight));
   check_launch(error, "quantize_weight", weight);
   if (!is_capturing(c10::cuda::getCurrentCUDAStream(weight.device().index()))) {
     bitlinear::checked_weights().add(packed, K);
@@ -209,26 +210,28 @@ Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
   const c10::cuda::CUDAGuard guard(w_packed.device());
   const Tensor input = w_packed.contiguous();
   Tensor weight = empty({w_packed.size(0), in_features}, w_dtype, w_packed);
+  const Tensor scale = w_scale.has_value() ? w_scale->contiguous() : Tensor();
   const char* const error = bitlinear_cuda_expand_weight(
       reinterpret_cast<const uint8_t*>(checked_data(input, "w_packed")), w_packed.size(0),
-      in_features, w_scale.has_value() ? w_scale->const_data_ptr<float>() : nullptr,
-      weight.data_ptr(), kernel_dtype(w_dtype), current_stream(w_packed));
+      in_features, scale.defined() ? scale.const_data_ptr<float>() : nullptr,
+      scale.defined() && scale.dim() == 2 ? 1 : 0, weight.data_ptr(), kernel_dtype(w_dtype),
+      current_stream(w_packed));
   check_launch(error, "expand_weight", w_packed);
   return weight;
 }
 
-std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps) {
-  bitlinear::check_tokens(x, eps);
+std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps, int64_t act_bits) {
+  bitlinear::check_tokens(x, eps, act_bits);
   const c10::cuda::CUDAGuard guard(x.device());
   const int64_t K = x.size(-1), M = K == 0 ? 0 : x.numel() / K;
   const Tensor input = x.contiguous();
   c10::DimVector shape(x.sizes());
-  Tensor q = empty(shape, ScalarType::Char, x);
+  Tensor q = empty(shape, bitlinear::integer_type(act_bits), x);
   shape.back() = 1;
   Tensor scale = empty(shape, ScalarType::Float, x);
   const char* const error = bitlinear_cuda_quantize_activations(
       checked_data(input, "x"), kernel_dtype(x.scalar_type()), M, K, static_cast<float>(eps),
-      q.data_ptr<int8_t>(), scale.data_ptr<float>(), current_stream(x));
+      act_bits, q.data_ptr(), scale.data_ptr<float>(), current_stream(x));
   check_launch(error, "quantize_activations", x);
   return {q, scale};
 }
@@ -241,8 +244,8 @@ Tensor expand_activations(const Tensor& q, const Tensor& s_x, std::optional<Scal
   const Tensor tokens = q.contiguous(), scales = s_x.contiguous();
   Tensor x = empty(q.sizes(), x_dtype, q);
   const char* const error = bitlinear_cuda_expand_activations(
-      reinterpret_cast<const int8_t*>(checked_data(tokens, "q")), scales.const_data_ptr<float>(), M,
-      K, x.data_ptr(), kernel_dtype(x_dtype), current_stream(q));
+      checked_data(tokens, "q"), 8 * q.element_size(), scales.const_data_ptr<float>(), M, K,
+      x.data_ptr(), kernel_dtype(x_dtype), current_stream(q));
   check_launch(error, "expand_activations", q);
   return x;
 }

@@ -33,11 +33,34 @@ __device__ inline void store_in_order(int8_t* q, const uint32_t (&planes)[4], in
   }
 }
 
-template <class X, Layout kLayout>
+// The same for 16 bits, from values that need only be rounded.
+__device__ inline void store_in_order(int16_t* q, const float (&values)[kGroup], int count,
+                                      bool aligned) {
+  alignas(16) int16_t rounded[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    rounded[i] = static_cast<int16_t>(__float_as_uint(round_magically(values[i])) -
+                                      __float_as_uint(kRoundMagic));
+  }
+  if (aligned) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      reinterpret_cast<uint4*>(q)[v] = reinterpret_cast<const uint4*>(rounded)[v];
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    if (i < count) q[i] = rounded[i];
+  }
+}
+
+// M counts tokens here. kRows: the rows of q of each.
+template <class X, Layout kLayout, int kRows>
 __global__ void __launch_bounds__(32 * kQuantizerWarps)
     quantize_rows(const X* x, int64_t M, int K, float eps, bool aligned, Activations out) {
   __shared__ uint32_t warp_max[kQuantizerWarps];
-  __shared__ int32_t warp_sum[kQuantizerWarps];
+  __shared__ int32_t warp_sum[kRows][kQuantizerWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int first_warp = threadIdx.y * warps;  // the first warp of this token
   const int64_t m = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
@@ -66,24 +89,33 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
   if (lane == 0) warp_max[first_warp + warp] = absmax;
   __syncthreads();
   absmax = warp_reduce_max(lane < warps ? warp_max[first_warp + lane] : 0);
-  const TokenScale scale(absmax, eps);
+  const TokenScale<kRows> scale(absmax, eps);
 
-  int32_t sum = 0;
+  int32_t sums[kRows] = {};
   const auto quantize = [&](int k, const Group<X>& group) {
     float values[kGroup];
     group.convert(values);
-    uint32_t planes[4];
-    sum += quantize_group(values, scale.inv, planes);
-    if constexpr (kLayout == Layout::kInOrder) {
-      if (isnan(scale.s_x)) planes[0] = planes[1] = planes[2] = planes[3] = 0;
-      store_in_order(out.q + m * K + k, planes, K - k, K % kGroup == 0);
+    uint32_t planes[kRows][4];
+    if constexpr (kLayout == Layout::kInOrder && kRows == 2) {
+#pragma unroll
+      for (float& value : values) value = isnan(scale.s_x) ? 0.0f : __fmul_rn(value, scale.inv);
+      int16_t* const q = reinterpret_cast<int16_t*>(out.q) + m * K + k;
+      store_in_order(q, values, K - k, K % kGroup == 0);
+    } else if constexpr (kLayout == Layout::kInOrder) {
+      quantize_group(values, scale.inv, planes, sums);
+      if (isnan(scale.s_x)) planes[0][0] = planes[0][1] = planes[0][2] = planes[0][3] = 0;
+      store_in_order(out.q + m * K + k, planes[0], K - k, K % kGroup == 0);
     } else {
+      quantize_group(values, scale.inv, planes, sums);
       const int slice = k / kSliceValues;
       const int word = k / kGroup % 16;
 #pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        *reinterpret_cast<uint32_t*>(out.q + word_offset<kLayout>(out, m, slice, p, word)) =
-            planes[p];
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          const int64_t offset = word_offset<kLayout>(out, m * kRows + r, slice, p, word);
+          *reinterpret_cast<uint32_t*>(out.q + offset) = planes[r][p];
+        }
       }
     }
   };
@@ -92,45 +124,59 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
     if (first + i * step < out.q_stride) quantize(first + i * step, kept[i]);
   }
   for (int k = first + kQuantizerGroups * step; k < out.q_stride; k += step) quantize(k, load(k));
-  sum = warp_reduce_add(sum);
-  if (lane == 0) warp_sum[first_warp + warp] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    sum = 0;
-    for (int w = 0; w < warps; ++w) sum += warp_sum[first_warp + w];
-    out.s_x[m] = scale.s_x;
-    if constexpr (kLayout != Layout::kInOrder) out.q_sum[m] = sum;
+  if constexpr (kLayout == Layout::kInOrder) {
+    if (threadIdx.x == 0) out.s_x[m] = scale.s_x;
+  } else {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int32_t sum = warp_reduce_add(sums[r]);
+      if (lane == 0) warp_sum[r][first_warp + warp] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        int32_t sum = 0;
+        for (int w = 0; w < warps; ++w) sum += warp_sum[r][first_warp + w];
+        out.s_x[m * kRows + r] = scale.s_x;
+        out.q_sum[m * kRows + r] = sum;
+      }
+    }
   }
 }
 
-template <class X, Layout kLayout>
+template <class X, Layout kLayout, int kRows>
 cudaError_t launch(const Call& call, const Activations& out) {
   const bitlinear_cuda_task& task = call.task;
   const X* x = static_cast<const X*>(task.x);
+  const int64_t tokens = task.M / kRows;
   const bool aligned = rows_aligned(x, task.K * static_cast<int64_t>(sizeof(X)));
-  QuantizerPlan plan = plan_quantizer(call.device, task.M, task.K);
-  if (kLayout == Layout::kInOrder && task.M % plan.tokens != 0)
+  QuantizerPlan plan = plan_quantizer(call.device, tokens, task.K);
+  if (kLayout == Layout::kInOrder && tokens % plan.tokens != 0)
     plan.tokens = 1;  // q has no room for whole blocks
   const LaunchConfig config = {
-      dim3(static_cast<unsigned>(ceil_div<int64_t>(task.M, plan.tokens))),
+      dim3(static_cast<unsigned>(ceil_div<int64_t>(tokens, plan.tokens))),
       dim3(static_cast<unsigned>(32 * plan.warps), static_cast<unsigned>(plan.tokens))};
-  return launch_kernel<quantize_rows<X, kLayout>>(config, call, x, task.M, static_cast<int>(task.K),
-                                                  task.eps, aligned, out);
+  return launch_kernel<quantize_rows<X, kLayout, kRows>>(
+      config, call, x, tokens, static_cast<int>(task.K), task.eps, aligned, out);
 }
 
-template <class X>
+template <class X, int kRows>
 cudaError_t launch(const Call& call, const Activations& out, Layout layout) {
-  if (layout == Layout::kRows) return launch<X, Layout::kRows>(call, out);
-  if (layout == Layout::kFragments) return launch<X, Layout::kFragments>(call, out);
-  if (layout == Layout::kInOrder) return launch<X, Layout::kInOrder>(call, out);
-  return launch<X, Layout::kTiles>(call, out);
+  if (layout == Layout::kRows) return launch<X, Layout::kRows, kRows>(call, out);
+  if (layout == Layout::kFragments) return launch<X, Layout::kFragments, kRows>(call, out);
+  if (layout == Layout::kInOrder) return launch<X, Layout::kInOrder, kRows>(call, out);
+  return launch<X, Layout::kTiles, kRows>(call, out);
 }
 
 }  // namespace
 
 cudaError_t quantize(const Call& call, const Activations& out, Layout layout) {
-  return dispatch_dtype(call.task.x_dtype,
-                        [&](auto zero) { return launch<decltype(zero)>(call, out, layout); });
+  return dispatch_dtype(call.task.x_dtype, [&](auto zero) {
+    using X = decltype(zero);
+    return call.task.act_bits == 8 ? launch<X, 1>(call, out, layout)
+                                   : launch<X, 2>(call, out, layout);
+  });
 }
 
 }  // namespace cuda

@@ -71,16 +71,18 @@ __device__ inline Group<X> load_group(const X* x, int64_t count, bool aligned) {
   return group;
 }
 
-// The scale of a token from its largest magnitude.
+// The scale of a token, which becomes kRows rows of q, from its largest magnitude.
+template <int kRows>
 struct TokenScale {
   float inv, s_x;
 
   __device__ TokenScale(uint32_t absmax_bits, float eps) {
+    constexpr float kMax = kRows == 1 ? 127.0f : 32385.0f;
     // A NaN or an infinity makes the whole row NaN.
     const float absmax = absmax_bits >= 0x7F800000u ? __uint_as_float(0x7FC00000u)
                                                     : fmaxf(__uint_as_float(absmax_bits), eps);
-    inv = __fdiv_rn(127.0f, absmax);
-    s_x = __fdiv_rn(absmax, 127.0f);
+    inv = __fdiv_rn(kMax, absmax);
+    s_x = __fdiv_rn(absmax, kMax);
   }
 };
 
@@ -88,16 +90,11 @@ struct TokenScale {
 // that integer in the low bits: a third of the cost of the conversion instruction.
 constexpr float kRoundMagic = 12582912.0f;
 
-// planes[p] receives the values with k = 3 - p (mod 4), which belong to the weights at bits 2p of a
-// packed byte. Returns the sum of all. |x * inv| rounds to 127 at most; where s_x is NaN, q is
-// arbitrary.
-__device__ inline int32_t quantize_group(const float (&values)[kGroup], float inv,
-                                         uint32_t (&planes)[4]) {
-  uint32_t q[kGroup];  // in the lowest byte
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    q[i] = __float_as_uint(__fadd_rn(__fmul_rn(values[i], inv), kRoundMagic));
-  }
+__device__ inline float round_magically(float x) { return __fadd_rn(x, kRoundMagic); }
+
+// planes[p] receives the lowest bytes of the values with k = 3 - p (mod 4), which belong to the
+// weights at bits 2p of a packed byte. Returns the sum of all, as int8.
+__device__ inline int32_t store_planes(const uint32_t (&q)[kGroup], uint32_t (&planes)[4]) {
   int32_t sum = 0;
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
@@ -107,6 +104,33 @@ __device__ inline int32_t quantize_group(const float (&values)[kGroup], float in
     sum = __dp4a(static_cast<int32_t>(planes[p]), 0x01010101, sum);
   }
   return sum;
+}
+
+// Quantises a group to each row of q that its token has, and adds to their sums. |x * inv| rounds
+// to the largest value at most; where s_x is NaN, q is arbitrary.
+__device__ inline void quantize_group(const float (&values)[kGroup], float inv,
+                                      uint32_t (&planes)[1][4], int32_t (&sums)[1]) {
+  uint32_t q[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    q[i] = __float_as_uint(round_magically(__fmul_rn(values[i], inv)));
+  }
+  sums[0] += store_planes(q, planes[0]);
+}
+__device__ inline void quantize_group(const float (&values)[kGroup], float inv,
+                                      uint32_t (&planes)[2][4], int32_t (&sums)[2]) {
+  uint32_t high[kGroup], low[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    const float scaled = __fmul_rn(values[i], inv);
+    // Of the unrounded value: where it rounds to another high row than q16 would, q16 is 127 from
+    // both.
+    high[i] = __float_as_uint(round_magically(__fmul_rn(scaled, BITLINEAR_HIGH_FACTOR)));
+    // In the lowest byte, q16 - 254 * high is q16 + 2 * high.
+    low[i] = __float_as_uint(round_magically(scaled)) + 2 * high[i];
+  }
+  sums[0] += store_planes(high, planes[0]);
+  sums[1] += store_planes(low, planes[1]);
 }
 
 }  // namespace cuda

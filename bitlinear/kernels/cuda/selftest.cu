@@ -46,7 +46,9 @@ std::string check_kernel(int kernel, const Device& device, const Stream& stream)
                       seed % 2 == 0,
                       seed % 4 == 0,
                       kDataKinds[seed / 2 % 5],
-                      0};
+                      0,
+                      false,
+                      seed % 3 == 0 ? 16 : 8};
       const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
       if (!supports_case(kernel, device, c, placement)) continue;
       const std::string difference = check_case(kernel, c, seed, placement, stream);
@@ -63,7 +65,16 @@ std::string check_training(const Stream& stream) {
   for (const int64_t K : {1, 6, 15, 16, 100, 1030, 2048}) {
     for (const int64_t M : {1, 5, 300}) {
       ++seed;
-      const Case c = {M, 1, K, static_cast<int>(seed % 3), false, false, kDataKinds[seed % 5], 0};
+      const Case c = {M,
+                      1,
+                      K,
+                      static_cast<int>(seed % 3),
+                      false,
+                      seed % 2 == 0,
+                      kDataKinds[seed % 5],
+                      0,
+                      false,
+                      seed % 4 < 2 ? 16 : 8};
       const Placement placement = seed % 5 == 0 ? Placement::kUnaligned : Placement::kAligned;
       const std::string difference = check_training(c, seed, placement, stream);
       if (!difference.empty()) return difference;

@@ -91,8 +91,8 @@ inline bool row_aligned(Placement placement, int64_t row_bytes) {
 
 inline Shape shape_of(const selftest::Case& c, Placement placement) {
   const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
-  return {c.M, c.N, c.K, row_aligned(placement, c.K * element),
-          row_aligned(placement, (c.K + 3) / 4)};
+  return {c.M * bitlinear_rows_per_token(c.act_bits), c.N, c.K,
+          row_aligned(placement, c.K * element), row_aligned(placement, (c.K + 3) / 4)};
 }
 
 // Whether the kernel supports a case. AUTO supports every case.
@@ -121,9 +121,10 @@ std::string check_case(const std::string& name, int kernel, const Run& run, cons
   const DeviceArray y(stream, y_memory.data(), y_memory.size());
 
   bitlinear_cuda_task task = {};
+  task.act_bits = c.act_bits;
   task.x = x.data();
   task.x_dtype = task.bias_dtype = task.y_dtype = c.dtype;
-  task.M = c.M;
+  task.M = c.M * bitlinear_rows_per_token(c.act_bits);
   task.N = c.N;
   task.K = c.K;
   task.eps = operands.eps;
@@ -193,58 +194,72 @@ inline std::string check_training(const selftest::Case& c, uint64_t seed, Placem
   selftest::Buffer w(c.dtype, c.M * c.K);
   const std::vector<uint8_t> sums(
       static_cast<size_t>(bitlinear_cuda_weight_workspace_bytes(c.M, c.K)));
-  float s_w = 0;
+  const int64_t stride = c.per_channel ? 1 : 0;
+  std::vector<float> s_w(static_cast<size_t>(c.per_channel ? c.M : 1));
   const DeviceArray device_sums(stream, sums.data(), sums.size());
   const DeviceArray device_packed(stream, packed.data(), packed.size());
-  const DeviceArray device_scale(stream, &s_w, sizeof(s_w));
+  const DeviceArray device_scale(stream, s_w.data(), s_w.size() * sizeof(float));
   const DeviceArray device_w(stream, w.data(), w.size());
   const char* refusal = bitlinear_cuda_quantize_weight(
       x.data(), c.dtype, c.M, c.K, operands.eps, device_packed.data(), device_scale.data<float>(),
-      device_sums.data(), stream.get());
+      stride, device_sums.data(), stream.get());
   if (refusal != nullptr) return refusal + where;
   const bool scaled = seed % 2 == 0;
   refusal = bitlinear_cuda_expand_weight(device_packed.data(), c.M, c.K,
-                                         scaled ? device_scale.data<float>() : nullptr,
+                                         scaled ? device_scale.data<float>() : nullptr, stride,
                                          device_w.data(), c.dtype, stream.get());
   if (refusal != nullptr) return refusal + where;
   stream.download(packed.data(), device_packed.data(), packed.size());
-  stream.download(&s_w, device_scale.data(), sizeof(s_w));
+  stream.download(s_w.data(), device_scale.data(), s_w.size() * sizeof(float));
   stream.download(w.data(), device_w.data(), w.size());
 
   std::vector<float> values(count);
-  double sum = 0.0;
+  std::vector<double> magnitudes(s_w.size());  // of the weights that share a scale
   for (size_t i = 0; i < count; ++i) {
     values[i] = operands.x.get(static_cast<int64_t>(i));
-    sum += fabs(static_cast<double>(values[i]));
+    magnitudes[c.per_channel ? i / static_cast<size_t>(c.K) : 0] +=
+        fabs(static_cast<double>(values[i]));
   }
-  const float mean = fmaxf(static_cast<float>(sum / static_cast<double>(count)), operands.eps);
-  const bool same = isnan(sum)   ? isnan(s_w)
-                    : isinf(sum) ? isinf(s_w)
-                                 : fabsf(s_w - mean) <= 1.2e-7f * mean;
-  if (!same) return "s_w is " + std::to_string(s_w) + where;
+  for (size_t i = 0; i < s_w.size(); ++i) {
+    const double sum = magnitudes[i];
+    const double mean = sum / static_cast<double>(count / s_w.size());
+    const float wanted = fmaxf(static_cast<float>(mean), operands.eps);
+    const bool same = isnan(sum)   ? isnan(s_w[i])
+                      : isinf(sum) ? isinf(s_w[i])
+                                   : fabsf(s_w[i] - wanted) <= 1.2e-7f * wanted;
+    if (!same) return "s_w is " + std::to_string(s_w[i]) + where;
+  }
   for (int64_t m = 0; m < c.M; ++m) {
+    const float row_scale = s_w[static_cast<size_t>(m * stride)];
     for (int64_t k = 0; k < 4 * operands.row_bytes; ++k) {
       const int code = packed[m * operands.row_bytes + k / 4] >> (6 - 2 * (k % 4)) & 3;
-      const volatile float quotient = k < c.K ? values[m * c.K + k] / s_w : 0.0f;
+      const volatile float quotient = k < c.K ? values[m * c.K + k] / row_scale : 0.0f;
       const float rounded = nearbyintf(quotient);
       const float wanted = isnan(rounded) ? 0 : rounded > 1 ? 1 : rounded < -1 ? -1 : rounded;
       if (code - 1 != wanted) {
         return "weight " + std::to_string(k) + " of row " + std::to_string(m) + " is packed as " +
                std::to_string(code) + where;
       }
-      if (k < c.K && !same_value(w, m * c.K + k, wanted * (scaled ? s_w : 1.0f))) {
+      if (k < c.K && !same_value(w, m * c.K + k, wanted * (scaled ? row_scale : 1.0f))) {
         return "weight " + std::to_string(k) + " of row " + std::to_string(m) + " is expanded to " +
                std::to_string(w.get(m * c.K + k)) + where;
       }
     }
   }
 
-  std::vector<int8_t> q(count);
+  const size_t q_element = static_cast<size_t>(c.act_bits / 8);
+  std::vector<uint8_t> q(count * q_element);
+  const auto q_value = [&](int64_t i) {
+    if (c.act_bits == 8) return static_cast<int32_t>(static_cast<int8_t>(q[i]));
+    int16_t value;
+    memcpy(&value, q.data() + 2 * i, sizeof(value));
+    return static_cast<int32_t>(value);
+  };
   std::vector<float> s_x(static_cast<size_t>(c.M));
   const DeviceArray device_q(stream, q.data(), q.size());
   const DeviceArray device_scales(stream, s_x.data(), s_x.size() * sizeof(float));
   refusal = bitlinear_cuda_quantize_activations(x.data(), c.dtype, c.M, c.K, operands.eps,
-                                                device_q.data<int8_t>(),
+                                                c.act_bits, device_q.data(),
                                                 device_scales.data<float>(), stream.get());
   if (refusal != nullptr) return refusal + where;
   stream.download(q.data(), device_q.data(), q.size());
@@ -252,16 +267,16 @@ inline std::string check_training(const selftest::Case& c, uint64_t seed, Placem
   selftest::Buffer tokens(c.dtype, c.M * c.K);
   const DeviceArray device_tokens(stream, tokens.data(), tokens.size());
   refusal =
-      bitlinear_cuda_expand_activations(device_q.data<int8_t>(), device_scales.data<float>(), c.M,
-                                        c.K, device_tokens.data(), c.dtype, stream.get());
+      bitlinear_cuda_expand_activations(device_q.data(), c.act_bits, device_scales.data<float>(),
+                                        c.M, c.K, device_tokens.data(), c.dtype, stream.get());
   if (refusal != nullptr) return refusal + where;
   stream.download(tokens.data(), device_tokens.data(), tokens.size());
   for (int64_t m = 0; m < c.M; ++m) {
     const selftest::Expected expected(operands, m);
     for (int64_t k = 0; k < c.K; ++k) {
       const int64_t i = m * c.K + k;
-      if (q[i] != expected.q(k)) return "q in order, " + std::to_string(k) + where;
-      if (!same_value(tokens, i, static_cast<float>(q[i]) * s_x[m])) {
+      if (q_value(i) != expected.q(k)) return "q in order, " + std::to_string(k) + where;
+      if (!same_value(tokens, i, static_cast<float>(q_value(i)) * s_x[m])) {
         return "token " + std::to_string(m) + " is expanded to " + std::to_string(tokens.get(i)) +
                where;
       }

@@ -196,18 +196,25 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
     if (row < left) {
       const bool has_bias = task.bias != nullptr;
       const float bias = float_from_bits(bias_bits, task.bias_dtype);
-      with_dtype(task.y_dtype, [&](auto zero) {
-        using Y = decltype(zero);
-        for (int m = threadIdx.x / T::kRows; m < tokens; m += kConsumers / T::kRows) {
-          int32_t codes = 0;
+      with_token_rows(task, [&](auto token_rows) {
+        constexpr int kTokenRows = decltype(token_rows)::value;
+        with_dtype(task.y_dtype, [&](auto zero) {
+          using Y = decltype(zero);
+          const int first = threadIdx.x / T::kRows * kTokenRows;
+          for (int m = first; m < tokens; m += kConsumers / T::kRows * kTokenRows) {
+            int32_t codes[kTokenRows] = {};
 #pragma unroll
-          for (int v = 0; v < kWarps; ++v) {
-            codes += partial[(v * T::kTokens + m) * T::kPitch + row];
+            for (int r = 0; r < kTokenRows; ++r) {
+#pragma unroll
+              for (int v = 0; v < kWarps; ++v) {
+                codes[r] += partial[(v * T::kTokens + m + r) * T::kPitch + row];
+              }
+            }
+            float value = dequantize(codes, shared.q_sum + m, shared.s_x[m], s_w);
+            if (has_bias) value = __fadd_rn(value, bias);
+            static_cast<Y*>(task.y)[m / kTokenRows * task.N + n] = from_float<Y>(value);
           }
-          float value = dequantize(codes, shared.q_sum[m], shared.s_x[m], s_w);
-          if (has_bias) value = __fadd_rn(value, bias);
-          static_cast<Y*>(task.y)[m * task.N + n] = from_float<Y>(value);
-        }
+        });
       });
     }
     if (tile + 1 < tiles) sync_leading_threads<kConsumers>();

@@ -52,9 +52,9 @@ __device__ inline int plane_offset(int token, int slices, int slice, int plane) 
   return ((token / 8 * slices + slice) * 4 + plane) * 512 + token % 8 * 64;
 }
 
-// Quantises the tile's tokens. Enough lanes share a token for each to keep its part in registers
-// between the maximum and the rounding.
-template <class X>
+// Quantises the tile's tokens, each to kTokenRows rows of q. Enough lanes share a token for each to
+// keep its part in registers between the maximum and the rounding.
+template <int kTokenRows, class X>
 __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, const X* x, int tokens,
                                        int8_t* q, uint32_t* absmaxes, int32_t* q_sum) {
   const int K = static_cast<int>(task.K);
@@ -84,6 +84,8 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, const X*
 #pragma unroll
     for (int i = 0; i < kGroupsInRegisters; ++i) groups[i] = next[i];
     const int current = token;
+    // A tile has room for the tokens of a warp, but not for twice as many rows.
+    const bool has_room = kTokenRows == 1 || current < tokens;
     token += step;
     first += step;
     if (kPrefetchNext && first < tokens) load();
@@ -95,31 +97,39 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, const X*
     for (int mask = 16; mask > 0; mask /= 2) {
       if (mask < lanes) absmax = max(absmax, __shfl_xor_sync(~0u, absmax, mask));
     }
-    const TokenScale scale(absmax, task.eps);
-    int32_t sum = 0;
+    const TokenScale<kTokenRows> scale(absmax, task.eps);
+    int32_t sums[kTokenRows] = {};
 #pragma unroll
     for (int i = 0; i < kGroupsInRegisters; ++i) {
       const int group = lane + i * lanes;
       float values[kGroup];
       groups[i].convert(values);
-      uint32_t planes[4];
-      const int32_t group_sum = quantize_group(values, scale.inv, planes);
-      if (group * kGroup < K) sum += group_sum;
-      if (i == 0 || group < slices * kSliceGroups) {
-        int8_t* const word = q + plane_offset(current, slices, group / kSliceGroups, 0);
+      uint32_t planes[kTokenRows][4];
+      int32_t group_sums[kTokenRows] = {};
+      quantize_group(values, scale.inv, planes, group_sums);
 #pragma unroll
-        for (int p = 0; p < 4; ++p) {
-          *reinterpret_cast<uint32_t*>(word + 512 * p + group % kSliceGroups * 4) = planes[p];
+      for (int r = 0; r < kTokenRows; ++r) {
+        if (group * kGroup < K) sums[r] += group_sums[r];
+        if (has_room && (i == 0 || group < slices * kSliceGroups)) {
+          int8_t* const word =
+              q + plane_offset(current * kTokenRows + r, slices, group / kSliceGroups, 0);
+#pragma unroll
+          for (int p = 0; p < 4; ++p) {
+            *reinterpret_cast<uint32_t*>(word + 512 * p + group % kSliceGroups * 4) = planes[r][p];
+          }
         }
       }
     }
 #pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) {
-      if (mask < lanes) sum += __shfl_xor_sync(~0u, sum, mask);
-    }
-    if (lane == 0) {
-      absmaxes[current] = absmax;
-      q_sum[current] = sum;
+    for (int r = 0; r < kTokenRows; ++r) {
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2) {
+        if (mask < lanes) sums[r] += __shfl_xor_sync(~0u, sums[r], mask);
+      }
+      if (has_room && lane == 0) {
+        absmaxes[current * kTokenRows + r] = absmax;
+        q_sum[current * kTokenRows + r] = sums[r];
+      }
     }
     if (!kPrefetchNext && first < tokens) load();
   }
@@ -160,15 +170,22 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
   wait_for_predecessor();
   allow_successor();
 
-  with_dtype(task.x_dtype, [&](auto zero) {
-    const auto* const x = static_cast<const decltype(zero)*>(task.x) + m * task.K;
-    quantize_tokens(task, x, tokens, q, absmaxes, q_sum);
+  with_token_rows(task, [&](auto token_rows) {
+    constexpr int kTokenRows = decltype(token_rows)::value;
+    with_dtype(task.x_dtype, [&](auto zero) {
+      const auto* const x = static_cast<const decltype(zero)*>(task.x) + m / kTokenRows * task.K;
+      quantize_tokens<kTokenRows>(task, x, tokens / kTokenRows, q, absmaxes, q_sum);
+    });
   });
   const TileRows<T::kRows, kThreads> rows(task, n, static_cast<int>(threadIdx.x));
   wait_for_copies<0>();
   __syncthreads();
 
-  if (threadIdx.x < tokens) s_x[threadIdx.x] = TokenScale(absmaxes[threadIdx.x], task.eps).s_x;
+  if (threadIdx.x < tokens) {
+    const uint32_t absmax = absmaxes[threadIdx.x];
+    s_x[threadIdx.x] = task.act_bits == 8 ? TokenScale<1>(absmax, task.eps).s_x
+                                          : TokenScale<2>(absmax, task.eps).s_x;
+  }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, tig = lane % 4;
   const int first_row = warp % T::kRowWarps * (16 * T::kRowParts);
   const int first_token = warp / T::kRowWarps * (8 * T::kTokenParts);

@@ -7,16 +7,17 @@
 
 // y = epilogue(quantize(x) @ w^T) on the current device. Every array is contiguous.
 struct bitlinear_cuda_task {
-  const void* x;  // (M, K)
-  int x_dtype;    // enum bitlinear_dtype, as all dtypes here
-  int64_t M, N, K;
+  int64_t act_bits;  // 8, or 16: two rows of q per token
+  const void* x;     // (tokens, K)
+  int x_dtype;       // enum bitlinear_dtype, as all dtypes here
+  int64_t M, N, K;   // M: rows of q, that is tokens, or twice as many
   float eps;
   const uint8_t* w;    // (N, ceil(K/4)): packed weights, format version 1
   const float* s_w;    // (1,) or (N,)
   int64_t s_w_stride;  // 0: one scale per tensor; 1: one per output channel
   const void* bias;    // (N,) or null
   int bias_dtype;
-  void* y;  // (M, N), at a multiple of 16 bytes
+  void* y;  // (tokens, N), at a multiple of 16 bytes
   int y_dtype;
   void* workspace;  // bitlinear_cuda_workspace_bytes() bytes, at a multiple of 256
   // Not 0: `w` was written before the previous kernel in this stream started, so the kernels may
@@ -28,8 +29,8 @@ struct bitlinear_cuda_task {
 enum bitlinear_cuda_kernel {
   BITLINEAR_CUDA_AUTO = 0,         // the choice of heuristics.h
   BITLINEAR_CUDA_DP4A = 1,         // any shape, sm_61 and later
-  BITLINEAR_CUDA_GEMV = 2,         // up to 4 tokens, sm_90 and later
-  BITLINEAR_CUDA_SMALL_BATCH = 3,  // up to 32 tokens, sm_90 and later
+  BITLINEAR_CUDA_GEMV = 2,         // up to 4 rows of q, sm_90 and later
+  BITLINEAR_CUDA_SMALL_BATCH = 3,  // up to 32 rows of q, sm_90 and later
   BITLINEAR_CUDA_MMA = 4,          // any shape, sm_80 and later
   BITLINEAR_CUDA_WGMMA = 5,        // any number of tokens, sm_90a only
   BITLINEAR_CUDA_SMALL_LAYER = 6,  // up to 1024 inputs, sm_80 and later
@@ -46,21 +47,26 @@ const char* bitlinear_cuda_linear(const bitlinear_cuda_task* task, int kernel, v
 // For training, on the current device. Each function queues its work on the stream and returns null
 // or an error message.
 //
-// w: (N, K), of any bitlinear_dtype. packed: (N, ceil(K/4)). s_w: (1,), the larger of the mean of
-// the magnitudes and eps; not finite if a weight is not. The workspace is at a multiple of 8.
+// w: (N, K), of any bitlinear_dtype. packed: (N, ceil(K/4)). s_w: (1,) or (N,), by the stride as in
+// the task: the larger of the mean of the magnitudes and eps; not finite if a weight is not. The
+// workspace is at a multiple of 8.
 int64_t bitlinear_cuda_weight_workspace_bytes(int64_t N, int64_t K);
 const char* bitlinear_cuda_quantize_weight(const void* w, int dtype, int64_t N, int64_t K,
-                                           float eps, uint8_t* packed, float* s_w, void* workspace,
-                                           void* stream);
-// w: (N, K), at a multiple of 16 bytes, with the values -s_w, 0 and s_w. s_w: (1,), or null for 1.
+                                           float eps, uint8_t* packed, float* s_w,
+                                           int64_t s_w_stride, void* workspace, void* stream);
+// w: (N, K), at a multiple of 16 bytes, with the values -s_w, 0 and s_w. s_w: (1,) or (N,), or null
+// for 1.
 const char* bitlinear_cuda_expand_weight(const uint8_t* packed, int64_t N, int64_t K,
-                                         const float* s_w, void* w, int dtype, void* stream);
-// x: (M, K). q: (M, K), at a multiple of 16 bytes; 0 where s_x, (M,), is NaN.
+                                         const float* s_w, int64_t s_w_stride, void* w, int dtype,
+                                         void* stream);
+// x: (M, K). q: (M, K) of int8 or int16, at a multiple of 16 bytes; 0 where s_x, (M,), is NaN.
 const char* bitlinear_cuda_quantize_activations(const void* x, int dtype, int64_t M, int64_t K,
-                                                float eps, int8_t* q, float* s_x, void* stream);
+                                                float eps, int64_t act_bits, void* q, float* s_x,
+                                                void* stream);
 // x: (M, K), at a multiple of 16 bytes: q * s_x.
-const char* bitlinear_cuda_expand_activations(const int8_t* q, const float* s_x, int64_t M,
-                                              int64_t K, void* x, int dtype, void* stream);
+const char* bitlinear_cuda_expand_activations(const void* q, int64_t act_bits, const float* s_x,
+                                              int64_t M, int64_t K, void* x, int dtype,
+                                              void* stream);
 // Finds the position of the first byte that holds a code 3, or a weight other than 0 past K, and
 // that byte, and waits for the result; position -1 if there is none. packed: (N, ceil(K/4)), N >=
 // 1. The workspace is 8 bytes, at a multiple of 8.

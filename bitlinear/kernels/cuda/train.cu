@@ -59,15 +59,33 @@ __global__ void __launch_bounds__(kSumThreads)
   if (threadIdx.x == 0) *s_w = mean < eps ? eps : mean;  // a NaN stays
 }
 
+// The scale of each row, by one block.
+template <class V>
+__global__ void __launch_bounds__(kSumThreads)
+    find_row_scales(const V* w, int K, bool aligned, float eps, float* s_w) {
+  const V* const row = w + int64_t{blockIdx.x} * K;
+  double sum = 0;
+  for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kSumThreads * kGroup) {
+    float values[kGroup];
+    load_group(row + k, K - k, aligned).convert(values);
+#pragma unroll
+    for (const float value : values) sum += static_cast<double>(fabsf(value));
+  }
+  sum = block_sum(sum);
+  const float mean = __double2float_rn(__ddiv_rn(sum, static_cast<double>(K)));
+  if (threadIdx.x == 0) s_w[blockIdx.x] = mean < eps ? eps : mean;  // a NaN stays
+}
+
 template <class V>
 __global__ void __launch_bounds__(kRowThreads* kBlockRows)
-    pack_rows(const V* w, int64_t N, int K, bool aligned, const float* s_w, uint8_t* packed) {
+    pack_rows(const V* w, int64_t N, int K, bool aligned, const float* s_w, int64_t s_w_stride,
+              uint8_t* packed) {
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
   if (n >= N) return;
   const int row_bytes = (K + 3) / 4;
   // w / s_w rounds to 1 if it exceeds 1/2 (1/2 itself rounds to even, 0). A quotient of floats
   // exceeds 1/2 exactly if w exceeds s_w / 2, and that product is exact.
-  const float half = __fmul_rn(0.5f, *s_w);
+  const float half = __fmul_rn(0.5f, s_w[n * s_w_stride]);
   for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
     float values[kGroup];
     load_group(w + n * K + k, K - k, aligned).convert(values);
@@ -107,11 +125,12 @@ __device__ inline void store_group(T* out, const float (&values)[kGroup], int co
 
 template <class T>
 __global__ void __launch_bounds__(kRowThreads* kBlockRows)
-    expand_weights(const uint8_t* packed, int64_t N, int K, const float* s_w, T* w) {
+    expand_weights(const uint8_t* packed, int64_t N, int K, const float* s_w, int64_t s_w_stride,
+                   T* w) {
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
   if (n >= N) return;
   const int row_bytes = (K + 3) / 4;
-  const float scale = s_w == nullptr ? 1.0f : *s_w;
+  const float scale = s_w == nullptr ? 1.0f : s_w[n * s_w_stride];
   for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
     const uint8_t* const bytes = packed + n * row_bytes + k / 4;
     float values[kGroup];
@@ -124,20 +143,23 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   }
 }
 
-template <class T>
+template <class Integer, class T>
 __global__ void __launch_bounds__(kRowThreads* kBlockRows)
-    expand_activations(const int8_t* q, const float* s_x, int64_t M, int K, T* x) {
+    expand_activations(const Integer* q, const float* s_x, int64_t M, int K, T* x) {
   const int64_t m = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
   if (m >= M) return;
   const float scale = s_x[m];
   const bool aligned = reinterpret_cast<uintptr_t>(q) % 16 == 0 && K % kGroup == 0;
   for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
-    alignas(16) int8_t codes[kGroup];
+    alignas(16) Integer codes[kGroup];
     if (aligned) {
-      *reinterpret_cast<uint4*>(codes) = *reinterpret_cast<const uint4*>(q + m * K + k);
+#pragma unroll
+      for (int v = 0; v < static_cast<int>(sizeof(Integer)); ++v) {
+        reinterpret_cast<uint4*>(codes)[v] = reinterpret_cast<const uint4*>(q + m * K + k)[v];
+      }
     } else {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) codes[i] = k + i < K ? q[m * K + k + i] : int8_t{0};
+      for (int i = 0; i < kGroup; ++i) codes[i] = k + i < K ? q[m * K + k + i] : Integer{0};
     }
     float values[kGroup];
 #pragma unroll
@@ -170,19 +192,32 @@ LaunchConfig row_blocks(int64_t N) {
 }
 
 template <class V>
-cudaError_t quantize_weight(const Call& call, const V* w, int64_t N, int64_t K, float eps,
-                            uint8_t* packed, float* s_w, double* sums) {
+cudaError_t find_scales(const Call& call, const V* w, int64_t N, int64_t K, float eps, float* s_w,
+                        int64_t s_w_stride, double* sums) {
+  if (s_w_stride == 1) {
+    if (N == 0) return cudaSuccess;
+    const bool aligned = rows_aligned(w, K * static_cast<int64_t>(sizeof(V)));
+    const LaunchConfig by_rows = {dim3(static_cast<unsigned>(N)), kSumThreads};
+    return launch_kernel<find_row_scales<V>>(by_rows, call, w, static_cast<int>(K), aligned, eps,
+                                             s_w);
+  }
   const int blocks = static_cast<int>(sum_blocks(N * K));
   const LaunchConfig by_blocks = {dim3(static_cast<unsigned>(blocks)), kSumThreads};
-  cudaError_t error =
+  const cudaError_t error =
       launch_kernel<sum_magnitudes<V>>(by_blocks, call, w, N * K, rows_aligned(w, 16), sums);
   if (error != cudaSuccess) return error;
   const double count = static_cast<double>(N * K);
-  error = launch_kernel<find_scale>({dim3(1), kSumThreads}, call, sums, blocks, count, eps, s_w);
+  return launch_kernel<find_scale>({dim3(1), kSumThreads}, call, sums, blocks, count, eps, s_w);
+}
+
+template <class V>
+cudaError_t quantize_weight(const Call& call, const V* w, int64_t N, int64_t K, float eps,
+                            uint8_t* packed, float* s_w, int64_t s_w_stride, double* sums) {
+  const cudaError_t error = find_scales(call, w, N, K, eps, s_w, s_w_stride, sums);
   if (error != cudaSuccess || N == 0) return error;
   const bool aligned = rows_aligned(w, K * static_cast<int64_t>(sizeof(V)));
   return launch_kernel<pack_rows<V>>(row_blocks(N), call, w, N, static_cast<int>(K), aligned, s_w,
-                                     packed);
+                                     s_w_stride, packed);
 }
 
 // Returns the error message of `launch`, called for the current device, or null.
@@ -207,27 +242,28 @@ BITLINEAR_EXPORT int64_t bitlinear_cuda_weight_workspace_bytes(int64_t N, int64_
 
 BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_weight(const void* w, int dtype, int64_t N,
                                                             int64_t K, float eps, uint8_t* packed,
-                                                            float* s_w, void* workspace,
-                                                            void* stream) {
+                                                            float* s_w, int64_t s_w_stride,
+                                                            void* workspace, void* stream) {
   using namespace bitlinear::cuda;
   return run_on_current_device(N, K, stream, [&](const Call& call) {
     return dispatch_dtype(dtype, [&](auto zero) {
       return quantize_weight(call, static_cast<const decltype(zero)*>(w), N, K, eps, packed, s_w,
-                             static_cast<double*>(workspace));
+                             s_w_stride, static_cast<double*>(workspace));
     });
   });
 }
 
 BITLINEAR_EXPORT const char* bitlinear_cuda_expand_weight(const uint8_t* packed, int64_t N,
-                                                          int64_t K, const float* s_w, void* w,
-                                                          int dtype, void* stream) {
+                                                          int64_t K, const float* s_w,
+                                                          int64_t s_w_stride, void* w, int dtype,
+                                                          void* stream) {
   using namespace bitlinear::cuda;
   if (N == 0) return nullptr;
   return run_on_current_device(N, K, stream, [&](const Call& call) {
     return dispatch_dtype(dtype, [&](auto zero) {
       using T = decltype(zero);
       return launch_kernel<expand_weights<T>>(row_blocks(N), call, packed, N, static_cast<int>(K),
-                                              s_w, static_cast<T*>(w));
+                                              s_w, s_w_stride, static_cast<T*>(w));
     });
   });
 }
@@ -256,30 +292,37 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_find_invalid_byte(const uint8_t* pac
 
 BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_activations(const void* x, int dtype,
                                                                  int64_t M, int64_t K, float eps,
-                                                                 int8_t* q, float* s_x,
-                                                                 void* stream) {
+                                                                 int64_t act_bits, void* q,
+                                                                 float* s_x, void* stream) {
   using namespace bitlinear::cuda;
   if (M == 0 || K == 0) return nullptr;
   return run_on_current_device(M, K, stream, [&](Call call) {
     call.task.x = x;
     call.task.x_dtype = dtype;
-    call.task.M = M;
+    call.task.act_bits = act_bits;
+    call.task.M = M * bitlinear_rows_per_token(act_bits);
     call.task.K = K;
     call.task.eps = eps;
-    return quantize(call, {q, K, 0, s_x, nullptr}, Layout::kInOrder);
+    return quantize(call, {static_cast<int8_t*>(q), K, 0, s_x, nullptr}, Layout::kInOrder);
   });
 }
 
-BITLINEAR_EXPORT const char* bitlinear_cuda_expand_activations(const int8_t* q, const float* s_x,
-                                                               int64_t M, int64_t K, void* x,
-                                                               int dtype, void* stream) {
+BITLINEAR_EXPORT const char* bitlinear_cuda_expand_activations(const void* q, int64_t act_bits,
+                                                               const float* s_x, int64_t M,
+                                                               int64_t K, void* x, int dtype,
+                                                               void* stream) {
   using namespace bitlinear::cuda;
   if (M == 0 || K == 0) return nullptr;
   return run_on_current_device(M, K, stream, [&](const Call& call) {
     return dispatch_dtype(dtype, [&](auto zero) {
       using T = decltype(zero);
-      return launch_kernel<expand_activations<T>>(row_blocks(M), call, q, s_x, M,
-                                                  static_cast<int>(K), static_cast<T*>(x));
+      const auto expand = [&](const auto* integers) {
+        using Integer = std::remove_const_t<std::remove_pointer_t<decltype(integers)>>;
+        return launch_kernel<expand_activations<Integer, T>>(
+            row_blocks(M), call, integers, s_x, M, static_cast<int>(K), static_cast<T*>(x));
+      };
+      return act_bits == 8 ? expand(static_cast<const int8_t*>(q))
+                           : expand(static_cast<const int16_t*>(q));
     });
   });
 }

@@ -267,13 +267,14 @@ class WeightReader {
 };
 
 // Adds the sums of the other blocks of the cluster to this block's sums, for every splits-th
-// token.
+// token, with all of its rows of q.
 template <class T>
 __device__ inline void add_cluster_sums(const TileRows<T::kRows, T::kConsumers>& rows,
-                                        int32_t* sums, int split, int splits) {
-  const int step = T::kConsumers / rows.kGroups * splits;
+                                        int32_t* sums, int split, int splits, int token_rows) {
+  const int step = T::kConsumers / rows.kGroups;
 #pragma unroll 4
-  for (int token = split + rows.group * splits; token < T::kTokens; token += step) {
+  for (int i = rows.group; i < T::kTokens / splits; i += step) {
+    const int token = (i / token_rows * splits + split) * token_rows + i % token_rows;
     int32_t* const sum_of_rows = sums + T::sum_index(token, rows.row);
     int4 sum = *reinterpret_cast<int4*>(sum_of_rows);
     for (int rank = 0; rank < splits; ++rank) {
@@ -445,7 +446,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const int split = static_cast<int>(blockIdx.x) % splits;
   if (splits > 1) {
     sync_cluster();
-    add_cluster_sums<T>(rows, sums_out, split, splits);
+    add_cluster_sums<T>(rows, sums_out, split, splits, task.act_bits == 8 ? 1 : 2);
     sync_cluster();  // no block may leave while others read its sums
   } else {
     sync_leading_threads<kConsumers>();
