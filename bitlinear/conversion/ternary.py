@@ -1,0 +1,192 @@
+"""Dense weights that are ternary already: which scales they have, read from their values.
+
+Nothing here rounds a weight to a ternary value. A weight either is a scale times -1, 0 or 1, by the
+rule of :func:`find_scales`, or it is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import packing
+from ..quantize import PER_ROW
+
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
+_GROUP_SIZES = (256, 128, 64, 32)
+_SHARDS = (2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of a ternary weight.
+
+    Attributes:
+        values: fp32, ``(1,)`` or ``(N, 1)``. The scale of a row of zeros is the largest of all.
+        count: How many different scales there are.
+        zeros: The share of weights that are 0.
+        deviation: The largest distance of a magnitude from its scale; 0 if all are equal.
+    """
+
+    values: Tensor
+    count: int
+    zeros: float
+    deviation: float
+
+    @property
+    def group_size(self) -> int:
+        """0 for one scale per tensor, -1 for one per output feature."""
+        return PER_ROW if self.values.dim() == 2 else 0
+
+    def __str__(self) -> str:
+        kind = "a scale per output feature" if self.group_size else "one scale"
+        range_ = f"{float(self.values.min()):.6g}"
+        if self.count > 1:
+            range_ = f"{self.count} different ones, {range_} to {float(self.values.max()):.6g}"
+        return f"{kind} ({range_}), {self.zeros:.1%} zeros, largest deviation {self.deviation:.3g}"
+
+
+@dataclass(frozen=True)
+class NotTernary:
+    """Why a weight has no such scales.
+
+    Attributes:
+        reason: What was seen, in one line.
+        is_refused: It may be ternary, but what it is cannot be told, or not be represented.
+    """
+
+    reason: str
+    is_refused: bool = False
+
+
+def find_scales(weight: Tensor) -> Scales | NotTernary:
+    """Find the scales of a weight whose values are ternary times scales.
+
+    The rule: all magnitudes that share a scale are equal, except that they may be two neighbouring
+    numbers in bf16 and fp16 storage; the scale is then the mean of both, which is half a unit in
+    the last place from either. Equal magnitudes come first: if they are equal in every row, each
+    row has its scale, even where two neighbouring numbers would explain the whole tensor. Of equal
+    magnitudes, one scale for the tensor is preferred.
+
+    Args:
+        weight: Floating point, shape ``(N, K)``, with values.
+
+    Returns:
+        The scales, or why there are none. A weight is refused if blocks of columns have scales of
+        their own, further apart than the rule allows, and if it has fewer than two weights other
+        than 0 for each scale: any numbers would look like that.
+    """
+    rows = _Rows(weight)
+    if not rows.is_finite:
+        return NotTernary("a weight is NaN or infinite")
+    used = rows.nonzero > 0
+    if not used.any():
+        return Scales(torch.ones(1, device=weight.device), 1, 1.0, 0.0)
+    lowest, highest = rows.lowest[used], rows.highest[used]
+    if torch.equal(lowest, highest):
+        if bool((highest == highest[0]).all()):
+            scales = highest[:1]
+        else:
+            scales = torch.where(used, rows.highest, highest.max())[:, None]
+        return _checked(scales, highest.unique().numel(), rows, 0.0)
+
+    if weight.dtype in _HALF_DTYPES:
+        if _are_neighbours(lowest.min(), highest.max(), weight.dtype):
+            low, high = lowest.min(), highest.max()
+            scales = ((low + high) / 2).reshape(1)
+            return _checked(scales, 1, rows, float((high - low) / 2))
+        if bool(_are_neighbours(lowest, highest, weight.dtype).all()):
+            means = (rows.lowest + rows.highest) / 2
+            scales = torch.where(used, means, means[used].max())[:, None]
+            deviation = float(((highest - lowest) / 2).max())
+            return _checked(scales, means[used].unique().numel(), rows, deviation)
+    if columns := _equal_columns(weight):
+        return NotTernary(
+            f"each of its blocks of {columns} columns has scales of its own; scales for groups of "
+            f"inputs are not supported by this version",
+            is_refused=True,
+        )
+    row = int((lowest != highest).nonzero()[0])
+    return NotTernary(
+        f"{int((lowest != highest).sum())} of {len(weight)} rows have several magnitudes, the "
+        f"first of them from {float(lowest[row]):.6g} to {float(highest[row]):.6g}"
+    )
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Pack the signs of a ternary weight.
+
+    Returns:
+        uint8, shape ``(N, ceil(K/4))``; see :mod:`bitlinear.packing`.
+    """
+    return packing.pack_quantized(weight, lambda first, rows: rows.sign().to(torch.int8))
+
+
+def _checked(scales: Tensor, count: int, rows: _Rows, deviation: float) -> Scales | NotTernary:
+    nonzero = int(rows.nonzero.sum())
+    if nonzero < 2 * count:
+        return NotTernary(
+            f"it has {nonzero} weights other than 0 and {count} scales, as any weight of this "
+            f"shape would",
+            is_refused=True,
+        )
+    values = scales.to(torch.float32)
+    if not bool((values.isfinite() & (values > 0)).all()):
+        return NotTernary("a scale does not fit float32", is_refused=True)
+    rounding = float((values.double() - scales.double()).abs().max())
+    return Scales(values, count, 1 - nonzero / rows.count, max(deviation, rounding))
+
+
+class _Rows:
+    """The magnitudes in each row of a weight.
+
+    Attributes:
+        lowest, highest: Of the weights other than 0, in fp32, or in fp64 for fp64; infinite and 0
+            in a row of zeros.
+        nonzero: The number of weights other than 0.
+        count: The number of all weights.
+        is_finite: Whether every weight is.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        parts = [_magnitudes(rows.to(wide)) for _, rows in packing.enumerate_chunks(weight)]
+        self.lowest, self.highest, self.nonzero = (torch.cat(part) for part in zip(*parts))
+        self.count = weight.numel()
+        self.is_finite = bool(self.highest.isfinite().all())
+
+
+def _magnitudes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    magnitudes = rows.abs()
+    highest = magnitudes.amax(dim=1)  # NaN if a weight is
+    lowest = magnitudes.masked_fill(magnitudes == 0, torch.inf).amin(dim=1)
+    return lowest, highest, magnitudes.count_nonzero(dim=1)
+
+
+def _are_neighbours(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether no other number of a 16-bit dtype lies between two positive ones."""
+    # The bits of positive numbers have the order of the numbers.
+    bits = [value.to(dtype).view(torch.int16).to(torch.int32) for value in (low, high)]
+    return bits[1] - bits[0] <= 1
+
+
+def _equal_columns(weight: Tensor) -> int:
+    """The widest blocks of columns in each of which every row has one magnitude; 0 if none."""
+    in_features = weight.shape[1]
+    shards = {in_features // n for n in _SHARDS if in_features % n == 0}
+    for width in sorted({*shards, *_GROUP_SIZES}, reverse=True):
+        if 1 < width < in_features and _has_equal_blocks(weight, width):
+            return width
+    return 0
+
+
+def _has_equal_blocks(weight: Tensor, width: int) -> bool:
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    for _, rows in packing.enumerate_chunks(weight):
+        for block in rows.to(wide).split(width, dim=1):
+            lowest, highest, nonzero = _magnitudes(block)
+            if not torch.equal(lowest[nonzero > 0], highest[nonzero > 0]):
+                return False
+    return True
