@@ -25,6 +25,7 @@ ops.register(compiled=_loaded.kernel is not None)
 from .convert import convert, deploy, set_quantization_strength  # noqa: E402
 from .linear import BitLinear  # noqa: E402
 from .mapped import load_deployed  # noqa: E402
+from .pack_dense import pack  # noqa: E402
 
 integrations.watch_imports()
 
@@ -37,6 +38,7 @@ __all__ = [
     "convert",
     "deploy",
     "load_deployed",
+    "pack",
     "set_quantization_strength",
 ]
 

@@ -6,24 +6,54 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import packing
+from .quantize import PER_ROW
 
-QUANT_TYPES = ("ai8pc_wpt",)
+
+class QuantType(NamedTuple):
+    """What the name of a quantisation type says.
+
+    Attributes:
+        act_bits: The bits of a quantised activation, 8 or 16.
+        group_size: 0 for one scale of the weights per tensor, -1 for one per output feature.
+    """
+
+    act_bits: int
+    group_size: int
+
+    @property
+    def name(self) -> str:
+        """The name, such as ``"ai8pc_wpt"``."""
+        return f"ai{self.act_bits}pc_w{'pc' if self.group_size == PER_ROW else 'pt'}"
+
+
+QUANT_TYPES = {
+    quant_type.name: quant_type
+    for act_bits in (8, 16)
+    for quant_type in (QuantType(act_bits, 0), QuantType(act_bits, PER_ROW))
+}
 """``ai8pc_wpt``: activations (``a``) as int8 (``i8``), one scale per token (``pc``); ternary
-weights (``w``), one scale per tensor (``pt``)."""
+weights (``w``), one scale per tensor (``pt``) or per output feature (``pc``)."""
 
 MAX_IN_FEATURES = 500_000
 """The largest ``K`` for which the product, 127 * K, and the kernels' partial sums fit int32."""
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-MIN_EPS, MAX_EPS = 2e-36, 1e18
-"""Between these, eps / 127 is a normal fp32 number, and 127 / eps and eps * eps are finite."""
+_MIN_EPS = {8: (2e-36, 127), 16: (4e-34, 32385)}
+_MAX_EPS = 1e18
+"""Between these, eps / max is a normal fp32 number, and max / eps and eps * eps are finite; max is
+the largest quantised activation."""
+
+
+def group_size_of(w_scale: Tensor) -> int:
+    """The ``group_size`` of weights with this scale, of shape ``(1,)`` or ``(N, 1)``."""
+    return PER_ROW if w_scale.dim() == 2 else 0
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -34,20 +64,36 @@ def dtype_name(dtype: torch.dtype) -> str:
 def check_quant_type(quant_type: str) -> None:
     """Raise ValueError, which lists the valid names, unless ``quant_type`` is one of them."""
     if quant_type not in QUANT_TYPES:
-        raise ValueError(f"quant_type must be one of {list(QUANT_TYPES)}, but it is {quant_type!r}")
+        raise ValueError(f"quant_type must be one of {[*QUANT_TYPES]}, but it is {quant_type!r}")
 
 
-def check_eps(eps: float) -> None:
-    """Raise TypeError or ValueError unless ``eps`` is between :data:`MIN_EPS` and `MAX_EPS`."""
+def check_act_bits(act_bits: int) -> None:
+    """Raise ValueError unless quantised activations can have this many bits."""
+    if act_bits not in _MIN_EPS:
+        raise ValueError(f"bitlinear: act_bits must be 8 or 16, but it is {act_bits}")
+
+
+def check_group_size(group_size: int) -> None:
+    """Raise NotImplementedError unless the quantiser of weights knows such groups."""
+    if group_size not in (0, PER_ROW):
+        raise NotImplementedError(
+            f"bitlinear: group_size = {group_size} is reserved for a later version: use 0 for one "
+            f"scale per tensor, -1 for one per output feature"
+        )
+
+
+def check_eps(eps: float, act_bits: int = 8) -> None:
+    """Raise TypeError or ValueError unless fp32 can divide by ``eps``, and ``eps`` be divided."""
     if not isinstance(eps, (int, float)):
         raise TypeError(
             f"bitlinear: eps must be a number, but it is {eps!r}: pass device and dtype by name, "
             f"as eps and quant_type come before them"
         )
-    if not MIN_EPS <= eps <= MAX_EPS:
+    least, largest = _MIN_EPS[act_bits]
+    if not least <= eps <= _MAX_EPS:
         raise ValueError(
-            f"bitlinear: eps must be between 2e-36 and 1e+18 (eps / 127, 127 / eps and eps * eps "
-            f"have to fit float32), but it is {eps:g}"
+            f"bitlinear: eps must be between {least:g} and 1e+18 (eps / {largest}, {largest} / eps "
+            f"and eps * eps have to fit float32), but it is {eps:g}"
         )
 
 
@@ -126,24 +172,21 @@ def check_linear(
     """Check the arguments of ``torch.ops.bitlinear.linear``.
 
     Raises:
-        NotImplementedError: ``group_size`` or ``act_bits`` has a reserved value.
+        NotImplementedError: ``group_size`` has a reserved value.
         TypeError: A dtype is wrong.
-        ValueError: ``in_features``, ``eps``, a shape or a device is wrong.
+        ValueError: ``in_features``, ``eps``, ``act_bits``, a shape or a device is wrong.
     """
     if group_size != 0:
         raise NotImplementedError(
             f"bitlinear: group_size = {group_size} is reserved for a later version: use 0"
         )
-    if act_bits != 8:
-        raise NotImplementedError(
-            f"bitlinear: act_bits = {act_bits} is reserved for a later version: use 8"
-        )
+    check_act_bits(act_bits)
     if not 1 <= in_features <= MAX_IN_FEATURES:
         raise ValueError(
             f"bitlinear: in_features must be between 1 and {MAX_IN_FEATURES} (where int32 sums are "
             f"exact), but it is {in_features}: split the layer along in_features"
         )
-    check_eps(eps)
+    check_eps(eps, act_bits)
     check_activations(x, in_features)
     if out_dtype is not None and out_dtype not in ACTIVATION_DTYPES:
         raise TypeError(

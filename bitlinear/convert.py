@@ -79,7 +79,7 @@ def convert(
             tokens and image patches, and weights tied to them, do not count; nor do parameters
             whose first dimension is 1.
     """
-    _check_model(model, "convert")
+    check_model(model, "convert")
     check_quant_type(quant_type)
     exclusion = Exclusion(exclude, filter_fn)
     convertibility = Convertibility(model)
@@ -87,13 +87,10 @@ def convert(
     for layer in layers:
         layer.excluded = exclusion.why_excluded(layer)
         layer.reason = layer.excluded or convertibility.why_not(layer.module)
-    pairs = [
-        (layer.module, replace_layer(layer, quant_type)) for layer in layers if not layer.reason
-    ]
-    if pairs and pairs[0][0] is model:
-        model = pairs[0][1]
+    converted = [layer for layer in layers if not layer.reason]
+    model, stale = replace_layers(model, converted, lambda layer: quant_type)
     messages = [
-        _describe_stale_references(references.replace(model, pairs)),
+        stale,
         *exclusion.unmatched_patterns(
             [name for layer in layers for name in layer.names],
             [name for name, module in model.named_modules() if coverage.has_matrix(module)],
@@ -106,11 +103,32 @@ def convert(
             _logger.info("%s: not converted: %s", layer.label, layer.reason)
         else:
             _logger.info("%s: converted to %s", layer.label, layer.replacement)
-    _logger.info("converted %d of %d linear layers to BitLinear", len(pairs), len(layers))
+    _logger.info("converted %d of %d linear layers to BitLinear", len(converted), len(layers))
     for message in messages:
         if message:
             warnings.warn(message, UserWarning, stacklevel=2)
     return model
+
+
+def replace_layers(
+    model: nn.Module, layers: list[LinearLayer], quant_type: Callable[[LinearLayer], str]
+) -> tuple[nn.Module, str]:
+    """Put a BitLinear of this type in place of each layer, and replace references to them.
+
+    Returns:
+        ``model``, or the new layer if ``model`` itself was replaced; and the message of a warning
+        about references that still lead to old layers, or ``""``.
+    """
+    pairs = [(layer.module, replace_layer(layer, quant_type(layer))) for layer in layers]
+    if pairs and pairs[0][0] is model:
+        model = pairs[0][1]
+    return model, _describe_stale_references(references.replace(model, pairs))
+
+
+def finish_deployment(model: nn.Module) -> None:
+    """Switch off fast paths around deployed layers, and tell transformers how to save them."""
+    disable_fast_paths(model)
+    integrations.attach_to_transformers(model)
 
 
 def deploy(model: _Model) -> _Model:
@@ -136,7 +154,7 @@ def deploy(model: _Model) -> _Model:
             module may use the weights of these others without a call of the layer, which trains
             in floating point.
     """
-    _check_model(model, "deploy")
+    check_model(model, "deploy")
     _warn_without_layers(model, "deploy")
     layers = {
         name or "(the model itself)": module
@@ -146,18 +164,18 @@ def deploy(model: _Model) -> _Model:
     _check_deployable(model, layers)
     never_called = _describe_never_called(layers)
     other_users = _parameters_outside(model, layers.values())
-    tied: dict[tuple[int, float], list[str]] = {}
+    tied: dict[tuple[int, float, int], list[str]] = {}
     for name, layer in layers.items():
-        tied.setdefault((id(layer.weight), layer.eps), []).append(name)
-    for (weight, _), names in tied.items():
+        key = (id(layer.weight), layer.eps, layer._group_size)
+        tied.setdefault(key, []).append(name)
+    for (weight, *_), names in tied.items():
         pack_together([layers[name] for name in names])
         for name in names:
             user = other_users.get(weight)
             note = f"; {user} keeps the shared weight in floating point" if user else ""
             _logger.info("%s: deployed%s", name, note)
-    disable_fast_paths(model)
     _logger.info("deployed %d BitLinear layers", len(layers))
-    integrations.attach_to_transformers(model)
+    finish_deployment(model)
     if never_called:
         warnings.warn(never_called, UserWarning, stacklevel=2)
     return model
@@ -201,7 +219,8 @@ def set_quantization_strength(model: nn.Module, strength: float) -> nn.Module:
     return model
 
 
-def _check_model(model: Any, function: str) -> None:
+def check_model(model: Any, function: str) -> None:
+    """Raise TypeError, which names the function, unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
         value = f"the class {model.__name__}" if isinstance(model, type) else f"{model!r:.80}"
         raise TypeError(

@@ -21,6 +21,7 @@ def deployed_linear(
     bias: Tensor | None,
     in_features: int,
     eps: float = 1e-6,
+    act_bits: int = 8,
 ) -> Tensor:
     """Apply ``torch.ops.bitlinear.linear``, with gradients of ``x`` and ``bias``.
 
@@ -34,6 +35,7 @@ def deployed_linear(
         bias: Floating point, shape ``(N,)``, or None.
         in_features: ``K``.
         eps: Lower bound of the absmax of a token.
+        act_bits: 8 or 16, the bits of a quantised activation.
 
     Returns:
         Shape ``(..., N)``, in the dtype of ``x``; under autocast, in the dtype of autocast.
@@ -41,13 +43,15 @@ def deployed_linear(
     Raises:
         TypeError, ValueError: See :func:`bitlinear.arguments.check_linear`.
     """
-    arguments = (x, w_packed, w_scale, bias, in_features, eps)
+    arguments = (x, w_packed, w_scale, bias, in_features, eps, act_bits)
     if torch.is_grad_enabled() and (
         x.requires_grad or (bias is not None and bias.requires_grad) or _is_transformed()
     ):
         output: Tensor = _DeployedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        output = torch.ops.bitlinear.linear.default(*arguments)
+        output = torch.ops.bitlinear.linear.default(
+            x, w_packed, w_scale, bias, in_features, eps, 0, act_bits
+        )
     return output
 
 
@@ -83,15 +87,16 @@ class _DeployedLinear(Function):
         bias: Tensor | None,
         in_features: int,
         eps: float,
+        act_bits: int,
     ) -> Tensor:
         output: Tensor = torch.ops.bitlinear.linear.default(
-            x, w_packed, w_scale, bias, in_features, eps
+            x, w_packed, w_scale, bias, in_features, eps, 0, act_bits
         )
         return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, w_packed, w_scale, bias, ctx.in_features, _ = inputs
+        x, w_packed, w_scale, bias, ctx.in_features, *_ = inputs
         ctx.save_for_backward(w_packed, w_scale)
         ctx.x_dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -111,7 +116,7 @@ class _DeployedLinear(Function):
         if needs_bias:
             grad_bias = grad.reshape(-1, grad.shape[-1]).to(torch.float32).sum(dim=0)
             grad_bias = grad_bias.to(ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, None, None
+        return grad_x, None, None, grad_bias, None, None, None
 
 
 def _is_transformed() -> bool:

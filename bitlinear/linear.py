@@ -9,7 +9,12 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import foreign, ties
-from .arguments import check_eps, check_features, check_quant_type, check_strength
+from .arguments import (
+    check_eps,
+    check_features,
+    check_quant_type,
+    check_strength,
+)
 from .deployed import deployed_linear
 from .latent_weight import latent_weight
 from .packable import PackableLinear, pack_together
@@ -23,7 +28,7 @@ _DEFAULT_EPS = 1e-6
 
 
 class BitLinear(PackableLinear):
-    """``nn.Linear`` with ternary weights {-1, 0, +1} and 8-bit activations.
+    """``nn.Linear`` with ternary weights {-1, 0, +1} and activations of 8 or 16 bits.
 
     It trains like ``nn.Linear``: ``weight`` stays a floating-point parameter, which the forward
     pass quantises (quantisation-aware training with a straight-through estimator). :meth:`deploy`
@@ -31,16 +36,20 @@ class BitLinear(PackableLinear):
     compiled kernel, and its weights are constants. Gradients of the input pass through it, so that
     adapters and the layers in front of it train.
 
-    ``y = (q @ t.T) * (s_x * s_w) + bias``, with ``q, s_x`` the activations quantised to int8 per
-    token (absmax) and ``t, s_w`` the weights quantised to {-1, 0, +1} per tensor (absmean), as in
-    BitNet b1.58 (arXiv 2402.17764).
+    ``y = (q @ t.T) * (s_x * s_w) + bias``, with ``q, s_x`` the activations quantised per token
+    (absmax) and ``t, s_w`` the weights quantised to {-1, 0, +1} (absmean), as in BitNet b1.58
+    (arXiv 2402.17764).
 
     Args:
         in_features: ``K``, from 1 to 500,000.
         out_features: ``N``, at least 1.
         bias: Whether the layer learns an additive bias.
-        eps: Lower bound of the absmax of a token and of the absmean of the weights; at least 2e-36.
-        quant_type: ``"ai8pc_wpt"``: int8 activations per token, ternary weights per tensor.
+        eps: Lower bound of the absmax of a token and of the absmean of the weights; at least 2e-36,
+            and 4e-34 with activations of 16 bits.
+        quant_type: ``"ai8pc_wpt"``: activations of 8 bits, one scale per token; ternary weights,
+            one scale per tensor. ``ai16pc``: 16 bits (15 and a sign, in steps of absmax / 32385),
+            for models that were not trained with quantised activations. ``wpc``: one scale of the
+            weights per output feature.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
 
@@ -55,8 +64,9 @@ class BitLinear(PackableLinear):
         bias: Parameter ``(N,)`` or None. In a deployed layer, a buffer.
         w_packed: uint8 buffer ``(N, ceil(K/4))`` of a deployed layer; see
             :mod:`bitlinear.packing`.
-        w_scale: fp32 buffer ``(1,)`` of a deployed layer, or ``(N, 1)`` from a checkpoint with a
-            scale per output feature. It stays fp32 through ``half()`` or ``to(dtype)``.
+        w_scale: fp32 buffer ``(1,)`` of a deployed layer, or ``(N, 1)`` with a scale per output
+            feature. It stays fp32 through ``half()`` or ``to(dtype)``. Loading the other shape
+            changes ``quant_type``.
 
     Raises:
         TypeError: ``in_features`` or ``out_features`` is not an integer, ``eps`` is not a number
@@ -83,7 +93,7 @@ class BitLinear(PackableLinear):
         dtype: Any = None,
     ) -> None:
         check_features(in_features, out_features)
-        check_eps(eps)
+        check_eps(eps)  # device and dtype may be in its place, and in that of quant_type
         check_quant_type(quant_type)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         if not self.weight.is_floating_point():
@@ -185,32 +195,28 @@ class BitLinear(PackableLinear):
         if "w_packed" not in buffers:
             return self._forward_in_training(input)
         bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401
-        arguments: Any = (
-            input,
-            buffers["w_packed"],
-            buffers["w_scale"],
-            bias,
-            self.in_features,
-            self.eps,
-        )
+        w_packed: Any = buffers["w_packed"]
+        w_scale: Any = buffers["w_scale"]
+        K, eps, act_bits = self.in_features, self.eps, self._act_bits
         if torch.is_grad_enabled():
-            return deployed_linear(*arguments)
-        output: Tensor = _linear(*arguments)
+            return deployed_linear(input, w_packed, w_scale, bias, K, eps, act_bits)
+        output: Tensor = _linear(input, w_packed, w_scale, bias, K, eps, 0, act_bits)
         return output
 
     def _forward_in_training(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             self.__dict__["_called"] = True  # nn.Module.__setattr__ takes longer.
         weight, bias = self.weight, self.bias
+        quantisation = self._act_bits, self._group_size
         if self._blend is not None:
-            return blended_linear(input, weight, bias, self._blend, self.eps)
+            return blended_linear(input, weight, bias, self._blend, self.eps, *quantisation)
         if type(weight) is not nn.Parameter and is_distributed(weight):
             raise TypeError(
                 "BitLinear cannot be trained with a weight that is a DTensor in its forward pass "
                 "(tensor parallelism), because the scale needs the whole weight: train with FSDP2 "
                 "(fully_shard) or DDP; bitlinear.tensor_parallel is for deployed layers"
             )
-        return straight_through_linear(input, weight, bias, self.eps)
+        return straight_through_linear(input, weight, bias, self.eps, *quantisation)
 
     def _forward_special(self, input: Any) -> Any:
         """Apply the layer to a proxy or a jagged tensor; return None for other tensors.
@@ -294,9 +300,8 @@ class BitLinear(PackableLinear):
         The new ``weight`` is ``ternary * (w_scale / mean|ternary|)``, so that it quantises to the
         same ternary weights and the same scale, and the layer gives the same outputs. (If their
         mean would not round to ``w_scale``, some values are one unit in the last place larger or
-        smaller. In 16 bits, the mean of a small weight is no closer than their precision. A layer
-        with a scale per output feature keeps the scale of each row, but is quantised with one
-        scale.) The weight from before :meth:`deploy` is lost.
+        smaller. In 16 bits, the mean of a small weight is no closer than their precision.) The
+        weight from before :meth:`deploy` is lost.
 
         The new parameters require gradients, and an optimizer that was made before does not hold
         them. ``weight`` has the dtype that it had before deployment. Layers that share one packed

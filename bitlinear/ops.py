@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from . import packing
-from .arguments import ACTIVATION_DTYPES, check_linear, raise_unsupported_layout
+from .arguments import (
+    ACTIVATION_DTYPES,
+    check_act_bits,
+    check_group_size,
+    check_linear,
+    raise_unsupported_layout,
+)
 from .quantize import (
     epilogue,
     integer_product,
@@ -23,15 +29,15 @@ from .quantize import (
     ternarize,
 )
 
-# group_size and act_bits are reserved: a graph that is exported today can be loaded by a later
-# version whose kernels use them.
+# The group_size of linear is reserved: a graph that is exported today can be loaded by a later
+# version whose kernels use it.
 SCHEMAS = (
     "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
     "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor",
-    "quantize_weight(Tensor weight, float eps=1e-6) -> (Tensor, Tensor)",
+    "quantize_weight(Tensor weight, float eps=1e-6, int group_size=0) -> (Tensor, Tensor)",
     "expand_weight(Tensor w_packed, int in_features, Tensor? w_scale=None, "
     "ScalarType? dtype=None) -> Tensor",
-    "quantize_activations(Tensor x, float eps=1e-6) -> (Tensor, Tensor)",
+    "quantize_activations(Tensor x, float eps=1e-6, int act_bits=8) -> (Tensor, Tensor)",
     "expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
 )
 
@@ -114,7 +120,7 @@ def reference_linear(
         in_features: ``K``, at most 500,000.
         eps: Lower bound of the absmax of a token.
         group_size: Reserved; 0.
-        act_bits: Reserved; 8.
+        act_bits: 8 or 16, the bits of a quantised activation.
         out_dtype: fp32, fp16 or bf16; None for the dtype of ``x``.
 
     Returns:
@@ -125,8 +131,7 @@ def reference_linear(
     """
     check_linear(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, out_dtype)
     packing.check_packed(w_packed, in_features)
-    q, s_x = quantize_activations(x.reshape(-1, in_features), eps)
-    q = q.to(torch.float32)
+    q, s_x = quantize_activations(x.reshape(-1, in_features), eps, act_bits)
     out_features = w_packed.shape[0]
     y = x.new_empty((q.shape[0], out_features), dtype=out_dtype or x.dtype)
     step = packing.rows_per_chunk(4 * in_features, x.is_cuda)
@@ -157,28 +162,40 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], w_packed.shape[0]), dtype=out_dtype or x.dtype)
 
 
-def reference_quantize_weight(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Quantise a weight with one absmean scale (BitNet b1.58) and pack it.
+def reference_quantize_weight(
+    weight: Tensor, eps: float = 1e-6, group_size: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Quantise a weight with absmean scales (BitNet b1.58) and pack it.
 
     Args:
         weight: Floating point, shape ``(N, K)``.
-        eps: Lower bound of the scale.
+        eps: Lower bound of a scale.
+        group_size: 0 for one scale per tensor, -1 for one per output feature.
 
     Returns:
         ``w_packed``: uint8, shape ``(N, ceil(K/4))``, see :mod:`bitlinear.packing`; and
-        ``w_scale``: fp32, shape ``(1,)``, NaN or infinite if a weight is (its code is then 0).
+        ``w_scale``: fp32, shape ``(1,)`` or ``(N, 1)``. A scale is NaN or infinite if one of its
+        weights is (their codes are then 0).
     """
+    check_group_size(group_size)
     chunks = packing.enumerate_chunks(weight)
     sums = row_sums(weight[:0]).new_empty(len(weight))
     for first, rows in chunks:
         sums[first : first + len(rows)] = row_sums(rows)
-    w_scale = scale_from_row_sums(sums, weight.numel(), eps)
-    return packing.pack_quantized(weight, lambda rows: ternarize(rows, w_scale)), w_scale
+    w_scale = scale_from_row_sums(sums, weight.shape[1], eps, group_size)
+
+    def to_ternary(first: int, rows: Tensor) -> Tensor:
+        return ternarize(rows, w_scale[first : first + len(rows)] if group_size else w_scale)
+
+    return packing.pack_quantized(weight, to_ternary), w_scale
 
 
-def _fake_quantize_weight(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def _fake_quantize_weight(
+    weight: Tensor, eps: float = 1e-6, group_size: int = 0
+) -> tuple[Tensor, Tensor]:
+    check_group_size(group_size)
     shape = packing.packed_shape(*weight.shape)
-    scale = weight.new_empty((1,), dtype=torch.float32)
+    scale = weight.new_empty((len(weight), 1) if group_size else (1,), dtype=torch.float32)
     return weight.new_empty(shape, dtype=torch.uint8), scale
 
 
@@ -193,7 +210,7 @@ def reference_expand_weight(
     Args:
         w_packed: uint8, shape ``(N, ceil(K/4))``.
         in_features: K.
-        w_scale: fp32, shape ``(1,)``.
+        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``.
         dtype: fp32 (if None), fp16 or bf16.
 
     Returns:
@@ -215,9 +232,12 @@ def _fake_expand_weight(
     return w_packed.new_empty(shape, dtype=dtype or torch.float32)
 
 
-def _fake_quantize_activations(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def _fake_quantize_activations(
+    x: Tensor, eps: float = 1e-6, act_bits: int = 8
+) -> tuple[Tensor, Tensor]:
+    check_act_bits(act_bits)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.int8), scale
+    return x.new_empty(x.shape, dtype=torch.int8 if act_bits == 8 else torch.int16), scale
 
 
 def reference_expand_activations(
@@ -226,7 +246,7 @@ def reference_expand_activations(
     """Dequantise activations: ``q * s_x`` in fp32, then rounded to ``dtype``.
 
     Args:
-        q: int8, shape ``(..., K)``.
+        q: int8 or int16, shape ``(..., K)``.
         s_x: fp32, shape ``(..., 1)``.
         dtype: fp32 (if None), fp16 or bf16.
 

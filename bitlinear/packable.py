@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import packing, state, ties
+from .arguments import QUANT_TYPES, QuantType, check_eps, check_quant_type, group_size_of
 from .deployed import deployed_linear
 from .packed_weight import PackedWeight, warn_of_dequantization
 from .packing import PACKED_NAMES
@@ -35,7 +36,10 @@ class PackableLinear(nn.Linear):
     w_packed: Tensor
     w_scale: Tensor
     eps: float
-    quant_type: str
+
+    # What quant_type says; see arguments.QuantType.
+    _act_bits = 8
+    _group_size = 0
 
     # Whether the forward pass ran before deployment; bitlinear.deploy() warns if it did not.
     _called = False
@@ -52,8 +56,32 @@ class PackableLinear(nn.Linear):
         """Whether the layer holds packed weights, which are constants."""
         return "w_packed" in self._buffers
 
+    @property
+    def quant_type(self) -> str:
+        """The quantisation type, such as ``"ai8pc_wpt"``; see :class:`~bitlinear.BitLinear`.
+
+        Raises:
+            ValueError: The new value is not a type, ``eps`` is too small for it, or the layer is
+                deployed with scales of another shape.
+        """
+        return QuantType(self._act_bits, self._group_size).name
+
+    @quant_type.setter
+    def quant_type(self, name: str) -> None:
+        check_quant_type(name)
+        new = QUANT_TYPES[name]
+        check_eps(self.eps, new.act_bits)
+        if self.is_deployed and new.group_size != self._group_size:
+            raise ValueError(
+                f"this BitLinear is deployed with w_scale of shape {list(self.w_scale.shape)}, so "
+                f"its quant_type cannot be {name!r}: call undeploy() first"
+            )
+        self._act_bits, self._group_size = new
+
     def __setstate__(self, saved: dict[str, Any]) -> None:
         super().__setstate__(saved)  # type: ignore[no-untyped-call]
+        if self.is_deployed:  # Layers of version 0.2 did not say it.
+            self._group_size = group_size_of(self.w_scale)
         ties.register(self)
 
     # --- The weight as an attribute ---
@@ -86,7 +114,9 @@ class PackableLinear(nn.Linear):
                 return self._dequantize(w_packed, w_scale).to(dtype)
 
         def linear(x: Tensor, bias: Tensor | None) -> Tensor:
-            return deployed_linear(x, w_packed, w_scale, bias, self.in_features, self.eps)
+            return deployed_linear(
+                x, w_packed, w_scale, bias, self.in_features, self.eps, self._act_bits
+            )
 
         shape = (self.out_features, self.in_features)
         return PackedWeight(shape, dtype, w_packed.device, dequantize, linear)
@@ -105,7 +135,7 @@ class PackableLinear(nn.Linear):
         """``(w_packed, w_scale)`` of the current weight."""
         return cast(
             "tuple[Tensor, Tensor]",
-            torch.ops.bitlinear.quantize_weight.default(self.weight, self.eps),
+            torch.ops.bitlinear.quantize_weight.default(self.weight, self.eps, self._group_size),
         )
 
     def _become_packed(self, w_packed: Tensor, w_scale: Tensor, shared: bool = False) -> None:
@@ -119,6 +149,7 @@ class PackableLinear(nn.Linear):
         del self.weight, self.bias
         self.register_buffer("w_packed", w_packed)
         self.register_buffer("w_scale", w_scale)
+        self._group_size = group_size_of(w_scale)
         # A copy: an optimizer that still holds the parameter must not reach the deployed layer.
         with torch.inference_mode(False):
             self.register_buffer("bias", None if bias is None else bias.detach().clone())
@@ -254,6 +285,7 @@ class PackableLinear(nn.Linear):
                 w_scale = w_scale.to(self.w_scale.device, copy=True)
             for layer in layers:
                 layer._buffers["w_scale"] = w_scale
+                layer._group_size = group_size_of(w_scale)
 
 
 def pack_together(layers: Sequence[PackableLinear]) -> None:

@@ -78,19 +78,20 @@ def pack_ternary(t: Tensor) -> Tensor:
     return (c0 << 6) | (c1 << 4) | (c2 << 2) | c3
 
 
-def pack_quantized(weight: Tensor, to_ternary: Callable[[Tensor], Tensor]) -> Tensor:
+def pack_quantized(weight: Tensor, to_ternary: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Quantise and pack a weight, one chunk of rows at a time.
 
     Args:
         weight: Shape ``(N, K)``.
-        to_ternary: Quantises rows of the weight to int8 in {-1, 0, 1}.
+        to_ternary: Quantises rows of the weight, of which it gets the index of the first one and
+            the values, to int8 in {-1, 0, 1}.
 
     Returns:
         uint8, shape ``(N, ceil(K/4))``, on the device of ``weight``.
     """
     packed = weight.new_empty(packed_shape(*weight.shape), dtype=torch.uint8)
     for first, rows in enumerate_chunks(weight):
-        packed[first : first + len(rows)] = pack_ternary(to_ternary(rows))
+        packed[first : first + len(rows)] = pack_ternary(to_ternary(first, rows))
     return packed
 
 

@@ -1,7 +1,7 @@
 """The quantisers, the integer product and the epilogue, in plain torch.
 
-Activations: absmax per token to int8. Weights: absmean per tensor to {-1, 0, +1}. Both as in
-BitNet b1.58 (arXiv 2402.17764).
+Activations: absmax per token, to 8 or 16 bits. Weights: absmean per tensor or per output feature,
+to {-1, 0, +1}. As in BitNet b1.58 (arXiv 2402.17764).
 
 Every float operation here is one separately rounded fp32 operation, in the order in which the
 kernels do it, so that the results are the same to the bit. Divisors and dividends are tensors for
@@ -14,37 +14,61 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_QMAX = 127
+PER_ROW = -1
+"""The ``group_size`` of a weight with a scale per output feature; 0: one scale per tensor."""
 
-EXACT_K = (2**24 - 1) // _QMAX
+_QMAX8 = 127
+HIGH_WEIGHT = 254
+QMAX = {8: _QMAX8, 16: HIGH_WEIGHT * _QMAX8 + _QMAX8}
+
+EXACT_K = (2**24 - 1) // _QMAX8
 """fp32 adds integers exactly below 2**24; no sum of K products |q * t| <= 127 exceeds 127 * K."""
 
 
-def quantize_activations(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, eps: float = 1e-6, act_bits: int = 8) -> tuple[Tensor, Tensor]:
     """Quantise activations with one absmax scale per token: ``x ~ q * s_x``.
 
     Args:
         x: fp32, fp16 or bf16, shape ``(..., K)``.
         eps: Lower bound of the absmax of a token.
+        act_bits: 8 or 16.
 
     Returns:
-        ``q``: int8 in [-127, 127], shape ``(..., K)``, and ``s_x``: fp32, shape ``(..., 1)``. A
-        token with a NaN or an infinity gets ``q = 0`` and an ``s_x`` that makes products NaN.
+        ``q``: int8 in [-127, 127], or int16 in [-32385, 32385], shape ``(..., K)``, and ``s_x``:
+        fp32, shape ``(..., 1)``. A token with a NaN or an infinity gets ``q = 0`` and an ``s_x``
+        that makes products NaN.
     """
     x = x.to(torch.float32)
-    return quantize_with_absmax(x, x.abs().amax(dim=-1, keepdim=True).clamp_min(eps))
+    absmax = x.abs().amax(dim=-1, keepdim=True).clamp_min(eps)
+    return quantize_with_absmax(x, absmax, act_bits)
 
 
-def quantize_with_absmax(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_with_absmax(x: Tensor, absmax: Tensor, act_bits: int = 8) -> tuple[Tensor, Tensor]:
     """Quantise fp32 activations ``(..., K)`` whose absmax ``(..., 1)`` is given."""
-    qmax = torch.full_like(absmax, _QMAX)
-    return _round_to_int8(_multiply_subnormals_too(x, qmax / absmax), _QMAX), absmax / qmax
+    qmax = torch.full_like(absmax, QMAX[act_bits])
+    scaled = _multiply_subnormals_too(x, qmax / absmax)
+    dtype = torch.int8 if act_bits == 8 else torch.int16
+    return _round_to_integers(scaled, QMAX[act_bits]).to(dtype), absmax / qmax
 
 
-def _round_to_int8(values: Tensor, limit: int) -> Tensor:
+def split_activations(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Split activations of 16 bits into two of 8: ``q = 254 * high + low``.
+
+    Args:
+        q: Integers in [-32385, 32385], of any dtype that holds them.
+
+    Returns:
+        ``high`` and ``low``, integers in [-127, 127], in fp32.
+    """
+    q = q.to(torch.float32)
+    high = (q / HIGH_WEIGHT).round().clamp(-_QMAX8, _QMAX8)
+    return high, q - HIGH_WEIGHT * high
+
+
+def _round_to_integers(values: Tensor, limit: int) -> Tensor:
     """Round half to even and clamp, in place; NaN becomes 0, because its scale carries the NaN."""
     # vmap has no rule for clamp_.
-    return values.round_().clamp(-limit, limit).nan_to_num_(nan=0.0).to(torch.int8)
+    return values.round_().clamp(-limit, limit).nan_to_num_(nan=0.0)
 
 
 # Before torch 2.13 vmap has no rule for a view of another dtype; for a copy it has a loop.
@@ -65,23 +89,22 @@ def _multiply_subnormals_too(x: Tensor, factor: Tensor) -> Tensor:
     return torch.where(magnitude < 0x00800000, (signed * 2.0**-125) * (factor * 2.0**-24), product)
 
 
-def quantize_weights(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Quantise weights with one absmean scale per tensor: ``weight ~ t * s_w``.
+def quantize_weights(
+    weight: Tensor, eps: float = 1e-6, group_size: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Quantise weights with absmean scales: ``weight ~ t * s_w``.
 
     Args:
         weight: Floating point, shape ``(N, K)``.
-        eps: Lower bound of the scale.
+        eps: Lower bound of a scale.
+        group_size: 0 for one scale per tensor, :data:`PER_ROW` for one per output feature.
 
     Returns:
-        ``t``: int8 in {-1, 0, 1}, shape ``(N, K)``, and ``s_w``: fp32, shape ``(1,)``.
+        ``t``: int8 in {-1, 0, 1}, shape ``(N, K)``, and ``s_w``: fp32, shape ``(1,)`` or
+        ``(N, 1)``, NaN or infinite if a weight is.
     """
-    scale = absmean_scale(weight, eps)
+    scale = scale_from_row_sums(row_sums(weight), weight.shape[1], eps, group_size)
     return ternarize(weight, scale), scale
-
-
-def absmean_scale(weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """``max(mean(|weight|), eps)``, fp32, shape ``(1,)``; NaN or infinite if a weight is."""
-    return scale_from_row_sums(row_sums(weight), weight.numel(), eps)
 
 
 def row_sums(weight: Tensor) -> Tensor:
@@ -93,32 +116,49 @@ def row_sums(weight: Tensor) -> Tensor:
     return weight.abs().sum(dim=-1, dtype=dtype)
 
 
-def scale_from_row_sums(sums: Tensor, count: int, eps: float) -> Tensor:
-    """:func:`absmean_scale` of ``count`` weights with these :func:`row_sums`."""
-    # Rows first, then their sums: the order does not depend on the number of threads, so a layer
-    # quantises to the same bits in every call.
-    return (sums.sum() / count).to(torch.float32).clamp_min(eps).reshape(1)
+def scale_from_row_sums(sums: Tensor, in_features: int, eps: float, group_size: int = 0) -> Tensor:
+    """The scales of a weight with these :func:`row_sums`; see :func:`quantize_weights`."""
+    if group_size == PER_ROW:
+        means = sums[:, None] / in_features
+    else:
+        # Rows first, then their sums: the order does not depend on the number of threads, so a
+        # layer quantises to the same bits in every call.
+        means = sums.sum().reshape(1) / (len(sums) * in_features)
+    return means.to(torch.float32).clamp_min(eps)
 
 
 def ternarize(weight: Tensor, scale: Tensor) -> Tensor:
     """``clamp(rint(weight / scale), -1, 1)`` as int8, in the shape of ``weight``."""
-    return _round_to_int8(weight.to(torch.float32) / scale, 1)
+    return _round_to_integers(weight.to(torch.float32) / scale, 1).to(torch.int8)
 
 
 def integer_product(q: Tensor, t: Tensor) -> Tensor:
     """``q @ t.T`` exactly, then rounded once to fp32.
 
     Args:
-        q: fp32 integers in [-127, 127], shape ``(M, K)``.
+        q: int8 in [-127, 127] or int16 in [-32385, 32385], shape ``(M, K)``.
         t: fp32 integers in {-1, 0, 1}, shape ``(N, K)``.
 
     Returns:
         fp32, shape ``(M, N)``.
     """
+    if q.dtype == torch.int16:
+        high, low = (_integer_product(part, t) for part in split_activations(q))
+        return join_products(high, low).to(torch.float32)
+    return _integer_product(q.to(torch.float32), t).to(torch.float32)
+
+
+def join_products(high: Tensor, low: Tensor) -> Tensor:
+    """``254 * high + low`` of integers, as int64: beyond K = 66,000 it needs more than 32 bits."""
+    return HIGH_WEIGHT * high.to(torch.int64) + low.to(torch.int64)
+
+
+def _integer_product(q: Tensor, t: Tensor) -> Tensor:
+    """``q @ t.T`` of fp32 integers in [-127, 127] and {-1, 0, 1}: exact, in fp32 or int64."""
     if q.shape[-1] <= EXACT_K:
         return (q @ t.T).add_(0.0)  # makes -0.0, which no integer sum gives, to 0.0
     parts = [a @ b.T for a, b in zip(q.split(EXACT_K, dim=-1), t.split(EXACT_K, dim=-1))]
-    return torch.stack([part.to(torch.int32) for part in parts]).sum(dim=0).to(torch.float32)
+    return torch.stack([part.to(torch.int32) for part in parts]).sum(dim=0)
 
 
 def epilogue(product: Tensor, s_x: Tensor, s_w: Tensor, bias: Tensor | None) -> Tensor:

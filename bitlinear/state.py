@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import packing
+from .arguments import QUANT_TYPES, group_size_of
 from .packing import PACKED_NAMES
 from .preconditions import GATHER, is_distributed, why_no_plain_weight
 
@@ -110,7 +111,7 @@ def check(
             raise TypeError(f"{name} must be strided, but it is {tensor.layout}: use to_dense()")
         if tensor.is_meta and not assigns and _device(layer).type != "meta":
             raise ValueError(f"{name} is on the meta device, so it has no values to load")
-    _check_metadata(layer, metadata)
+    _check_metadata(layer, metadata, tensors.get("w_scale"))
     if strict:
         _check_names(layer, found, kind)
     return CheckedState(tensors, kind)
@@ -229,9 +230,14 @@ def _check_other_tensors(layer: PackableLinear, found: dict[str, Any]) -> None:
             _check_shape(name, value, list(tensor.shape))
 
 
-def _check_metadata(layer: PackableLinear, metadata: dict[str, Any]) -> None:
+def _check_metadata(
+    layer: PackableLinear, metadata: dict[str, Any], w_scale: Tensor | None
+) -> None:
     for name, value in metadata_of(layer).items():
         saved = metadata.get(name, value)
+        if name == "quant_type" and saved != value and saved in QUANT_TYPES and w_scale is not None:
+            # Version 0.2 named one type for scales of any shape.
+            saved = QUANT_TYPES[saved]._replace(group_size=group_size_of(w_scale)).name
         if saved != value:
             raise ValueError(
                 f"it was saved by a layer with {name}={saved!r}, but this one has "

@@ -32,7 +32,7 @@ from .arguments import check_activations
 from .autograd import output_dtype
 from .deployed import input_gradient
 from .linear import BitLinear
-from .quantize import EXACT_K, epilogue, quantize_with_absmax
+from .quantize import EXACT_K, epilogue, join_products, quantize_with_absmax, split_activations
 
 try:
     from torch.distributed.device_mesh import DeviceMesh
@@ -190,7 +190,10 @@ class _DividedLinear(torch.autograd.Function):
 def _colwise_linear(layer: BitLinear, x: DTensor) -> DTensor:
     w_packed = _local(layer.w_packed, Shard(0))
     w_scale, bias = _scale_and_bias(layer, Shard(0))
-    y = _linear(_local(x, Replicate()), w_packed, w_scale, bias, layer.in_features, layer.eps)
+    y = _linear(
+        *(_local(x, Replicate()), w_packed, w_scale, bias, layer.in_features, layer.eps),
+        *(0, layer._act_bits),
+    )
     # DTensor cannot infer the shape from parts that are not equal.
     shape = torch.Size((*x.shape[:-1], layer.out_features))
     stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
@@ -205,7 +208,7 @@ def _rowwise_linear(layout: Placement, layer: BitLinear, x: DTensor) -> DTensor:
     # NaN too.
     absmax = absmax.nan_to_num(nan=math.inf, posinf=math.inf)
     absmax = _dtensor(absmax, mesh, Partial("max")).full_tensor()
-    q, s_x = quantize_with_absmax(part, absmax.clamp_min(layer.eps))
+    q, s_x = quantize_with_absmax(part, absmax.clamp_min(layer.eps), layer._act_bits)
     partial_sums = _integer_sums(q, _local(layer.w_packed, Shard(1)), layer.in_features)
     sums = _dtensor(partial_sums, mesh, Partial()).redistribute(
         placements=[layout if layout.is_shard() else Replicate()]
@@ -222,10 +225,14 @@ def _rowwise_linear(layout: Placement, layer: BitLinear, x: DTensor) -> DTensor:
 
 
 def _integer_sums(q: Tensor, w_packed: Tensor, in_features: int) -> Tensor:
-    """The exact product of a part, int8 ``(..., k)`` and uint8 ``(N, k/4)``, as ``(..., N)``.
+    """The exact product of a part, ``(..., k)`` and uint8 ``(N, k/4)``, as ``(..., N)``.
 
     In fp32, or in float64 if fp32 might not hold the sum over all ``in_features``.
     """
+    if q.dtype == torch.int16:
+        parts = [part.to(torch.int8) for part in split_activations(q)]
+        high, low = (_integer_sums(part, w_packed, in_features) for part in parts)
+        return join_products(high, low).to(torch.float64)
     ones = torch.ones(1, device=q.device)
     step = EXACT_K // 4  # bytes
     dtype = torch.float32 if in_features <= EXACT_K else torch.float64

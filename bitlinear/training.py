@@ -22,6 +22,8 @@ def straight_through_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     eps: float = 1e-6,
+    act_bits: int = 8,
+    group_size: int = 0,
 ) -> Tensor:
     """Apply a linear map with quantised operands and straight-through gradients.
 
@@ -37,6 +39,8 @@ def straight_through_linear(
         weight: Floating point, shape ``(N, K)``.
         bias: Floating point, shape ``(N,)``, or None.
         eps: Lower bound of the absmax of a token and of the absmean of the weights.
+        act_bits: 8 or 16, the bits of a quantised activation.
+        group_size: 0 for one scale of the weights per tensor, -1 for one per output feature.
 
     Returns:
         Shape ``(..., N)``, in the dtype of ``x``; under autocast, in the dtype of autocast.
@@ -50,23 +54,31 @@ def straight_through_linear(
     if needs_gradients and compiling and _compiles_transform():
         # In a transform, torch.compile ignores the backward() of a Function: the gradient would be
         # 0. A blend of strength 1 is the same product in differentiable operations.
-        return blended_linear(x, weight, bias, torch.ones(()), eps)
+        return blended_linear(x, weight, bias, torch.ones(()), eps, act_bits, group_size)
     dtype = _check_operands(x, weight, bias)
-    w_packed, w_scale = torch.ops.bitlinear.quantize_weight.default(weight.detach(), eps)
+    w_packed, w_scale = torch.ops.bitlinear.quantize_weight.default(
+        weight.detach(), eps, group_size
+    )
     if not needs_gradients:
         with without_autocast(x.device.type):
-            return _packed_linear(x, w_packed, w_scale, bias, eps, dtype)
+            return _packed_linear(x, w_packed, w_scale, bias, eps, act_bits, dtype)
     edges = (x, weight)
     if not compiling:
         edges = _GradientEdges.apply(x, weight)  # type: ignore[no-untyped-call]
     output, *_ = _StraightThroughLinear.apply(  # type: ignore[no-untyped-call]
-        *edges, bias, x.detach(), eps, dtype, w_packed, w_scale
+        *edges, bias, x.detach(), eps, act_bits, dtype, w_packed, w_scale
     )
     return cast(Tensor, output)
 
 
 def blended_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, strength: Tensor, eps: float = 1e-6
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    strength: Tensor,
+    eps: float = 1e-6,
+    act_bits: int = 8,
+    group_size: int = 0,
 ) -> Tensor:
     """Apply a linear map with partly quantised operands and straight-through gradients.
 
@@ -79,6 +91,7 @@ def blended_linear(
         bias: Floating point, shape ``(N,)``, or None.
         strength: fp32, shape ``()``: 0 for a plain linear layer, 1 for quantised operands.
         eps: Lower bound of the absmax of a token and of the absmean of the weights.
+        act_bits, group_size: As for :func:`straight_through_linear`.
 
     Returns:
         Shape ``(..., N)``, in the dtype of ``x``; under autocast, in the dtype of autocast.
@@ -90,8 +103,8 @@ def blended_linear(
     dtype = _check_operands(x, weight, bias)
     with without_autocast(x.device.type):
         with torch.no_grad():
-            q, s_x = quantize_activations(x, eps)
-            t, s_w = quantize_weights(weight, eps)
+            q, s_x = quantize_activations(x, eps, act_bits)
+            t, s_w = quantize_weights(weight, eps, group_size)
             step_x = strength * (q * s_x - x)
             step_w = strength * (t * s_w - weight)
         operands = ((x + step_x).float(), (weight + step_w).float())
@@ -118,10 +131,11 @@ def _packed_linear(
     w_scale: Tensor,
     bias: Tensor | None,
     eps: float,
+    act_bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
     output: Tensor = torch.ops.bitlinear.linear.default(
-        x, w_packed, w_scale, bias, x.shape[-1], eps, 0, 8, dtype
+        x, w_packed, w_scale, bias, x.shape[-1], eps, 0, act_bits, dtype
     )
     return output
 
@@ -185,6 +199,7 @@ class _StraightThroughLinear(Function):
         bias: Tensor | None,
         x: Tensor,
         eps: float,
+        act_bits: int,
         dtype: torch.dtype,
         w_packed: Tensor,
         w_scale: Tensor,
@@ -192,18 +207,18 @@ class _StraightThroughLinear(Function):
         with without_autocast(x.device.type):
             # torch.onnx.export(dynamo=False) takes the order of these calls for the order of the
             # outputs.
-            y = _packed_linear(x, w_packed, w_scale, bias, eps, dtype)
+            y = _packed_linear(x, w_packed, w_scale, bias, eps, act_bits, dtype)
             # The kernel has quantised x too, but to its own layout. This costs a hundredth of it.
-            q, s_x = torch.ops.bitlinear.quantize_activations.default(x, eps)
+            q, s_x = torch.ops.bitlinear.quantize_activations.default(x, eps, act_bits)
         return y, q, s_x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x_edge, weight_edge, bias, _, _, _, w_packed, w_scale = inputs
+        x_edge, weight_edge, bias, *_, w_packed, w_scale = inputs
         _, q, s_x = output
         ctx.mark_non_differentiable(q, s_x)
         ctx.set_materialize_grads(False)  # allocates no zeros for the gradients of q and s_x
-        # 1 byte per activation and 2 bits per weight; nn.Linear keeps 4 bytes of each.
+        # 1 or 2 bytes per activation and 2 bits per weight; nn.Linear keeps 4 bytes of each.
         ctx.save_for_backward(q, s_x, w_packed, w_scale)
         # Hooks of saved tensors (offloading to the CPU) would give the edges memory.
         ctx.edges = (x_edge, weight_edge)
@@ -212,7 +227,7 @@ class _StraightThroughLinear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         expand_weight = torch.ops.bitlinear.expand_weight.default
         expand_activations = torch.ops.bitlinear.expand_activations.default
         q, s_x, w_packed, w_scale = ctx.saved_tensors
@@ -233,4 +248,4 @@ class _StraightThroughLinear(Function):
                 grad_weight = grad_weight.to(weight_edge.dtype)
             if needs_bias:
                 grad_bias = g.sum(dim=0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+        return grad_x, grad_weight, grad_bias, *(None,) * 6

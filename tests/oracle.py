@@ -12,23 +12,29 @@ import numpy as np
 import torch
 
 F32 = np.float32
+QMAX = {8: 127, 16: 32385}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def quantize_activations(x: Any, eps: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:
+def quantize_activations(
+    x: Any, eps: float = 1e-6, act_bits: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
     """``(q, s_x)``: int64 (..., K), float32 (..., 1). Non-finite rows: q = 0, s_x = NaN."""
     x = np.asarray(x, F32)
+    qmax = QMAX[act_bits]
     with np.errstate(all="ignore"):
         a = np.maximum(np.max(np.abs(x), axis=-1, keepdims=True), F32(eps))
-        q = np.clip(np.rint(x * (F32(127) / a)), -127, 127)
-        s_x = a / F32(127)
+        q = np.clip(np.rint(x * (F32(qmax) / a)), -qmax, qmax)
+        s_x = a / F32(qmax)
     bad = ~np.isfinite(a)
     return np.where(bad, 0, q).astype(np.int64), np.where(bad, F32("nan"), s_x)
 
 
-def weight_scale(w: Any, eps: float = 1e-6) -> np.floating:
+def weight_scale(w: Any, eps: float = 1e-6, per_row: bool = False) -> Any:
     """Absmean in float64, rounded once. A correct scale is within a few ulp of it."""
-    return max(F32(np.mean(np.abs(np.asarray(w, np.float64)))), F32(eps))
+    magnitudes = np.abs(np.asarray(w, np.float64))
+    mean = magnitudes.mean(axis=1, keepdims=True) if per_row else magnitudes.mean()
+    return np.maximum(F32(mean), F32(eps))
 
 
 def ternarize(w: Any, scale: Any) -> np.ndarray:
@@ -41,13 +47,15 @@ def pack(t: np.ndarray) -> np.ndarray:
     n, k = t.shape
     codes = np.ones((n, -(-k // 4) * 4), np.int64)
     codes[:, :k] = t + 1
-    return (codes.reshape(n, -1, 4) @ [64, 16, 4, 1]).astype(np.uint8)
+    return (codes.reshape(n, codes.shape[1] // 4, 4) @ [64, 16, 4, 1]).astype(np.uint8)
 
 
-def linear(x: Any, t: Any, w_scale: Any, bias: Any = None, eps: float = 1e-6) -> np.ndarray:
+def linear(
+    x: Any, t: Any, w_scale: Any, bias: Any = None, eps: float = 1e-6, act_bits: int = 8
+) -> np.ndarray:
     """float32 (M, N), before the rounding to the output dtype. ``w_scale``: (), (1,) or (N, 1)."""
-    q, s_x = quantize_activations(x, eps)
-    assert 127 * q.shape[-1] < 2**53
+    q, s_x = quantize_activations(x, eps, act_bits)
+    assert QMAX[act_bits] * q.shape[-1] < 2**53
     # As exact as in int64, and eight times faster.
     product = (q.astype(np.float64) @ np.asarray(t, np.float64).T).astype(F32)
     with np.errstate(all="ignore"):
@@ -62,11 +70,12 @@ def expected(
     bias: torch.Tensor | None = None,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
+    act_bits: int = 8,
 ) -> torch.Tensor:
     """:func:`linear` for tensors: any leading dimensions, one rounding to the output dtype."""
     rows = x.detach().reshape(-1, x.shape[-1]).float().numpy()
     bias_values = None if bias is None else bias.detach().float().numpy()
-    y = torch.from_numpy(linear(rows, t, w_scale, bias_values, eps))
+    y = torch.from_numpy(linear(rows, t, w_scale, bias_values, eps, act_bits))
     return y.to(dtype or x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -75,18 +84,23 @@ def ternary(n: int, k: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(-1, 2, (n, k))
 
 
-def adversarial_rows(k: int, seed: int = 0) -> np.ndarray:
+def adversarial_rows(k: int, seed: int = 0, act_bits: int = 8) -> np.ndarray:
     """float32 (M, k): rows that are hard to quantise."""
     rng = np.random.default_rng(seed)
     normal = rng.standard_normal(k).astype(F32)
-    # With a maximum of 127 the scale is 1, so every k + 0.5 is a tie.
-    ties = (rng.integers(-127, 127, k) + 0.5).astype(F32)
-    ties[0] = 127
+    # With this maximum the scale is 1, so every k + 0.5 is a tie.
+    qmax = QMAX[act_bits]
+    ties = (rng.integers(-qmax, qmax, k) + 0.5).astype(F32)
+    ties[0] = qmax
+    # Every rest of the division by 254, at which 16 bits are split; 127 is a tie.
+    rests = (np.arange(k) % 255 - 127 + 254 * (np.arange(k) % 127)).astype(F32)
+    rests[0] = qmax
     spike = np.full(k, 1e-3, F32)
     spike[-1] = -1e4
     rows = [
         normal,
         ties,
+        rests,
         spike,
         np.zeros(k),
         np.full(k, -0.0),

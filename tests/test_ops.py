@@ -232,7 +232,7 @@ X = torch.ones(3, 12)
 on_meta = functools.partial(torch.ones, device="meta")
 WRONG = [
     (NotImplementedError, "group_size = 64 is reserved for .*: use 0", {"group_size": 64}),
-    (NotImplementedError, "act_bits = 16 is reserved for .*: use 8", {"act_bits": 16}),
+    (ValueError, "act_bits must be 8 or 16, but it is 4", {"act_bits": 4}),
     (ValueError, "between 1 and 500000 .* it is 0: split the layer", {"in_features": 0}),
     (ValueError, "between 1 and 500000 .* it is 500001", {"in_features": 500_001}),
     (ValueError, "eps must be between 2e-36 .* it is 0$", {"eps": 0.0}),

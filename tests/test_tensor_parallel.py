@@ -45,9 +45,10 @@ PLAN = {
 # --- The checks, which run in every process ---
 
 
-def deployed(in_features, out_features, bias=True, scales="one"):
+def deployed(in_features, out_features, bias=True, scales="one", act_bits=8):
     """A layer, the same in all processes. ``scales`` are ``"one"``, or ``"many"``, one a row."""
-    layer = BitLinear(in_features, out_features, bias=bias).deploy()
+    quant_type = f"ai{act_bits}pc_{'wpc' if scales == 'many' else 'wpt'}"
+    layer = BitLinear(in_features, out_features, bias=bias, quant_type=quant_type).deploy()
     if scales == "many":
         layer.w_scale = torch.rand(out_features, 1) + 0.5
     return layer
@@ -64,10 +65,18 @@ def with_bad_tokens(x):
     return x
 
 
+# Output features, bias, scales and bits of activations.
+LAYERS = [
+    *((64, True, "one", 8), (37, True, "many", 8), (3, False, "one", 8)),
+    *((37, True, "one", 16), (5, False, "many", 16)),
+]
+
+
 def check_columns():
     whole = Replicate()
-    for n, bias, scales in [(64, True, "one"), (37, True, "many"), (3, False, "one")]:
-        layer = deployed(50, n, bias, scales)
+    for layer_of_n in LAYERS:
+        layer = deployed(50, *layer_of_n)
+        n = layer.out_features
         style = divided(layer, ColwiseParallel(output_layouts=whole))
         parts = divided(layer, ColwiseParallel(use_local_output=False))
         assert parts.w_packed.to_local().shape[0] <= math.ceil(n / dist.get_world_size())
@@ -83,8 +92,8 @@ def check_columns():
 
 def check_rows():
     k = 4 * dist.get_world_size() * 3
-    for n, bias, scales in [(64, True, "one"), (37, True, "many"), (3, False, "one")]:
-        layer = deployed(k, n, bias, scales)
+    for layer_of_n in LAYERS:
+        layer = deployed(k, *layer_of_n)
         parts = divided(layer, RowwiseParallel(input_layouts=Replicate()))
         assert parts.w_packed.to_local().shape[1] == 3
         for dtype in oracle.DTYPES:
@@ -296,7 +305,8 @@ def check_scales_of_another_shape():
         for ours, theirs in ((one, many), (many, one)):
             parts = divided(ours, style)
             options = StateDictOptions(full_state_dict=True)
-            set_model_state_dict(parts, theirs.state_dict(), options=options)
+            state = dict(theirs.state_dict())  # without metadata, which names the type
+            set_model_state_dict(parts, state, options=options)
             assert_same_bits(parts(x), theirs(x))
 
 

@@ -113,8 +113,8 @@ def test_errors_name_what_is_wrong():
         OPS.expand_weight(torch.zeros(3, 3, dtype=torch.uint8), 5)
     with pytest.raises(TypeError, match=r"dtype must be float32.*float64"):
         OPS.expand_weight(torch.zeros(3, 2, dtype=torch.uint8), 5, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"w_scale must be float32, of shape \(1,\)"):
-        OPS.expand_weight(torch.zeros(3, 2, dtype=torch.uint8), 5, torch.ones(3, 1))
+    with pytest.raises(ValueError, match=r"w_scale must be float32, of shape \(1,\) or \(3, 1\)"):
+        OPS.expand_weight(torch.zeros(3, 2, dtype=torch.uint8), 5, torch.ones(2, 1))
     with pytest.raises(TypeError, match=r"x must be float32.*float64"):
         OPS.quantize_activations(torch.ones(2, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="no dimension"):

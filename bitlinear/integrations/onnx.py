@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 
 from .. import packing
-from ..quantize import EXACT_K
+from ..quantize import EXACT_K, HIGH_WEIGHT, PER_ROW, QMAX
 
 _MIN_OPSET = 13
 
 
-def _scale_activations(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _scale_activations(x: Tensor, eps: float, act_bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """``q`` as fp32, with the absmax and the scale of each token.
 
     A token with an infinity or a NaN has an infinite absmax and the scale NaN.
@@ -41,16 +41,17 @@ def _scale_activations(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     magnitude = torch.where(magnitude < math.inf, magnitude, math.inf)
     absmax = magnitude.amax(dim=-1, keepdim=True)
     absmax = torch.where(absmax < eps, eps, absmax)  # Clip would make infinity finite
-    qmax = absmax.new_full((), 127.0)
-    # There is no clamp: |x * (127 / absmax)| exceeds 127 by two roundings at most.
+    qmax = absmax.new_full((), QMAX[act_bits])
+    # There is no clamp: |x * (qmax / absmax)| exceeds qmax by two roundings at most.
     q = (x * (qmax / absmax)).round()
     return q, absmax, torch.where(absmax < math.inf, absmax / qmax, math.nan)
 
 
-def quantize_activations(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor, eps: float = 1e-6, act_bits: int = 8) -> tuple[Tensor, Tensor]:
     """``torch.ops.bitlinear.quantize_activations``."""
-    q, absmax, s_x = _scale_activations(x, eps)
-    return torch.where(absmax < math.inf, q, 0.0).to(torch.int8), s_x
+    q, absmax, s_x = _scale_activations(x, eps, act_bits)
+    dtype = torch.int8 if act_bits == 8 else torch.int16
+    return torch.where(absmax < math.inf, q, 0.0).to(dtype), s_x
 
 
 def expand_activations(q: Tensor, s_x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -58,12 +59,19 @@ def expand_activations(q: Tensor, s_x: Tensor, dtype: torch.dtype | None = None)
     return (q.to(torch.float32) * s_x).to(dtype or torch.float32)
 
 
-def quantize_weight(weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor, eps: float = 1e-6, group_size: int = 0
+) -> tuple[Tensor, Tensor]:
     """``torch.ops.bitlinear.quantize_weight``."""
     out_features, in_features = weight.shape
     weight = weight.to(torch.float32)
-    rows = weight.abs().to(torch.float64).sum(dim=-1)
-    mean = (rows.sum(dim=-1) / rows.new_full((1,), out_features * in_features)).to(torch.float32)
+    sums = weight.abs().to(torch.float64).sum(dim=-1)
+    count = in_features
+    if group_size == PER_ROW:
+        sums = sums.reshape((out_features, 1))
+    else:
+        sums, count = sums.sum(dim=-1), out_features * in_features
+    mean = (sums / sums.new_full((1,), count)).to(torch.float32)
     w_scale = torch.where(mean < eps, eps, mean)
     ratio = weight / w_scale
     # The code is clamp(rint(ratio), -1, 1) + 1, or 1 for NaN.
@@ -109,29 +117,41 @@ def linear(
     """``torch.ops.bitlinear.linear``.
 
     Raises:
-        NotImplementedError: ``group_size`` is not 0, or ``act_bits`` is not 8.
+        NotImplementedError: ``group_size`` is not 0.
     """
-    if group_size != 0 or act_bits != 8:
+    if group_size != 0:
         raise NotImplementedError(
-            f"bitlinear: a layer with group_size = {group_size} and act_bits = {act_bits} cannot "
-            f"be exported to ONNX: use group_size = 0 and act_bits = 8"
+            f"bitlinear: a layer with group_size = {group_size} cannot be exported to ONNX: use 0"
         )
-    q, _, s_x = _scale_activations(x, eps)
+    q, _, s_x = _scale_activations(x, eps, act_bits)
     t = expand_weight(w_packed, in_features)
-    if in_features <= EXACT_K:
-        product = q @ t.T
+    if act_bits == 8:
+        product = _integer_product(q, t, in_features)
     else:
-        starts = range(0, in_features, EXACT_K)
-        sizes = [min(EXACT_K, in_features - start) for start in starts]
-        parts = [
-            (q.narrow(-1, start, size) @ t.narrow(1, start, size).T).to(torch.int32)
-            for start, size in zip(starts, sizes)
-        ]
-        product = functools.reduce(operator.add, parts).to(torch.float32)
+        high = (q / q.new_full((), HIGH_WEIGHT)).round()
+        high = torch.where(high > QMAX[8], QMAX[8], high)
+        high = torch.where(high < -QMAX[8], -QMAX[8], high)
+        low = q - high * HIGH_WEIGHT
+        halves = [_integer_product(half, t, in_features).to(torch.float64) for half in (high, low)]
+        product = halves[0] * HIGH_WEIGHT + halves[1]
+    product = product.to(torch.float32)
     y = product * (s_x * w_scale.reshape((-1,)))
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(out_dtype or x.dtype)
+
+
+def _integer_product(q: Tensor, t: Tensor, in_features: int) -> Tensor:
+    """``q @ t.T`` of fp32 integers, exact, in fp32 or int32."""
+    if in_features <= EXACT_K:
+        return q @ t.T
+    starts = range(0, in_features, EXACT_K)
+    sizes = [min(EXACT_K, in_features - start) for start in starts]
+    parts = [
+        (q.narrow(-1, start, size) @ t.narrow(1, start, size).T).to(torch.int32)
+        for start, size in zip(starts, sizes)
+    ]
+    return functools.reduce(operator.add, parts)
 
 
 _DECOMPOSITIONS: tuple[Callable[..., Any], ...] = (

@@ -121,7 +121,8 @@ def _parse(argv: Sequence[str] | None) -> Setup:
         parser.error(f"--modes: on {device.name} there are {', '.join(device.modes) or 'none'}")
 
     available = [name for name, kind in OTHERS.items() if device.name in kind.devices]
-    wanted = options.contestants or ["bitlinear", *available]
+    by_default = [name for name in available if OTHERS[name].by_default]
+    wanted = options.contestants or ["bitlinear", *by_default]
     if not set(wanted) <= {"bitlinear", *available}:
         parser.error(f"--contestants: on {device.name} there are bitlinear, {', '.join(available)}")
     usable = contestants.available_kernels(device.name)

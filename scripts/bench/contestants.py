@@ -18,9 +18,13 @@ from torch import Tensor, nn
 
 import bitlinear
 from bitlinear import runtime
+from bitlinear.arguments import QUANT_TYPES
 from scripts import tools
 from scripts.bench.devices import Device, Mode
 from scripts.bench.timing import Call, Contestant, do_nothing
+
+# The quantisation type of the layer that is compared.
+DEFAULT_TYPE = "ai8pc_wpt"
 
 # A layer, or the tensors of a bare product.
 Weights = Any
@@ -45,6 +49,7 @@ class Kind:
         bind: Makes the calls of some copies of the weights, which share the input. The input has
             the dtype of BitLinear's.
         note: What a fair comparison must take into account.
+        by_default: Whether it takes part if nobody names it.
     """
 
     label: str
@@ -53,6 +58,7 @@ class Kind:
     build: Callable[[nn.Linear], Weights]
     bind: Callable[[Sequence[Weights], Tensor], list[Call]]
     note: str = ""
+    by_default: bool = True
 
 
 def _bind(layers: Sequence[nn.Module], x: Tensor) -> list[Call]:
@@ -115,8 +121,25 @@ def _bitlinear(linear: nn.Linear) -> nn.Module:
     return bitlinear.BitLinear.from_linear(linear)
 
 
-def _deployed(linear: nn.Linear) -> nn.Module:
-    return bitlinear.BitLinear.from_linear(linear).deploy()
+def _deployed(linear: nn.Linear, quant_type: str = DEFAULT_TYPE) -> nn.Module:
+    return bitlinear.BitLinear.from_linear(linear, quant_type).deploy()
+
+
+def _deployed_types() -> dict[str, Kind]:
+    """The deployed layer of every other quantisation type, on the kernel that was chosen."""
+    return {
+        name: Kind(
+            f"BitLinear {name}",
+            OTHER,
+            ("cpu", "cuda"),
+            partial(_deployed, quant_type=name),
+            _bind,
+            note=f"the deployed layer with quant_type={name!r}, in place of {DEFAULT_TYPE!r}",
+            by_default=False,
+        )
+        for name in QUANT_TYPES
+        if name != DEFAULT_TYPE
+    }
 
 
 OTHERS: dict[str, Kind] = {
@@ -159,6 +182,7 @@ OTHERS: dict[str, Kind] = {
         _bind,
         note="in eval mode without deploy(): every call quantises the weights",
     ),
+    **_deployed_types(),
 }
 
 

@@ -57,6 +57,9 @@ def assert_runs_alike(model, path, *batches):
             oracle.assert_same_bits(run(path, x), model(x))
 
 
+OTHER_TYPES = ("ai8pc_wpc", "ai16pc_wpt")
+
+
 def rows(k):
     """Tokens that are hard to quantise, and some that are not finite."""
     x = torch.from_numpy(oracle.adversarial_rows(k))
@@ -99,6 +102,22 @@ def test_models_in_training(exporter, grad, tmp_path):
     assert_runs_alike(model, tmp_path / "m.onnx", rows(70), torch.randn(3, 70))
 
 
+@both
+@pytest.mark.parametrize("is_deployed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "quant_type", ["ai16pc_wpc", *(pytest.param(q, marks=pytest.mark.slow) for q in OTHER_TYPES)]
+)
+def test_quantisation_types(exporter, quant_type, is_deployed, tmp_path):
+    layer = BitLinear(70, 33, quant_type=quant_type).eval()
+    with torch.no_grad():
+        layer.weight.mul_(torch.logspace(-1, 1, 33)[:, None])
+    if is_deployed:
+        layer.deploy()
+    x = torch.cat([rows(70), torch.from_numpy(oracle.adversarial_rows(70, act_bits=16))])
+    export(layer, x, tmp_path / "m.onnx", exporter)
+    assert_runs_alike(layer, tmp_path / "m.onnx", x, torch.randn(40, 70))
+
+
 @pytest.mark.slow
 @both
 def test_weights_of_zero_and_nan(exporter, tmp_path):
@@ -114,9 +133,10 @@ def test_weights_of_zero_and_nan(exporter, tmp_path):
 @pytest.mark.slow
 @both
 @pytest.mark.parametrize("is_deployed", [True, False])
-def test_a_product_with_inexact_fp32_sums_is_exact(exporter, is_deployed, tmp_path):
+@pytest.mark.parametrize("quant_type", ["ai8pc_wpt", "ai16pc_wpt"])
+def test_a_product_with_inexact_fp32_sums_is_exact(exporter, is_deployed, quant_type, tmp_path):
     k = 2 * EXACT_K + 7
-    layer = BitLinear(k, 3)
+    layer = BitLinear(k, 3, quant_type=quant_type)
     with torch.no_grad():
         layer.weight[0].fill_(1.0)
         layer.weight[1:] = layer.weight[1:].sign()

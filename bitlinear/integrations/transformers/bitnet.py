@@ -200,7 +200,7 @@ def _deployed_layer(old: Any) -> BitLinear:
 def _pack_float(weight: Tensor, factor: Tensor | None) -> Tensor:
     """Round ``weight * factor`` to {-1, 0, 1} as ``AutoBitLinear`` does, and pack the result."""
 
-    def to_ternary(rows: Tensor) -> Tensor:
+    def to_ternary(first: int, rows: Tensor) -> Tensor:
         t = rows if factor is None else rows.float().mul_(factor).round_().clamp_(-1, 1)
         return t.to(torch.int8)
 
