@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import packing
-from .quantize import PER_ROW
+from .quantize import PER_ROW, QMAX
 
 
 class QuantType(NamedTuple):
@@ -45,7 +45,7 @@ MAX_IN_FEATURES = 500_000
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-_MIN_EPS = {8: (2e-36, 127), 16: (4e-34, 32385)}
+_MIN_EPS = {8: 2e-36, 16: 4e-34}
 _MAX_EPS = 1e18
 """Between these, eps / max is a normal fp32 number, and max / eps and eps * eps are finite; max is
 the largest quantised activation."""
@@ -89,7 +89,7 @@ def check_eps(eps: float, act_bits: int = 8) -> None:
             f"bitlinear: eps must be a number, but it is {eps!r}: pass device and dtype by name, "
             f"as eps and quant_type come before them"
         )
-    least, largest = _MIN_EPS[act_bits]
+    least, largest = _MIN_EPS[act_bits], QMAX[act_bits]
     if not least <= eps <= _MAX_EPS:
         raise ValueError(
             f"bitlinear: eps must be between {least:g} and 1e+18 (eps / {largest}, {largest} / eps "

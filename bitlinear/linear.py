@@ -93,7 +93,7 @@ class BitLinear(PackableLinear):
         dtype: Any = None,
     ) -> None:
         check_features(in_features, out_features)
-        check_eps(eps)  # device and dtype may be in its place, and in that of quant_type
+        check_eps(eps)  # first: its message helps those who pass device and dtype by position
         check_quant_type(quant_type)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         if not self.weight.is_floating_point():

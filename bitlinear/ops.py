@@ -21,6 +21,7 @@ from .arguments import (
     raise_unsupported_layout,
 )
 from .quantize import (
+    INTEGER_DTYPES,
     epilogue,
     integer_product,
     quantize_activations,
@@ -237,7 +238,7 @@ def _fake_quantize_activations(
 ) -> tuple[Tensor, Tensor]:
     check_act_bits(act_bits)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.int8 if act_bits == 8 else torch.int16), scale
+    return x.new_empty(x.shape, dtype=INTEGER_DTYPES[act_bits]), scale
 
 
 def reference_expand_activations(

@@ -20,6 +20,9 @@ PER_ROW = -1
 _QMAX8 = 127
 HIGH_WEIGHT = 254
 QMAX = {8: _QMAX8, 16: HIGH_WEIGHT * _QMAX8 + _QMAX8}
+"""The largest quantised activation, by its bits."""
+
+INTEGER_DTYPES = {8: torch.int8, 16: torch.int16}
 
 EXACT_K = (2**24 - 1) // _QMAX8
 """fp32 adds integers exactly below 2**24; no sum of K products |q * t| <= 127 exceeds 127 * K."""
@@ -47,8 +50,8 @@ def quantize_with_absmax(x: Tensor, absmax: Tensor, act_bits: int = 8) -> tuple[
     """Quantise fp32 activations ``(..., K)`` whose absmax ``(..., 1)`` is given."""
     qmax = torch.full_like(absmax, QMAX[act_bits])
     scaled = _multiply_subnormals_too(x, qmax / absmax)
-    dtype = torch.int8 if act_bits == 8 else torch.int16
-    return _round_to_integers(scaled, QMAX[act_bits]).to(dtype), absmax / qmax
+    q = _round_to_integers(scaled, QMAX[act_bits]).to(INTEGER_DTYPES[act_bits])
+    return q, absmax / qmax
 
 
 def split_activations(q: Tensor) -> tuple[Tensor, Tensor]:

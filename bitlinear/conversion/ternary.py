@@ -151,15 +151,14 @@ class _Rows:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        parts = [_magnitudes(rows.to(wide)) for _, rows in packing.enumerate_chunks(weight)]
+        parts = [_magnitudes(rows) for _, rows in packing.enumerate_chunks(weight)]
         self.lowest, self.highest, self.nonzero = (torch.cat(part) for part in zip(*parts))
         self.count = weight.numel()
         self.is_finite = bool(self.highest.isfinite().all())
 
 
 def _magnitudes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    magnitudes = rows.abs()
+    magnitudes = rows.to(torch.promote_types(rows.dtype, torch.float32)).abs()
     highest = magnitudes.amax(dim=1)  # NaN if a weight is
     lowest = magnitudes.masked_fill(magnitudes == 0, torch.inf).amin(dim=1)
     return lowest, highest, magnitudes.count_nonzero(dim=1)
@@ -183,9 +182,8 @@ def _equal_columns(weight: Tensor) -> int:
 
 
 def _has_equal_blocks(weight: Tensor, width: int) -> bool:
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     for _, rows in packing.enumerate_chunks(weight):
-        for block in rows.to(wide).split(width, dim=1):
+        for block in rows.split(width, dim=1):
             lowest, highest, nonzero = _magnitudes(block)
             if not torch.equal(lowest[nonzero > 0], highest[nonzero > 0]):
                 return False

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import packing
-from ..quantize import EXACT_K, HIGH_WEIGHT, PER_ROW, QMAX
+from ..quantize import EXACT_K, HIGH_WEIGHT, INTEGER_DTYPES, PER_ROW, QMAX
 
 _MIN_OPSET = 13
 
@@ -50,8 +50,7 @@ def _scale_activations(x: Tensor, eps: float, act_bits: int = 8) -> tuple[Tensor
 def quantize_activations(x: Tensor, eps: float = 1e-6, act_bits: int = 8) -> tuple[Tensor, Tensor]:
     """``torch.ops.bitlinear.quantize_activations``."""
     q, absmax, s_x = _scale_activations(x, eps, act_bits)
-    dtype = torch.int8 if act_bits == 8 else torch.int16
-    return torch.where(absmax < math.inf, q, 0.0).to(dtype), s_x
+    return torch.where(absmax < math.inf, q, 0.0).to(INTEGER_DTYPES[act_bits]), s_x
 
 
 def expand_activations(q: Tensor, s_x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

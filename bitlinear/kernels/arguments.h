@@ -66,6 +66,12 @@ inline void check_eps(double eps, int64_t act_bits = 8) {
                     " / eps and eps * eps have to fit float32), but it is ", eps);
 }
 
+// Whether a tensor has the shape of the scales of this many rows: one for all, or one for each.
+inline bool has_scale_shape(const at::Tensor& w_scale, int64_t rows) {
+  return (w_scale.dim() == 1 && w_scale.size(0) == 1) ||
+         (w_scale.dim() == 2 && w_scale.size(0) == rows && w_scale.size(1) == 1);
+}
+
 inline void check_act_bits(int64_t act_bits) {
   TORCH_CHECK_VALUE(act_bits == 8 || act_bits == 16,
                     "bitlinear: act_bits must be 8 or 16, but it is ", act_bits);
@@ -110,11 +116,10 @@ inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
                     ") for in_features = ", in_features,
                     ", four weights to a byte, but it has shape ", w_packed.sizes());
   const int64_t out_features = w_packed.size(0);
-  TORCH_CHECK_VALUE(
-      (w_scale.dim() == 1 && w_scale.size(0) == 1) ||
-          (w_scale.dim() == 2 && w_scale.size(0) == out_features && w_scale.size(1) == 1),
-      "bitlinear: w_scale must have shape (1,) or (", out_features, ", 1), but it has shape ",
-      w_scale.sizes(), ": scales are per tensor or per output feature");
+  TORCH_CHECK_VALUE(has_scale_shape(w_scale, out_features),
+                    "bitlinear: w_scale must have shape (1,) or (", out_features,
+                    ", 1), but it has shape ", w_scale.sizes(),
+                    ": scales are per tensor or per output feature");
   check_device(x, "w_packed", w_packed);
   check_device(x, "w_scale", w_scale);
   if (bias.has_value()) {
@@ -157,15 +162,12 @@ inline void check_packed(const at::Tensor& w_packed, int64_t in_features,
                     ") for in_features = ", in_features, ", but it is ",
                     dtype_name(w_packed.scalar_type()), " of shape ", w_packed.sizes());
   if (w_scale.has_value()) {
-    const bool is_single = w_scale->dim() == 1 && w_scale->size(0) == 1;
-    const bool is_per_row =
-        w_scale->dim() == 2 && w_scale->size(0) == w_packed.size(0) && w_scale->size(1) == 1;
-    TORCH_CHECK_VALUE(w_scale->scalar_type() == at::ScalarType::Float &&
-                          (is_single || is_per_row) && w_scale->device() == w_packed.device(),
-                      "bitlinear: w_scale must be float32, of shape (1,) or (", w_packed.size(0),
-                      ", 1), on ", w_packed.device(), ", but it is ",
-                      dtype_name(w_scale->scalar_type()), " of shape ", w_scale->sizes(), " on ",
-                      w_scale->device());
+    TORCH_CHECK_VALUE(
+        w_scale->scalar_type() == at::ScalarType::Float &&
+            has_scale_shape(*w_scale, w_packed.size(0)) && w_scale->device() == w_packed.device(),
+        "bitlinear: w_scale must be float32, of shape (1,) or (", w_packed.size(0), ", 1), on ",
+        w_packed.device(), ", but it is ", dtype_name(w_scale->scalar_type()), " of shape ",
+        w_scale->sizes(), " on ", w_scale->device());
   }
   check_output_dtype(dtype);
 }
@@ -179,8 +181,7 @@ inline void check_quantized(const at::Tensor& q, const at::Tensor& s_x, at::Scal
           (q.scalar_type() == at::ScalarType::Char || q.scalar_type() == at::ScalarType::Short) &&
           s_x.scalar_type() == at::ScalarType::Float,
       "bitlinear: q must be int8 or int16, of shape (..., K), and s_x float32, of shape (..., 1) "
-      "on the "
-      "same device, but they are ",
+      "on the same device, but they are ",
       dtype_name(q.scalar_type()), " of shape ", q.sizes(), " on ", q.device(), " and ",
       dtype_name(s_x.scalar_type()), " of shape ", s_x.sizes(), " on ", s_x.device());
   check_output_dtype(dtype);

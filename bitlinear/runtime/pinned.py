@@ -88,7 +88,7 @@ def _link(descriptor: int) -> str:
 
 
 def _is_pinned(path: Path, status: os.stat_result) -> bool:
-    # A program may have closed the descriptor, and the number may be that of another file.
+    # If the program has closed the descriptor, the next file that it opens gets the number.
     with contextlib.suppress(KeyError, OSError):
         return os.path.samestat(os.fstat(_pinned[path][0]), status)
     return False

@@ -70,7 +70,7 @@ def test_pinned_again(root: Path) -> None:
 
 
 def test_a_closed_descriptor_leads_nowhere(root: Path) -> None:
-    """A daemon closes every file; the number may then be that of another one."""
+    """A daemon closes every file, and the next one that it opens gets the number."""
     with opened(root) as descriptor:
         pin(root, descriptor)
     number = int(at(root).name)
