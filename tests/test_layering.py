@@ -49,6 +49,7 @@ ORDER = [
     "integrations.transformers.repacking",
     "integrations.transformers.config",
     "integrations.transformers.quantizer",
+    "integrations.transformers.bitnet_layers",
     "integrations.transformers.bitnet",
     "integrations.transformers",
 ]

@@ -97,11 +97,12 @@ def describe(model: PreTrainedModel) -> BitLinearConfig:
 
 def check_describable(model: PreTrainedModel) -> None:
     """Raise ValueError for deployed layers of classes that :func:`describe` cannot express."""
-    problems = [
-        f"{name}: it is a {type(layer).__name__}"
-        for name, layer in bitlinear_layers(model).items()
-        if layer.is_deployed and type(layer) not in (BitLinear, NormedBitLinear)
-    ]
+    problems = []
+    for name, layer in bitlinear_layers(model).items():
+        if layer.is_deployed and type(layer) not in (BitLinear, NormedBitLinear):
+            problems.append(f"{name}: it is a {type(layer).__name__}")
+        elif isinstance(layer, NormedBitLinear) and _norm_eps(layer.rms_norm) is None:
+            problems.append(f"{name}: its norm is a {type(layer.rms_norm).__name__}")
     if problems:
         raise ValueError(
             "from_pretrained cannot make deployed layers of these classes: save the state_dict of "
@@ -144,12 +145,18 @@ def _empty_norm(in_features: int, eps: float) -> nn.Module:
     return norm
 
 
+def _norm_eps(norm: Any) -> float | None:
+    """What an RMSNorm of transformers adds to the mean square; None for another module."""
+    eps: float | None = getattr(norm, "variance_epsilon", None)
+    return eps if type(norm).__module__.startswith("transformers.") else None
+
+
 def _settings(layer: BitLinear) -> dict[str, Any]:
     """The settings from which :func:`layer_from_settings` makes ``layer`` again."""
-    norm: Any = layer.rms_norm if isinstance(layer, NormedBitLinear) else None
+    norm = layer.rms_norm if isinstance(layer, NormedBitLinear) else None
     settings = {"eps": layer.eps, "quant_type": layer.quant_type, "use_rms_norm": norm is not None}
     if norm is not None:
-        settings["rms_norm_eps"] = norm.variance_epsilon
+        settings["rms_norm_eps"] = _norm_eps(norm)
     if layer.bias is not None:
         settings["bias_dtype"] = dtype_name(layer.bias.dtype)
     if list(layer.w_scale.shape) != [1]:

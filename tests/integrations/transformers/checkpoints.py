@@ -33,7 +33,23 @@ KINDS = {
 IDS = torch.arange(18).reshape(2, 9) * 5
 
 
-def save_checkpoint(folder, kind, norm=False, bias=False, dtype=torch.float32, llama=True):
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "bitnet": (transformers.BitNetConfig, transformers.BitNetForCausalLM),
+    "falcon": (transformers.FalconConfig, transformers.FalconForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+
+
+def save_checkpoint(
+    folder,
+    kind,
+    norm=False,
+    bias=False,
+    dtype=torch.float32,
+    family="llama",
+):
     """Save a random BitNet checkpoint in the format of the Hub."""
     sizes = {
         "vocab_size": 97,
@@ -48,20 +64,21 @@ def save_checkpoint(folder, kind, norm=False, bias=False, dtype=torch.float32, l
         "initializer_range": 0.1,
         "dtype": dtype,
     }
-    if llama:
-        config = transformers.LlamaConfig(**sizes, attention_bias=bias, mlp_bias=bias)
-        model = transformers.LlamaForCausalLM(config)
-    else:
-        model = transformers.BitNetForCausalLM(transformers.BitNetConfig(**sizes))
+    biases = {"attention_bias": bias, "mlp_bias": bias} if family == "llama" else {}
+    config_class, model_class = FAMILIES[family]
+    model = model_class(config_class(**sizes, **biases))
+    body = model.base_model
+    embedding = body.get_input_embeddings()
     with torch.no_grad():
         # Each token resembles the head of the next token, so that one logit is clearly the
         # largest: greedy decoding must not depend on roundings.
-        model.lm_head.weight.copy_(model.model.embed_tokens.weight.roll(1, dims=0))
-        model.model.embed_tokens.weight.mul_(10)
+        head = embedding.weight.roll(1, dims=0)
+        model.lm_head.weight = nn.Parameter(head)
+        embedding.weight.mul_(10)
     state = dict(model.to(dtype).state_dict())
-    for name, linear in model.model.named_modules(prefix="model"):
+    for name, linear in body.named_modules(prefix=model.base_model_prefix):
         if isinstance(linear, nn.Linear):
-            if bias:
+            if linear.bias is not None:
                 state[f"{name}.bias"] = (0.05 * torch.randn(linear.out_features)).to(dtype)
             if norm:
                 state[f"{name}.rms_norm.weight"] = (torch.rand(linear.in_features) + 0.5).to(dtype)

@@ -118,6 +118,118 @@ def test_a_layer_with_a_norm_is_a_leaf_of_a_symbolic_trace():
         oracle.assert_same_bits(traced(x), model(x))
 
 
+@pytest.mark.parametrize("shape", [(32,), (32, 1), (1, 32)])
+@pytest.mark.parametrize("kind", ["packed", "offline"])
+def test_scales_for_each_output_feature(kind, shape):
+    t, bias = oracle.ternary(32, 70), torch.randn(32)
+    scale = torch.rand(32) * 30 + 5
+    layer = packed_layer(t, bias) if kind == "packed" else float_layer(t, bias, 1.0)
+    layer.weight_scale = scale.clone()
+    x = torch.randn(3, 70)
+    reference = layer(x)[:, :32]
+    layer.weight_scale = scale.reshape(shape)
+    new = converted(layer)
+    assert new.quant_type == "ai8pc_wpc"
+    factor = scale if kind == "offline" else 1 / scale
+    oracle.assert_same_bits(new.w_scale, factor[:, None])
+    added = bias * scale if kind == "offline" else bias
+    oracle.assert_same_bits(new(x), oracle.expected(x, t, factor[:, None], added, eps=1e-5))
+    step = x.abs().amax(-1, keepdim=True) / 127 * factor
+    assert ((new(x) - reference).abs() <= 1.001 * step + 1e-5 * reference.abs()).all()
+
+
+class BitNetLinear(nn.Module):
+    """What ``BitNetLinear`` of onebitllms computes; its own kernels need Triton and a GPU."""
+
+    __module__ = "onebitllms.layers.bitnet"
+
+    def __init__(self, in_features, out_features, bias=False):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.randn(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.randn(out_features)) if bias else None)
+
+    def quantized_weight(self):
+        scale = 1 / self.weight.abs().mean().clamp(min=1e-5)
+        return torch.clamp(torch.floor(self.weight * scale + 0.5), -1, 1) / scale
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_of_onebitllms(bias):
+    layer = BitNetLinear(70, 33, bias)
+    with torch.no_grad():  # Its mean is 2, and 1 and -1 are ties, which it rounds up.
+        layer.weight.copy_(2.0)
+        layer.weight[:, ::7], layer.weight[:, 1::7] = 1.0, -1.0
+        layer.weight[:, 2::7] = 4.0
+    wanted = layer.quantized_weight()
+    assert layer.weight.abs().mean() == 2
+    assert set(wanted.unique().tolist()) == {0.0, 2.0}
+    new = converted(layer)
+    assert torch.equal(new.dequantize(), wanted)
+    assert (new.bias is not None) == bias
+    assert new.eps == 1e-5
+
+
+class Projection(nn.Linear):
+    """A layer of a model's own class: a norm, then int8 activations and ternary weights."""
+
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__(in_features, out_features, bias)
+        self.norm = nn.RMSNorm(in_features, eps=1e-6)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+
+    def forward(self, x):
+        x = self.norm(x)
+        scale = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+        x = (x * scale).round().clamp(-128, 127) / scale
+        return nn.functional.linear(x, weight_quant(self.weight), self.bias)
+
+
+def weight_quant(w):
+    scale = 1.0 / w.abs().mean().clamp_(min=1e-5)
+    return (w * scale).round().clamp_(-1, 1) / scale
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_of_a_models_own_class(bias, dtype):
+    torch.manual_seed(0)
+    layer = Projection(64, 24, bias).to(dtype)
+    x = torch.randn(5, 64).to(dtype)
+    with torch.no_grad():
+        wanted, weight = layer(x), weight_quant(layer.weight)
+    norm = layer.norm
+    model = convert(nn.Sequential(layer), weight_quantizers={Projection: weight_quant})
+    (new,) = model
+    assert isinstance(new, NormedBitLinear)
+    assert new.rms_norm is norm
+    assert torch.equal(new.dequantize(), weight.float())
+    with torch.no_grad():
+        assert_close_to_reference(new(x), wanted, norm(x), new.w_scale)
+
+
+class Gated(Projection):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gate = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "message"),
+    [
+        (Projection, lambda w: w, r"not ternary after the function for it: .*several magnitudes"),
+        (Projection, lambda w: w[:4], r"must return .* \[8, 8\], but it returned .* \[4, 8\]"),
+        (Gated, weight_quant, "modules other than a norm, whose use is unknown: gate"),
+    ],
+)
+def test_functions_for_own_classes_are_checked(kind, function, message):
+    model = nn.Sequential(kind(8, 8))
+    (layer,) = model
+    with pytest.raises(ValueError, match=message):
+        convert(model, weight_quantizers={kind: function})
+    assert model[0] is layer
+
+
 # --- Other modules, hooks, and layers that are refused ---
 
 
@@ -172,7 +284,7 @@ WRONG = [
     (lambda: damaged(lambda layer: layer.weight_scale.fill_(float("nan"))), "but it is nan"),
     (
         lambda: damaged(lambda layer: setattr(layer, "weight_scale", torch.ones(2))),
-        r"one number, but it has shape \[2\]",
+        r"one number, or one for each of 10 output features, but it has shape \[2\]",
     ),
     (lambda: damaged(lambda layer: layer.to("meta")), "on the meta device: load its weights"),
     (lambda: damaged(lambda layer: setattr(layer, "forward", layer.forward)), "without offload"),

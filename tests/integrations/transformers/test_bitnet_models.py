@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
+from tests import oracle
 from tests.integrations.transformers.checkpoints import (
+    FAMILIES,
     IDS,
     KINDS,
+    NormedBitLinear,
     bitnet,
     convert,
     layers,
@@ -83,13 +87,42 @@ def test_bf16_models_are_as_close_to_fp32_as_transformers_is(kind, norm, bias, t
     assert torch.equal(generate(model)[0], tokens)
 
 
-def test_a_bitnet_model_agrees(tmp_path):
-    save_checkpoint(tmp_path, "bitlinear", llama=False)
+@pytest.mark.parametrize("family", ["bitnet", "falcon", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["bitlinear", "autobitlinear"])
+def test_models_of_other_classes_agree(family, kind, tmp_path):
+    save_checkpoint(tmp_path, kind, family=family)
     model = load(tmp_path)
-    assert isinstance(model, transformers.BitNetForCausalLM)
+    assert type(model) is FAMILIES[family][1]
     wanted = logits(model)
     assert distance(logits(convert(model)), wanted) < 0.01
-    assert len(layers(model)) == 14
+    # Falcon computes q, k and v in one layer, and its MLP has two.
+    assert len(layers(model)) == (8 if family == "falcon" else 14)
+
+
+def test_norms_inside_projections_are_loaded_by_another_name(tmp_path):
+    save_checkpoint(tmp_path / "theirs", "online", norm=True, family="qwen3")
+    model = load(tmp_path / "theirs")
+    state = {
+        name.replace("rms_norm", "norm"): tensor for name, tensor in model.state_dict().items()
+    }
+    wanted = logits(convert(model))
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "theirs")
+    del config.quantization_config
+    config.save_pretrained(tmp_path / "inside")
+    file = tmp_path / "inside" / "model.safetensors"
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "inside")
+    config.quantization_config = {
+        "quant_method": "bitnet",
+        "linear_class": "autobitlinear",
+        "quantization_mode": "online",
+        "use_rms_norm": True,
+    }
+    names = {"_proj.norm.weight": "_proj.rms_norm.weight"}
+    model = load(tmp_path / "inside", config=config, key_mapping=names)
+    oracle.assert_same_bits(logits(convert(model)), wanted)
+    assert all(isinstance(layer, NormedBitLinear) for layer in layers(model).values())
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("bitlinear", 2), ("autobitlinear", 16)])
