@@ -150,7 +150,7 @@ def check_packed(layer: PackableLinear, state: dict[str, Tensor]) -> dict[str, T
     w_packed = _local_part(tensors["w_packed"])
     # A shard of the columns holds whole bytes.
     packing.check_packed(w_packed, min(layer.in_features, 4 * w_packed.shape[1]))
-    tensors["w_scale"] = _check_scale(tensors["w_scale"], layer.out_features)
+    tensors["w_scale"] = check_scale(tensors["w_scale"], layer.out_features)
     return tensors
 
 
@@ -175,8 +175,13 @@ def _check_version(metadata: dict[str, Any]) -> None:
         )
 
 
-def _check_scale(w_scale: Tensor, out_features: int) -> Tensor:
-    """Check the scale of a checkpoint, and reshape a scalar to ``(1,)``."""
+def check_scale(w_scale: Tensor, out_features: int) -> Tensor:
+    """Check the scales of a weight with ``out_features`` rows, and reshape a scalar to ``(1,)``.
+
+    Raises:
+        TypeError: The dtype is not fp32.
+        ValueError: The shape is wrong, or a scale is not finite and positive.
+    """
     if w_scale.dtype != torch.float32:
         raise TypeError(
             f"w_scale must be float32, but it is {w_scale.dtype}: a tool has converted the "

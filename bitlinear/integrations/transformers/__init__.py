@@ -29,11 +29,11 @@ if int(transformers.__version__.split(".")[0]) < 5:  # Its from_pretrained works
 # This package is loaded together with transformers.quantizers.auto. Other modules of transformers
 # may not be loaded yet, or take long to load, so only functions import them.
 
+from ...conversion.repacking import repack
 from .bitnet import convert
 from .config import BitLinearConfig
 from .layers import NormedBitLinear
 from .quantizer import BitLinearQuantizer, attach
-from .repacking import repack
 
 __all__ = [
     "BitLinearConfig",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ... import packing
+from ...conversion.repacking import check_codes, repack
 from ...conversion.ternary import NotTernary, find_scales
 from ...conversion.ternary import pack as pack_signs
 from .layers import BITNET_EPS
-from .repacking import check_codes, repack
 
 WeightQuantizers = Mapping[type, Callable[[Tensor], Tensor]]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import safetensors.torch
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from bitlinear.integrations import checkpoints
 from tests import oracle
 from tests.integrations.transformers.checkpoints import (
     FAMILIES,
@@ -110,7 +111,7 @@ def test_norms_inside_projections_are_loaded_by_another_name(tmp_path):
     del config.quantization_config
     config.save_pretrained(tmp_path / "inside")
     file = tmp_path / "inside" / "model.safetensors"
-    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+    save_file(state, file, metadata={"format": "pt"})
 
     config = transformers.AutoConfig.from_pretrained(tmp_path / "inside")
     config.quantization_config = {
@@ -123,6 +124,33 @@ def test_norms_inside_projections_are_loaded_by_another_name(tmp_path):
     model = load(tmp_path / "inside", config=config, key_mapping=names)
     oracle.assert_same_bits(logits(convert(model)), wanted)
     assert all(isinstance(layer, NormedBitLinear) for layer in layers(model).values())
+
+
+def test_a_checkpoint_with_scales_for_each_output_feature(tmp_path):
+    save_checkpoint(tmp_path / "theirs", "bitlinear")
+    model = load(tmp_path / "theirs")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, bitnet.BitLinear):
+            layer.weight_scale = layer.weight_scale * (1 + torch.arange(layer.out_features) / 64)
+            state[f"{name}.weight_scale"] = layer.weight_scale[:, None].clone()
+    wanted = logits(convert(model))
+    save_file(state, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="mismatch"):
+        load(tmp_path / "theirs")
+
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "theirs")
+    del config.quantization_config
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    checkpoints.load(tmp_path / "theirs", model, "transformers-bitlinear")
+    oracle.assert_same_bits(logits(model), wanted)
+    model.save_pretrained(tmp_path / "ours")
+    again = load(tmp_path / "ours")
+    assert {layer.quant_type for layer in layers(again).values()} == {"ai8pc_wpc"}
+    oracle.assert_same_bits(logits(again), wanted)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("bitlinear", 2), ("autobitlinear", 16)])

@@ -50,6 +50,14 @@ def test_saving_and_loading_keeps_every_bit(kind, norm, bias, tmp_path):
     }
 
 
+def test_a_norm_of_another_library_cannot_be_saved(tmp_path):
+    save_checkpoint(tmp_path / "theirs", "bitlinear", norm=True)
+    model = convert(load(tmp_path / "theirs"))
+    model.model.layers[1].mlp.up_proj.rms_norm = nn.RMSNorm(64)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: its norm is a RMSNorm"):
+        model.save_pretrained(tmp_path / "ours")
+
+
 def test_another_architecture_loads_the_same_layers(tmp_path):
     save_checkpoint(tmp_path / "theirs", "bitlinear")
     model = convert(load(tmp_path / "theirs"))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import packing
+from .. import packing
 
 
 def repack(packed: Tensor, out_features: int, in_features: int) -> Tensor:
