@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import Function, backward_dtype, without_autocast
+from .autograd import CPU_MULTIPLIES_BF16, Function, backward_dtype, without_autocast
+
+# Of expanded weights at a time, on a CPU. The allocator reuses so little memory; the system would
+# have to clear more in every call, which takes as long as a third of the product.
+_BLOCK_BYTES = 16 << 20
 
 
 def deployed_linear(
@@ -25,8 +29,7 @@ def deployed_linear(
 ) -> Tensor:
     """Apply ``torch.ops.bitlinear.linear``, with gradients of ``x`` and ``bias``.
 
-    ``grad_x = (grad * w_scale.T) @ t`` in fp32; on a GPU, with a ``grad`` of 16 bits, the product
-    is in the dtype of ``grad``.
+    ``grad_x = (grad * w_scale.T) @ t``; see :func:`input_gradient`.
 
     Args:
         x: fp32, fp16 or bf16, shape ``(..., K)``.
@@ -56,7 +59,13 @@ def deployed_linear(
 
 
 def input_gradient(grad: Tensor, w_packed: Tensor, w_scale: Tensor, in_features: int) -> Tensor:
-    """``(grad * w_scale.T) @ t``, in :func:`~bitlinear.autograd.backward_dtype`.
+    """``(grad * w_scale.T) @ t``, from packed weights.
+
+    The ternary weights are expanded for the product, on a CPU a block of columns at a time, and not
+    kept. The product is in fp32, or in the dtype of ``grad`` where that is faster and ``grad`` is
+    not rounded on the way: with one scale, which multiplies the product, in bf16 on a GPU and on a
+    CPU with instructions for it. A GPU also multiplies in 16 bits what has to be rounded for it, as
+    ``nn.Linear`` does.
 
     Args:
         grad: Gradient of the output, shape ``(..., N)``.
@@ -69,11 +78,30 @@ def input_gradient(grad: Tensor, w_packed: Tensor, w_scale: Tensor, in_features:
     """
     device_type = grad.device.type
     with without_autocast(device_type):
+        # In fp16, sums that have not been multiplied by the scale could overflow.
+        scales_product = w_scale.dim() == 1 and grad.dtype != torch.float16
         dtype = backward_dtype(device_type, grad.dtype)
-        t = torch.ops.bitlinear.expand_weight.default(w_packed, in_features, None, dtype)
+        if scales_product:
+            if device_type == "cpu" and CPU_MULTIPLIES_BF16:
+                dtype = grad.dtype
+            # The scale multiplies in fp32, and the result is rounded once.
+            return _times_ternary(grad.to(dtype), w_packed, in_features).mul_(w_scale)
         scaled = grad.to(torch.float32) * w_scale.reshape(-1)
-        product: Tensor = scaled.to(dtype) @ t
-    return product
+        return _times_ternary(scaled.to(dtype), w_packed, in_features)
+
+
+def _times_ternary(x: Tensor, w_packed: Tensor, in_features: int) -> Tensor:
+    """``x @ t``, in the dtype of ``x``."""
+    expand = torch.ops.bitlinear.expand_weight.default
+    columns: int = in_features
+    if x.device.type == "cpu":
+        columns = _BLOCK_BYTES // (w_packed.shape[0] * x.element_size()) // 256 * 256 or 256
+    blocks = []
+    for first in range(0, in_features, columns):
+        width = min(columns, in_features - first)
+        packed = w_packed[:, first // 4 : (first + width + 3) // 4]
+        blocks.append(x @ expand(packed, width, None, x.dtype))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
 class _DeployedLinear(Function):

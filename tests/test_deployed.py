@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitlinear.deployed import input_gradient
 from tests import oracle
 from tests.layers import deployed
 
@@ -27,6 +28,20 @@ def test_the_gradient_of_the_input_of_a_deployed_layer(shape, dtype, scale):
     torch.testing.assert_close(x.grad, wanted)
     assert x.grad.dtype == dtype
     assert all(buffer.grad is None for buffer in layer.buffers())
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize("scale", [(1,), (6, 1)])
+@pytest.mark.parametrize("features", [1024, 1027])
+def test_blocks_of_columns_give_the_same_gradient(features, scale, dtype, monkeypatch):
+    """On a CPU, the weights of a large layer are expanded a block of columns at a time."""
+    layer = deployed(features, 6).to(dtype)
+    layer.load_state_dict({**layer.state_dict(), "w_scale": torch.rand(scale) + 0.1})
+    grad = torch.randn(5, 6).to(dtype)
+    arguments = (grad, layer.w_packed, layer.w_scale, features)
+    whole = input_gradient(*arguments)
+    monkeypatch.setattr("bitlinear.deployed._BLOCK_BYTES", 0)  # the smallest blocks: 256 columns
+    torch.testing.assert_close(input_gradient(*arguments), whole)
 
 
 def test_layers_in_front_of_a_deployed_one_are_trained():

@@ -6,7 +6,7 @@
 
 #include "portability.h"
 
-#define BITLINEAR_ABI_VERSION 5
+#define BITLINEAR_ABI_VERSION 6
 
 // Sums are int32. The codes of the most significant plane of a packed byte are 64 times too large
 // (see gemv.h), so |acc| <= 127 * 2 * 64 * K / 4, which is below 2^31 for K < 528,000.
@@ -77,8 +77,8 @@ struct bitlinear_kernel_table {
   // Quantises w[0:K] to {-1, 0, 1} with this scale and packs it; packs zeros if the scale is not
   // finite.
   void (*pack_row)(const void* w, int dtype, int64_t K, float s_w, uint8_t* packed);
-  // The inverse of pack_row: w[0:K] in {-s_w, 0, s_w}.
-  void (*expand_row)(const uint8_t* packed, int64_t K, float s_w, float* w);
+  // The inverse of pack_row: w[0:K] in {-s_w, 0, s_w}, rounded to `dtype`.
+  void (*expand_row)(const uint8_t* packed, int64_t K, float s_w, void* w, int dtype);
   // As quantize_row, but q[0:K] has the order of x, and holds int8 or int16.
   void (*quantize_in_order)(const void* x, int dtype, int64_t K, float eps, int64_t act_bits,
                             void* q, float* s_x);

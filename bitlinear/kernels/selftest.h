@@ -267,14 +267,15 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
   // Any scale would do here; a layer's is max(mean, eps).
   const float s_w = static_cast<float>(sum / static_cast<double>(c.K)) + operands.eps;
   std::vector<uint8_t> packed(static_cast<size_t>(operands.row_bytes), 99);
-  std::vector<float> w(static_cast<size_t>(c.K));
+  Buffer w(c.dtype, c.K), w_scale(c.dtype, 1);
   const float scale = c.data == Data::kSubnormal ? 0x1p-140f : 0.3f;
+  w_scale.set(0, scale);
   std::vector<int8_t> q(static_cast<size_t>(c.K * bitlinear_rows_per_token(c.act_bits)), 99);
   float s_x = 0.0f;
   {
     const SubnormalScope scope(mode);
     kernels.pack_row(row.data(), c.dtype, c.K, s_w, packed.data());
-    kernels.expand_row(packed.data(), c.K, scale, w.data());
+    kernels.expand_row(packed.data(), c.K, scale, w.data(), c.dtype);
     kernels.quantize_in_order(row.data(), c.dtype, c.K, operands.eps, c.act_bits, q.data(), &s_x);
   }
   for (int64_t k = 0; k < 4 * operands.row_bytes; ++k) {
@@ -282,7 +283,7 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
     const volatile float quotient = k < c.K ? values[k] / s_w : 0.0f;
     const float rounded = nearbyintf(quotient);
     const float wanted = isnan(rounded) ? 0 : rounded > 1 ? 1 : rounded < -1 ? -1 : rounded;
-    if (code - 1 != wanted || (k < c.K && w[k] != scale * wanted)) {
+    if (code - 1 != wanted || (k < c.K && w.get(k) != w_scale.get(0) * wanted)) {
       return "weight " + std::to_string(k) + " is packed as " + std::to_string(code) + where;
     }
   }

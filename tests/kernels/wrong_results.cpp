@@ -42,9 +42,9 @@ void pack_row(const void* w, int dtype, int64_t K, float s_w, uint8_t* packed) {
   packed[(K - 1) / 4] ^= 1;  // the last slot, which can lie past K
 }
 
-void expand_row(const uint8_t* packed, int64_t K, float s_w, float* w) {
-  correct.expand_row(packed, K, s_w, w);
-  w[K - 1] += s_w;
+void expand_row(const uint8_t* packed, int64_t K, float s_w, void* w, int dtype) {
+  correct.expand_row(packed, K, s_w, w, dtype);
+  static_cast<uint8_t*>(w)[K * (dtype == BITLINEAR_F32 ? 4 : 2) - 1] ^= 0x40;  // of the last weight
 }
 
 void quantize_in_order(const void* x, int dtype, int64_t K, float eps, int64_t act_bits, void* q,

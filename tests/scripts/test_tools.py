@@ -17,6 +17,7 @@ SCRIPTS = {
     "bench.plot": "--pictures",
     "bench.decode": "--layers",
     "bench.train_step": "--compile",
+    "bench.input_gradient": "--dtypes",
     "bench.import_time": "--runs",
     "bench.load_memory": "--gib",
     "char_lm": "--restart",
@@ -57,6 +58,7 @@ def test_help_names_the_options(name, capsys):
     [
         ("bench.decode", ["--layers", "0"], "'0' is not a whole number above 0"),
         ("bench.train_step", ["--shapes", "64"], "'64' is not of the form NxK"),
+        ("bench.input_gradient", ["--tokens", "many"], "'many' is not a whole number above 0"),
         ("bench.import_time", ["--runs", "none"], "'none' is not a whole number above 0"),
         ("dev.instruction_count", ["--kernels", "avx2"], "invalid choice: 'avx2'"),
         ("dev.test_versions", ["python3.9"], "'python3.9' is not of the form python3.9=2.4.0"),

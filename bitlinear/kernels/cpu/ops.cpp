@@ -219,19 +219,24 @@ Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
                      const std::optional<Tensor>& w_scale, std::optional<ScalarType> dtype) {
   bitlinear::check_packed(w_packed, in_features, w_scale, dtype.value_or(ScalarType::Float));
   const bitlinear_kernel_table* const kernels = active_table();
-  const int64_t N = w_packed.size(0), row_bytes = w_packed.size(1);
-  const Tensor input = w_packed.contiguous();
-  Tensor weight = Tensor(at::detail::empty_cpu({N, in_features}, ScalarType::Float));
+  const int64_t N = w_packed.size(0);
+  // Columns of a weight need no copy.
+  const Tensor input = w_packed.stride(1) == 1 ? w_packed : w_packed.contiguous();
+  const int64_t row_bytes = input.stride(0);
+  const ScalarType w_dtype = dtype.value_or(ScalarType::Float);
+  Tensor weight = Tensor(at::detail::empty_cpu({N, in_features}, w_dtype));
   const uint8_t* const rows = input.const_data_ptr<uint8_t>();
   const float one = 1.0f;
   const Tensor scale = w_scale.has_value() ? w_scale->contiguous() : Tensor();
   const float* const s_w = scale.defined() ? scale.const_data_ptr<float>() : &one;
   const int64_t stride = scale.defined() && scale.dim() == 2 ? 1 : 0;
-  float* const out = weight.data_ptr<float>();
+  char* const out = static_cast<char*>(weight.data_ptr());
+  const int64_t bytes = in_features * weight.element_size();
   for_each_row(N, in_features, [&](int64_t n) {
-    kernels->expand_row(rows + n * row_bytes, in_features, s_w[n * stride], out + n * in_features);
+    kernels->expand_row(rows + n * row_bytes, in_features, s_w[n * stride], out + n * bytes,
+                        kernel_dtype(w_dtype));
   });
-  return dtype.has_value() ? weight.to(*dtype) : weight;
+  return weight;
 }
 
 std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps, int64_t act_bits) {

@@ -57,8 +57,7 @@ void pack_row(const void* w, int dtype, int64_t K, float s_w, uint8_t* packed) {
   }
 }
 
-template <class V>
-void expand_row(const uint8_t* packed, int64_t K, float s_w, float* w) {
+inline void expand_floats(const uint8_t* packed, int64_t K, float s_w, float* w) {
   const auto value = [&](int64_t b, int j) {
     return s_w * static_cast<float>((packed[b] >> (6 - 2 * j) & 3) - 1);
   };
@@ -66,6 +65,18 @@ void expand_row(const uint8_t* packed, int64_t K, float s_w, float* w) {
     for (int j = 0; j < 4; ++j) w[4 * b + j] = value(b, j);
   }
   for (int64_t k = K / 4 * 4; k < K; ++k) w[k] = value(k / 4, static_cast<int>(k % 4));
+}
+
+template <class V>
+void expand_row(const uint8_t* packed, int64_t K, float s_w, void* w, int dtype) {
+  if (dtype == BITLINEAR_F32) return expand_floats(packed, K, s_w, static_cast<float*>(w));
+  constexpr int64_t kChunk = kQuantizeChunk;
+  float floats[kChunk];
+  for (int64_t k = 0; k < K; k += kChunk) {
+    const int64_t count = K - k < kChunk ? K - k : kChunk;
+    expand_floats(packed + k / 4, count, s_w, floats);
+    store_halves<V>(floats, count, w, dtype, k);
+  }
 }
 
 template <class V, class Integer>

@@ -13,7 +13,7 @@ namespace cuda {
 namespace {
 
 constexpr int kSumThreads = 256;
-// Threads along a row, each with 16 weights at a time, and rows of a block.
+// Threads along a row, and rows of a block.
 constexpr int kRowThreads = 64, kBlockRows = 4;
 
 // Blocks that sum magnitudes. Their number is the same on every GPU, so that sums have the same
@@ -104,20 +104,22 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   }
 }
 
-// Stores the first `count` values of a group.
+// The values of T that a thread expands at a time: one store, next to those of the other threads.
 template <class T>
-__device__ inline void store_group(T* out, const float (&values)[kGroup], int count, bool aligned) {
-  alignas(16) T rounded[kGroup];
+constexpr int kStoredValues = 16 / static_cast<int>(sizeof(T));
+
+// Stores the first `count` values.
+template <class T>
+__device__ inline void store_values(T* out, const float (&values)[kStoredValues<T>], int count,
+                                    bool aligned) {
+  alignas(16) T rounded[kStoredValues<T>];
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) rounded[i] = from_float<T>(values[i]);
-  if (aligned && count >= kGroup) {
-#pragma unroll
-    for (int v = 0; v < static_cast<int>(sizeof(T)); ++v) {
-      reinterpret_cast<uint4*>(out)[v] = reinterpret_cast<const uint4*>(rounded)[v];
-    }
+  for (int i = 0; i < kStoredValues<T>; ++i) rounded[i] = from_float<T>(values[i]);
+  if (aligned && count >= kStoredValues<T>) {
+    *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(rounded);
   } else {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < kStoredValues<T>; ++i) {
       if (i < count) out[i] = rounded[i];
     }
   }
@@ -125,46 +127,54 @@ __device__ inline void store_group(T* out, const float (&values)[kGroup], int co
 
 template <class T>
 __global__ void __launch_bounds__(kRowThreads* kBlockRows)
-    expand_weights(const uint8_t* packed, int64_t N, int K, const float* s_w, int64_t s_w_stride,
-                   T* w) {
+    expand_weights(const uint8_t* __restrict__ packed, int64_t N, int K, const float* s_w,
+                   int64_t s_w_stride, T* __restrict__ w) {
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
   if (n >= N) return;
+  constexpr int kValues = kStoredValues<T>, kStep = kRowThreads * kValues;
   const int row_bytes = (K + 3) / 4;
   const float scale = s_w == nullptr ? 1.0f : s_w[n * s_w_stride];
-  for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
+#pragma unroll 4
+  for (int k = static_cast<int>(threadIdx.x) * kValues; k < K; k += kStep) {
     const uint8_t* const bytes = packed + n * row_bytes + k / 4;
-    float values[kGroup];
+    float values[kValues];
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
+    for (int i = 0; i < kValues; ++i) {
       const int byte = k / 4 + i / 4 < row_bytes ? bytes[i / 4] : 0;
       values[i] = __fmul_rn(scale, static_cast<float>((byte >> (6 - 2 * (i % 4)) & 3) - 1));
     }
-    store_group(w + n * K + k, values, K - k, K * sizeof(T) % 16 == 0);
+    store_values(w + n * K + k, values, K - k, K * sizeof(T) % 16 == 0);
   }
 }
 
 template <class Integer, class T>
 __global__ void __launch_bounds__(kRowThreads* kBlockRows)
-    expand_activations(const Integer* q, const float* s_x, int64_t M, int K, T* x) {
+    expand_activations(const Integer* __restrict__ q, const float* s_x, int64_t M, int K,
+                       T* __restrict__ x) {
   const int64_t m = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
   if (m >= M) return;
+  constexpr int kValues = kStoredValues<T>, kStep = kRowThreads * kValues;
   const float scale = s_x[m];
-  const bool aligned = reinterpret_cast<uintptr_t>(q) % 16 == 0 && K % kGroup == 0;
-  for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
-    alignas(16) Integer codes[kGroup];
+  const bool aligned = reinterpret_cast<uintptr_t>(q) % 16 == 0 && K % kValues == 0;
+#pragma unroll 4
+  for (int k = static_cast<int>(threadIdx.x) * kValues; k < K; k += kStep) {
+    struct alignas(kValues * sizeof(Integer)) Codes {
+      Integer values[kValues];
+    } codes;
     if (aligned) {
-#pragma unroll
-      for (int v = 0; v < static_cast<int>(sizeof(Integer)); ++v) {
-        reinterpret_cast<uint4*>(codes)[v] = reinterpret_cast<const uint4*>(q + m * K + k)[v];
-      }
+      codes = *reinterpret_cast<const Codes*>(q + m * K + k);
     } else {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) codes[i] = k + i < K ? q[m * K + k + i] : Integer{0};
+      for (int i = 0; i < kValues; ++i) {
+        codes.values[i] = k + i < K ? q[m * K + k + i] : Integer{0};
+      }
     }
-    float values[kGroup];
+    float values[kValues];
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) values[i] = __fmul_rn(static_cast<float>(codes[i]), scale);
-    store_group(x + m * K + k, values, K - k, K * sizeof(T) % 16 == 0);
+    for (int i = 0; i < kValues; ++i) {
+      values[i] = __fmul_rn(static_cast<float>(codes.values[i]), scale);
+    }
+    store_values(x + m * K + k, values, K - k, K * sizeof(T) % 16 == 0);
   }
 }
 
