@@ -32,6 +32,7 @@ ORDER = [
     "packable",
     "ternary_layer",
     "linear",
+    "embedding",
     "tensor_parallel",
     "conversion.weight_readers",
     "conversion.layers",

@@ -15,7 +15,7 @@ from ...conversion.replacement import find_parents, set_child
 from ...linear import BitLinear
 from ...state import check_packed
 from .config import METHOD, BitLinearConfig, check_describable, describe, layer_from_settings
-from .layers import bitlinear_layers, pretrained_models
+from .layers import bitlinear_layers, deployed_layers, pretrained_models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ def attach(model: _Model) -> _Model:
     """
     outermost: list[PreTrainedModel] = []
     for inner in pretrained_models(model):
-        if not any(layer.is_deployed for layer in bitlinear_layers(inner).values()):
+        if not deployed_layers(inner):
             continue
         quantizer = getattr(inner, "hf_quantizer", None)
         if quantizer is not None and not isinstance(quantizer, BitLinearQuantizer):
