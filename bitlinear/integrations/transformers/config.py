@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ... import foreign
 from ...arguments import dtype_name
 from ...linear import BitLinear
-from .layers import BITNET_EPS, NormedBitLinear, bitlinear_layers, deployed_layers, empty_layer
+from .layers import BITNET_EPS, NormedBitLinear, bitlinear_layers, empty_layer, ternary_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,8 +102,8 @@ def check_describable(model: PreTrainedModel) -> None:
     """
     problems = [
         f"{name}: it is a {type(layer).__name__}"
-        for name, layer in deployed_layers(model).items()
-        if type(layer) not in (BitLinear, NormedBitLinear)
+        for name, layer in ternary_layers(model).items()
+        if layer.is_deployed and type(layer) not in (BitLinear, NormedBitLinear)
     ]
     if problems:
         raise ValueError(

@@ -77,13 +77,9 @@ def pretrained_models(model: nn.Module) -> Iterator[PreTrainedModel]:
     return (module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-def deployed_layers(model: nn.Module) -> dict[str, TernaryLayer]:
-    """The deployed layers inside ``model``, embeddings too, by their first qualified name."""
-    return {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, TernaryLayer) and m.is_deployed
-    }
+def ternary_layers(model: nn.Module) -> dict[str, TernaryLayer]:
+    """The BitLinear layers and ternary embeddings inside ``model``, by their first name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, TernaryLayer)}
 
 
 def bitlinear_layers(model: nn.Module) -> dict[str, BitLinear]:
