@@ -107,7 +107,6 @@ class Embedding(TernaryLayer, nn.Embedding):
             raise TypeError(f"bitlinear: dtype must be floating point, but it is {dtype}")
         self.eps = float(eps)
         self.quant_type = quant_type
-        self._weight_dtype = self.weight.dtype
         ties.register(self)
 
     @classmethod
@@ -157,7 +156,6 @@ class Embedding(TernaryLayer, nn.Embedding):
             device="meta",  # Draws nothing from the random number generator.
         )
         layer.weight = weight
-        layer._weight_dtype = weight.dtype
         return layer.train(embedding.training)
 
     @classmethod

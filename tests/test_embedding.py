@@ -545,6 +545,20 @@ def test_compile_a_gradient_of_torch_func():
     torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.cuda
+@types
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_on_a_gpu(quant_type, dtype):
+    table = Embedding(6, 21, padding_idx=0, quant_type=quant_type, dtype=dtype).cuda()
+    ids = IDS.cuda()
+    y = table(ids)
+    y.sum().backward()
+    assert not table.weight.grad[0].any()
+    table.deploy()
+    assert torch.equal(table(ids), y)
+    assert torch.equal(table.cpu()(IDS), y.cpu())
+
+
 @types
 def test_export_and_traces(quant_type):
     table = packed(quant_type=quant_type)
