@@ -99,7 +99,8 @@ def _quantize_rows(
     quantize_weight = torch.ops.bitlinear.quantize_weight.default
     if group_size == PER_ROW:
         return cast("tuple[Tensor, Tensor]", quantize_weight(latent.detach(), eps, group_size))
-    # The operator adds in an order of its own. Only its scale has the bits of the deployed table.
+    # The operator adds in an order of its own: only its scale has the bits of the deployed table.
+    # It also packs the whole table, a sixteenth of the weight, which is freed after the gather.
     return _gather(ids, *quantize_weight(weight.detach(), eps, group_size))
 
 
