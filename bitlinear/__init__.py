@@ -23,6 +23,7 @@ ops.register(compiled=_loaded.kernel is not None)
 
 # These modules resolve the operators, which must be registered first.
 from .convert import convert, deploy, set_quantization_strength  # noqa: E402
+from .embedding import Embedding  # noqa: E402
 from .linear import BitLinear  # noqa: E402
 from .loading import load_deployed  # noqa: E402
 from .pack_dense import pack  # noqa: E402
@@ -34,6 +35,7 @@ __version__ = "0.2.0"
 __all__ = [
     "HAS_BITLINEAR",
     "BitLinear",
+    "Embedding",
     "available_kernels",
     "convert",
     "deploy",

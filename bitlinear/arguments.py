@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 
 from . import packing
 from .quantize import PER_ROW, QMAX
+
+WEIGHT_TYPES = {"wpt": 0, "wpc": PER_ROW}
+"""The ``group_size`` of ternary weights (``w``) with one scale per tensor (``pt``) or per row of
+the weight (``pc``)."""
 
 
 class QuantType(NamedTuple):
@@ -29,16 +34,21 @@ class QuantType(NamedTuple):
     @property
     def name(self) -> str:
         """The name, such as ``"ai8pc_wpt"``."""
-        return f"ai{self.act_bits}pc_w{'pc' if self.group_size == PER_ROW else 'pt'}"
+        return f"ai{self.act_bits}pc_{weight_type_name(self.group_size)}"
+
+
+def weight_type_name(group_size: int) -> str:
+    """The name of the type of weights with this ``group_size``, ``"wpt"`` or ``"wpc"``."""
+    return next(name for name, value in WEIGHT_TYPES.items() if value == group_size)
 
 
 QUANT_TYPES = {
-    quant_type.name: quant_type
+    f"ai{act_bits}pc_{weights}": QuantType(act_bits, group_size)
     for act_bits in (8, 16)
-    for quant_type in (QuantType(act_bits, 0), QuantType(act_bits, PER_ROW))
+    for weights, group_size in WEIGHT_TYPES.items()
 }
-"""``ai8pc_wpt``: activations (``a``) as int8 (``i8``), one scale per token (``pc``); ternary
-weights (``w``), one scale per tensor (``pt``) or per output feature (``pc``)."""
+"""``ai8pc_wpt``: activations (``a``) as int8 (``i8``), one scale per token (``pc``), and the type
+of the weights."""
 
 MAX_IN_FEATURES = 500_000
 """The largest ``K`` for which the product, 127 * K, and the kernels' partial sums fit int32."""
@@ -61,10 +71,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).replace("torch.", "")
 
 
-def check_quant_type(quant_type: str) -> None:
+def check_quant_type(quant_type: str, valid: Iterable[str] = tuple(QUANT_TYPES)) -> None:
     """Raise ValueError, which lists the valid names, unless ``quant_type`` is one of them."""
-    if quant_type not in QUANT_TYPES:
-        raise ValueError(f"quant_type must be one of {[*QUANT_TYPES]}, but it is {quant_type!r}")
+    if quant_type not in valid:
+        raise ValueError(f"quant_type must be one of {[*valid]}, but it is {quant_type!r}")
 
 
 def check_act_bits(act_bits: int) -> None:
@@ -97,22 +107,27 @@ def check_eps(eps: float, act_bits: int = 8) -> None:
         )
 
 
-def check_features(in_features: int, out_features: int) -> None:
+def check_features(
+    in_features: int,
+    out_features: int,
+    in_name: str = "in_features",
+    out_name: str = "out_features",
+) -> None:
     """Raise TypeError or ValueError unless a layer can have this many features."""
-    for name, value in (("in_features", in_features), ("out_features", out_features)):
+    for name, value in ((in_name, in_features), (out_name, out_features)):
         try:
             operator.index(value)
         except TypeError:
             raise TypeError(f"bitlinear: {name} must be an integer, but it is {value!r}") from None
     if in_features < 1 or out_features < 1:
         raise ValueError(
-            f"bitlinear: in_features and out_features must be at least 1, but they are "
+            f"bitlinear: {in_name} and {out_name} must be at least 1, but they are "
             f"{in_features} and {out_features}"
         )
     if in_features > MAX_IN_FEATURES:
         raise ValueError(
-            f"bitlinear: in_features must be at most {MAX_IN_FEATURES} (where int32 sums are "
-            f"exact), but it is {in_features}: split the layer along in_features"
+            f"bitlinear: {in_name} must be at most {MAX_IN_FEATURES} (where int32 sums are "
+            f"exact), but it is {in_features}: split the layer along {in_name}"
         )
 
 

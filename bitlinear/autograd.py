@@ -51,6 +51,11 @@ def backward_dtype(device_type: str, grad_dtype: torch.dtype) -> torch.dtype:
     return grad_dtype if device_type == "cuda" else torch.float32
 
 
+def compiles_transform() -> bool:
+    """Whether torch.compile traces a transform of torch.func; older versions do not tell."""
+    return torch.__version__ >= "2.13" and torch._C._are_functorch_transforms_active()
+
+
 def _autocasts(device_type: str) -> bool:
     # is_autocast_enabled raises for "meta".
     return device_type != "meta" and torch.is_autocast_enabled(device_type)

@@ -16,10 +16,12 @@ from .conversion.exclusion import DEFAULT_EXCLUDE, Exclusion
 from .conversion.layers import Convertibility, LinearLayer, find_linear_layers
 from .conversion.replacement import replace_layer
 from .conversion.weight_readers import READ_BY_ATTENTION, disable_fast_paths, read_by_attention
-from .linear import BitLinear
+from .embedding import Embedding
 from .messages import list_names
 from .packable import pack_together, was_called
 from .preconditions import why_not_deployable
+from .ternary_layer import TernaryLayer
+from .ties import tied_groups
 
 _logger = logging.getLogger("bitlinear")
 
@@ -39,7 +41,8 @@ def convert(
     ``__init__``, ``reset_parameters`` and how they are printed, so that they compute the same and
     have the same state; ``Conv1D`` and ``FalconLinear`` of transformers. Other subclasses stay as
     they are. So do the output projection of ``nn.MultiheadAttention``, which is never called, and
-    the adapters of PEFT; their base layers are converted.
+    the adapters of PEFT; their base layers are converted. Embeddings stay as they are, too:
+    :meth:`bitlinear.Embedding.from_embedding` makes a ternary one.
 
     The new layers share the parameters of the old ones (see :meth:`BitLinear.from_linear`): tied
     weights stay tied, an existing optimizer keeps working, a module that is used in several places
@@ -132,24 +135,25 @@ def finish_deployment(model: nn.Module) -> None:
 
 
 def deploy(model: _Model) -> _Model:
-    """Deploy every :class:`BitLinear` inside ``model``, in place.
+    """Deploy every :class:`BitLinear` and :class:`Embedding` inside ``model``, in place.
 
     Layers that share one weight share the packed weight. If another kind of module uses the same
-    weight (an embedding, for example), that module keeps it in floating point.
+    weight (an ``nn.Embedding``, for example), that module keeps it in floating point.
 
     Args:
-        model: The model, or a single BitLinear.
+        model: The model, or a single layer.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
-        ValueError: A layer cannot be deployed (see :meth:`BitLinear.deploy`), or its weight is
-            offloaded. The message names every such layer; the model is unchanged.
+        ValueError: A layer cannot be deployed (see :meth:`BitLinear.deploy`), its weight is
+            offloaded, or an Embedding and a layer tied to it differ in ``eps`` or in the kind of
+            scale. The message names every such layer; the model is unchanged.
 
     Warns:
-        UserWarning: The model has no BitLinear.
+        UserWarning: The model has neither a BitLinear nor an Embedding of this package.
         UserWarning: Some layers have been called since they were made, and others have not. A
             module may use the weights of these others without a call of the layer, which trains
             in floating point.
@@ -159,7 +163,7 @@ def deploy(model: _Model) -> _Model:
     layers = {
         name or "(the model itself)": module
         for name, module in model.named_modules()
-        if isinstance(module, BitLinear) and not module.is_deployed
+        if isinstance(module, TernaryLayer) and not module.is_deployed
     }
     _check_deployable(model, layers)
     never_called = _describe_never_called(layers)
@@ -174,7 +178,9 @@ def deploy(model: _Model) -> _Model:
             user = other_users.get(weight)
             note = f"; {user} keeps the shared weight in floating point" if user else ""
             _logger.info("%s: deployed%s", name, note)
-    _logger.info("deployed %d BitLinear layers", len(layers))
+    embeddings = sum(isinstance(layer, Embedding) for layer in layers.values())
+    note = f" and {embeddings} embeddings" if embeddings else ""
+    _logger.info("deployed %d BitLinear layers%s", len(layers) - embeddings, note)
     finish_deployment(model)
     if never_called:
         warnings.warn(never_called, UserWarning, stacklevel=2)
@@ -182,7 +188,7 @@ def deploy(model: _Model) -> _Model:
 
 
 def set_quantization_strength(model: nn.Module, strength: float) -> nn.Module:
-    """Set :attr:`BitLinear.quantization_strength` of every BitLinear inside ``model``.
+    """Set the ``quantization_strength`` of every BitLinear and Embedding inside ``model``.
 
     A pretrained model loses accuracy if all of it is quantised at once. If the strength rises from
     0 to 1 over the first steps of fine-tuning, the weights can adapt::
@@ -192,7 +198,7 @@ def set_quantization_strength(model: nn.Module, strength: float) -> nn.Module:
             ...
 
     Args:
-        model: The model, or a single BitLinear; modified in place.
+        model: The model, or a single layer; modified in place.
         strength: From 0, plain linear layers, to 1, quantised layers.
 
     Returns:
@@ -203,10 +209,10 @@ def set_quantization_strength(model: nn.Module, strength: float) -> nn.Module:
             No layer is changed.
 
     Warns:
-        UserWarning: The model has no BitLinear.
+        UserWarning: The model has neither a BitLinear nor an Embedding of this package.
     """
     _warn_without_layers(model, "set_quantization_strength")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BitLinear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, TernaryLayer)}
     deployed = [name for name, layer in layers.items() if layer.is_deployed]
     check_strength(strength)
     if strength < 1 and deployed:
@@ -231,7 +237,7 @@ def check_model(model: Any, function: str) -> None:
 
 
 def _warn_without_layers(model: nn.Module, function: str) -> None:
-    if not any(isinstance(module, BitLinear) for module in model.modules()):
+    if not any(isinstance(module, TernaryLayer) for module in model.modules()):
         warnings.warn(
             f"{function}() did nothing: this {type(model).__name__} has no BitLinear inside; call "
             f"bitlinear.convert(model) first",
@@ -264,10 +270,10 @@ def _why_incomplete(
     return coverage.why_incomplete(model, is_excluded, reasons)
 
 
-def _check_deployable(model: nn.Module, layers: dict[str, BitLinear]) -> None:
+def _check_deployable(model: nn.Module, layers: dict[str, TernaryLayer]) -> None:
     """Raise ValueError with the name of every layer that cannot be deployed."""
     attention_weights = read_by_attention(model)
-    problems = []
+    problems = _different_ties(layers)
     for name, layer in layers.items():
         if id(layer) in attention_weights:
             reason = READ_BY_ATTENTION
@@ -279,6 +285,24 @@ def _check_deployable(model: nn.Module, layers: dict[str, BitLinear]) -> None:
         raise ValueError("BitLinear layers cannot be deployed:\n  " + "\n  ".join(problems))
 
 
+def _different_ties(layers: dict[str, TernaryLayer]) -> list[str]:
+    """The embeddings whose tied layers would need another packed weight, each with the reason.
+
+    Two linear layers are packed apart then. An embedding is tied to save the memory of its table.
+    """
+    names = {id(layer): name for name, layer in layers.items()}
+    return [
+        f"{names[id(layer)]}: {names[id(other)]} has the same weight, but another quantisation "
+        f"(eps={other.eps:g} and quant_type={other.quant_type!r}, not {layer.eps:g} and "
+        f"{layer.quant_type!r}): make eps and the kind of scale equal"
+        for group in tied_groups(layers.values())
+        for layer in group
+        for other in group
+        if isinstance(layer, Embedding)
+        and (layer.eps, layer._group_size) != (other.eps, other._group_size)
+    ]
+
+
 def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules around the module of this qualified name, ``model`` included."""
     ancestors = [model]
@@ -287,21 +311,21 @@ def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
     return ancestors
 
 
-def _describe_never_called(layers: dict[str, BitLinear]) -> str:
+def _describe_never_called(layers: dict[str, TernaryLayer]) -> str:
     """The message of a warning about layers whose weights another module may read, or ``""``."""
     idle = [name for name, layer in layers.items() if not was_called(layer)]
     if not idle or len(idle) == len(layers):
         return ""
     return (
-        f"deploy(): {len(idle)} of {len(layers)} BitLinear layers have never been called, but the "
-        f"others have: {list_names(idle, 5)}. If the module around them reads their weights "
-        f"without a call of the layer, it has trained and used them in floating point: name them "
-        f"in exclude of convert(). If no input has reached them yet, or they only ran inside of "
-        f"torch.compile, nothing is wrong"
+        f"deploy(): {len(idle)} of {len(layers)} BitLinear layers and embeddings have never been "
+        f"called, but the others have: {list_names(idle, 5)}. If the module around them reads "
+        f"their weights without a call of the layer, it has trained and used them in floating "
+        f"point: name them in exclude of convert(). If no input has reached them yet, or they only "
+        f"ran inside of torch.compile, nothing is wrong"
     )
 
 
-def _parameters_outside(model: nn.Module, layers: Iterable[BitLinear]) -> dict[int, str]:
+def _parameters_outside(model: nn.Module, layers: Iterable[TernaryLayer]) -> dict[int, str]:
     """The names, by ``id``, of the parameters that modules other than ``layers`` hold."""
     inside = {id(layer) for layer in layers}
     return {

@@ -51,10 +51,23 @@ def why_not_linear(module: nn.Module) -> str:
     and the state of ``nn.Linear``. The same holds for subclasses of ``Conv1D`` and of
     ``FalconLinear``.
     """
+    return _why_changed(module, set(_linear_classes()), "nn.Linear")
+
+
+def why_not_embedding(module: nn.Module) -> str:
+    """Why a module might not compute the same as ``F.embedding``, or ``""``.
+
+    The rule is that of :func:`why_not_linear`.
+    """
+    return _why_changed(module, {nn.Embedding}, "nn.Embedding")
+
+
+def _why_changed(module: nn.Module, classes: set[type], name: str) -> str:
+    """Why a module might not compute the same as the class of these that it is derived from."""
     kind = type(module)
-    base = next((cls for cls in kind.__mro__ if cls in set(_linear_classes())), None)
+    base = next((cls for cls in kind.__mro__ if cls in classes), None)
     if base is None:
-        return f"it is a {kind.__name__}, not an nn.Linear"
+        return f"it is a {kind.__name__}, not an {name}"
     for cls in kind.__mro__:
         added = [] if cls in base.__mro__ else sorted(set(vars(cls)) - _HARMLESS_NAMES)
         if added:

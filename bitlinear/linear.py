@@ -5,29 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import Tensor, nn
 
 from . import foreign, ties
-from .arguments import (
-    check_eps,
-    check_features,
-    check_quant_type,
-    check_strength,
-)
+from .arguments import QUANT_TYPES, QuantType, check_eps, check_features, check_quant_type
 from .deployed import deployed_linear
-from .latent_weight import latent_weight
-from .packable import PackableLinear, pack_together
-from .preconditions import GATHER, is_distributed, why_no_plain_weight, why_not_deployable
+from .preconditions import why_no_plain_weight
+from .ternary_layer import DEFAULT_EPS, TernaryLayer, is_jagged
 from .training import blended_linear, straight_through_linear
 
 # Resolved once: a small layer at batch 1 notices every attribute access on the way to its kernel.
 _linear = torch.ops.bitlinear.linear.default
 
-_DEFAULT_EPS = 1e-6
 
-
-class BitLinear(PackableLinear):
+class BitLinear(TernaryLayer, nn.Linear):
     """``nn.Linear`` with ternary weights {-1, 0, +1} and activations of 8 or 16 bits.
 
     It trains like ``nn.Linear``: ``weight`` stays a floating-point parameter, which the forward
@@ -79,15 +70,12 @@ class BitLinear(PackableLinear):
     dimension or device.
     """
 
-    _strength = 1.0
-    _blend: Tensor | None = None  # the strength if it is below 1
-
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool = True,
-        eps: float = _DEFAULT_EPS,
+        eps: float = DEFAULT_EPS,
         quant_type: str = "ai8pc_wpt",
         device: Any = None,
         dtype: Any = None,
@@ -105,7 +93,7 @@ class BitLinear(PackableLinear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, quant_type: str = "ai8pc_wpt", eps: float = _DEFAULT_EPS
+        cls, linear: nn.Linear, quant_type: str = "ai8pc_wpt", eps: float = DEFAULT_EPS
     ) -> BitLinear:
         """Make a BitLinear that shares the parameters of an ``nn.Linear``.
 
@@ -151,39 +139,27 @@ class BitLinear(PackableLinear):
         return layer.train(linear.training)
 
     @property
-    def quantization_strength(self) -> float:
-        """How much the layer is quantised: from 0, a plain linear layer, to 1, the default.
+    def weight_shape(self) -> tuple[int, int]:
+        """``(N, K)``: ``(out_features, in_features)``."""
+        return self.out_features, self.in_features
 
-        In between, operands are ``x + strength * (quantised x - x)``, and the weight likewise, with
-        straight-through gradients. Fine-tuning recipes of pretrained models raise the strength from
-        0 to 1 over the first steps. It is not part of ``state_dict``.
+    @property
+    def quant_type(self) -> str:
+        """The quantisation type, such as ``"ai8pc_wpt"``; see :class:`BitLinear`.
 
         Raises:
-            TypeError: The new value is not a number.
-            ValueError: The new value is not between 0 and 1, or it is below 1 and the layer is
-                deployed.
+            ValueError: The new value is not a type, ``eps`` is too small for it, or the layer is
+                deployed with scales of another shape.
         """
-        return self._strength
+        return QuantType(self._act_bits, self._group_size).name
 
-    @quantization_strength.setter
-    def quantization_strength(self, strength: float) -> None:
-        check_strength(strength)
-        if strength < 1 and self.is_deployed:
-            raise ValueError(
-                f"this BitLinear is deployed, so its quantization_strength is 1 and cannot be "
-                f"{strength}: call undeploy() first"
-            )
-        self._strength = float(strength)
-        if strength == 1:
-            self._blend = None
-            return
-        # A compiled model reads the value of this tensor in every call; a new number would make it
-        # compile again. The tensor is an ordinary one, even if a mode is on.
-        with _disable_current_modes(), torch.inference_mode(False):
-            if self._blend is None:
-                self._blend = torch.tensor(self._strength, dtype=torch.float32, device="cpu")
-            else:
-                self._blend.fill_(self._strength)
+    @quant_type.setter
+    def quant_type(self, name: str) -> None:
+        check_quant_type(name)
+        new = QUANT_TYPES[name]
+        check_eps(self.eps, new.act_bits)
+        self._set_group_size(new.group_size, name)
+        self._act_bits = new.act_bits
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to ``input`` of shape ``(..., K)``; see :class:`BitLinear`."""
@@ -210,147 +186,13 @@ class BitLinear(PackableLinear):
         quantisation = self._act_bits, self._group_size
         if self._blend is not None:
             return blended_linear(input, weight, bias, self._blend, self.eps, *quantisation)
-        if type(weight) is not nn.Parameter and is_distributed(weight):
-            raise TypeError(
-                "BitLinear cannot be trained with a weight that is a DTensor in its forward pass "
-                "(tensor parallelism), because the scale needs the whole weight: train with FSDP2 "
-                "(fully_shard) or DDP; bitlinear.tensor_parallel is for deployed layers"
-            )
+        self._check_whole(weight)
         return straight_through_linear(input, weight, bias, self.eps, *quantisation)
 
     def _forward_special(self, input: Any) -> Any:
-        """Apply the layer to a proxy or a jagged tensor; return None for other tensors.
-
-        Raises:
-            TypeError: ``input`` is not a tensor.
-        """
-        if isinstance(input, fx.Proxy):
-            return self._trace(input)
-        if not isinstance(input, Tensor):
-            raise TypeError(
-                f"BitLinear needs a torch.Tensor, but got {type(input).__name__}: convert it, for "
-                f"example with torch.as_tensor(x)"
+        if is_jagged(input) and input._ragged_idx == input.dim() - 1:
+            raise ValueError(
+                f"the last dimension of x must be in_features = {self.in_features}, but it is the "
+                f"jagged one of a nested tensor: transpose it first"
             )
-        if input.is_nested and input.layout == torch.jagged:
-            nested: Any = input
-            if nested._ragged_idx == input.dim() - 1:
-                raise ValueError(
-                    f"the last dimension of x must be in_features = {self.in_features}, but it is "
-                    f"the jagged one of a nested tensor: transpose it first"
-                )
-            values = self(input.values())
-            return torch.nested.nested_tensor_from_jagged(
-                values, nested.offsets(), nested.lengths(), jagged_dim=nested._ragged_idx
-            )
-        return None
-
-    def _trace(self, input: fx.Proxy) -> Any:
-        """Add a call of the layer to the graph of a symbolic trace, as ``nn.Linear`` does."""
-        tracer: Any = input.tracer
-        if tracer.root is self:
-            raise TypeError(
-                "a BitLinear is a leaf of a symbolic trace, so it cannot be traced alone: trace a "
-                "module that holds it, such as torch.nn.Sequential(layer)"
-            )
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
-
-    def __prepare_scriptable__(self) -> Any:
-        """Raise for ``torch.jit.script``, whose own error is about an annotation."""
-        raise NotImplementedError(
-            "torch.jit.script cannot compile a BitLinear: use torch.export, or torch.jit.trace "
-            "under torch.no_grad()"
-        )
-
-    def __setstate__(self, saved: dict[str, Any]) -> None:
-        super().__setstate__(saved)
-        if self._blend is not None:  # copy.copy would share it
-            self._blend = self._blend.clone()
-
-    def deploy(self) -> BitLinear:
-        """Quantise and pack the weights, in place, and drop the floating-point ones.
-
-        Idempotent. The packed layer gives the same outputs as before, in a sixteenth of the memory.
-        Its parameters become buffers, which no optimizer changes: if all layers of a model are
-        deployed, it has nothing to train and ``loss.backward()`` raises. Another layer that has the
-        same weight keeps it; :func:`bitlinear.deploy` deploys tied layers together. Packing needs a
-        few MB beyond the packed weight.
-
-        Returns:
-            The layer.
-
-        Raises:
-            ValueError: A weight is NaN or infinite, the weight is not an ordinary parameter
-                (parametrised, pruned, sharded, offloaded), or :attr:`quantization_strength` is
-                below 1. The layer is unchanged.
-        """
-        if not self.is_deployed:
-            reason = why_not_deployable(self)
-            if reason:
-                raise ValueError(f"BitLinear cannot be deployed: {reason}")
-            pack_together([self])
-        return self
-
-    def _become_packed(self, w_packed: Tensor, w_scale: Tensor, shared: bool = False) -> None:
-        super()._become_packed(w_packed, w_scale, shared)
-        self.quantization_strength = 1.0
-
-    def undeploy(self) -> BitLinear:
-        """Make a deployed layer trainable again, in place. Idempotent.
-
-        The new ``weight`` is ``ternary * (w_scale / mean|ternary|)``, so that it quantises to the
-        same ternary weights and the same scale, and the layer gives the same outputs. (If their
-        mean would not round to ``w_scale``, some values are one unit in the last place larger or
-        smaller. In 16 bits, the mean of a small weight is no closer than their precision.) The
-        weight from before :meth:`deploy` is lost.
-
-        The new parameters require gradients, and an optimizer that was made before does not hold
-        them. ``weight`` has the dtype that it had before deployment. Layers that share one packed
-        weight become trainable together, and share the new one.
-
-        Returns:
-            The layer.
-
-        Raises:
-            ValueError: The layer is divided among processes (:mod:`bitlinear.tensor_parallel`), its
-                scale is below ``eps``, a packed byte is not valid, or the weight would overflow its
-                dtype. The layer is unchanged.
-        """
-        if self.is_deployed:
-            if is_distributed(self.w_packed):
-                raise ValueError(
-                    f"this BitLinear is divided among processes, for inference only: {GATHER}, "
-                    f"which can be trained"
-                )
-            with torch.inference_mode(False):
-                weight = nn.Parameter(
-                    latent_weight(
-                        self.w_packed, self.w_scale, self.in_features, self.eps, self._weight_dtype
-                    )
-                )
-            for layer in self._sharing_layers():
-                layer._become_float(weight)
-        return self
-
-    @torch.no_grad()
-    def dequantize(self) -> Tensor:
-        """The scale times the ternary weights, of a deployed layer or not.
-
-        Returns:
-            fp32, shape ``(N, K)``: a new tensor.
-
-        Raises:
-            ValueError: A packed byte is not valid.
-        """
-        w_packed, w_scale = (self.w_packed, self.w_scale) if self.is_deployed else self._pack()
-        return self._dequantize(w_packed, w_scale)
-
-    def extra_repr(self) -> str:
-        """The text of ``nn.Linear``, the quantisation, and whether the layer is deployed."""
-        parts = [super().extra_repr(), f"quant_type={self.quant_type}"]
-        if self.eps != _DEFAULT_EPS:
-            parts.append(f"eps={self.eps}")
-        if self.quantization_strength < 1:
-            parts.append(f"quantization_strength={self.quantization_strength:g}")
-        if self.is_deployed:
-            parts.append("deployed=True")
-        return ", ".join(parts)
+        return super()._forward_special(input)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import integrations
-from .linear import BitLinear
 from .mapped import map_tensors
 from .messages import list_names
 from .packable import update_ties
+from .ternary_layer import TernaryLayer
 
 _logger = logging.getLogger("bitlinear")
 
@@ -56,7 +56,7 @@ def load_deployed(path: str | os.PathLike[str], model: _Model, *, strict: bool =
     Args:
         path: A safetensors file; the index of several files (``*.safetensors.index.json``, as
             Hugging Face writes it); or a directory with one index, or with one safetensors file.
-        model: Its BitLinear layers become deployed, in training or deployed before.
+        model: Its BitLinear layers and bitlinear.Embedding become deployed, if they are not.
         strict: Whether the names in the file and those of the model must be the same. If False,
             the differences are logged as warnings by the logger ``"bitlinear"``, and tensors on the
             meta device can stay there.
@@ -68,7 +68,8 @@ def load_deployed(path: str | os.PathLike[str], model: _Model, *, strict: bool =
         ImportError: The package safetensors is not installed.
         OSError: A file cannot be opened, or a directory contains no model or several.
         ValueError: A file is damaged or not a safetensors file; or it has floating-point weights
-            of a BitLinear, or packed weights of another ``nn.Linear``. The model is unchanged.
+            of a layer of this package, or packed weights of an ``nn.Linear`` or ``nn.Embedding``
+            that is not. The model is unchanged.
         RuntimeError: A tensor does not fit, a packed weight is not valid, or, if ``strict``, names
             differ or tensors stay on the meta device. As by ``load_state_dict``, the other tensors
             are loaded.
@@ -107,7 +108,7 @@ def assign(
             tensors.setdefault(name, tensors[kept])
     _move_and_tie(tensors, targets)
     result = model.load_state_dict(tensors, strict=strict, assign=True)
-    update_ties(module for module in model.modules() if isinstance(module, BitLinear))
+    update_ties(module for module in model.modules() if isinstance(module, TernaryLayer))
 
     on_meta = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if on_meta and strict:
@@ -128,19 +129,20 @@ def assign(
 
 def _check_layer_kinds(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Raise ValueError if the file has another kind of layer than the model."""
-    linears = {
+    layers = {
         f"{name}." if name else "": module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear)
+        if isinstance(module, (nn.Linear, nn.Embedding))
     }
-    packed_names = [p + "w_packed" for p, m in linears.items() if not isinstance(m, BitLinear)]
+    packed_names = [p + "w_packed" for p, m in layers.items() if not isinstance(m, TernaryLayer)]
     packed = [name for name in packed_names if name in tensors]
     if packed:
         raise ValueError(
-            f"the file has packed weights, {list_names(packed)}, for layers that are not a "
-            f"BitLinear: call bitlinear.convert(model) first, without excluding them"
+            f"the file has packed weights, {list_names(packed)}, for layers that are not "
+            f"ternary: call bitlinear.convert(model) first, without excluding them, and make an "
+            f"nn.Embedding a bitlinear.Embedding"
         )
-    float_names = [p + "weight" for p, m in linears.items() if isinstance(m, BitLinear)]
+    float_names = [p + "weight" for p, m in layers.items() if isinstance(m, TernaryLayer)]
     floats = [name for name in float_names if name in tensors]
     if floats:
         raise ValueError(
@@ -169,7 +171,7 @@ def _targets(model: nn.Module) -> dict[str, _Target]:
     targets = {name: _Target(value) for name, value in state.items() if isinstance(value, Tensor)}
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
-        weight = targets.pop(prefix + "weight", None) if isinstance(module, BitLinear) else None
+        weight = targets.pop(prefix + "weight", None) if isinstance(module, TernaryLayer) else None
         if weight is not None:
             for part in ("w_packed", "w_scale"):
                 targets[prefix + part] = _Target(weight.tensor, part)

@@ -196,7 +196,9 @@ def _fake_quantize_weight(
 ) -> tuple[Tensor, Tensor]:
     check_group_size(group_size)
     shape = packing.packed_shape(*weight.shape)
-    scale = weight.new_empty((len(weight), 1) if group_size else (1,), dtype=torch.float32)
+    # Not len(weight), which would fix a symbolic number of rows.
+    scale_shape = (weight.shape[0], 1) if group_size else (1,)
+    scale = weight.new_empty(scale_shape, dtype=torch.float32)
     return weight.new_empty(shape, dtype=torch.uint8), scale
 
 

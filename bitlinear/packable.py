@@ -1,7 +1,8 @@
-"""A linear layer that holds its weight as a parameter, or packed in buffers.
+"""A layer that holds its weight as a parameter, or packed in buffers.
 
-:class:`PackableLinear` is the base of :class:`~bitlinear.BitLinear`. It switches between the two
-kinds of weight, moves and converts them, saves them, and loads either kind into either layer.
+:class:`Packable` switches between the two kinds of weight, moves and converts them, saves them, and
+loads either kind into either layer. :class:`~bitlinear.ternary_layer.TernaryLayer` adds the calls
+that users make.
 """
 
 from __future__ import annotations
@@ -13,26 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from . import packing, state, ties
-from .arguments import QUANT_TYPES, QuantType, check_eps, check_quant_type, group_size_of
+from .arguments import group_size_of
 from .deployed import deployed_linear
+from .lookup import deployed_lookup
 from .packed_weight import PackedWeight, warn_of_dequantization
 from .packing import PACKED_NAMES
 
 _WEIGHT_IS_PACKED = (
-    "this BitLinear is deployed and a weight assigned to it would be ignored; call undeploy() first"
+    "this layer is deployed and a weight assigned to it would be ignored; call undeploy() first"
 )
 
 
-class PackableLinear(nn.Linear):
-    """``nn.Linear`` with a weight that is a parameter or packed; see :class:`~bitlinear.BitLinear`.
+class Packable(nn.Module):
+    """A module whose ``weight`` of two dimensions is a parameter or packed.
 
-    Trainable, it has the parameters ``weight`` and ``bias``. Deployed, it has the buffers
-    ``w_packed``, ``w_scale`` and ``bias``, and :class:`PackedWeight` takes the place of ``weight``.
+    Trainable, it has the parameters of the class that it is mixed into: ``weight``, and ``bias`` if
+    that class has one. Deployed, it has the buffers ``w_packed``, ``w_scale`` and ``bias``, and
+    :class:`PackedWeight` takes the place of ``weight``.
     """
 
     # nn.Module stores it in the metadata of state_dict.
     _version = packing.FORMAT_VERSION
 
+    weight: Any  # as the class declares it that this one is mixed into
     w_packed: Tensor
     w_scale: Tensor
     eps: float
@@ -52,31 +56,28 @@ class PackableLinear(nn.Linear):
     _weight_dtype: torch.dtype
 
     @property
+    def weight_shape(self) -> tuple[int, int]:
+        """``(N, K)``: the rows of the weight and the values in each."""
+        raise NotImplementedError
+
+    @property
+    def quant_type(self) -> str:
+        """The name of the quantisation type."""
+        raise NotImplementedError
+
+    @property
     def is_deployed(self) -> bool:
         """Whether the layer holds packed weights, which are constants."""
         return "w_packed" in self._buffers
 
-    @property
-    def quant_type(self) -> str:
-        """The quantisation type, such as ``"ai8pc_wpt"``; see :class:`~bitlinear.BitLinear`.
-
-        Raises:
-            ValueError: The new value is not a type, ``eps`` is too small for it, or the layer is
-                deployed with scales of another shape.
-        """
-        return QuantType(self._act_bits, self._group_size).name
-
-    @quant_type.setter
-    def quant_type(self, name: str) -> None:
-        check_quant_type(name)
-        new = QUANT_TYPES[name]
-        check_eps(self.eps, new.act_bits)
-        if self.is_deployed and new.group_size != self._group_size:
+    def _set_group_size(self, group_size: int, quant_type: str) -> None:
+        """Set what a new ``quant_type`` says of the scales; raise ValueError if they differ."""
+        if self.is_deployed and group_size != self._group_size:
             raise ValueError(
-                f"this BitLinear is deployed with w_scale of shape {list(self.w_scale.shape)}, so "
-                f"its quant_type cannot be {name!r}: call undeploy() first"
+                f"this layer is deployed with w_scale of shape {list(self.w_scale.shape)}, so its "
+                f"quant_type cannot be {quant_type!r}: call undeploy() first"
             )
-        self._act_bits, self._group_size = new
+        self._group_size = group_size
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         super().__setstate__(saved)  # type: ignore[no-untyped-call]
@@ -104,27 +105,29 @@ class PackableLinear(nn.Linear):
 
     def _make_packed_weight(self) -> PackedWeight:
         w_packed, w_scale = self.w_packed, self.w_scale
-        dtype = self._weight_dtype
+        dtype, shape = self._weight_dtype, self.weight_shape
+        columns = shape[1]
 
         def dequantize() -> Tensor:
             if not self._has_warned_of_values:
                 self._has_warned_of_values = True
-                warn_of_dequantization(f"{self.out_features} x {self.in_features}")
+                warn_of_dequantization(type(self).__name__, shape)
             with torch.no_grad():
                 return self._dequantize(w_packed, w_scale).to(dtype)
 
         def linear(x: Tensor, bias: Tensor | None) -> Tensor:
-            return deployed_linear(
-                x, w_packed, w_scale, bias, self.in_features, self.eps, self._act_bits
-            )
+            return deployed_linear(x, w_packed, w_scale, bias, columns, self.eps, self._act_bits)
 
-        shape = (self.out_features, self.in_features)
-        return PackedWeight(shape, dtype, w_packed.device, dequantize, linear)
+        def lookup(ids: Tensor) -> Tensor:
+            return deployed_lookup(ids, w_packed, w_scale, columns, dtype)
+
+        return PackedWeight(shape, dtype, w_packed.device, dequantize, linear, lookup)
 
     def _dequantize(self, w_packed: Tensor, w_scale: Tensor) -> Tensor:
         """Scale times ternary weights, fp32; raises ValueError for an invalid code."""
-        packing.check_packed(w_packed, self.in_features)
-        weight: Tensor = torch.ops.bitlinear.expand_weight.default(w_packed, self.in_features)
+        columns = self.weight_shape[1]
+        packing.check_packed(w_packed, columns)
+        weight: Tensor = torch.ops.bitlinear.expand_weight.default(w_packed, columns)
         return weight.mul_(w_scale)
 
     # --- From one kind of weight to the other ---
@@ -145,37 +148,38 @@ class PackableLinear(nn.Linear):
         """
         if self.is_deployed:  # A shallow copy has the same dictionaries.
             return
-        weight, bias = self.weight, self.bias
-        del self.weight, self.bias
+        self._weight_dtype = self.weight.dtype
+        del self.weight
         self.register_buffer("w_packed", w_packed)
         self.register_buffer("w_scale", w_scale)
         self._group_size = group_size_of(w_scale)
-        # A copy: an optimizer that still holds the parameter must not reach the deployed layer.
-        with torch.inference_mode(False):
-            self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self._weight_dtype = weight.dtype
+        if "bias" in self._parameters:
+            bias = self._parameters.pop("bias")
+            # A copy: an optimizer that still holds the parameter must not reach the deployed layer.
+            with torch.inference_mode(False):
+                self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self._shares_packed = shared
 
     def _become_float(self, weight: nn.Parameter) -> None:
         """Replace the buffers of a deployed layer by parameters."""
         if not self.is_deployed:  # A shallow copy has the same dictionaries.
             return
-        bias = self.bias
-        if bias is not None:
+        del self.w_packed, self.w_scale
+        self.weight = weight
+        if "bias" in self._buffers:
+            bias = self._buffers.pop("bias")
             # A tensor made in inference mode could never require gradients.
             with torch.inference_mode(False):
-                bias = nn.Parameter(bias.detach().clone())
-        del self.w_packed, self.w_scale, self.bias
-        self.weight = weight
-        self.register_parameter("bias", bias)
+                parameter = None if bias is None else nn.Parameter(bias.detach().clone())
+            self.register_parameter("bias", parameter)
         self._shares_packed = False
 
-    def _sharing_layers(self) -> list[PackableLinear]:
+    def _sharing_layers(self) -> list[Packable]:
         """This layer, and the others with the same packed weight."""
         others = ties.layers_with(self.w_packed) if self._shares_packed else []
         return [self, *(layer for layer in others if layer is not self)]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackableLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packable:
         """Move and convert all tensors; ``w_packed`` and ``w_scale`` keep their dtypes."""
         if not self.is_deployed:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -230,7 +234,7 @@ class PackableLinear(nn.Linear):
             missing_keys += [prefix + name for name in error.missing]
             unexpected_keys += [prefix + name for name in error.unexpected]
         except (TypeError, ValueError) as error:
-            error_msgs.append(f"While loading {prefix.rstrip('.') or 'BitLinear'}: {error}")
+            error_msgs.append(f"While loading {prefix.rstrip('.') or type(self).__name__}: {error}")
         finally:
             handle.remove()
         ties.rename_missing(self, prefix, missing_keys)
@@ -270,7 +274,7 @@ class PackableLinear(nn.Linear):
                 layer._become_float(parameter)
 
     def _prepare_packed(
-        self, w_packed: Tensor, w_scale: Tensor, tied: list[PackableLinear], assigns: bool
+        self, w_packed: Tensor, w_scale: Tensor, tied: list[Packable], assigns: bool
     ) -> None:
         """Give this layer and those tied to it packed weights of the shapes of these."""
         layers = (self, *tied)
@@ -288,20 +292,20 @@ class PackableLinear(nn.Linear):
                 layer._group_size = group_size_of(w_scale)
 
 
-def pack_together(layers: Sequence[PackableLinear]) -> None:
+def pack_together(layers: Sequence[Packable]) -> None:
     """Deploy layers that share one weight: they share the packed one too."""
     w_packed, w_scale = layers[0]._pack()
     for layer in layers:
         layer._become_packed(w_packed, w_scale, shared=len(layers) > 1)
 
 
-def update_ties(layers: Iterable[PackableLinear]) -> None:
+def update_ties(layers: Iterable[Packable]) -> None:
     """Record which of ``layers`` share one packed weight, after a load has assigned tensors."""
     for group in ties.tied_groups(layers):
         for layer in group:
             layer._shares_packed = layer.is_deployed
 
 
-def was_called(layer: PackableLinear) -> bool:
+def was_called(layer: Packable) -> bool:
     """Whether the forward pass of ``layer`` has run in training form, outside of torch.compile."""
     return layer._called

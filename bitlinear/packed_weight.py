@@ -1,9 +1,10 @@
 """``layer.weight`` after ``deploy()``: a read-only tensor that has no memory of its own.
 
 Much code reads the shape, dtype or device of ``layer.weight``, and some passes it to
-``torch.nn.functional.linear``. :class:`PackedWeight` serves both: it looks like the weight from
-before deployment, and ``linear`` runs the kernel on the packed bytes. Any other computation gets
-the dequantised values. Writing raises an error, because the values would be lost.
+``torch.nn.functional.linear`` or ``embedding``. :class:`PackedWeight` serves all: it looks like the
+weight from before deployment, ``linear`` runs the kernel on the packed bytes, and ``embedding``
+expands the rows that it looks up. Any other computation gets the dequantised values. Writing raises
+an error, because the values would be lost.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _NUMPY_READS = (Tensor.numpy, Tensor.__array__)
 
 
 class PackedWeight(Tensor):
-    """The weight of a deployed :class:`BitLinear`, or a view of it.
+    """The weight of a deployed layer, or a view of it.
 
     Args:
         shape: ``(N, K)`` for the weight itself.
@@ -42,6 +43,7 @@ class PackedWeight(Tensor):
         device: The device of the packed bytes.
         dequantize: Computes the values, with this shape, dtype and device.
         linear: Computes ``F.linear`` from ``x`` and ``bias``; None for a view.
+        lookup: Computes ``F.embedding`` from the indices; None for a view.
         strides: Strides of a view; None for a contiguous tensor.
     """
 
@@ -50,6 +52,7 @@ class PackedWeight(Tensor):
 
     _dequantize: Callable[[], Tensor]
     _linear: Callable[[Tensor, Tensor | None], Tensor] | None
+    _lookup: Callable[[Tensor], Tensor] | None
 
     @staticmethod
     def __new__(  # noqa: D102
@@ -59,6 +62,7 @@ class PackedWeight(Tensor):
         device: torch.device,
         dequantize: Callable[[], Tensor],
         linear: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+        lookup: Callable[[Tensor], Tensor] | None = None,
         strides: Any = None,
     ) -> PackedWeight:
         weight: PackedWeight = Tensor._make_wrapper_subclass(
@@ -66,6 +70,7 @@ class PackedWeight(Tensor):
         )
         weight._dequantize = dequantize
         weight._linear = linear
+        weight._lookup = lookup
         return weight
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -85,6 +90,12 @@ class PackedWeight(Tensor):
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, PackedWeight) and weight._linear is not None:
                 return weight._linear(x, bias)
+        if func is F.embedding:
+            ids, weight, max_norm = _embedding_arguments(*args, **kwargs)
+            if max_norm is not None:  # It would normalise the weight in place.
+                _raise_read_only()
+            if isinstance(weight, PackedWeight) and weight._lookup is not None:
+                return weight._lookup(ids)
         if func in _WRITES:
             _raise_read_only()
         if func in _READS:
@@ -124,6 +135,13 @@ class PackedWeight(Tensor):
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
     """The arguments of ``F.linear``, passed by position or by name."""
     return input, weight, bias
+
+
+def _embedding_arguments(
+    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
+) -> tuple[Any, Any, Any]:
+    """The arguments of ``F.embedding`` that matter for a weight without gradients."""
+    return input, weight, max_norm
 
 
 def _holds_packed_weight(value: Any) -> bool:
@@ -172,20 +190,20 @@ def _view(weight: PackedWeight, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _raise_read_only() -> NoReturn:
     raise RuntimeError(
-        "this BitLinear is deployed, so its weight is read-only: call undeploy() to change it"
+        "this layer is deployed, so its weight is read-only: call undeploy() to change it"
     )
 
 
-def warn_of_dequantization(shape: str) -> None:
-    """Warn that the weight of this shape was dequantised, at the line of the user's code."""
+def warn_of_dequantization(kind: str, shape: tuple[int, int]) -> None:
+    """Warn that the weight of a layer was dequantised, at the line of the user's code."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
         ("bitlinear.", "torch.")
     ):
         level, frame = level + 1, frame.f_back
     warnings.warn(
-        f"the weight of a deployed BitLinear was dequantised ({shape}), as it was used in another "
-        f"computation than torch.nn.functional.linear: this takes the memory and the time that "
-        f"deploy() saves",
+        f"the weight of a deployed {kind} was dequantised ({shape[0]} x {shape[1]}), as it was "
+        f"used in another computation than torch.nn.functional.linear or embedding: this takes the "
+        f"memory and the time that deploy() saves",
         stacklevel=level,
     )

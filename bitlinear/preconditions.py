@@ -17,7 +17,7 @@ from . import foreign
 from .arguments import MAX_IN_FEATURES
 
 if TYPE_CHECKING:
-    from .linear import BitLinear
+    from .ternary_layer import TernaryLayer
 
 GATHER = (
     "gather its state with torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
@@ -34,13 +34,13 @@ def is_distributed(tensor: Any) -> bool:
 def why_no_plain_weight(linear: nn.Module) -> str:
     """Why the weight of ``linear`` is not an ordinary floating-point parameter ``(N, K)``."""
     if "w_packed" in linear._buffers:
-        return "it is a deployed BitLinear; call undeploy() first"
+        return f"it is a deployed {type(linear).__name__}; call undeploy() first"
     if parametrize.is_parametrized(linear):
         return "it is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
     weight = linear._parameters.get("weight")
     if weight is None:
         return "its weight is computed, not a parameter (weight_norm, pruning); remove that first"
-    if linear.bias is not None and "bias" not in linear._parameters:
+    if getattr(linear, "bias", None) is not None and "bias" not in linear._parameters:
         return "its bias is computed, not a parameter (pruning); remove that first"
     if nn.parameter.is_lazy(weight):
         return "it is lazy; run it once on an example, so that its weight gets a shape"
@@ -63,7 +63,7 @@ def why_no_plain_weight(linear: nn.Module) -> str:
     return ""
 
 
-def why_not_deployable(layer: BitLinear, ancestors: Collection[nn.Module] = ()) -> str:
+def why_not_deployable(layer: TernaryLayer, ancestors: Collection[nn.Module] = ()) -> str:
     """Why ``layer``, which is not deployed, cannot be packed.
 
     Args:
@@ -91,11 +91,10 @@ def why_not_deployable(layer: BitLinear, ancestors: Collection[nn.Module] = ()) 
     if reason:
         return reason
     weight = layer.weight.detach()
-    shape = (layer.out_features, layer.in_features)
-    if weight.shape != shape:
+    if weight.shape != layer.weight_shape:
         return (
             f"its weight has shape {list(weight.shape)}, but out_features and in_features are "
-            f"{list(shape)}: set these to the shape of the weight"
+            f"{list(layer.weight_shape)}: set these to the shape of the weight"
         )
     # Both bounds are NaN if any weight is. The check allocates nothing as large as the weight.
     has_values = not (weight.is_meta or isinstance(weight, FakeTensor))

@@ -20,7 +20,7 @@ from .packing import PACKED_NAMES
 from .preconditions import GATHER, is_distributed, why_no_plain_weight
 
 if TYPE_CHECKING:
-    from .packable import PackableLinear
+    from .packable import Packable
 
 
 class IncompleteState(Exception):
@@ -47,17 +47,17 @@ class CheckedState(NamedTuple):
     kind: str
 
 
-def metadata_of(layer: PackableLinear) -> dict[str, Any]:
+def metadata_of(layer: Packable) -> dict[str, Any]:
     """The metadata of a layer's state, except for the version of the format."""
     return {
-        "in_features": layer.in_features,
+        "in_features": layer.weight_shape[1],
         "eps": layer.eps,
         "quant_type": layer.quant_type,
     }
 
 
 def check(
-    layer: PackableLinear,
+    layer: Packable,
     state_dict: dict[str, Any],
     prefix: str,
     metadata: dict[str, Any],
@@ -95,12 +95,12 @@ def check(
         tensors = check_packed(layer, tensors)
     elif "weight" in tensors:
         kind = "float"
-        shape = [layer.out_features, layer.in_features]
+        shape = [*layer.weight_shape]
         if was_conv1d and "in_features" not in metadata:  # No BitLinear has written this state.
             _check_orientation(tensors["weight"], shape)
         _check_shape("weight", tensors["weight"], shape)
-    if "bias" in tensors and layer.bias is not None:
-        _check_shape("bias", tensors["bias"], [layer.out_features])
+    if "bias" in tensors and getattr(layer, "bias", None) is not None:
+        _check_shape("bias", tensors["bias"], [layer.weight_shape[0]])
     for name in ("weight", "bias"):
         if name in tensors and not tensors[name].is_floating_point():
             raise TypeError(f"{name} must be floating point, but it is {tensors[name].dtype}")
@@ -117,7 +117,7 @@ def check(
     return CheckedState(tensors, kind)
 
 
-def check_packed(layer: PackableLinear, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def check_packed(layer: Packable, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Check the tensors of a deployed state, by their names within ``layer``.
 
     Returns:
@@ -145,12 +145,12 @@ def check_packed(layer: PackableLinear, state: dict[str, Tensor]) -> dict[str, T
             "options=StateDictOptions(full_state_dict=True)), or before parallelize_module"
         )
     tensors = {name: as_buffer(value) for name, value in state.items()}
-    shape = packing.packed_shape(layer.out_features, layer.in_features)
-    _check_shape("w_packed", tensors["w_packed"], list(shape))
+    rows, columns = layer.weight_shape
+    _check_shape("w_packed", tensors["w_packed"], [*packing.packed_shape(rows, columns)])
     w_packed = _local_part(tensors["w_packed"])
     # A shard of the columns holds whole bytes.
-    packing.check_packed(w_packed, min(layer.in_features, 4 * w_packed.shape[1]))
-    tensors["w_scale"] = check_scale(tensors["w_scale"], layer.out_features)
+    packing.check_packed(w_packed, min(columns, 4 * w_packed.shape[1]))
+    tensors["w_scale"] = check_scale(tensors["w_scale"], rows)
     return tensors
 
 
@@ -226,7 +226,7 @@ def _check_shape(name: str, tensor: Tensor, shape: list[int]) -> None:
         )
 
 
-def _check_other_tensors(layer: PackableLinear, found: dict[str, Any]) -> None:
+def _check_other_tensors(layer: Packable, found: dict[str, Any]) -> None:
     """Check the shapes of the tensors that a subclass adds."""
     own = {**layer._parameters, **layer._buffers}
     for name, value in found.items():
@@ -235,9 +235,7 @@ def _check_other_tensors(layer: PackableLinear, found: dict[str, Any]) -> None:
             _check_shape(name, value, list(tensor.shape))
 
 
-def _check_metadata(
-    layer: PackableLinear, metadata: dict[str, Any], w_scale: Tensor | None
-) -> None:
+def _check_metadata(layer: Packable, metadata: dict[str, Any], w_scale: Tensor | None) -> None:
     for name, value in metadata_of(layer).items():
         saved = metadata.get(name, value)
         if name == "quant_type" and saved != value and saved in QUANT_TYPES and w_scale is not None:
@@ -250,7 +248,7 @@ def _check_metadata(
             )
 
 
-def _check_names(layer: PackableLinear, found: Iterable[str], kind: str) -> None:
+def _check_names(layer: Packable, found: Iterable[str], kind: str) -> None:
     """Raise IncompleteState if the load is strict and the names are not those of the layer."""
     own = [*layer._parameters.items(), *layer._buffers.items()]
     transient = layer._non_persistent_buffers_set
@@ -275,7 +273,7 @@ def _load_is_strict() -> bool:
     return True
 
 
-def _device(layer: PackableLinear) -> torch.device:
+def _device(layer: Packable) -> torch.device:
     tensors = {**layer._parameters, **layer._buffers}
     return next(t.device for t in tensors.values() if t is not None)
 

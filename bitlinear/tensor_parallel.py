@@ -33,6 +33,7 @@ from .autograd import output_dtype
 from .deployed import input_gradient
 from .linear import BitLinear
 from .quantize import EXACT_K, epilogue, join_products, quantize_with_absmax, split_activations
+from .ternary_layer import TernaryLayer
 
 try:
     from torch.distributed.device_mesh import DeviceMesh
@@ -121,9 +122,12 @@ class RowwiseParallel(parallel.RowwiseParallel):
 def _check_deployed(module: nn.Module, style: str) -> BitLinear:
     """Return ``module``; raise TypeError unless it is a deployed BitLinear with its own forward."""
     if not isinstance(module, BitLinear):
+        remedy = f"use torch.distributed.tensor.parallel.{style} for it"
+        if isinstance(module, TernaryLayer):
+            remedy = "leave it out of the plan, so that every process has the whole table"
         raise TypeError(
             f"bitlinear.tensor_parallel.{style} is for deployed BitLinear layers, but got "
-            f"{type(module).__name__}: use torch.distributed.tensor.parallel.{style} for it"
+            f"{type(module).__name__}: {remedy}"
         )
     if not module.is_deployed:
         raise TypeError(

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .packable import PackableLinear
+    from .packable import Packable
 
-_layers: weakref.WeakSet[PackableLinear] = weakref.WeakSet()
+_layers: weakref.WeakSet[Packable] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-def register(layer: PackableLinear) -> None:
+def register(layer: Packable) -> None:
     """Add ``layer`` to the layers that :func:`layers_with` and a load search."""
     with _lock:
         _layers.add(layer)
 
 
-def layers_with(w_packed: Tensor) -> list[PackableLinear]:
+def layers_with(w_packed: Tensor) -> list[Packable]:
     """Every layer whose ``w_packed`` is this very tensor."""
     return [layer for layer in _all_layers() if layer._buffers.get("w_packed") is w_packed]
 
 
-def tied_groups(layers: Iterable[PackableLinear]) -> list[list[PackableLinear]]:
+def tied_groups(layers: Iterable[Packable]) -> list[list[Packable]]:
     """Groups of two or more of ``layers`` that share one weight, packed or in floating point."""
-    groups: dict[int, list[PackableLinear]] = {}
+    groups: dict[int, list[Packable]] = {}
     for layer in layers:
         weight = _weight_of(layer)
         if weight is not None:  # A computed weight (pruning) is None here.
@@ -37,7 +37,7 @@ def tied_groups(layers: Iterable[PackableLinear]) -> list[list[PackableLinear]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def tied_layers(layer: PackableLinear, missing_keys: list[str]) -> list[PackableLinear]:
+def tied_layers(layer: Packable, missing_keys: list[str]) -> list[Packable]:
     """The other layers that have shared the weight of ``layer`` since the load began.
 
     They take the kind of weight that ``layer`` takes. The load reports weights that it does not
@@ -56,7 +56,7 @@ def tied_layers(layer: PackableLinear, missing_keys: list[str]) -> list[Packable
     return others
 
 
-def rename_missing(layer: PackableLinear, prefix: str, missing_keys: list[str]) -> None:
+def rename_missing(layer: Packable, prefix: str, missing_keys: list[str]) -> None:
     """Report missing weights of ``layer`` under the names from before a tied layer changed it."""
     if _load.missing_keys is missing_keys and id(layer) in _load.former_names:
         current = {prefix + name for name in ("weight", "w_packed", "w_scale")}
@@ -87,18 +87,18 @@ class _Load(threading.local):
 _load = _Load()
 
 
-def _all_layers() -> list[PackableLinear]:
+def _all_layers() -> list[Packable]:
     with _lock:
         return list(_layers)
 
 
-def _weight_of(layer: PackableLinear) -> Tensor | None:
+def _weight_of(layer: Packable) -> Tensor | None:
     return layer._buffers.get("w_packed", layer._parameters.get("weight"))
 
 
-def _weight_names(layer: PackableLinear) -> tuple[str, ...]:
+def _weight_names(layer: Packable) -> tuple[str, ...]:
     return ("w_packed", "w_scale") if layer.is_deployed else ("weight",)
 
 
-def _share_weight(layer: PackableLinear, other: PackableLinear) -> bool:
+def _share_weight(layer: Packable, other: Packable) -> bool:
     return _weight_of(layer) is _weight_of(other)

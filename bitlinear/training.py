@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import check_activations, check_device
-from .autograd import Function, backward_dtype, output_dtype, without_autocast
+from .autograd import (
+    Function,
+    backward_dtype,
+    compiles_transform,
+    output_dtype,
+    without_autocast,
+)
 from .quantize import quantize_activations, quantize_weights
 
 
@@ -51,7 +57,7 @@ def straight_through_linear(
     """
     compiling = torch.compiler.is_compiling()
     needs_gradients = torch.is_grad_enabled()
-    if needs_gradients and compiling and _compiles_transform():
+    if needs_gradients and compiling and compiles_transform():
         # In a transform, torch.compile ignores the backward() of a Function: the gradient would be
         # 0. A blend of strength 1 is the same product in differentiable operations.
         return blended_linear(x, weight, bias, torch.ones(()), eps, act_bits, group_size)
@@ -118,11 +124,6 @@ def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dty
     check_device(x, "weight", weight)
     check_device(x, "bias", bias)
     return output_dtype(x)
-
-
-def _compiles_transform() -> bool:
-    """Whether torch.compile traces a transform of torch.func; older versions do not tell."""
-    return torch.__version__ >= "2.13" and torch._C._are_functorch_transforms_active()
 
 
 def _packed_linear(

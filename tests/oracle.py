@@ -63,6 +63,12 @@ def linear(
         return y if bias is None else y + np.asarray(bias, F32)
 
 
+def lookup(ids: Any, t: Any, w_scale: Any) -> np.ndarray:
+    """float32 (..., K), before the rounding to the output dtype. ``w_scale``: (1,) or (N, 1)."""
+    table = np.asarray(t, F32) * np.asarray(w_scale, F32)
+    return table[np.asarray(ids)]
+
+
 def expected(
     x: torch.Tensor,
     t: Any,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 import bitlinear
-from bitlinear import BitLinear, packing
+from bitlinear import BitLinear, Embedding, packing
 from tests import oracle
 from tests.processes import EXACT_ACTIVATION, WORLD_SIZES, Transformer, assert_same_bits, mesh
 
@@ -205,7 +205,8 @@ def check_other_modules():
     for style in (ColwiseParallel, RowwiseParallel):
         for module, message in [
             (nn.Linear(16, 16), rf"{style.__name__} is for deployed BitLinear.*got Linear"),
-            (nn.Embedding(16, 16), "got Embedding"),
+            (nn.Embedding(16, 16), r"got Embedding: use torch\.distributed"),
+            (Embedding(16, 16).deploy(), "got Embedding: leave it out of the plan"),
             (BitLinear(16, 16), r"this one is not: call deploy\(\) first"),
             (Normed(16, 16).deploy(), "forward pass of this Normed"),
         ]:

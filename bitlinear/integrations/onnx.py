@@ -263,7 +263,14 @@ class _GraphValue:
 
     @property
     def shape(self) -> list[int]:
-        return list(self.value.type().sizes())
+        sizes = self.value.type().sizes()
+        if sizes is None:
+            raise RuntimeError(
+                "torch.onnx.export(dynamo=False) does not know the shape of the rows that an "
+                "Embedding with a scale per row quantises in training: call deploy() first, or "
+                "export with dynamo=True"
+            )
+        return list(sizes)
 
     @property
     def T(self) -> _GraphValue:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bitlinear import BitLinear, packing
+from bitlinear import BitLinear, Embedding, packing
 from bitlinear.integrations import onnx as bitlinear_onnx
 from bitlinear.quantize import EXACT_K
 from tests import oracle
@@ -116,6 +116,21 @@ def test_quantisation_types(exporter, quant_type, is_deployed, tmp_path):
     x = torch.cat([rows(70), torch.from_numpy(oracle.adversarial_rows(70, act_bits=16))])
     export(layer, x, tmp_path / "m.onnx", exporter)
     assert_runs_alike(layer, tmp_path / "m.onnx", x, torch.randn(40, 70))
+
+
+@both
+@pytest.mark.parametrize("is_deployed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("quant_type", ["wpt", "wpc"])
+def test_embeddings(exporter, quant_type, is_deployed, tmp_path):
+    table, ids = Embedding(9, 7, quant_type=quant_type), torch.tensor([[0, 3, 8], [4, 4, 1]])
+    if is_deployed:
+        table.deploy()
+    if exporter == "torchscript" and not is_deployed and quant_type == "wpc":
+        with pytest.raises(RuntimeError, match=r"call deploy\(\) first, or export with dynamo"):
+            export(table.eval(), ids, tmp_path / "m.onnx", exporter)
+        return
+    export(table.eval(), ids, tmp_path / "m.onnx", exporter)
+    assert_runs_alike(table, tmp_path / "m.onnx", ids, ids[:1])
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ... import foreign
 from ...arguments import dtype_name
 from ...linear import BitLinear
-from .layers import BITNET_EPS, NormedBitLinear, bitlinear_layers, empty_layer
+from .layers import BITNET_EPS, NormedBitLinear, bitlinear_layers, empty_layer, ternary_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,9 +96,12 @@ def describe(model: PreTrainedModel) -> BitLinearConfig:
 
 
 def check_describable(model: PreTrainedModel) -> None:
-    """Raise ValueError for deployed layers of classes that :func:`describe` cannot express."""
+    """Raise ValueError for deployed layers that :func:`describe` cannot express.
+
+    An :class:`~bitlinear.Embedding` is one of them.
+    """
     problems = []
-    for name, layer in bitlinear_layers(model).items():
+    for name, layer in ternary_layers(model).items():
         if layer.is_deployed and type(layer) not in (BitLinear, NormedBitLinear):
             problems.append(f"{name}: it is a {type(layer).__name__}")
         elif isinstance(layer, NormedBitLinear) and _norm_eps(layer.rms_norm) is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...linear import BitLinear
+from ...ternary_layer import TernaryLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +75,11 @@ def pretrained_models(model: nn.Module) -> Iterator[PreTrainedModel]:
     from transformers import PreTrainedModel
 
     return (module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def ternary_layers(model: nn.Module) -> dict[str, TernaryLayer]:
+    """The BitLinear layers and ternary embeddings inside ``model``, by their first name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, TernaryLayer)}
 
 
 def bitlinear_layers(model: nn.Module) -> dict[str, BitLinear]:

@@ -15,7 +15,7 @@ from ...conversion.replacement import find_parents, set_child
 from ...linear import BitLinear
 from ...state import check_packed
 from .config import METHOD, BitLinearConfig, check_describable, describe, layer_from_settings
-from .layers import bitlinear_layers, pretrained_models
+from .layers import bitlinear_layers, pretrained_models, ternary_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ def attach(model: _Model) -> _Model:
     """
     outermost: list[PreTrainedModel] = []
     for inner in pretrained_models(model):
-        if not any(layer.is_deployed for layer in bitlinear_layers(inner).values()):
+        if not any(layer.is_deployed for layer in ternary_layers(inner).values()):
             continue
         quantizer = getattr(inner, "hf_quantizer", None)
         if quantizer is not None and not isinstance(quantizer, BitLinearQuantizer):
@@ -83,13 +83,13 @@ class BitLinearQuantizer(HfQuantizer):  # type: ignore[misc]
             ValueError: A deployed layer cannot be described.
         """
         check_describable(model)
-        layers = bitlinear_layers(model)
+        layers = ternary_layers(model)
         trainable = [name for name, layer in layers.items() if not layer.is_deployed]
         if trainable:
             _logger.warning(
                 "%d of %d BitLinear layers are not deployed (the first is %s): save_pretrained "
-                "writes their floating-point weights, and from_pretrained makes plain nn.Linear "
-                "layers of them; deploy the model first, or convert it again after loading",
+                "writes their floating-point weights, and from_pretrained makes plain layers of "
+                "torch of them; deploy the model first, or convert it again after loading",
                 len(trainable),
                 len(layers),
                 trainable[0],

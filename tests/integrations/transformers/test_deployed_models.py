@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import bitlinear
-from bitlinear import BitLinear
+from bitlinear import BitLinear, Embedding
 from tests import oracle
 from tests.integrations.transformers.checkpoints import IDS, layers, logits, transformers
 from tests.integrations.transformers.models import (
@@ -125,6 +125,20 @@ def test_a_model_inside_a_module_is_saved(tmp_path):
     bitlinear.deploy(model).eval()
     model["inner"].save_pretrained(tmp_path)
     assert_loads_alike(model["inner"], tmp_path)
+
+
+def test_deployed_embeddings_are_not_saved(tmp_path, caplog):
+    """from_pretrained makes an nn.Embedding, whose weight the file would not have."""
+    model = make_llama()
+    model.model.embed_tokens = table = Embedding.from_embedding(model.model.embed_tokens)
+    bitlinear.deploy(model)  # nothing else is deployed
+    with pytest.raises(ValueError, match="embed_tokens: it is a Embedding"):
+        model.save_pretrained(tmp_path)
+    table.undeploy()
+    model.save_pretrained(tmp_path)
+    assert "1 of 1 BitLinear layers are not deployed (the first is model.embed" in caplog.text
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.embed_tokens.weight, table.weight)
 
 
 def test_undeployed_layers_are_saved_in_floating_point(tmp_path, caplog):
