@@ -1,0 +1,123 @@
+"""Adapters of PEFT on converted models of transformers: LoRA beside packed weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests import oracle
+from tests.integrations.transformers.checkpoints import (
+    IDS,
+    convert,
+    layers,
+    load,
+    logits,
+    save_checkpoint,
+)
+
+peft = pytest.importorskip("peft")
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def converted(path, dtype=torch.float32):
+    save_checkpoint(path / "theirs", "bitlinear", dtype=dtype)
+    return convert(load(path / "theirs"))
+
+
+def with_lora(model):
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
+
+
+def train(model, steps=15):
+    """The losses of some steps towards the tokens themselves."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_trains_on_a_converted_model(dtype, tmp_path):
+    base = converted(tmp_path, dtype)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    plain = logits(base)
+    model = with_lora(base)
+    losses = train(model)
+    assert losses[-1] < 0.8 * losses[0]
+    for name, parameter in model.named_parameters():
+        assert ("lora_" in name) == parameter.requires_grad == (parameter.grad is not None)
+
+    model.save_pretrained(tmp_path / "adapter")
+    trained = logits(model.eval())
+    again = converted(tmp_path / "again", dtype)
+    again.load_state_dict(before)
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+    oracle.assert_same_bits(logits(again), trained)
+    with again.disable_adapter():
+        oracle.assert_same_bits(logits(again), plain)
+    assert all(layer.is_deployed for layer in layers(again).values())
+    for name, layer in layers(again.base_model.model).items():
+        key = name.replace(".base_layer", "")
+        oracle.assert_same_bits(layer.w_packed, before[f"{key}.w_packed"])
+
+
+SCRIPT = """
+import json, sys
+import peft, torch
+from torch import nn
+import bitlinear
+
+def high_water_mark():
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+def make(kind, size):
+    with torch.device("meta"):
+        layers = [nn.Linear(size, size, bias=False, dtype=torch.bfloat16) for _ in range(8)]
+        model = nn.Sequential(*layers)
+        model.unused = nn.Parameter(torch.empty(1))  # PEFT asks for one in floating point
+        if kind == "packed":
+            bitlinear.deploy(bitlinear.convert(model, exclude=()))
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(0b01_10_00_01 if tensor.dtype == torch.uint8 else 0.01)
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=r"\\d"))
+
+def step(model, size):
+    x = torch.randn(32, size, dtype=torch.bfloat16)
+    model(x).float().square().mean().backward()
+
+step(make(sys.argv[1], 64), 64)  # code, threads and their stacks
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = high_water_mark()
+step(make(sys.argv[1], 2048), 2048)
+print(json.dumps(high_water_mark() - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_step_takes_less_memory_than_beside_float_weights():
+    """The base weights are 64 MiB in bf16 and 8 MiB packed; one at a time is expanded to 8 MiB."""
+    growth = {
+        kind: json.loads(
+            subprocess.run(
+                [sys.executable, "-c", SCRIPT, kind], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for kind in ("float", "packed")
+    }
+    assert growth["packed"] < growth["float"] - 40 * 2**20, growth
