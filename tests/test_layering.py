@@ -51,6 +51,15 @@ ORDER = [
     "integrations.transformers.quantizer",
     "integrations.transformers.bitnet",
     "integrations.transformers",
+    "integrations.gguf.types",
+    "integrations.gguf.reader",
+    "integrations.gguf.codecs",
+    "integrations.gguf.scales",
+    "integrations.gguf.ternary",
+    "integrations.gguf.architectures",
+    "integrations.gguf.loading",
+    "integrations.gguf.saving",
+    "integrations.gguf",
 ]
 
 
