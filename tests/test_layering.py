@@ -57,6 +57,7 @@ ORDER = [
     "integrations.gguf.scales",
     "integrations.gguf.ternary",
     "integrations.gguf.architectures",
+    "integrations.gguf.sources",
     "integrations.gguf.loading",
     "integrations.gguf.saving",
     "integrations.gguf",

@@ -146,8 +146,7 @@ class GgufFile:
                 )
             space = next_start[start] - start
             kind = tensor_type(number, prod(shape), space)
-            is_flat = kind.name == "I2_S"  # Its blocks can span rows.
-            if (prod(shape) if is_flat else shape[-1]) % kind.block:
+            if shape[-1] % kind.block:
                 raise ValueError(
                     f"{where} has rows of {shape[-1]} weights, which are no whole blocks of "
                     f"{kind.block}, as {kind.name} has them: {_DAMAGED}"
