@@ -46,11 +46,12 @@ def config_of(kind, **kwargs):
 def make(kind, dtype=torch.float32, device="cpu", **kwargs):
     """A model with random parameters, among them norms and biases."""
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config_of(kind, **kwargs))
+        config = config_of(kind, **kwargs)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             nn.init.uniform_(parameter, 0.5, 1.5)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def ternary_model(kind, scale=SCALE, **kwargs):
