@@ -29,7 +29,8 @@ def test_arrays_in_the_metadata_are_passed_over(path):
 def test_a_file_that_is_cut_off_anywhere_is_refused(path):
     whole = path.read_bytes()
     used = len(whole) - (-4 * 132) % 32  # The padding after the last tensor may be missing.
-    for length in [*range(0, used, 13), used - 1]:
+    start = used - 4 * 132  # of the last tensor
+    for length in [*range(0, used, 13), start - 1, start, start + 1, used - 1]:
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"is not a GGUF file|cut off|damaged"):
             list(integration.tensors(path))

@@ -58,6 +58,14 @@ def test_i2_s_with_blocks_across_rows(n, k, tmp_path):
     assert tensor.w_packed.tolist() == oracle.pack(t).tolist()
 
 
+def test_i2_s_with_blocks_across_rows_in_several_chunks(tmp_path):
+    t = np.tile(oracle.ternary(8, 192), (1000, 1))  # 1.5 million weights
+    block = i2_s_bytes(t[:8], 37.0, 128)
+    data = np.concatenate([np.tile(block[:-32], 1000), block[-32:]])
+    path = Writer(tmp_path / "x.gguf").add("a.weight", data, I2_S, t.shape).write()
+    np.testing.assert_array_equal(read_one(path, i2_s_layout="x86").w_packed, oracle.pack(t))
+
+
 def test_the_other_layout_gives_other_weights(tmp_path):
     t = oracle.ternary(4, 256)
     path = Writer(tmp_path / "x.gguf").add_ternary("a.weight", t, 37.0, "x86").write()
@@ -229,6 +237,15 @@ def test_results_in_inference_mode_are_no_inference_tensors(tmp_path):
         tensor = read_one(tmp_path / "x.gguf")
     assert not tensor.w_packed.is_inference()
     assert not tensor.w_scale.is_inference()
+
+
+def test_a_default_device_is_not_obeyed(tmp_path):
+    t = oracle.ternary(4, 256)
+    path = Writer(tmp_path / "x.gguf").add_ternary("a.weight", t, 37.0, "TQ2_0").write()
+    with torch.device("meta"):
+        tensor = read_one(path)
+    assert tensor.w_packed.tolist() == oracle.pack(t).tolist()
+    assert tensor.w_scale.tolist() == [37]
 
 
 def test_the_encoder_of_the_tests_follows_the_definition():
