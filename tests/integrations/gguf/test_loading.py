@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import bitlinear
-from bitlinear import BitLinear
+from bitlinear import BitLinear, packing
 from tests import oracle
 from tests.integrations.gguf.files import Writer, gguf, integration, layout_of
 from tests.integrations.gguf.models import (
@@ -82,6 +82,19 @@ def test_every_type_with_rows_in_another_order(kind, tmp_path):
     model = ternary_model("llama")
     path = write_model(tmp_path / "x.gguf", "llama", model, kind).write()
     loaded = integration.load(path, make("llama"), i2_s_layout=layout_of(kind))
+    assert_loaded(loaded, model)
+
+
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0", "x86", "arm"])
+def test_the_number_of_chunks_changes_nothing(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "_CHUNK_BYTES", 1700)  # six rows of 256, three of 512
+    model = ternary_model("llama")
+    path = write_model(tmp_path / "x.gguf", "llama", model, kind, floats="Q8_0").write()
+    loaded = integration.load(path, make("llama"), i2_s_layout=layout_of(kind))
+    number = gguf.GGMLQuantizationType.Q8_0
+    for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+        values = gguf.quantize(weight.detach().numpy(), number)
+        weight.data = torch.from_numpy(gguf.dequantize(values, number))
     assert_loaded(loaded, model)
 
 

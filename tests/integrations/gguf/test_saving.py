@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bitlinear
-from bitlinear import BitLinear
+from bitlinear import BitLinear, packing
 from tests import oracle
 from tests.integrations.gguf.files import gguf, integration
 from tests.integrations.gguf.models import (
@@ -159,6 +159,14 @@ def test_a_deployed_head_and_plain_linear_layers(tmp_path):
     assert loaded.lm_head.is_deployed
     assert type(loaded.model.layers[0].self_attn.q_proj) is nn.Linear
     oracle.assert_same_bits(logits(loaded), logits(model))
+
+
+def test_the_number_of_chunks_changes_nothing(tmp_path, monkeypatch):
+    model = deploy(make("llama"))
+    integration.save(model, tmp_path / "1.gguf")
+    monkeypatch.setattr(packing, "_CHUNK_BYTES", 300)
+    integration.save(model, tmp_path / "2.gguf")
+    assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
 
 
 def test_what_was_loaded_is_saved_as_the_same_bytes(tmp_path):
