@@ -58,6 +58,16 @@ ORDER = [
     "integrations.transformers.bitnet_layers",
     "integrations.transformers.bitnet",
     "integrations.transformers",
+    "integrations.gguf.types",
+    "integrations.gguf.reader",
+    "integrations.gguf.codecs",
+    "integrations.gguf.scales",
+    "integrations.gguf.ternary",
+    "integrations.gguf.architectures",
+    "integrations.gguf.sources",
+    "integrations.gguf.loading",
+    "integrations.gguf.saving",
+    "integrations.gguf",
 ]
 
 

@@ -1,0 +1,225 @@
+"""``save``: a deployed model of transformers as a GGUF file for llama.cpp."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...linear import BitLinear
+from .architectures import ARCHITECTURES, Architecture, file_name, file_order, part_of, settings
+from .codecs import BLOCK, encode_tq2_0
+from .ternary import factor_name
+
+_FLOAT_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class _Entry(NamedTuple):
+    """A tensor of the file.
+
+    Attributes:
+        name: Its name in the file.
+        type: The name of its type.
+        shape: In the order of torch.
+        make: Computes the bytes of its values.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a deployed model of transformers as a GGUF file, without rounding.
+
+    Deployed layers become TQ2_0. A scale for the tensor that is not a number in fp16 goes into a
+    ``.scale`` tensor in F32, where llama.cpp reads it; other scales must be numbers in fp16. Norms
+    and biases become F32, other parameters keep their dtype. :func:`load` gives back the same
+    weights and scales, except that the scale of a row of zeros means nothing.
+
+    The file has no tokenizer (``tokenizer.ggml.model`` is ``no_vocab``): llama.cpp's own converter
+    writes one. It does not say ``eps`` and the bits of activations, which :func:`load` takes as
+    arguments. llama.cpp quantises activations in blocks, so its outputs differ by that. BitNet
+    files need a llama.cpp that reads ``bitnet.hidden_activation``.
+
+    Args:
+        model: A model for causal language modelling of the type ``llama``, ``qwen2``, ``qwen3`` or
+            ``bitnet``.
+        path: The file. It is written under a temporary name beside it and then renamed.
+
+    Raises:
+        TypeError: ``model`` is not a model of transformers.
+        ValueError: The model cannot be written exactly, or llama.cpp cannot compute it. The message
+            has every reason; no file is written.
+        OSError: The file cannot be written.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise TypeError(
+            f"save() needs a model of transformers, but got a {type(model).__name__}: save its "
+            f"state_dict instead"
+        )
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None:
+        raise ValueError(
+            f"models of type {config.model_type!r} cannot be saved as GGUF: only those of the "
+            f"types {sorted({a.model_type for a in ARCHITECTURES.values()})}"
+        )
+    problems = _why_not_computable(config, architecture)
+    entries: list[_Entry] = []
+    for name, tensor, owner in _tensors(model):
+        try:
+            entries += _entries(name, tensor, owner, architecture, config)
+        except ValueError as error:
+            problems.append(str(error))
+    if not any(entry.type == "TQ2_0" for entry in entries) and not problems:
+        problems.append("it has no deployed layer: call bitlinear.deploy(model) first")
+    if config.model_type == "bitnet" and any(e.name == "output.weight" for e in entries):
+        problems.append("lm_head is not tied to the embedding, as llama.cpp has it for bitnet")
+    if problems:
+        raise ValueError("the model cannot be saved as GGUF:\n  " + "\n  ".join(problems))
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        _write(temporary, config, entries)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _why_not_computable(config: Any, architecture: Architecture) -> list[str]:
+    """What llama.cpp does not compute as transformers does."""
+    problems = []
+    if config.hidden_act not in architecture.activations:
+        problems.append(
+            f"hidden_act is {config.hidden_act!r}, but llama.cpp computes "
+            f"{' or '.join(architecture.activations)}"
+        )
+    if config.rope_parameters["rope_type"] != "default":
+        problems.append(
+            f"rope_parameters are {config.rope_parameters}: only the default type is supported by "
+            f"this version"
+        )
+    if getattr(config, "sliding_window", None) is not None:
+        problems.append(f"sliding_window is {config.sliding_window}: it is not supported")
+    return problems
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor, nn.Module]]:
+    """All weights once, with their names and owners; a deployed layer counts as its weight."""
+    found: dict[int, tuple[str, Tensor, nn.Module]] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, BitLinear) and module.is_deployed:
+            found[id(module)] = (f"{prefix}.weight", module.w_packed, module)
+            if module.bias is not None:
+                found[id(module.bias)] = (f"{prefix}.bias", module.bias, module)
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), (f"{prefix}.{key}", parameter, module))
+    return list(found.values())
+
+
+def _entries(
+    name: str, tensor: Tensor, owner: nn.Module, architecture: Architecture, config: Any
+) -> list[_Entry]:
+    """The tensors of the file for one weight or bias.
+
+    Raises:
+        ValueError: It cannot be written exactly.
+    """
+    found = file_name(name)
+    if found is None:
+        raise ValueError(f"{name}: llama.cpp has no such tensor")
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device, without values: load it first")
+    order = file_order(architecture, found, config)
+    if isinstance(owner, BitLinear) and name.endswith(".weight"):
+        return _packed_entries(name, found, owner, architecture, order)
+    if tensor.dtype not in _FLOAT_TYPES:
+        raise ValueError(f"{name} is {tensor.dtype}, but a file has F32, F16 and BF16")
+    if name.endswith(".bias") and part_of(found) not in architecture.biases:
+        raise ValueError(f"{name}: llama.cpp reads no such bias")
+
+    def make() -> Tensor:
+        values = tensor.detach().cpu()
+        values = values.float() if values.dim() == 1 else values
+        values = values if order is None else values[order]
+        return values.contiguous().view(torch.uint8)
+
+    kind = "F32" if tensor.dim() == 1 else _FLOAT_TYPES[tensor.dtype]
+    return [_Entry(found, kind, tuple(tensor.shape), make)]
+
+
+def _packed_entries(
+    name: str, found: str, layer: BitLinear, architecture: Architecture, order: Tensor | None
+) -> list[_Entry]:
+    layer_name = name.rpartition(".")[0]
+    if type(layer) is not BitLinear:
+        raise ValueError(f"{layer_name} is a {type(layer).__name__}, which llama.cpp does not have")
+    if not layer.is_deployed:
+        raise ValueError(f"{layer_name} is not deployed: call bitlinear.deploy(model) first")
+    if layer.in_features % BLOCK:
+        raise ValueError(
+            f"{layer_name} has {layer.in_features} in_features, but TQ2_0 needs a multiple of "
+            f"{BLOCK}"
+        )
+    w_scale = layer.w_scale.detach().cpu()
+    halves = w_scale.to(torch.float16)
+    factors: list[_Entry] = []
+    if not bool(((halves.float() == w_scale) & (halves > 0)).all()):
+        if len(w_scale) > 1:
+            row = int(((halves.float() != w_scale) | (halves <= 0)).nonzero()[0, 0])
+            raise ValueError(
+                f"{layer_name}: the scale of row {row}, {w_scale[row].item():.9g}, is not a number "
+                f"in fp16, as TQ2_0 needs it for scales of rows"
+            )
+        if part_of(found) not in architecture.scaled:
+            raise ValueError(
+                f"{layer_name}: the scale {w_scale.item():.9g} is not a number in fp16, and "
+                f"llama.cpp reads no scale beside TQ2_0 for this layer"
+            )
+        halves = torch.ones(1, dtype=torch.float16, device="cpu")
+        factors = [_Entry(factor_name(found), "F32", (1,), lambda: w_scale.view(torch.uint8))]
+
+    def make() -> Tensor:
+        w_packed = layer.w_packed.detach().cpu()
+        rows = halves
+        if order is not None:
+            w_packed = w_packed[order]
+            rows = halves[order] if len(halves) > 1 else halves
+        return encode_tq2_0(w_packed, layer.in_features, rows)
+
+    shape = (layer.out_features, layer.in_features)
+    return [_Entry(found, "TQ2_0", shape, make), *factors]
+
+
+def _write(path: Path, config: Any, entries: list[_Entry]) -> None:
+    name = config.model_type
+    writer = gguf.GGUFWriter(path, name)
+    try:
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_TQ2_0)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_tokenizer_model("no_vocab")
+        adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        for key, value in settings(name, config).items():
+            adders[type(value)](key, value)
+        for entry in entries:
+            kind = gguf.GGMLQuantizationType[entry.type]
+            byte_shape = gguf.quant_shape_to_byte_shape(entry.shape, kind)
+            size = int(np.prod(byte_shape))
+            writer.add_tensor_info(entry.name, byte_shape, np.dtype(np.uint8), size, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:
+            writer.write_tensor_data(entry.make().numpy())
+    finally:
+        writer.close()
