@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, TypeVar
+from collections.abc import Container
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ...arguments import QuantType, check_act_bits, check_eps, group_size_of
-from ...conversion.replacement import CALL_HOOKS, find_parents, set_child
+from ...arguments import check_act_bits, check_eps
+from ...filling import PackedTensors, fill
 from .reader import GgufFile
 from .sources import Source, check_sources, computed_buffers, find_sources, read_into
-from .ternary import TernaryTensor, check_i2_s_layout, read_ternary
+from .ternary import check_i2_s_layout, read_ternary
 
 _logger = logging.getLogger("bitlinear")
 
@@ -46,8 +47,8 @@ def load(
         model = load("model.gguf", model).eval()
 
     On the meta device the model takes no memory before the load, and is on the CPU after it.
-    Other models keep their devices, and their old weights until the ternary tensors are read.
-    Beyond the tensors themselves, the load takes a few MB.
+    Other models keep their devices, and their old values until the new ones are read. Beyond the
+    tensors themselves, the load takes a few MB.
 
     Args:
         path: The file.
@@ -67,8 +68,6 @@ def load(
             a tensor is missing or not used, or has a type or shape that does not fit. The model is
             unchanged.
     """
-    from ..transformers.quantizer import attach
-
     check_i2_s_layout(i2_s_layout)
     check_act_bits(act_bits)
     check_eps(eps, act_bits)
@@ -82,75 +81,36 @@ def load(
     ternary = check_sources(file, model, sources, i2_s_layout)
     buffers = computed_buffers(model)
     packed = {
-        name: read_ternary(file, sources[name].info, i2_s_layout, sources[name].order)
+        name.removesuffix(".weight"): read_ternary(
+            file, sources[name].info, i2_s_layout, sources[name].order
+        )
         for name in ternary
     }
-    _replace_layers(file, model, sources, packed, act_bits, eps)
-    _fill_parameters(file, model, sources)
+    dense = _read_floats(
+        file, model, {n: s for n, s in sources.items() if n not in ternary}, packed
+    )
     for module, name, buffer in buffers:
         module._buffers[name] = buffer
+    tensors = {name: PackedTensors(t.w_packed, t.w_scale) for name, t in packed.items()}
     _logger.info("%s: loaded %d deployed layers", path, len(ternary))
-    return attach(model)
+    return fill(model, tensors, dense, source=str(path), act_bits=act_bits, eps=eps)
 
 
-@torch.inference_mode(False)  # Nothing could be loaded into buffers made in inference mode.
+@torch.inference_mode(False)  # Nothing could be loaded into tensors made in inference mode.
 @torch.no_grad()
-def _replace_layers(
-    file: GgufFile,
-    model: nn.Module,
-    sources: dict[str, Source],
-    packed: dict[str, TernaryTensor],
-    act_bits: int,
-    eps: float,
-) -> None:
-    """Put deployed layers in place of the linear layers with these weights; empties ``packed``."""
-    from ..transformers.layers import empty_layer
-
-    parents = find_parents(model)
-    while packed:
-        name, tensor = packed.popitem()
-        prefix = name.rpartition(".")[0]
-        old: Any = model.get_submodule(prefix)
-        state = {"w_packed": tensor.w_packed, "w_scale": tensor.w_scale}
-        if old.bias is not None:
-            state["bias"] = torch.empty(old.out_features, device="cpu")
-            read_into(state["bias"], file, sources[f"{prefix}.bias"])
-        new = empty_layer(
-            old.in_features,
-            old.out_features,
-            bias_dtype=None if old.bias is None else torch.float32,
-            use_rms_norm=False,
-            eps=eps,
-            dtype=old.weight.dtype,
-            quant_type=QuantType(act_bits, group_size_of(tensor.w_scale)).name,
-        )
-        new.load_state_dict(state, assign=True)
-        if not old.weight.is_meta:
-            new.to(old.weight.device)
-        for key in CALL_HOOKS:
-            if key in vars(old):
-                vars(new)[key] = vars(old)[key]
-        set_child(parents[id(old)], new.train(old.training))
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _fill_parameters(file: GgufFile, model: nn.Module, sources: dict[str, Source]) -> None:
-    """Write the values of the parameters that the model still has; tied ones stay tied."""
-    filled: dict[int, nn.Parameter] = {}
-    owners = [
-        (module, key, parameter, sources[f"{prefix}.{key}"])
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    for module, key, old, source in owners:
-        if id(old) not in filled:
-            new = old
-            if old.is_meta or old.is_inference():
-                device = "cpu" if old.is_meta else old.device
-                values = torch.empty(old.shape, dtype=old.dtype, device=device)
-                new = nn.Parameter(values, requires_grad=old.requires_grad)
-            read_into(new, file, source)
-            filled[id(old)] = new
-        module._parameters[key] = filled[id(old)]
+def _read_floats(
+    file: GgufFile, model: nn.Module, sources: dict[str, Source], packed: Container[str]
+) -> dict[str, Tensor]:
+    """The values of parameters, in their own dtypes; tied ones are read once."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    read: dict[int, str] = {}
+    values: dict[str, Tensor] = {}
+    for name, source in sources.items():
+        old = parameters[name]
+        layer, _, key = name.rpartition(".")
+        if read.setdefault(id(old), name) != name:
+            continue
+        dtype = torch.float32 if key == "bias" and layer in packed else old.dtype
+        values[name] = torch.empty(old.shape, dtype=dtype, device="cpu")
+        read_into(values[name], file, source)
+    return values

@@ -195,10 +195,9 @@ def test_hooks_modes_and_requires_grad_stay(tmp_path):
     model, calls = make("llama"), []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
     model.model.norm.weight.requires_grad = False
-    norm, hooked = model.model.norm.weight, model.train()
-    loaded = integration.load(path, hooked)
-    assert loaded.model.norm.weight is norm
-    assert not norm.requires_grad
+    loaded = integration.load(path, model.train())
+    assert not loaded.model.norm.weight.requires_grad
+    assert loaded.model.embed_tokens.weight.requires_grad
     assert loaded.model.layers[0].mlp.up_proj.training
     loaded(IDS)
     assert calls
