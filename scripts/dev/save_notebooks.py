@@ -22,7 +22,9 @@ with tools.importing("dev"):
     import nbformat
 
 SCRIPTS = Path(__file__).resolve().parents[1]
-NOTEBOOKS = (SCRIPTS / "quickstart.ipynb", SCRIPTS / "char_lm.ipynb")
+NOTEBOOKS = tuple(
+    SCRIPTS / f"{name}.ipynb" for name in ("quickstart", "bring_your_model", "char_lm")
+)
 # Each cell has this long, in seconds.
 TIMEOUT = 900
 

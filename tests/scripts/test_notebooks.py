@@ -58,6 +58,16 @@ def test_the_quickstart_runs(tmp_path):
 
 
 @pytest.mark.slow
+def test_every_format_is_loaded(tmp_path):
+    for module in ("transformers", "gguf", "peft"):
+        pytest.importorskip(module)
+    notebook = nbformat.read(SCRIPTS / "bring_your_model.ipynb", as_version=4)
+    save_notebooks.run(notebook, tmp_path)
+    printed = "".join(map(text_of, outputs_of(notebook)))
+    assert printed.count("every weight is what was written") == 11
+
+
+@pytest.mark.slow
 def test_the_language_model_runs(tmp_path):
     notebook = nbformat.read(SCRIPTS / "char_lm.ipynb", as_version=4)
     set_parameters(notebook, f"settings, budget = {TINY}, {BUDGET}")

@@ -20,6 +20,7 @@ SCRIPTS = {
     "bench.input_gradient": "--dtypes",
     "bench.import_time": "--runs",
     "bench.load_memory": "--gib",
+    "bring_your_model": "--only",
     "char_lm": "--restart",
     "quickstart": "--epochs",
     "dev.instruction_count": "--kernels",
@@ -47,6 +48,9 @@ def test_every_script_is_tested():
 def test_help_names_the_options(name, capsys):
     if name == "quickstart":
         pytest.importorskip("sklearn")
+    if name == "bring_your_model":
+        for module in ("transformers", "gguf", "peft"):
+            pytest.importorskip(module)
     with pytest.raises(SystemExit) as end:
         main_of(name)(["--help"])
     assert end.value.code == 0
