@@ -255,6 +255,20 @@ def test_states_and_copies(quant_type, tmp_path):
         assert torch.equal(same(x), y)
 
 
+@types
+def test_a_mapped_file(quant_type, tmp_path):
+    """It has no metadata: the scales tell their own shape, and the layer says the activations."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    saved = nn.Sequential(layer_of(quant_type).deploy())
+    safetensors.save_model(saved, tmp_path / "model.safetensors")
+    x = torch.randn(3, 33)
+    with torch.device("meta"):
+        model = nn.Sequential(BitLinear(33, 7, quant_type=quant_type))
+    bitlinear.load_deployed(tmp_path / "model.safetensors", model)
+    assert model[0].quant_type == quant_type
+    oracle.assert_same_bits(model(x), saved(x))
+
+
 def test_the_scale_of_a_state_without_metadata_decides_the_type():
     """As in safetensors."""
     for saved, loaded in (("wpt", "wpc"), ("wpc", "wpt")):
