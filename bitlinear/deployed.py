@@ -61,11 +61,11 @@ def deployed_linear(
 def input_gradient(grad: Tensor, w_packed: Tensor, w_scale: Tensor, in_features: int) -> Tensor:
     """``(grad * w_scale.T) @ t``, from packed weights.
 
-    The ternary weights are expanded for the product, on a CPU a block of columns at a time, and not
-    kept. The product is in fp32, or in the dtype of ``grad`` where that is faster and ``grad`` is
-    not rounded on the way: with one scale, which multiplies the product, in bf16 on a GPU and on a
-    CPU with instructions for it. A GPU also multiplies in 16 bits what has to be rounded for it, as
-    ``nn.Linear`` does.
+    The weights are expanded for the product, on a CPU a block of columns at a time, and not kept.
+    The product is in fp32, or in the dtype of ``grad`` where that is faster: in 16 bits on a GPU,
+    and in bf16 with one scale on a CPU with instructions for it. Then the weights are rounded to
+    that dtype, as those of ``nn.Linear`` are; in fp16, where a scale can be too small, ``grad`` is
+    multiplied by the scales and rounded instead.
 
     Args:
         grad: Gradient of the output, shape ``(..., N)``.
@@ -78,20 +78,17 @@ def input_gradient(grad: Tensor, w_packed: Tensor, w_scale: Tensor, in_features:
     """
     device_type = grad.device.type
     with without_autocast(device_type):
-        # In fp16, sums that have not been multiplied by the scale could overflow.
-        scales_product = w_scale.dim() == 1 and grad.dtype != torch.float16
         dtype = backward_dtype(device_type, grad.dtype)
-        if scales_product:
-            if device_type == "cpu" and CPU_MULTIPLIES_BF16:
-                dtype = grad.dtype
-            # The scale multiplies in fp32, and the result is rounded once.
-            return _times_ternary(grad.to(dtype), w_packed, in_features).mul_(w_scale)
-        scaled = grad.to(torch.float32) * w_scale.reshape(-1)
-        return _times_ternary(scaled.to(dtype), w_packed, in_features)
+        if grad.dtype == torch.bfloat16 and w_scale.dim() == 1 and CPU_MULTIPLIES_BF16:
+            dtype = grad.dtype  # One rounded scale changes all products by the same factor.
+        if dtype == torch.float16:
+            scaled = (grad.to(torch.float32) * w_scale.reshape(-1)).to(dtype)
+            return _times_weight(scaled, w_packed, None, in_features)
+        return _times_weight(grad.to(dtype), w_packed, w_scale, in_features)
 
 
-def _times_ternary(x: Tensor, w_packed: Tensor, in_features: int) -> Tensor:
-    """``x @ t``, in the dtype of ``x``."""
+def _times_weight(x: Tensor, w_packed: Tensor, w_scale: Tensor | None, in_features: int) -> Tensor:
+    """``x @ (w_scale * t)``, in the dtype of ``x``."""
     expand = torch.ops.bitlinear.expand_weight.default
     columns: int = in_features
     if x.device.type == "cpu":
@@ -100,7 +97,7 @@ def _times_ternary(x: Tensor, w_packed: Tensor, in_features: int) -> Tensor:
     for first in range(0, in_features, columns):
         width = min(columns, in_features - first)
         packed = w_packed[:, first // 4 : (first + width + 3) // 4]
-        blocks.append(x @ expand(packed, width, None, x.dtype))
+        blocks.append(x @ expand(packed, width, w_scale, x.dtype))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
