@@ -46,7 +46,7 @@ def backward_dtype(device_type: str, grad_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the products in a backward pass.
 
     A GPU multiplies 16-bit numbers many times faster, and ``nn.Linear`` rounds its operands to them
-    as well. CPUs gain little, or lose.
+    as well. Most CPUs gain little, or lose.
     """
     return grad_dtype if device_type == "cuda" else torch.float32
 

@@ -211,6 +211,7 @@ def set_quantization_strength(model: nn.Module, strength: float) -> nn.Module:
     Warns:
         UserWarning: The model has neither a BitLinear nor an Embedding of this package.
     """
+    check_model(model, "set_quantization_strength")
     _warn_without_layers(model, "set_quantization_strength")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, TernaryLayer)}
     deployed = [name for name, layer in layers.items() if layer.is_deployed]
@@ -282,7 +283,7 @@ def _check_deployable(model: nn.Module, layers: dict[str, TernaryLayer]) -> None
         if reason:
             problems.append(f"{name}: {reason}")
     if problems:
-        raise ValueError("BitLinear layers cannot be deployed:\n  " + "\n  ".join(problems))
+        raise ValueError("these layers cannot be deployed:\n  " + "\n  ".join(problems))
 
 
 def _different_ties(layers: dict[str, TernaryLayer]) -> list[str]:

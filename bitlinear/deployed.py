@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .autograd import CPU_MULTIPLIES_BF16, Function, backward_dtype, without_autocast
 
-# Of expanded weights at a time, on a CPU. The allocator reuses so little memory; the system would
-# have to clear more in every call, which takes as long as a third of the product.
+# The size of a block of expanded weights on a CPU. malloc keeps blocks of this size for the next
+# call. Larger ones it gets from the system, which clears them in every call; that takes as long as
+# a third of the product.
 _BLOCK_BYTES = 16 << 20
 
 
@@ -29,7 +30,7 @@ def deployed_linear(
 ) -> Tensor:
     """Apply ``torch.ops.bitlinear.linear``, with gradients of ``x`` and ``bias``.
 
-    ``grad_x = (grad * w_scale.T) @ t``; see :func:`input_gradient`.
+    ``grad_x = grad @ (w_scale * t)``; see :func:`input_gradient`.
 
     Args:
         x: fp32, fp16 or bf16, shape ``(..., K)``.
@@ -59,13 +60,13 @@ def deployed_linear(
 
 
 def input_gradient(grad: Tensor, w_packed: Tensor, w_scale: Tensor, in_features: int) -> Tensor:
-    """``(grad * w_scale.T) @ t``, from packed weights.
+    """``grad @ (w_scale * t)``, from packed weights.
 
     The weights are expanded for the product, on a CPU a block of columns at a time, and not kept.
-    The product is in fp32, or in the dtype of ``grad`` where that is faster: in 16 bits on a GPU,
-    and in bf16 with one scale on a CPU with instructions for it. Then the weights are rounded to
-    that dtype, as those of ``nn.Linear`` are; in fp16, where a scale can be too small, ``grad`` is
-    multiplied by the scales and rounded instead.
+    The product is in fp32, with two exceptions, in which the weights are rounded as those of
+    ``nn.Linear`` are: on a GPU it is in the dtype of ``grad``, and on a CPU with instructions for
+    it in bf16, if ``grad`` is bf16 and there is one scale. (One rounded scale changes all products
+    by the same factor.)
 
     Args:
         grad: Gradient of the output, shape ``(..., N)``.
@@ -76,28 +77,21 @@ def input_gradient(grad: Tensor, w_packed: Tensor, w_scale: Tensor, in_features:
     Returns:
         Shape ``(..., K)``.
     """
+    expand = torch.ops.bitlinear.expand_weight.default
     device_type = grad.device.type
     with without_autocast(device_type):
         dtype = backward_dtype(device_type, grad.dtype)
-        if grad.dtype == torch.bfloat16 and w_scale.dim() == 1 and CPU_MULTIPLIES_BF16:
-            dtype = grad.dtype  # One rounded scale changes all products by the same factor.
-        if dtype == torch.float16:
-            scaled = (grad.to(torch.float32) * w_scale.reshape(-1)).to(dtype)
-            return _times_weight(scaled, w_packed, None, in_features)
-        return _times_weight(grad.to(dtype), w_packed, w_scale, in_features)
-
-
-def _times_weight(x: Tensor, w_packed: Tensor, w_scale: Tensor | None, in_features: int) -> Tensor:
-    """``x @ (w_scale * t)``, in the dtype of ``x``."""
-    expand = torch.ops.bitlinear.expand_weight.default
-    columns: int = in_features
-    if x.device.type == "cpu":
-        columns = _BLOCK_BYTES // (w_packed.shape[0] * x.element_size()) // 256 * 256 or 256
-    blocks = []
-    for first in range(0, in_features, columns):
-        width = min(columns, in_features - first)
-        packed = w_packed[:, first // 4 : (first + width + 3) // 4]
-        blocks.append(x @ expand(packed, width, w_scale, x.dtype))
+        if CPU_MULTIPLIES_BF16 and grad.dtype == torch.bfloat16 and w_scale.dim() == 1:
+            dtype = grad.dtype
+        columns: int = in_features
+        if device_type == "cpu":
+            column_bytes = max(1, len(w_packed)) * dtype.itemsize
+            columns = max(_BLOCK_BYTES // column_bytes // 64, 1) * 64
+        blocks = []
+        for first in range(0, in_features, columns):
+            width = min(columns, in_features - first)
+            packed = w_packed[:, first // 4 : (first + width + 3) // 4]
+            blocks.append(grad.to(dtype) @ expand(packed, width, w_scale, dtype))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 

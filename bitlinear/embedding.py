@@ -59,7 +59,8 @@ class Embedding(TernaryLayer, nn.Embedding):
         w_packed: uint8 buffer ``(N, ceil(embedding_dim/4))`` of a deployed embedding; see
             :mod:`bitlinear.packing`.
         w_scale: fp32 buffer ``(1,)`` of a deployed embedding, or ``(N, 1)``. It stays fp32 through
-            ``half()`` or ``to(dtype)``. Loading the other shape changes ``quant_type``.
+            ``half()`` or ``to(dtype)``. Loading the other shape changes ``quant_type``, unless the
+            state has metadata, which then must fit.
 
     Raises:
         TypeError: ``num_embeddings`` or ``embedding_dim`` is not an integer, ``eps`` is not a
@@ -70,6 +71,8 @@ class Embedding(TernaryLayer, nn.Embedding):
     The forward pass raises IndexError for an index below 0 or from ``N`` on. It does not check
     packed bytes; a load does, and :meth:`dequantize`.
     """
+
+    _dimensions = ("num_embeddings", "embedding_dim")
 
     def __init__(
         self,
@@ -93,6 +96,8 @@ class Embedding(TernaryLayer, nn.Embedding):
             )
         check_eps(eps)
         check_quant_type(quant_type, WEIGHT_TYPES)
+        if not (dtype or torch.get_default_dtype()).is_floating_point:
+            raise TypeError(f"bitlinear: dtype must be floating point, but it is {dtype}")
         super().__init__(
             num_embeddings,
             embedding_dim,
@@ -103,10 +108,9 @@ class Embedding(TernaryLayer, nn.Embedding):
             device=device,
             dtype=dtype,
         )
-        if not self.weight.is_floating_point():
-            raise TypeError(f"bitlinear: dtype must be floating point, but it is {dtype}")
         self.eps = float(eps)
         self.quant_type = quant_type
+        self._weight_dtype = self.weight.dtype
         ties.register(self)
 
     @classmethod
@@ -117,7 +121,7 @@ class Embedding(TernaryLayer, nn.Embedding):
 
         The parameter is the same object, so tied weights stay tied and an optimizer that holds it
         keeps working. ``padding_idx``, device, dtype, ``training`` and ``requires_grad`` stay the
-        same.
+        same. Hooks stay with the old module.
 
         Args:
             embedding: The embedding to convert; not modified. An ``nn.Embedding``, or a subclass
@@ -135,9 +139,7 @@ class Embedding(TernaryLayer, nn.Embedding):
             raise TypeError(
                 f"from_embedding needs a torch.nn.Embedding, but got {type(embedding).__name__}"
             )
-        reason = why_no_plain_weight(embedding)
-        if not isinstance(embedding, Embedding):
-            reason = reason or foreign.why_not_embedding(embedding)
+        reason = why_no_plain_weight(embedding) or foreign.why_not_embedding(embedding, cls)
         if reason:
             raise TypeError(
                 f"from_embedding cannot convert this {type(embedding).__name__}: {reason}"
@@ -156,15 +158,29 @@ class Embedding(TernaryLayer, nn.Embedding):
             device="meta",  # Draws nothing from the random number generator.
         )
         layer.weight = weight
+        layer._weight_dtype = weight.dtype
         return layer.train(embedding.training)
 
     @classmethod
-    def from_pretrained(cls, embeddings: Tensor, *args: Any, **kwargs: Any) -> Embedding:
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        *args: Any,
+        quant_type: str = "wpt",
+        eps: float = DEFAULT_EPS,
+        **kwargs: Any,
+    ) -> Embedding:
         """Make an Embedding of ``nn.Embedding.from_pretrained(embeddings, ...)``, frozen as there.
 
-        ``eps`` and ``quant_type`` have their defaults.
+        Args:
+            embeddings, args, kwargs: As for ``nn.Embedding.from_pretrained``.
+            quant_type, eps: As for :class:`Embedding`.
+
+        Raises:
+            TypeError, ValueError: As for :meth:`from_embedding`.
         """
-        return cls.from_embedding(nn.Embedding.from_pretrained(embeddings, *args, **kwargs))
+        embedding = nn.Embedding.from_pretrained(embeddings, *args, **kwargs)
+        return cls.from_embedding(embedding, quant_type, eps)
 
     @property
     def weight_shape(self) -> tuple[int, int]:

@@ -54,12 +54,12 @@ def why_not_linear(module: nn.Module) -> str:
     return _why_changed(module, set(_linear_classes()), "nn.Linear")
 
 
-def why_not_embedding(module: nn.Module) -> str:
-    """Why a module might not compute the same as ``F.embedding``, or ``""``.
+def why_not_embedding(module: nn.Module, *classes: type) -> str:
+    """Why a module might not compute the same as one of these classes or ``nn.Embedding``.
 
-    The rule is that of :func:`why_not_linear`.
+    The rule is that of :func:`why_not_linear`; ``""`` if it does.
     """
-    return _why_changed(module, {nn.Embedding}, "nn.Embedding")
+    return _why_changed(module, {nn.Embedding, *classes}, "nn.Embedding")
 
 
 def _why_changed(module: nn.Module, classes: set[type], name: str) -> str:

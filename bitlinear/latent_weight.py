@@ -94,7 +94,7 @@ def _magnitudes(
     if bool((exact > info.max).any()):
         raise ValueError(
             f"the weight would overflow {dtype_name(dtype)}, as few of the ternary weights are not "
-            f"0: call float() on the layer first"
+            f"0: call {'float' if info.bits < 32 else 'double'}() on the layer first"
         )
     exponent = torch.frexp(exact.clamp_min(info.tiny)).exponent - 1
     step = torch.ldexp(torch.full_like(exact, info.eps), exponent)

@@ -57,7 +57,7 @@ class BitLinear(TernaryLayer, nn.Linear):
             :mod:`bitlinear.packing`.
         w_scale: fp32 buffer ``(1,)`` of a deployed layer, or ``(N, 1)`` with a scale per output
             feature. It stays fp32 through ``half()`` or ``to(dtype)``. Loading the other shape
-            changes ``quant_type``.
+            changes ``quant_type``, unless the state has metadata, which then must fit.
 
     Raises:
         TypeError: ``in_features`` or ``out_features`` is not an integer, ``eps`` is not a number
@@ -119,7 +119,7 @@ class BitLinear(TernaryLayer, nn.Linear):
                 f"bitlinear.convert(model) for the linear layers inside a model"
             )
         reason = why_no_plain_weight(linear)
-        if not isinstance(linear, BitLinear):
+        if type(linear) is not BitLinear:
             reason = reason or foreign.why_not_linear(linear)
         if reason:
             raise TypeError(f"from_linear cannot convert this {type(linear).__name__}: {reason}")

@@ -36,7 +36,7 @@ def deployed_lookup(
         IndexError: An index is out of range (on a GPU, a failed assertion, as in ``nn.Embedding``).
         RuntimeError: ``ids`` has another dtype.
     """
-    rows, scales = _gather(ids, w_packed, w_scale)
+    rows, scales = _gather(ids, w_packed, w_scale.detach())
     return _expand(rows, scales, dim, dtype).reshape(*ids.shape, dim)
 
 
@@ -100,7 +100,7 @@ def _quantize_rows(
     if group_size == PER_ROW:
         return cast("tuple[Tensor, Tensor]", quantize_weight(latent.detach(), eps, group_size))
     # The operator adds in an order of its own: only its scale has the bits of the deployed table.
-    # It also packs the whole table, a sixteenth of the weight, which is freed after the gather.
+    # It also packs the whole table, 2 bits a value, which is freed after the gather.
     return _gather(ids, *quantize_weight(weight.detach(), eps, group_size))
 
 

@@ -45,6 +45,9 @@ class Packable(nn.Module):
     _act_bits = 8
     _group_size = 0
 
+    # What the class calls the rows of the weight and the values in each.
+    _dimensions = ("out_features", "in_features")
+
     # Whether the forward pass ran before deployment; bitlinear.deploy() warns if it did not.
     _called = False
     # Whether other layers have the same w_packed.
@@ -261,6 +264,13 @@ class Packable(nn.Module):
         tensors, kind = state.check(
             self, state_dict, prefix, local_metadata, strict=strict, was_conv1d=self._was_conv1d
         )
+        different = [t for t in tied if (t.eps, t._group_size) != (self.eps, self._group_size)]
+        if kind == "packed" and different:
+            raise ValueError(
+                f"it has packed weights for this layer alone, but a layer with the same weight has "
+                f"another quantisation (eps={different[0].eps:g} and "
+                f"quant_type={different[0].quant_type!r}): make eps and the kind of scale equal"
+            )
         # load_state_dict has made this dictionary for this module alone.
         state_dict.update({prefix + name: tensor for name, tensor in tensors.items()})
         if kind == "packed":

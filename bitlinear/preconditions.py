@@ -93,7 +93,7 @@ def why_not_deployable(layer: TernaryLayer, ancestors: Collection[nn.Module] = (
     weight = layer.weight.detach()
     if weight.shape != layer.weight_shape:
         return (
-            f"its weight has shape {list(weight.shape)}, but out_features and in_features are "
+            f"its weight has shape {list(weight.shape)}, but {' and '.join(layer._dimensions)} are "
             f"{list(layer.weight_shape)}: set these to the shape of the weight"
         )
     # Both bounds are NaN if any weight is. The check allocates nothing as large as the weight.

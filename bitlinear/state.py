@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import packing
-from .arguments import QUANT_TYPES, group_size_of
+from .arguments import QUANT_TYPES, WEIGHT_TYPES, group_size_of
 from .packing import PACKED_NAMES
 from .preconditions import GATHER, is_distributed, why_no_plain_weight
 
@@ -50,7 +50,7 @@ class CheckedState(NamedTuple):
 def metadata_of(layer: Packable) -> dict[str, Any]:
     """The metadata of a layer's state, except for the version of the format."""
     return {
-        "in_features": layer.weight_shape[1],
+        layer._dimensions[1]: layer.weight_shape[1],
         "eps": layer.eps,
         "quant_type": layer.quant_type,
     }
@@ -236,11 +236,14 @@ def _check_other_tensors(layer: Packable, found: dict[str, Any]) -> None:
 
 
 def _check_metadata(layer: Packable, metadata: dict[str, Any], w_scale: Tensor | None) -> None:
-    for name, value in metadata_of(layer).items():
-        saved = metadata.get(name, value)
+    for name, own in metadata_of(layer).items():
+        value, saved = own, metadata.get(name, own)
         if name == "quant_type" and saved != value and saved in QUANT_TYPES and w_scale is not None:
             # Version 0.2 named one type for scales of any shape.
             saved = QUANT_TYPES[saved]._replace(group_size=group_size_of(w_scale)).name
+        if name == "quant_type" and (saved in WEIGHT_TYPES) != (value in WEIGHT_TYPES):
+            # An embedding and a linear layer: only the type of the weights is of both.
+            value, saved = (text.rpartition("_")[2] for text in (value, saved))
         if saved != value:
             raise ValueError(
                 f"it was saved by a layer with {name}={saved!r}, but this one has "

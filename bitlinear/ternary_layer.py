@@ -67,11 +67,12 @@ class TernaryLayer(Packable):
     def deploy(self: _Layer) -> _Layer:
         """Quantise and pack the weights, in place, and drop the floating-point ones.
 
-        Idempotent. The packed layer gives the same outputs as before, in a sixteenth of the memory.
+        Idempotent. The packed layer gives the same outputs as before, in a sixteenth of the memory
+        of fp32 weights.
         Its parameters become buffers, which no optimizer changes: if all layers of a model are
         deployed, it has nothing to train and ``loss.backward()`` raises. Another layer that has the
         same weight keeps it; :func:`bitlinear.deploy` deploys tied layers together. Packing needs a
-        few MB beyond the packed weight.
+        few MB beyond the packed weight (for fp64 weights, a copy in fp32).
 
         Returns:
             The layer.
@@ -198,7 +199,7 @@ class TernaryLayer(Packable):
     def __prepare_scriptable__(self) -> Any:
         """Raise for ``torch.jit.script``, whose own error is about an annotation."""
         raise NotImplementedError(
-            f"torch.jit.script cannot compile a {type(self).__name__}: use torch.export, or "
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.export, or "
             f"torch.jit.trace under torch.no_grad()"
         )
 

@@ -40,8 +40,24 @@ def test_blocks_of_columns_give_the_same_gradient(features, scale, dtype, monkey
     grad = torch.randn(5, 6).to(dtype)
     arguments = (grad, layer.w_packed, layer.w_scale, features)
     whole = input_gradient(*arguments)
-    monkeypatch.setattr("bitlinear.deployed._BLOCK_BYTES", 0)  # the smallest blocks: 256 columns
+    monkeypatch.setattr("bitlinear.deployed._BLOCK_BYTES", 0)  # the smallest blocks: 64 columns
     torch.testing.assert_close(input_gradient(*arguments), whole)
+
+
+def test_a_layer_without_rows_has_a_gradient_of_zeros():
+    """Tensor parallelism leaves such a part to a process."""
+    packed = torch.empty(0, 5, dtype=torch.uint8)
+    grad = input_gradient(torch.empty(3, 0), packed, torch.ones(1), 20)
+    assert torch.equal(grad, torch.zeros(3, 20))
+
+
+def test_a_large_gradient_does_not_overflow():
+    layer = deployed(4, 8, bias=False)
+    layer.w_scale.fill_(0.02)
+    layer.w_packed.fill_(0b10_10_10_10)
+    x = torch.ones(1, 4, requires_grad=True)
+    layer(x).backward(torch.full((1, 8), 1e38))
+    torch.testing.assert_close(x.grad, torch.full((1, 4), 1.6e37))
 
 
 def test_layers_in_front_of_a_deployed_one_are_trained():

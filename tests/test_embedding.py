@@ -485,7 +485,7 @@ def test_a_bias_is_unexpected(make):
 def test_the_metadata_names_the_table(make):
     source = make(6, 20, eps=0.5, quant_type="wpc")
     state = source.state_dict()
-    wanted = {"version": 1, "in_features": 20, "eps": 0.5, "quant_type": "wpc"}
+    wanted = {"version": 1, "embedding_dim": 20, "eps": 0.5, "quant_type": "wpc"}
     assert state._metadata[""] == wanted
     for options, message in (
         ({"quant_type": "wpc"}, r"eps=0\.5, but this one has eps=1e-06"),
@@ -609,3 +609,57 @@ def test_a_weight_that_a_parametrization_computes():
     assert torch.equal(table(IDS), 2 * y)
     with pytest.raises(ValueError, match="Embedding cannot be deployed: it is parametrized"):
         table.deploy()
+
+
+# --- Copies and conversions ---
+
+
+def test_a_shallow_copy_knows_its_dtype():
+    layer = Embedding(9, 5, dtype=torch.bfloat16)
+    other = copy.copy(layer)
+    layer.deploy()
+    ids = torch.tensor([1, 8])
+    assert torch.equal(other(ids), layer(ids))
+    assert other(ids).dtype == other.weight.dtype == torch.bfloat16
+
+
+class Doubled(Embedding):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_a_subclass_that_computes_something_else_is_not_converted():
+    with pytest.raises(TypeError, match="it is a Doubled, whose use of the weight is unknown"):
+        Embedding.from_embedding(Doubled(3, 4))
+    replaced = Embedding(3, 4)
+    replaced.forward = lambda ids: ids
+    with pytest.raises(TypeError, match="its forward has been replaced"):
+        Embedding.from_embedding(replaced)
+
+
+def test_a_pretrained_table_with_a_scale_per_row():
+    table = torch.randn(4, 7)
+    layer = Embedding.from_pretrained(table, quant_type="wpc", eps=1e-3)
+    assert (layer.quant_type, layer.eps, layer.weight.requires_grad) == ("wpc", 1e-3, False)
+
+
+def test_the_dimensions_have_their_names():
+    state = Embedding(4, 63).deploy().state_dict()
+    with pytest.raises(RuntimeError, match=r"embedding_dim=63, .* embedding_dim=64"):
+        Embedding(4, 64).load_state_dict(state)
+
+
+def test_the_scale_of_a_table_needs_no_gradient():
+    layer = Embedding(4, 8).deploy()
+    layer.w_scale.requires_grad_()
+    assert not layer(torch.tensor([1])).requires_grad
+
+
+@pytest.mark.parametrize("deploys", [True, False])
+def test_states_of_layers_and_embeddings_are_exchanged(deploys):
+    """A head and an embedding have one format."""
+    source, target = BitLinear(8, 20, bias=False), Embedding(20, 8)
+    if deploys:
+        source.deploy()
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.dequantize(), source.dequantize())

@@ -194,3 +194,13 @@ def test_functions_on_the_weight_of_a_deployed_table():
     model, x = made(True), torch.randn(3, 10)
     assert torch.equal(F.linear(x, model.embed.weight), model.head(x))
     assert torch.equal(F.embedding(IDS, model.head.weight), model.embed(IDS))
+
+
+def test_a_tied_layer_of_another_type_is_not_changed_by_a_load():
+    model = LM(head=lambda: BitLinear(10, 19, False, quant_type="ai8pc_wpc"))
+    packed = Embedding(19, 10).deploy()
+    state = {f"embed.{name}": tensor for name, tensor in packed.state_dict().items()}
+    with pytest.raises(RuntimeError, match="a layer with the same weight has another quantisation"):
+        model.load_state_dict(state, strict=False)
+    assert (model.head.quant_type, model.head.is_deployed) == ("ai8pc_wpc", False)
+    assert model.head.weight is model.embed.weight

@@ -208,3 +208,18 @@ def test_a_graph_of_a_step():
     # less than 32 units of 2**-24 of the sum of the magnitudes.
     magnitudes = 2 * layer(x).detach().abs().T @ x.abs()
     assert ((found - layer.weight.grad).abs() <= 2 * 32 * 2**-24 * magnitudes).all()
+
+
+@pytest.mark.parametrize("quant_type", ["ai8pc_wpt", "ai8pc_wpc"])
+@pytest.mark.parametrize("size", [1e-3, 1e-5])
+def test_a_small_gradient_in_fp16_is_as_exact_as_that_of_nn_linear(size, quant_type):
+    """A loss scaler keeps gradients from vanishing, and they must not be multiplied by a scale."""
+    layer = BitLinear(512, 4096, bias=False, quant_type=quant_type, device="cuda")
+    nn.init.normal_(layer.weight, std=0.02)
+    weight = layer.deploy().dequantize().half()
+    x = torch.randn(64, 512, device="cuda", dtype=torch.half, requires_grad=True)
+    grad = (size * torch.randn(64, 4096, device="cuda")).half()
+    layer(x).backward(grad)
+    wanted = grad.double() @ weight.double()
+    error, linear = ((g.double() - wanted).norm() for g in (x.grad, grad @ weight))
+    assert error <= 1.5 * linear
