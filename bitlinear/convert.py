@@ -252,7 +252,7 @@ def _describe_stale_references(paths: list[str]) -> str:
     if not paths:
         return ""
     return (
-        f"convert() replaced layers, but it cannot replace these references of the model to them: "
+        f"layers were replaced, but these references of the model to them cannot be: "
         f"{list_names(paths, 5)}. The references still lead to the old layers, in floating point: "
         f"create the objects that hold them again, from the converted model"
     )

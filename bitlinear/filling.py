@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from . import foreign, packing, state
 from .arguments import QuantType, check_act_bits, check_eps, group_size_of
 from .conversion.layers import Convertibility, LinearLayer, find_linear_layers
-from .convert import finish_deployment, replace_layers
+from .conversion.weight_readers import disable_fast_paths
+from .convert import replace_layers
 from .linear import BitLinear
 from .loading import assign
-from .messages import list_names
+from .messages import list_names, warn
+from .packing import PACKED_NAMES
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -51,8 +53,8 @@ def fill(
         model: The model, in place; on any devices, the meta device included. Each tensor goes to
             the device of the one that it replaces, and from the meta device to the CPU.
         packed: The weights, by the qualified names of the layers.
-        dense: All other tensors of the state of ``model``, by their names in it. A tensor that is
-            tied to another one can be absent. Their dtypes stay as they are.
+        dense: All other tensors of the state of ``model``, by their names in it. Of tensors that
+            are tied, one is enough. Their dtypes stay as they are.
         source: What the tensors come from, for messages.
         act_bits: The bits of quantised activations, 8 or 16.
         eps: Lower bound of the absmax of a token.
@@ -63,29 +65,66 @@ def fill(
     Raises:
         ValueError: A tensor of the model is in neither ``packed`` nor ``dense``, or one of these is
             not in the model; a shape does not fit; a packed weight has an invalid code, or a scale
-            is not positive; or a layer cannot be replaced (see :func:`bitlinear.convert`). The
-            model is unchanged.
+            is not positive; a tensor has no values, or is floating point where the model's is not;
+            or a layer cannot be replaced (see :func:`bitlinear.convert`). The model is unchanged,
+            as it is after any other exception.
     """
     check_act_bits(act_bits)
     check_eps(eps, act_bits)
     layers = _layers(model, packed, source)
-    _check_names(model, packed, dense, source)
-    old = {id(layer.module): name for name, layer in layers.items()}
-    replaced = [layer for layer in layers.values() if not isinstance(layer.module, BitLinear)]
-    _, stale = replace_layers(
-        model, replaced, lambda layer: _quant_type(packed[old[id(layer.module)]], act_bits)
-    )
-    for layer in replaced:
-        assert layer.replacement is not None
-        layer.replacement.eps = eps
+    dense = {name: _checked(name, tensor, source) for name, tensor in dense.items()}
+    _check_names(model, layers, dense, source)
+    quant_types = {
+        id(layer.module): QuantType(act_bits, group_size_of(packed[name].w_scale)).name
+        for name, layer in layers.items()
+    }
+    # A module can have several names.
+    new = {id(layer.module): layer for layer in layers.values() if not _is_ours(layer)}
     tensors = dict(dense)
-    for name, (w_packed, w_scale) in packed.items():
-        tensors[f"{name}.w_packed"], tensors[f"{name}.w_scale"] = w_packed, w_scale
-    assign(model, tensors, source=source)
-    finish_deployment(model)
+    for given, layer in layers.items():
+        for name in layer.names:
+            tensors[f"{name}.w_packed"] = packed[given].w_packed
+            tensors[f"{name}.w_scale"] = packed[given].w_scale
+    with unchanged_on_error(model):
+        _, stale = replace_layers(
+            model, list(new.values()), lambda layer: quant_types[id(layer.module)]
+        )
+        for layer in new.values():
+            assert layer.replacement is not None
+            layer.replacement.eps = eps
+        assign(model, tensors, source=source)
+        disable_fast_paths(model)
     if stale:
-        warnings.warn(stale, UserWarning, stacklevel=3)
+        warn(stale)
     return model
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Give all modules their tensors, submodules and attributes back if an exception is raised.
+
+    It does not restore values that were written into a tensor.
+    """
+    containers = ("_parameters", "_buffers", "_modules")
+    saved = [
+        (module, dict(vars(module)), [dict(vars(module)[key]) for key in containers])
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, contents in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, content in zip(containers, contents):
+                container = vars(module)[key]
+                container.clear()
+                container.update(content)
+        raise
+
+
+def _is_ours(layer: LinearLayer) -> bool:
+    return isinstance(layer.module, BitLinear)
 
 
 def _layers(
@@ -95,14 +134,17 @@ def _layers(
     convertibility = Convertibility(model)
     by_name = {name: layer for layer in find_linear_layers(model) for name in layer.names}
     problems = []
+    found: dict[int, str] = {}
     for name, tensors in packed.items():
         if name not in by_name:
             problems.append(f"{name}: the model has no linear layer of this name")
             continue
-        module = by_name[name].module
-        is_ours = isinstance(module, BitLinear)
-        reason = "" if is_ours else convertibility.why_not(module)
-        reason = reason or _why_not_fitting(module, tensors)
+        layer = by_name[name]
+        reason = "" if _is_ours(layer) else convertibility.why_not(layer.module)
+        reason = reason or _why_not_fitting(layer.module, tensors)
+        other = found.setdefault(id(layer.module), name)
+        if other != name:
+            reason = f"in the model it is the same layer as {other}: give the weight for one name"
         if reason:
             problems.append(f"{name}: {reason}")
     if problems:
@@ -113,8 +155,11 @@ def _layers(
     return {name: by_name[name] for name in packed}
 
 
-def _why_not_fitting(linear: nn.Module, tensors: PackedTensors) -> str:
-    out_features, in_features = foreign.linear_weight(linear).shape
+def _why_not_fitting(linear: Any, tensors: PackedTensors) -> str:
+    if isinstance(linear, BitLinear):
+        out_features, in_features = linear.weight_shape
+    else:
+        out_features, in_features = foreign.linear_weight(linear).shape
     shape = packing.packed_shape(out_features, in_features)
     if tensors.w_packed.shape != shape:
         rows, columns = tensors.w_packed.shape
@@ -130,29 +175,59 @@ def _why_not_fitting(linear: nn.Module, tensors: PackedTensors) -> str:
     return ""
 
 
+def _checked(name: str, tensor: Any, source: str) -> Tensor:
+    """The tensor as one that a model can hold.
+
+    Raises:
+        ValueError: It is not an ordinary tensor with values.
+    """
+    kind = ""
+    if not isinstance(tensor, Tensor):
+        kind = f"a {type(tensor).__name__}"
+    elif tensor.layout != torch.strided or tensor.is_nested:
+        kind = f"of layout {tensor.layout}"
+    elif tensor.is_meta:
+        kind = "on the meta device, without values"
+    elif tensor.is_complex():
+        kind = f"{tensor.dtype}"
+    if kind:
+        raise ValueError(f"{name} of {source} must be an ordinary tensor, but it is {kind}")
+    return state.as_buffer(tensor)
+
+
 def _check_names(
-    model: nn.Module,
-    packed: Mapping[str, PackedTensors],
-    dense: Mapping[str, Tensor],
-    source: str,
+    model: nn.Module, layers: Mapping[str, LinearLayer], dense: Mapping[str, Tensor], source: str
 ) -> None:
     """Raise ValueError unless every tensor of the model has one of the same shape, and no more."""
-    own = model.state_dict(keep_vars=True)
-    weights = {f"{name}.weight" for name in packed}
-    # One value is enough for tensors that are tied, unless a deployed layer takes it with it.
+    own = {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)  # A module can save something else beside.
+    }
+    names = {name for layer in layers.values() for name in layer.names}
+    weights = {f"{name}.{part}" for name in names for part in ("weight", *PACKED_NAMES)}
+    # One value is enough for tensors that are tied. A weight that is packed is not such a value.
     given = {id(own[name]) for name in dense if name in own}
     missing = [n for n, t in own.items() if n not in weights and id(t) not in given]
-    unexpected = [name for name in dense if name not in own or name in weights]
+    twice = [name for name in dense if name in weights]
+    unexpected = [name for name in dense if name not in own and name not in weights]
     problems = []
     if missing:
         problems.append(f"it has no values for {list_names(missing)}")
+    if twice:
+        problems.append(f"it has {list_names(twice)} beside packed weights of the same layer")
     if unexpected:
         problems.append(f"the model has no {list_names(unexpected)}")
-    problems += [
-        f"{name} has shape {list(tensor.shape)}, but in the model {list(own[name].shape)}"
-        for name, tensor in dense.items()
-        if name in own and name not in weights and tensor.shape != own[name].shape
-    ]
+    for name, tensor in dense.items():
+        if name not in own or name in weights:
+            continue
+        wanted = own[name]
+        if tensor.shape != wanted.shape:
+            problems.append(
+                f"{name} has shape {list(tensor.shape)}, but in the model {list(wanted.shape)}"
+            )
+        elif tensor.is_floating_point() != wanted.is_floating_point():
+            problems.append(f"{name} is {tensor.dtype}, but in the model {wanted.dtype}")
     if problems:
         raise ValueError(
             f"{source} does not fit this {type(model).__name__}, which is unchanged:\n  "
@@ -164,7 +239,3 @@ def _check_names(
             f"{list_names(on_meta)} are on the meta device, and no file has their values: make the "
             f"model with accelerate.init_empty_weights(), which leaves such buffers on the CPU"
         )
-
-
-def _quant_type(tensors: PackedTensors, act_bits: int) -> str:
-    return QuantType(act_bits, group_size_of(tensors.w_scale)).name

@@ -34,7 +34,7 @@ def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = {file: _map_file(path.parent / file) for file in sorted(set(weight_map.values()))}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeError) as error:
         raise ValueError(
             f"{path} is not an index of safetensors files ({error!r}): it needs a 'weight_map' "
             f"from the names of tensors to the names of the files beside it"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -16,7 +15,7 @@ from .conversion.layers import Convertibility, LinearLayer, find_linear_layers
 from .conversion.ternary import NotTernary, Scales, find_scales
 from .conversion.ternary import pack as pack_signs
 from .convert import check_model, finish_deployment, replace_layers
-from .messages import list_names
+from .messages import list_names, warn
 
 _logger = logging.getLogger("bitlinear")
 
@@ -108,7 +107,7 @@ def pack(
         messages.append(f"pack() packed none of {len(layers)} linear layers: {list_names(reasons)}")
     for message in (*messages, stale):
         if message:
-            warnings.warn(message, UserWarning, stacklevel=2)
+            warn(message)
     return model
 
 

@@ -9,8 +9,6 @@ an error, because the values would be lost.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
@@ -18,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from .messages import warn
 
 # Setters and methods that call no operator, so that __torch_dispatch__ does not see them. The
 # storage, which callers could write to, does not exist.
@@ -196,14 +196,8 @@ def _raise_read_only() -> NoReturn:
 
 def warn_of_dequantization(kind: str, shape: tuple[int, int]) -> None:
     """Warn that the weight of a layer was dequantised, at the line of the user's code."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
-        ("bitlinear.", "torch.")
-    ):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(
+    warn(
         f"the weight of a deployed {kind} was dequantised ({shape[0]} x {shape[1]}), as it was "
         f"used in another computation than torch.nn.functional.linear or embedding: this takes the "
-        f"memory and the time that deploy() saves",
-        stacklevel=level,
+        f"memory and the time that deploy() saves"
     )

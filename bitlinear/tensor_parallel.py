@@ -237,7 +237,7 @@ def _integer_sums(q: Tensor, w_packed: Tensor, in_features: int) -> Tensor:
         parts = [part.to(torch.int8) for part in split_activations(q)]
         high, low = (_integer_sums(part, w_packed, in_features) for part in parts)
         return join_products(high, low).to(torch.float64)
-    ones = torch.ones(1, device=q.device)
+    ones = torch.ones(1, dtype=torch.float32, device=q.device)
     step = EXACT_K // 4  # bytes
     dtype = torch.float32 if in_features <= EXACT_K else torch.float64
     pieces = zip(q.to(torch.float32).split(4 * step, dim=-1), w_packed.split(step, dim=1))

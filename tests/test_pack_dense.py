@@ -275,3 +275,33 @@ def test_layers_that_share_a_weight_but_not_their_type_are_deployed_apart():
     bitlinear.deploy(model)
     for name, layer in model.items():
         assert torch.equal(layer(x), wanted[name])
+
+
+def test_subnormal_weights_are_not_taken_for_zeros():
+    layer = nn.Linear(8, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(1e-39 * torch.ones(4, 8))
+    torch.set_flush_denormal(True)
+    try:
+        with pytest.warns(UserWarning, match="below the smallest normal number"):
+            bitlinear.pack(layer)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_another_default_dtype():
+    layer = nn.Linear(8, 4, bias=False)
+    nn.init.zeros_(layer.weight)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        packed = bitlinear.pack(layer)
+    finally:
+        torch.set_default_dtype(before)
+    assert packed.w_scale.dtype == torch.float32
+
+
+def test_warnings_point_to_the_call():
+    with pytest.warns(UserWarning, match="packed none") as caught:
+        bitlinear.pack(nn.Linear(8, 4))
+    assert caught[0].filename == __file__

@@ -81,9 +81,12 @@ def find_scales(weight: Tensor) -> Scales | NotTernary:
     rows = _Rows(weight)
     if not rows.is_finite:
         return NotTernary("a weight is NaN or infinite")
+    if rows.has_subnormals:
+        return NotTernary("a weight is below the smallest normal number of float32")
     used = rows.nonzero > 0
     if not used.any():
-        return Scales(torch.ones(1, device=weight.device), 1, 1.0, 0.0)
+        scale = torch.ones(1, dtype=torch.float32, device=weight.device)
+        return Scales(scale, 1, 1.0, 0.0)
     lowest, highest = rows.lowest[used], rows.highest[used]
     if torch.equal(lowest, highest):
         if bool((highest == highest[0]).all()):
@@ -113,6 +116,48 @@ def find_scales(weight: Tensor) -> Scales | NotTernary:
         f"{int((lowest != highest).sum())} of {len(weight)} rows have several magnitudes, the "
         f"first of them from {float(lowest[row]):.6g} to {float(highest[row]):.6g}"
     )
+
+
+def scale_factor(scale: Tensor, out_features: int, divides: bool, name: str) -> Tensor:
+    """The factor of the product of a layer, from a scale that a checkpoint has.
+
+    Args:
+        scale: Any floating dtype; one number, or one for each output feature, in any shape.
+        out_features: ``N``.
+        divides: Whether the product is divided by the scale. Its inverse is rounded once, in fp32.
+        name: The name of the scale, for errors.
+
+    Returns:
+        fp32, shape ``(1,)`` or ``(N, 1)``: a new tensor.
+
+    Raises:
+        ValueError: The shape does not fit, or a scale is not positive and finite.
+    """
+    if scale.numel() != 1 and list(scale.squeeze().shape) != [out_features]:
+        raise ValueError(
+            f"{name} must be one number, or one for each of {out_features} output features, but it "
+            f"has shape {list(scale.shape)}"
+        )
+    values = scale.detach().float().reshape((1,) if scale.numel() == 1 else (-1, 1)).clone()
+    factor = 1.0 / values if divides else values
+    for used in (values, factor):
+        bad = ~(used.isfinite() & (used > 0))
+        if bool(bad.any()):
+            raise ValueError(
+                f"{name} must be positive, but it is {float(values[bad][0]):g}: the file is damaged"
+            )
+    return factor
+
+
+def check_signs(weight: Tensor, name: str = "weight") -> None:
+    """Raise ValueError, which names the first other value, unless all weights are -1, 0 or 1."""
+    for first, rows in packing.enumerate_chunks(weight):
+        if not torch.equal(rows, rows.sign()):
+            row, column = (int(i) for i in (rows != rows.sign()).nonzero()[0])
+            raise ValueError(
+                f"{name}[{first + row}, {column}] is {rows[row, column].item()}, but it must be "
+                f"-1, 0 or 1"
+            )
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -148,13 +193,16 @@ class _Rows:
         nonzero: The number of weights other than 0.
         count: The number of all weights.
         is_finite: Whether every weight is.
+        has_subnormals: Whether one is so small that a CPU may take it for 0.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        parts = [_magnitudes(rows) for _, rows in packing.enumerate_chunks(weight)]
+        chunks = packing.enumerate_chunks(weight)
+        parts = [_magnitudes(rows) for _, rows in chunks]
         self.lowest, self.highest, self.nonzero = (torch.cat(part) for part in zip(*parts))
         self.count = weight.numel()
         self.is_finite = bool(self.highest.isfinite().all())
+        self.has_subnormals = any(_has_subnormals(rows) for _, rows in chunks)
 
 
 def _magnitudes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,6 +210,14 @@ def _magnitudes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     highest = magnitudes.amax(dim=1)  # NaN if a weight is
     lowest = magnitudes.masked_fill(magnitudes == 0, torch.inf).amin(dim=1)
     return lowest, highest, magnitudes.count_nonzero(dim=1)
+
+
+def _has_subnormals(rows: Tensor) -> bool:
+    """Whether an fp32 or bf16 number is subnormal, also if torch.set_flush_denormal is on."""
+    if rows.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    magnitudes = rows.float().contiguous().view(torch.int32) & 0x7FFFFFFF
+    return bool(((magnitudes > 0) & (magnitudes < 0x00800000)).any())
 
 
 def _are_neighbours(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ layers cannot hold (a scale for each output feature), and those of projects outs
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import packing
 from ..conversion.repacking import repack
+from ..conversion.ternary import check_signs, scale_factor
 from ..conversion.ternary import pack as pack_signs
 from ..filling import PackedTensors, fill
 from ..mapped import map_tensors
@@ -64,7 +66,12 @@ the first project of the name BitLinear, by the author of TeTRA-VPR."""
 
 
 def load(
-    source: str | os.PathLike[str] | Mapping[str, Tensor], model: _Model, format: str | Format
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    model: _Model,
+    format: str | Format,
+    *,
+    act_bits: int = 8,
+    eps: float | None = None,
 ) -> _Model:
     """Load a model whose ternary layers another project has packed.
 
@@ -74,12 +81,17 @@ def load(
         model = vit_with_linear_layers()  # nn.Linear in place of the project's own layers
         model = checkpoints.load("tetra.pth", model, "tetra-vpr")
 
+    A safetensors file stays mapped, as by :func:`bitlinear.load_deployed`: do not write into it
+    while the model is in use.
+
     Args:
         source: The path of a safetensors file, as for :func:`bitlinear.load_deployed`; that of a
             file of ``torch.save`` with a state; or a state.
         model: A model whose names are those of the state, with ``nn.Linear`` (or a BitLinear) where
             the state has packed weights. It may be on the meta device.
         format: A name in :data:`FORMATS`, or a format of your own.
+        act_bits: The bits of quantised activations, 8 or 16.
+        eps: Lower bound of the absmax of a token; None for that of the format.
 
     Returns:
         ``model``.
@@ -87,35 +99,49 @@ def load(
     Raises:
         OSError: The file cannot be opened.
         TypeError: The source is not a state.
-        ValueError: ``format`` is unknown; the state has no layer of this format; a name, a shape, a
-            dtype, a scale or a code of a weight is not as the format and the model need it. The
-            message names every such layer; the model is unchanged.
+        ValueError: ``format`` is unknown; the file is damaged; the state has no layer of this
+            format; or a name, a shape, a dtype, a scale or a code of a weight is not as the format
+            and the model need it. The message names every such layer; the model is unchanged.
     """
     if isinstance(format, str):
         if format not in FORMATS:
             raise ValueError(f"format must be one of {[*FORMATS]}, but it is {format!r}")
         format = FORMATS[format]
-    name = "the state"
-    if isinstance(source, (str, os.PathLike)):
-        name, source = str(source), _read(Path(source))
-    packed, dense = _translate(dict(source), model, format, name)
-    return fill(model, packed, dense, source=name, eps=format.eps)
+    is_path = isinstance(source, (str, os.PathLike))
+    name = str(source) if is_path else "the state"
+    state: Any = _read(Path(name)) if is_path else source
+    _check_state(state, name)
+    packed, dense = _translate(dict(state), model, format, name)
+    eps = format.eps if eps is None else eps
+    return fill(model, packed, dense, source=name, act_bits=act_bits, eps=eps)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> Any:
     if path.is_dir() or path.suffix in (".safetensors", ".json"):
         tensors, omitted = map_tensors(path)
         names = [name for name, kept in omitted.items() if kept in tensors]
         return {**{name: tensors[omitted[name]] for name in names}, **tensors}
-    state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # of Lightning
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise TypeError(
-            f"{path} must hold a state, a dictionary of tensors, but it holds a "
-            f"{type(state).__name__} of other values: load it yourself, and pass the state"
-        )
-    return state
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} cannot be read as a state that torch.save wrote ({reason}): if it holds a "
+            f"whole module, load it with the project's own code, and pass its state_dict()"
+        ) from error
+    # Lightning has the state inside of its own dictionary.
+    return state["state_dict"] if isinstance(state, dict) and "state_dict" in state else state
+
+
+def _check_state(state: Any, source: str) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{source} must be a dictionary of tensors, but it is a {type(state)}")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise TypeError(
+                f"{source} must have a tensor for each name, but for {name!r} it has a "
+                f"{type(value).__name__}: pass the state itself"
+            )
 
 
 def _translate(
@@ -123,26 +149,29 @@ def _translate(
 ) -> tuple[dict[str, PackedTensors], dict[str, Tensor]]:
     """The packed weights by the names of the layers, and the other tensors."""
     suffix = f".{format.scale}"
-    names = [key.removesuffix(suffix) for key in tensors if key.endswith(suffix)]
+    names = [key[: -len(suffix)] for key in tensors if key.endswith(suffix)]
+    names = [name for name in names if not _is_other(name, tensors, model, format)]
     if not names:
         raise ValueError(
-            f"{source} has no packed layer of this format: no name ends in {suffix!r}, only "
-            f"{list_names(tensors)}"
+            f"{source} has no packed layer of this format: no linear layer has a {format.scale}; "
+            f"it has {list_names(tensors)}"
         )
     packed: dict[str, PackedTensors] = {}
     problems = []
     for name in names:
+        scale = tensors.pop(f"{name}{suffix}")
+        weight = tensors.pop(f"{name}.{format.weight}", None)
         try:
             layer = model.get_submodule(name)
             if not isinstance(layer, nn.Linear):
                 raise ValueError(f"in the model it is a {type(layer).__name__}, not an nn.Linear")
-            scale = tensors.pop(f"{name}{suffix}")
-            weight = tensors.pop(f"{name}.{format.weight}", None)
             if weight is None:
                 raise ValueError(f"it has a scale, but no {format.weight}")
-            w_scale = _scale(scale, format, layer.out_features)
-            w_packed = _pack(weight, format, layer.out_features, layer.in_features)
-            packed[name] = PackedTensors(w_packed, w_scale)
+            if weight.is_meta or scale.is_meta:
+                raise ValueError("it is on the meta device, without values")
+            shape = (layer.out_features, layer.in_features)
+            w_scale = scale_factor(scale, shape[0], format.divides, format.scale)
+            packed[name] = PackedTensors(_pack(weight, format, *shape), w_scale)
             if format.scales_bias and f"{name}.bias" in tensors:
                 bias = tensors[f"{name}.bias"].float() * w_scale.reshape(-1)
                 tensors[f"{name}.bias"] = bias
@@ -153,31 +182,26 @@ def _translate(
     return packed, tensors
 
 
-def _scale(scale: Tensor, format: Format, out_features: int) -> Tensor:
-    """The factor of the product: fp32, shape ``(1,)`` or ``(N, 1)``."""
-    if scale.numel() != 1 and list(scale.squeeze().shape) != [out_features]:
-        raise ValueError(
-            f"{format.scale} must be one number, or one for each of {out_features} output "
-            f"features, but it has shape {list(scale.shape)}"
-        )
-    values = scale.float().reshape((1,) if scale.numel() == 1 else (-1, 1)).clone()
-    return 1.0 / values if format.divides else values
+def _is_other(name: str, tensors: Mapping[str, Tensor], model: nn.Module, format: Format) -> bool:
+    """Whether the model has another kind of module there, with a tensor that is called a scale."""
+    module = dict(model.named_modules()).get(name)
+    is_other = module is not None and not isinstance(module, nn.Linear)
+    return is_other and hasattr(module, format.scale)
 
 
 def _pack(weight: Tensor, format: Format, out_features: int, in_features: int) -> Tensor:
     if weight.is_floating_point():
-        if list(weight.shape) != [out_features, in_features] or not torch.equal(
-            weight, weight.sign()
-        ):
+        if list(weight.shape) != [out_features, in_features]:
             raise ValueError(
-                f"{format.weight} must hold -1, 0 and 1 in shape {[out_features, in_features]}, or "
-                f"be packed, but it is {weight.dtype} of shape {list(weight.shape)} with values "
-                f"from {float(weight.min()):g} to {float(weight.max()):g}"
+                f"{format.weight} must have shape {[out_features, in_features]}, or be packed, but "
+                f"it is {weight.dtype} of shape {list(weight.shape)}"
             )
+        weight = weight if weight.element_size() > 1 else weight.to(torch.bfloat16)
+        check_signs(weight, format.weight)
         return pack_signs(weight)
     if weight.dtype == torch.int8:  # TeTRA-VPR packs in int8; the bits are the same.
         weight = weight.view(torch.uint8)
     if format.packs_rows:
         return repack(weight, out_features, in_features)
     packing.check_packed(weight, in_features)
-    return weight
+    return weight.contiguous()

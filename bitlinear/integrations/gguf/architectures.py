@@ -75,6 +75,8 @@ DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 def file_name(name: str) -> str | None:
     """The name in a file of a tensor of a model, or None if there is none."""
     module, _, tensor = name.rpartition(".")
+    if tensor not in ("weight", "bias"):
+        return None
     block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
     if block is None:
         found = _NAMES.get(module)
@@ -139,6 +141,16 @@ def head_dim(config: Any) -> int:
     return size
 
 
+def check_model(model: object, function: str, remedy: str) -> None:
+    """Raise TypeError, with the remedy, unless it is a model of transformers."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{function}() needs a model of transformers, but got a {type(model).__name__}: {remedy}"
+        )
+
+
 def check_config(file: GgufFile, model: Any) -> Architecture:
     """Find the architecture of a file, and compare its metadata with the config of a model.
 
@@ -176,16 +188,38 @@ def check_config(file: GgufFile, model: Any) -> Architecture:
             differs = found is not None and found != wanted
         if differs:
             problems.append(f"{key} is {found!r}, but the config of the model has {wanted!r}")
-    scaling = file.metadata(f"{name}.rope.scaling.factor") or 1.0
-    is_scaled = scaling != 1.0 or any(key in file.tensors for key in DERIVED)
-    if is_scaled != (config.rope_parameters["rope_type"] != "default"):
+    if architecture.interleaves and file.metadata(f"{name}.attention.head_count") is None:
         problems.append(
-            f"its rotations are {'' if is_scaled else 'not '}scaled, but the config of the model "
-            f"has rope_parameters={config.rope_parameters}"
+            f"it has no {name}.attention.head_count, on which the order of rows depends"
         )
+    problems += _rotation_differences(file, name, config.rope_parameters)
     if problems:
         raise ValueError(
             f"{file.path} is not a file of this model; make the model from the config of the "
             f"original checkpoint:\n  " + "\n  ".join(problems)
         )
     return architecture
+
+
+def _rotation_differences(file: GgufFile, name: str, parameters: Any) -> list[str]:
+    """How the scaling of rotations (RoPE) in a file differs from that of a config."""
+    kind = file.metadata(f"{name}.rope.scaling.type") or "none"
+    factor = file.metadata(f"{name}.rope.scaling.factor") or file.metadata(
+        f"{name}.rope.scale_linear"
+    )
+    if any(key in file.tensors for key in DERIVED):
+        kind = "llama3" if "rope_freqs.weight" in file.tensors else "longrope"
+    elif kind == "none":
+        kind = "default" if factor in (None, 0.0, 1.0) else "linear"
+    wanted = parameters["rope_type"]
+    if kind != wanted:
+        return [
+            f"its rotations are scaled by {kind!r}, but the config of the model has "
+            f"rope_parameters={parameters}"
+        ]
+    if kind in ("linear", "yarn") and factor != parameters["factor"]:
+        return [
+            f"its rotations are scaled by the factor {factor}, but the config of the model has "
+            f"{parameters['factor']}"
+        ]
+    return []

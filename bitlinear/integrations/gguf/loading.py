@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...arguments import check_act_bits, check_eps
-from ...filling import PackedTensors, fill
+from ...filling import PackedTensors, fill, unchanged_on_error
+from .architectures import check_model
 from .reader import GgufFile
 from .sources import Source, check_sources, computed_buffers, find_sources, read_into
 from .ternary import check_i2_s_layout, read_ternary
@@ -48,7 +49,7 @@ def load(
 
     On the meta device the model takes no memory before the load, and is on the CPU after it.
     Other models keep their devices, and their old values until the new ones are read. Beyond the
-    tensors themselves, the load takes a few MB.
+    tensors themselves, which are read into the memory of the CPU first, the load takes a few MB.
 
     Args:
         path: The file.
@@ -71,11 +72,7 @@ def load(
     check_i2_s_layout(i2_s_layout)
     check_act_bits(act_bits)
     check_eps(eps, act_bits)
-    if not hasattr(model, "config"):
-        raise TypeError(
-            f"load() needs a model of transformers, but got a {type(model).__name__}: tensors() "
-            f"reads the ternary tensors for any other"
-        )
+    check_model(model, "load", "tensors() reads the ternary tensors for any other")
     file = GgufFile(path)
     sources = find_sources(file, model)
     ternary = check_sources(file, model, sources, i2_s_layout)
@@ -89,11 +86,13 @@ def load(
     dense = _read_floats(
         file, model, {n: s for n, s in sources.items() if n not in ternary}, packed
     )
-    for module, name, buffer in buffers:
-        module._buffers[name] = buffer
     tensors = {name: PackedTensors(t.w_packed, t.w_scale) for name, t in packed.items()}
+    with unchanged_on_error(model):
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
+        fill(model, tensors, dense, source=str(path), act_bits=act_bits, eps=eps)
     _logger.info("%s: loaded %d deployed layers", path, len(ternary))
-    return fill(model, tensors, dense, source=str(path), act_bits=act_bits, eps=eps)
+    return model
 
 
 @torch.inference_mode(False)  # Nothing could be loaded into tensors made in inference mode.

@@ -71,7 +71,9 @@ class GgufFile:
         _check_start(self.path)
         try:
             self._reader = _Reader(self.path)
-        except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
+        except (
+            *(ValueError, IndexError, KeyError, OverflowError, RecursionError, struct.error),
+        ) as error:
             raise ValueError(
                 f"{path} is damaged or cut off: its header cannot be read ({error}); {_DAMAGED}"
             ) from error
@@ -113,7 +115,7 @@ class GgufFile:
         return torch.from_numpy(np.array(self._reader.data[begin : begin + info.type.tail]))
 
     def _check_metadata(self) -> None:
-        if (self.metadata("split.count") or 1) > 1:
+        if self.metadata("split.count") not in (None, 0, 1):
             raise ValueError(
                 f"{self.path} is one of {self.metadata('split.count')} parts of a model: merge "
                 f"them with llama-gguf-split --merge"
@@ -132,6 +134,8 @@ class GgufFile:
         file_size = len(self._reader.data)
         starts = sorted({start for *_, start in entries} | {file_size})
         next_start = dict(zip(starts, starts[1:]))
+        if len(starts) <= len(entries) and len({name for name, *_ in entries}) == len(entries):
+            raise ValueError(f"{self.path}: two tensors lie at the same place: {_DAMAGED}")
         tensors: dict[str, TensorInfo] = {}
         for name, number, shape, start in entries:
             where = f"{self.path}: tensor {name}"

@@ -13,8 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ... import packing
 from ...linear import BitLinear
-from .architectures import ARCHITECTURES, Architecture, file_name, file_order, part_of, settings
+from .architectures import (
+    ARCHITECTURES,
+    Architecture,
+    check_model,
+    file_name,
+    file_order,
+    part_of,
+    settings,
+)
 from .codecs import BLOCK, encode_tq2_0
 from .ternary import factor_name
 
@@ -61,21 +70,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             has every reason; no file is written.
         OSError: The file cannot be written.
     """
-    config: Any = getattr(model, "config", None)
-    if config is None:
-        raise TypeError(
-            f"save() needs a model of transformers, but got a {type(model).__name__}: save its "
-            f"state_dict instead"
-        )
+    check_model(model, "save", "save its state_dict instead")
+    config: Any = model.config
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
         raise ValueError(
             f"models of type {config.model_type!r} cannot be saved as GGUF: only those of the "
             f"types {sorted({a.model_type for a in ARCHITECTURES.values()})}"
         )
-    problems = _why_not_computable(config, architecture)
+    tensors, problems = _tensors(model)
+    problems = _why_not_computable(config, architecture) + problems
     entries: list[_Entry] = []
-    for name, tensor, owner in _tensors(model):
+    for name, tensor, owner in tensors:
         try:
             entries += _entries(name, tensor, owner, architecture, config)
         except ValueError as error:
@@ -87,6 +93,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if problems:
         raise ValueError("the model cannot be saved as GGUF:\n  " + "\n  ".join(problems))
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory: give the path of a file")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         _write(temporary, config, entries)
@@ -113,18 +121,39 @@ def _why_not_computable(config: Any, architecture: Architecture) -> list[str]:
     return problems
 
 
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor, nn.Module]]:
-    """All weights once, with their names and owners; a deployed layer counts as its weight."""
-    found: dict[int, tuple[str, Tensor, nn.Module]] = {}
-    for prefix, module in model.named_modules():
+def _tensors(model: nn.Module) -> tuple[list[tuple[str, Tensor, nn.Module]], list[str]]:
+    """All weights and biases with their names and owners, and what a file cannot hold.
+
+    A deployed layer counts as its packed weight. A head that is tied to the embedding is left out.
+    """
+    found: list[tuple[str, Tensor, nn.Module]] = []
+    problems = []
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        transient = module._non_persistent_buffers_set
+        own = {**module._parameters, **module._buffers}
+        own = {key: t for key, t in own.items() if t is not None and key not in transient}
+        if not own:
+            continue
         if isinstance(module, BitLinear) and module.is_deployed:
-            found[id(module)] = (f"{prefix}.weight", module.w_packed, module)
-            if module.bias is not None:
-                found[id(module.bias)] = (f"{prefix}.bias", module.bias, module)
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                found.setdefault(id(parameter), (f"{prefix}.{key}", parameter, module))
-    return list(found.values())
+            own["weight"] = own.pop("w_packed")
+            del own["w_scale"]
+        if not _is_known(module) or own.keys() - {"weight", "bias"}:
+            problems.append(
+                f"{prefix} is a {type(module).__name__} with {', '.join(own)}, which a file cannot "
+                f"hold"
+            )
+            continue
+        if prefix == "lm_head" and own["weight"] is embedding:
+            continue
+        found += [(f"{prefix}.{key}", t, module) for key, t in own.items() if t is not None]
+    return found, problems
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether it computes what llama.cpp does with such tensors."""
+    is_norm = type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.Linear)
+    return type(module) in (nn.Linear, nn.Embedding) or isinstance(module, BitLinear) or is_norm
 
 
 def _entries(
@@ -171,6 +200,10 @@ def _packed_entries(
             f"{layer_name} has {layer.in_features} in_features, but TQ2_0 needs a multiple of "
             f"{BLOCK}"
         )
+    try:
+        packing.check_packed(layer.w_packed, layer.in_features)
+    except ValueError as error:
+        raise ValueError(f"{layer_name}: {error}") from error
     w_scale = layer.w_scale.detach().cpu()
     halves = w_scale.to(torch.float16)
     factors: list[_Entry] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ class RowScales:
     """The scales of the blocks of a tensor, reduced to two numbers for each row.
 
     Only blocks with a weight other than 0 count: the scale of the others means nothing, and
-    encoders write 0 for it.
+    encoders write 0 for it. But every scale must be finite.
 
     Args:
         name: The name of the tensor, for errors.
@@ -19,8 +21,9 @@ class RowScales:
 
     def __init__(self, name: str, rows: int) -> None:
         self._name = name
-        self._lowest = torch.full((rows,), torch.inf, device="cpu")
-        self._highest = torch.zeros(rows, device="cpu")
+        options: Any = {"dtype": torch.float32, "device": "cpu"}
+        self._lowest = torch.full((rows,), torch.inf, **options)
+        self._highest = torch.zeros(rows, **options)
 
     def add(self, first: int, scales: Tensor, used: Tensor) -> None:
         """Add rows.
@@ -61,7 +64,7 @@ class RowScales:
         """
         used = self._highest > 0
         if not bool(used.any()):
-            return torch.ones(1, device="cpu")
+            return torch.ones(1, dtype=torch.float32, device="cpu")
         different = used & (self._lowest != self._highest)
         if bool(different.any()):
             row = int(different.nonzero()[0])

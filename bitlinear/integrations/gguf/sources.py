@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...linear import BitLinear
+from ...ternary_layer import TernaryLayer
 from .architectures import DERIVED, check_config, file_name, file_order
 from .reader import GgufFile, TensorInfo
 from .ternary import check_ternary, check_type, factor_name, read_factor
@@ -40,6 +40,16 @@ def find_sources(file: GgufFile, model: Any) -> dict[str, Source]:
         ValueError: A parameter has no source, or a tensor of the file no parameter.
     """
     architecture = check_config(file, model)
+    deployed = [n for n, m in model.named_modules() if isinstance(m, TernaryLayer)]
+    if deployed:
+        raise ValueError(
+            f"the model has layers of bitlinear already, such as {deployed[0]}: load into a model "
+            f"as its class makes it"
+        )
+    if not hasattr(model, "lm_head"):
+        raise ValueError(
+            f"{type(model).__name__} has no head: pass the model for causal language modelling"
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sources: dict[str, Source] = {}
     used, missing = set(DERIVED), []
@@ -91,9 +101,10 @@ def check_sources(
 
 
 def _check_shape(name: str, info: TensorInfo, owner: nn.Module) -> None:
-    if isinstance(owner, BitLinear):
+    if isinstance(owner, TernaryLayer):
         raise ValueError(
-            f"{name} belongs to a BitLinear: load into a model without them, as its class makes it"
+            f"{name} belongs to a {type(owner).__name__} of bitlinear: load into a model without "
+            f"them, as its class makes it"
         )
     shape = tuple(owner._parameters[name.rpartition(".")[2]].shape)  # type: ignore[union-attr]
     if shape != info.shape:
@@ -146,7 +157,10 @@ def computed_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
             )
         with torch.device("cpu"), torch.inference_mode(False):
             fresh = type(module)(module.config)
-        found += [(module, name, fresh.get_buffer(name)) for name in names]
+        found += [
+            (module, name, fresh.get_buffer(name).to(module.get_buffer(name).dtype))
+            for name in names
+        ]
     return found
 
 

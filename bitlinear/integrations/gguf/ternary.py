@@ -88,7 +88,7 @@ def check_ternary(file: GgufFile, info: TensorInfo, i2_s_layout: str | None) -> 
     if len(info.shape) != 2:
         raise ValueError(
             f"{info.name}: a ternary tensor must have 2 dimensions, but its shape is "
-            f"{list(info.shape)}: experts are not supported by this version"
+            f"{list(info.shape)}: vectors and experts are not supported by this version"
         )
     if info.type.name == "I2_S":
         if i2_s_layout is None:

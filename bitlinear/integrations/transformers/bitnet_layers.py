@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ... import packing
 from ...conversion.repacking import check_codes, repack
-from ...conversion.ternary import NotTernary, find_scales
+from ...conversion.ternary import NotTernary, Scales, check_signs, find_scales, scale_factor
 from ...conversion.ternary import pack as pack_signs
 from .layers import BITNET_EPS
 
@@ -43,10 +43,22 @@ class Source(ABC):
         if any(tensor.is_meta for tensor in layer.state_dict().values()):
             return "it is on the meta device: load its weights first, without offloading"
         try:
+            self._check_bias()
             self.check()
         except (TypeError, ValueError) as error:
             return str(error)
         return ""
+
+    def _check_bias(self) -> None:
+        bias = getattr(self.layer, "bias", None)
+        if bias is None:
+            return
+        if not isinstance(bias, Tensor) or not bias.is_floating_point():
+            raise TypeError(f"bias must be a floating-point tensor, but it is {bias!r:.80}")
+        if list(bias.shape) != [self.layer.out_features]:
+            raise ValueError(
+                f"bias must have shape {[self.layer.out_features]}, but it has {list(bias.shape)}"
+            )
 
     def check(self) -> None:
         """Raise TypeError or ValueError unless the layer's tensors can be converted."""
@@ -63,35 +75,28 @@ class Source(ABC):
     def bias(self, w_scale: Tensor) -> Tensor | None:
         """What the layer adds to a scaled product, as a new tensor; or None."""
         # In fp32: the kernels add it in fp32, and its product with the scale has more than 8 bits.
-        bias = self.layer.bias
+        bias = getattr(self.layer, "bias", None)
         return None if bias is None else bias.detach().to(torch.float32, copy=True)
 
 
 class _Stored(Source):
     """A layer with ternary weights, and their scales in ``weight_scale``."""
 
+    divides = False
+
     def check(self) -> None:
-        scale = self.layer.weight_scale
-        out_features = self.layer.out_features
-        if scale.numel() != 1 and list(scale.squeeze().shape) != [out_features]:
-            raise ValueError(
-                f"weight_scale must be one number, or one for each of {out_features} output "
-                f"features, but it has shape {list(scale.shape)}"
-            )
-        used = self._factor()
-        if not bool((used.isfinite() & (used > 0)).all()):
-            raise ValueError(
-                f"weight_scale must be positive, but it is {_first_bad(scale)}: the file is damaged"
-            )
+        self._factor()
 
     def _factor(self) -> Tensor:
         """``weight_scale`` as a factor of the product: fp32, shape ``(1,)`` or ``(N, 1)``."""
-        stored = self.layer.weight_scale.detach().float()
-        return cast(Tensor, stored.reshape((1,) if stored.numel() == 1 else (-1, 1)).clone())
+        layer = self.layer
+        return scale_factor(layer.weight_scale, layer.out_features, self.divides, "weight_scale")
 
 
 class _Packed(_Stored):
     """``BitLinear`` of transformers: packed weights; it divides by ``weight_scale``."""
+
+    divides = True
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
@@ -100,9 +105,6 @@ class _Packed(_Stored):
     def check(self) -> None:
         super().check()
         check_codes(self.layer.weight, self.layer.out_features, self.layer.in_features)
-
-    def _factor(self) -> Tensor:
-        return 1.0 / super()._factor()  # rounded once, in fp32
 
     def weights(self) -> tuple[Tensor, Tensor]:
         layer = self.layer
@@ -115,14 +117,13 @@ class _Offline(_Stored):
     def check(self) -> None:
         Source.check(self)
         super().check()
-        for first, rows in packing.enumerate_chunks(self.layer.weight):
-            if not torch.equal(rows, rows.sign()):
-                row, column = (int(i) for i in (rows != rows.sign()).nonzero()[0])
-                raise ValueError(
-                    f"weight[{first + row}, {column}] is {rows[row, column].item()}, but weights "
-                    f"of quantization_mode='offline' are -1, 0 or 1: if they are not quantised "
-                    f"yet, load them with quantization_mode='online'"
-                )
+        try:
+            check_signs(self.layer.weight.detach())
+        except ValueError as error:
+            raise ValueError(
+                f"{error} in quantization_mode='offline': if the weights are not quantised yet, "
+                f"load them with quantization_mode='online'"
+            ) from error
 
     def weights(self) -> tuple[Tensor, Tensor]:
         return pack_signs(self.layer.weight.detach()), self._factor()
@@ -190,27 +191,31 @@ class _Custom(Source):
             raise ValueError(
                 f"it has modules other than a norm, whose use is unknown: {', '.join(others)}"
             )
-        scales = find_scales(self._quantized())
-        if isinstance(scales, NotTernary):
-            raise ValueError(
-                f"its weight is not ternary after the function for it: {scales.reason}"
-            )
+        self._quantize()
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        quantized = self._quantized()
-        scales = find_scales(quantized)
-        assert not isinstance(scales, NotTernary)
+        quantized, scales = self._quantize()
         return pack_signs(quantized), scales.values.clone()
 
-    def _quantized(self) -> Tensor:
+    def _quantize(self) -> tuple[Tensor, Scales]:
         weight = self.layer.weight.detach()
-        quantized = self._quantizer(weight.clone())  # Such functions like to work in place.
+        try:
+            quantized = self._quantizer(weight.clone())  # Such functions like to work in place.
+        except Exception as error:
+            raise ValueError(
+                f"the function for its weight raised {type(error).__name__}: {error}"
+            ) from error
         if quantized.shape != weight.shape or not quantized.is_floating_point():
             raise ValueError(
                 f"the function for its weight must return a floating-point tensor of shape "
                 f"{list(weight.shape)}, but it returned {quantized.dtype}, {list(quantized.shape)}"
             )
-        return quantized
+        scales = find_scales(quantized)
+        if isinstance(scales, NotTernary):
+            raise ValueError(
+                f"its weight is not ternary after the function for it: {scales.reason}"
+            )
+        return quantized, scales
 
 
 class _Unknown(Source):
@@ -248,9 +253,3 @@ def _source(module: Any, quantizers: WeightQuantizers) -> Source | None:
     if isinstance(module, (bitnet.BitLinear, bitnet.AutoBitLinear)):
         return _Unknown(module)
     return None
-
-
-def _first_bad(scale: Tensor) -> str:
-    values = scale.detach().float().flatten()
-    bad = values[~(values.isfinite() & (values > 0))]
-    return f"{float(bad[0] if len(bad) else values[0]):g}"

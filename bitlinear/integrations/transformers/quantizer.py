@@ -145,7 +145,7 @@ class BitLinearQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _unshared_state(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The state of ``model`` with a copy for each layer that shares its tensors.
+    """The state of ``model``, in which layers share no tensors: all but the first get copies.
 
     transformers refuses to save shared tensors, unless the class of the model declares them.
 
@@ -160,7 +160,10 @@ def _unshared_state(model: PreTrainedModel) -> dict[str, Tensor] | None:
     if not any(count > 1 for count in users.values()):
         return None
     state: dict[str, Tensor] = model.state_dict()
+    seen: set[int] = set()
     for name, tensor in state.items():
         if name.endswith((".w_packed", ".w_scale")):
-            state[name] = tensor.clone()
+            if tensor.data_ptr() in seen:
+                state[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
     return state

@@ -220,6 +220,7 @@ class Gated(Projection):
         (Projection, lambda w: w, r"not ternary after the function for it: .*several magnitudes"),
         (Projection, lambda w: w[:4], r"must return .* \[8, 8\], but it returned .* \[4, 8\]"),
         (Gated, weight_quant, "modules other than a norm, whose use is unknown: gate"),
+        (Projection, lambda w: w @ w[:4], "the function for its weight raised RuntimeError: "),
     ],
 )
 def test_functions_for_own_classes_are_checked(kind, function, message):
@@ -290,13 +291,21 @@ WRONG = [
     (lambda: damaged(lambda layer: setattr(layer, "forward", layer.forward)), "without offload"),
     (lambda: Subclass(8, 8, bias=False), "it is a Subclass"),
     (
+        lambda: damaged(lambda layer: setattr(layer, "bias", torch.zeros(1, 10))),
+        r"bias must have shape \[10\], but it has \[1, 10\]",
+    ),
+    (
+        lambda: damaged(lambda layer: setattr(layer, "bias", torch.zeros(10, dtype=torch.int32))),
+        "bias must be a floating-point tensor",
+    ),
+    (
         lambda: damaged_float(
             lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(2, 8)))
         ),
         r"weight must have shape \[4, 8\], but it has \[2, 8\]",
     ),
     (lambda: float_layer(torch.full((4, 8), 0.5), scale=1.0), r"weight\[0, 0\] is 0\.5, but"),
-    (lambda: float_layer(torch.full((4, 8), float("nan")), scale=1.0), "is nan, but weights of"),
+    (lambda: float_layer(torch.full((4, 8), float("nan")), scale=1.0), "is nan, but it must be"),
     (lambda: float_layer(torch.full((4, 8), float("inf"))), "NaN, infinite"),
 ]
 
