@@ -147,7 +147,8 @@ def check_model(model: object, function: str, remedy: str) -> None:
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"{function}() needs a model of transformers, but got a {type(model).__name__}: {remedy}"
+            f"{function}() needs a model of transformers, but got a {type(model).__name__}: "
+            f"{remedy}"
         )
 
 

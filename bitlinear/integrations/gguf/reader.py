@@ -135,7 +135,7 @@ class GgufFile:
         starts = sorted({start for *_, start in entries} | {file_size})
         next_start = dict(zip(starts, starts[1:]))
         if len(starts) <= len(entries) and len({name for name, *_ in entries}) == len(entries):
-            raise ValueError(f"{self.path}: two tensors lie at the same place: {_DAMAGED}")
+            raise ValueError(f"{self.path} is damaged: two tensors lie at one place; {_DAMAGED}")
         tensors: dict[str, TensorInfo] = {}
         for name, number, shape, start in entries:
             where = f"{self.path}: tensor {name}"

@@ -128,7 +128,7 @@ def _tensors(model: nn.Module) -> tuple[list[tuple[str, Tensor, nn.Module]], lis
     """
     found: list[tuple[str, Tensor, nn.Module]] = []
     problems = []
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     for prefix, module in model.named_modules(remove_duplicate=False):
         transient = module._non_persistent_buffers_set
         own = {**module._parameters, **module._buffers}

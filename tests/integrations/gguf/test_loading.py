@@ -215,7 +215,7 @@ def test_a_model_made_in_inference_mode(tmp_path):
 def test_derived_factors_of_rotations_need_the_config(tmp_path):
     writer = write_model(tmp_path / "x.gguf", "llama", ternary_model("llama"))
     path = writer.add("rope_freqs.weight", np.ones(16, np.float32)).write()
-    with pytest.raises(ValueError, match="its rotations are scaled, but the config"):
+    with pytest.raises(ValueError, match=r"scaled by .llama3., but"):
         integration.load(path, make("llama"))
     scaled = {
         "rope_type": "llama3",
@@ -323,7 +323,11 @@ def test_invalid_weights_change_nothing(tmp_path):
 
 def test_layers_of_other_classes_are_refused(tmp_path):
     path = write_model(tmp_path / "x.gguf", "qwen3", ternary_model("qwen3")).write()
-    assert_refused(path, bitlinear.convert(make("qwen3")), "belongs to a BitLinear: load into")
+    assert_refused(
+        path,
+        bitlinear.convert(make("qwen3")),
+        "has layers of bitlinear already, such as .*: load into",
+    )
 
     class Other(nn.Linear):
         pass
@@ -347,3 +351,72 @@ def test_the_number_of_layers_is_logged(tmp_path, caplog):
     path = write_model(tmp_path / "x.gguf", "qwen3", ternary_model("qwen3")).write()
     integration.load(path, make("qwen3"))
     assert "x.gguf: loaded 14 deployed layers" in caplog.text
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (LINEAR, ""),
+        ({**LINEAR, "factor": 4.0}, "scaled by the factor 8.0, but the config .* has 4.0"),
+        ({**LINEAR, "rope_type": "yarn"}, "scaled by 'linear', but the config"),
+        (None, "scaled by 'linear', but the config"),
+    ],
+)
+def test_scaled_rotations_must_be_those_of_the_config(parameters, message, tmp_path):
+    writer = write_model(tmp_path / "x.gguf", "llama", ternary_model("llama"))
+    writer.writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.writer.add_rope_scaling_factor(8.0)
+    path = writer.write()
+    options = {} if parameters is None else {"rope_parameters": parameters}
+    if message:
+        assert_refused(path, make("llama", **options), message)
+    else:
+        integration.load(path, make("llama", **options))
+
+
+def test_another_default_dtype(tmp_path):
+    model = ternary_model("llama", scale=0.0159690)
+    path = write_model(tmp_path / "x.gguf", "llama", model).write()
+    wanted = {tensor.name: tensor.w_scale for tensor in integration.tensors(path)}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for tensor in integration.tensors(path):
+            oracle.assert_same_bits(tensor.w_scale, wanted[tensor.name])
+        loaded = integration.load(path, make("llama", dtype=torch.bfloat16))
+    finally:
+        torch.set_default_dtype(before)
+    for name, layer in loaded.named_modules():
+        if isinstance(layer, bitlinear.BitLinear):
+            assert layer.w_scale.dtype == torch.float32, name
+
+
+def test_rotations_on_the_meta_device_keep_their_dtype(tmp_path):
+    path = write_model(tmp_path / "x.gguf", "llama", ternary_model("llama")).write()
+    models = [make("llama", device=device).bfloat16() for device in ("cpu", "meta")]
+    logits = [integration.load(path, model).eval()(IDS).logits for model in models]
+    oracle.assert_same_bits(*logits)
+
+
+def test_an_error_late_in_a_load_changes_nothing(tmp_path):
+    """Buffers of rotations are computed before layers are replaced."""
+    path = write_model(tmp_path / "x.gguf", "llama", ternary_model("llama")).write()
+    model = make("llama", device="meta")
+    model.model.layers[0].mlp.up_proj.register_buffer("extra", torch.zeros(1), persistent=False)
+    with pytest.raises(ValueError, match=r"that nn\.Linear does not have: extra"):
+        integration.load(path, model)
+    assert all(t.is_meta for name, t in model.named_buffers() if "extra" not in name)
+
+
+def test_models_without_a_head_and_deployed_ones_are_refused(tmp_path):
+    path = write_model(tmp_path / "x.gguf", "llama", ternary_model("llama")).write()
+    with pytest.raises(ValueError, match="LlamaModel has no head: pass the model for causal"):
+        integration.load(path, make("llama").model)
+    loaded = integration.load(path, make("llama"))
+    with pytest.raises(ValueError, match="the model has layers of bitlinear already"):
+        integration.load(path, loaded)
+    with pytest.raises(TypeError, match="needs a model of transformers, but got a Linear"):
+        integration.load(path, nn.Linear(2, 2))

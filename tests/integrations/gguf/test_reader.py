@@ -136,3 +136,18 @@ def test_a_name_that_is_there_twice_is_refused(path):
     path.write_bytes(data.replace(name, struct.pack("<Q", 8) + b"a.weight"))
     with pytest.raises(ValueError, match=r"tensor a\.weight is in the file twice"):
         integration.tensors(path)
+
+
+def test_two_tensors_at_one_place_are_refused(tmp_path):
+    """The offset of the second one is changed to that of the first, which is 0."""
+    t = np.ones((4, 256), np.int64)
+    writer = Writer(tmp_path / "x.gguf")
+    path = writer.add_ternary("a.weight", t, 1.0, "TQ2_0").add_ternary("b.weight", t, 1.0, "TQ2_0")
+    data = bytearray(path.write().read_bytes())
+    size = 66 * 4
+    aligned = -(-size // 32) * 32
+    at = data.index(aligned.to_bytes(8, "little"), data.index(b"b.weight"))
+    data[at : at + 8] = bytes(8)
+    (tmp_path / "x.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged: two tensors lie at one place"):
+        list(integration.tensors(tmp_path / "x.gguf"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as prune_weights
 
 import bitlinear
 from bitlinear import BitLinear, packing
@@ -269,3 +270,62 @@ def test_an_error_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
         integration.save(deploy(make("qwen3")), path)
     assert [file.name for file in tmp_path.iterdir()] == ["x.gguf"]
     assert path.read_bytes() == b"old"
+
+
+def share_a_layer(model):
+    model.model.layers[1].self_attn.q_proj = model.model.layers[0].self_attn.q_proj
+
+
+def share_a_norm(model):
+    first, second = (layer.input_layernorm for layer in model.model.layers)
+    second.weight = first.weight
+
+
+@pytest.mark.parametrize("share", [share_a_layer, share_a_norm])
+def test_shared_tensors_are_written_for_each_name(share, tmp_path):
+    model = deploy(make("llama"))
+    share(model)
+    integration.save(model, tmp_path / "x.gguf")
+    loaded = integration.load(tmp_path / "x.gguf", make("llama"), eps=1e-6).eval()
+    oracle.assert_same_bits(logits(loaded), logits(model))
+
+
+def embed_ternary(model, deploys):
+    embedding = bitlinear.Embedding.from_embedding(model.model.embed_tokens)
+    model.model.embed_tokens = embedding.deploy() if deploys else embedding
+
+
+def prune(model):
+    prune_weights.l1_unstructured(model.lm_head, "weight", 0.5)
+
+
+def damage(model):
+    model.model.layers[1].mlp.up_proj.w_packed[0, 0] = 0xFF
+
+
+def use_bitnet_layer(model):
+    layer = transformers.integrations.bitnet.AutoBitLinear(512, 256, online_quant=True)
+    model.model.layers[0].mlp.down_proj = layer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: embed_ternary(model, True), "embed_tokens is a Embedding with w"),
+        (lambda model: embed_ternary(model, False), "embed_tokens is a Embedding with w"),
+        (prune, "lm_head is a Linear with .*weight_orig"),
+        (damage, r"layers\.1\.mlp\.up_proj: .*invalid code 3"),
+        (use_bitnet_layer, r"layers\.0\.mlp\.down_proj is a AutoBitLinear"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused(change, message, tmp_path):
+    model = deploy(make("llama"))
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        integration.save(model, tmp_path / "x.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_is_no_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="give the path of a file"):
+        integration.save(deploy(make("llama")), tmp_path)

@@ -201,7 +201,9 @@ def test_tensors_come_one_at_a_time_in_the_order_of_the_file(tmp_path):
 def test_experts_are_refused(tmp_path):
     data = quantize(oracle.ternary(8, 256), 1.0, "TQ2_0").reshape(2, 4, 66)
     path = Writer(tmp_path / "x.gguf").add("e.weight", data, "TQ2_0").write()
-    with pytest.raises(ValueError, match=r"e\.weight: .*2 dimensions, .*\[2, 4, 256\]: experts"):
+    with pytest.raises(
+        ValueError, match=r"e\.weight: .*2 dimensions, .*\[2, 4, 256\]: vectors and experts"
+    ):
         integration.tensors(path)
 
 
