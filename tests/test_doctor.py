@@ -326,6 +326,7 @@ def test_verbose_json_has_what_the_verbose_text_has(warm: Path) -> None:
     assert not {"builds", "environment"} & healthy().to_json().keys()
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_is_no_error(warm: Path) -> None:
     command = f"{sys.executable} -m bitlinear.doctor; echo $? >&2"
     done = subprocess.run(
@@ -359,6 +360,7 @@ def test_looking_does_not_compile(tmp_path: Path) -> None:
     assert not list(root.glob("*/*/meta.json"))
 
 
+@pytest.mark.slow
 def test_cleaning_does_not_compile_first(warm: Path, tmp_path: Path) -> None:
     done = run("--clean", BITLINEAR_CACHE_DIR=str(tmp_path / "cold"))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"0 deleted: {tmp_path}/cold\n", "")
@@ -408,6 +410,7 @@ def test_an_option_that_does_not_exist_compiles_nothing(tmp_path: Path) -> None:
     assert "compiling" not in done.stderr
 
 
+@pytest.mark.slow
 def test_kernels_that_are_required_and_missing_are_broken(tmp_path: Path) -> None:
     """The import raises then, and the doctor says so without doing it."""
     root = tmp_path / "cache"
@@ -432,6 +435,7 @@ def test_kernels_that_are_required_are_available_only_from_the_cache(warm: Path)
     assert any(kernel["code"] == "not-cached" for kernel in others)
 
 
+@pytest.mark.slow
 def test_nothing_is_deleted_that_cannot_be_compiled_again(warm: Path) -> None:
     done = run("--rebuild", BITLINEAR_CACHE_DIR=str(warm), PATH="/nonexistent", CXX="")
     assert done.returncode == 2

@@ -158,7 +158,7 @@ def test_a_trace_follows_the_weights(make):
 @both_forms
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_a_script_is_rejected(make):
-    with pytest.raises(NotImplementedError, match=r"cannot compile a BitLinear: use torch\.export"):
+    with pytest.raises(NotImplementedError, match=r"cannot compile BitLinear: use torch\.export"):
         torch.jit.script(nn.Sequential(make(20, 6)))
 
 

@@ -92,6 +92,7 @@ def test_a_kernel_that_the_system_refuses_gives_way_to_the_next(half: Path, tmp_
     assert "refuses this process a CPU feature that kernel0 needs" in loaded.verdicts[0].reason
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_machine_is_tried_again(
     half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def _raise(*arguments: object, **named: object) -> None:
     raise RuntimeError("injected")
 
 
+@pytest.mark.slow
 def test_whatever_raises_the_import_ends_well(
     ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
