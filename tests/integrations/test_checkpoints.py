@@ -277,7 +277,7 @@ def test_an_exception_in_a_hook_leaves_the_model_as_it_was():
         raise KeyError("in the hook")
 
     model = Model()
-    model.head.register_load_state_dict_pre_hook(fail)
+    model.head._register_load_state_dict_pre_hook(fail)
     before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
     with pytest.raises(KeyError, match="in the hook"):
         checkpoints.load(make_state("tetra-vpr")[0], model, "tetra-vpr")
