@@ -247,7 +247,7 @@ def _check_metadata(layer: Packable, metadata: dict[str, Any], w_scale: Tensor |
         if saved != value:
             raise ValueError(
                 f"it was saved by a layer with {name}={saved!r}, but this one has "
-                f"{name}={value!r}: make the layer with the {name} of the state"
+                f"{name}={value!r}: make the layer with the {name} of the state, or assign it"
             )
 
 

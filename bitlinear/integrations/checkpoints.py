@@ -124,10 +124,10 @@ def _read(path: Path) -> Any:
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{path} cannot be read as a state that torch.save wrote ({reason}): if it holds a "
-            f"whole module, load it with the project's own code, and pass its state_dict()"
+            f"{path} cannot be read as a state that torch.save wrote ({type(error).__name__}): if "
+            f"it holds other objects than tensors (a module, hyperparameters), load it with the "
+            f"project's own code, and pass the state"
         ) from error
     # Lightning has the state inside of its own dictionary.
     return state["state_dict"] if isinstance(state, dict) and "state_dict" in state else state
@@ -178,7 +178,10 @@ def _translate(
         except (AttributeError, TypeError, ValueError) as error:
             problems.append(f"{name}: {error}")
     if problems:
-        raise ValueError(f"{source} cannot be loaded:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            f"{source} cannot be loaded; its names must be those of the model, without a prefix:"
+            f"\n  " + "\n  ".join(problems)
+        )
     return packed, tensors
 
 

@@ -12,7 +12,7 @@ from ...conversion.replacement import CALL_HOOKS, find_parents, set_child
 from ...linear import BitLinear
 from .bitnet_layers import Source, WeightQuantizers, bitnet_layers
 from .config import METHOD
-from .layers import BITNET_EPS, empty_layer, pretrained_models
+from .layers import BITNET_EPS, bitlinear_layers, empty_layer, pretrained_models
 from .quantizer import attach
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def convert(model: _Model, *, weight_quantizers: WeightQuantizers | None = None)
             f"place: pass the model that holds this layer"
         )
     if not layers:
+        if any(layer.is_deployed for layer in bitlinear_layers(model).values()):
+            raise ValueError(f"this {type(model).__name__} is converted already")
         raise ValueError(
             f"this {type(model).__name__} has no BitNet layer: for nn.Linear layers use "
             f"bitlinear.convert, or bitlinear.pack if their weights are ternary already; for "
