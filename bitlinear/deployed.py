@@ -16,7 +16,7 @@ from .autograd import CPU_MULTIPLIES_BF16, Function, backward_dtype, without_aut
 # The size of a block of expanded weights on a CPU. malloc keeps blocks of this size for the next
 # call. Larger ones it gets from the system, which clears them in every call; that takes as long as
 # a third of the product.
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 24 << 20
 
 
 def deployed_linear(
@@ -85,8 +85,8 @@ def input_gradient(grad: Tensor, w_packed: Tensor, w_scale: Tensor, in_features:
             dtype = grad.dtype
         columns: int = in_features
         if device_type == "cpu":
-            column_bytes = max(1, len(w_packed)) * dtype.itemsize
-            columns = max(_BLOCK_BYTES // column_bytes // 64, 1) * 64
+            count = len(w_packed) * in_features * dtype.itemsize // _BLOCK_BYTES + 1
+            columns = ((in_features - 1) // count // 64 + 1) * 64  # blocks of about one size
         blocks = []
         for first in range(0, in_features, columns):
             width = min(columns, in_features - first)
