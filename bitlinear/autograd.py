@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Whether this CPU has instructions with which torch multiplies matrices of bf16. (The functions are
-# those of torch 2.6.)
+# Whether this CPU has instructions with which torch multiplies matrices of bf16. (torch has these
+# functions since 2.6.)
 CPU_MULTIPLIES_BF16 = any(
     getattr(torch.cpu, name, bool)()
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -87,11 +87,11 @@ def input_gradient(grad: Tensor, w_packed: Tensor, w_scale: Tensor, in_features:
         if device_type == "cpu":
             count = len(w_packed) * in_features * dtype.itemsize // _BLOCK_BYTES + 1
             columns = ((in_features - 1) // count // 64 + 1) * 64  # blocks of about one size
-        blocks = []
+        grad, blocks = grad.to(dtype), []
         for first in range(0, in_features, columns):
             width = min(columns, in_features - first)
             packed = w_packed[:, first // 4 : (first + width + 3) // 4]
-            blocks.append(grad.to(dtype) @ expand(packed, width, w_scale, dtype))
+            blocks.append(grad @ expand(packed, width, w_scale, dtype))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 

@@ -55,9 +55,9 @@ def why_not_linear(module: nn.Module) -> str:
 
 
 def why_not_embedding(module: nn.Module, *classes: type) -> str:
-    """Why a module might not compute the same as one of these classes or ``nn.Embedding``.
+    """Why a module might not compute the same as ``nn.Embedding`` or one of these, or ``""``.
 
-    The rule is that of :func:`why_not_linear`; ``""`` if it does.
+    :func:`why_not_linear` states the rule.
     """
     return _why_changed(module, {nn.Embedding, *classes}, "nn.Embedding")
 

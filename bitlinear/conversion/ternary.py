@@ -89,10 +89,7 @@ def find_scales(weight: Tensor) -> Scales | NotTernary:
         return Scales(scale, 1, 1.0, 0.0)
     lowest, highest = rows.lowest[used], rows.highest[used]
     if torch.equal(lowest, highest):
-        if bool((highest == highest[0]).all()):
-            scales = highest[:1]
-        else:
-            scales = torch.where(used, rows.highest, highest.max())[:, None]
+        scales = one_or_each(rows.highest, used)
         return _checked(scales, highest.unique().numel(), rows, 0.0)
 
     if weight.dtype in _HALF_DTYPES:
@@ -116,6 +113,23 @@ def find_scales(weight: Tensor) -> Scales | NotTernary:
         f"{int((lowest != highest).sum())} of {len(weight)} rows have several magnitudes, the "
         f"first of them from {float(lowest[row]):.6g} to {float(highest[row]):.6g}"
     )
+
+
+def one_or_each(scales: Tensor, used: Tensor) -> Tensor:
+    """One scale if all rows have the same one; otherwise one for each row.
+
+    Args:
+        scales: Shape ``(N,)``.
+        used: bool, shape ``(N,)``, at least one of them True: whether the row has a weight other
+            than 0. The scales of other rows mean nothing; they get the largest one.
+
+    Returns:
+        Shape ``(1,)`` or ``(N, 1)``.
+    """
+    largest = scales[used].max()
+    if bool((scales[used] == largest).all()):
+        return largest.reshape(1)
+    return torch.where(used, scales, largest)[:, None]
 
 
 def scale_factor(scale: Tensor, out_features: int, divides: bool, name: str) -> Tensor:

@@ -149,8 +149,14 @@ def _translate(
 ) -> tuple[dict[str, PackedTensors], dict[str, Tensor]]:
     """The packed weights by the names of the layers, and the other tensors."""
     suffix = f".{format.scale}"
+    # Another kind of module can have a tensor that is called a scale.
+    others = {
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear) and hasattr(module, format.scale)
+    }
     names = [key[: -len(suffix)] for key in tensors if key.endswith(suffix)]
-    names = [name for name in names if not _is_other(name, tensors, model, format)]
+    names = [name for name in names if name not in others]
     if not names:
         raise ValueError(
             f"{source} has no packed layer of this format: no linear layer has a {format.scale}; "
@@ -183,13 +189,6 @@ def _translate(
             f"\n  " + "\n  ".join(problems)
         )
     return packed, tensors
-
-
-def _is_other(name: str, tensors: Mapping[str, Tensor], model: nn.Module, format: Format) -> bool:
-    """Whether the model has another kind of module there, with a tensor that is called a scale."""
-    module = dict(model.named_modules()).get(name)
-    is_other = module is not None and not isinstance(module, nn.Linear)
-    return is_other and hasattr(module, format.scale)
 
 
 def _pack(weight: Tensor, format: Format, out_features: int, in_features: int) -> Tensor:

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bitlinear import BitLinear, runtime
-from scripts.bench import cuda_timing, machine, report, timing
+from bitlinear import BitLinear
+from scripts.bench import cuda_timing, report, timing
 from scripts.bench.arguments import Shape, parse_count, parse_seconds, parse_shape
 from scripts.bench.devices import DEVICES, Device
-from scripts.bench.train_step import compare
+from scripts.bench.train_step import compare, print_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,11 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for shape in options.shapes
         for dtype in options.dtypes
     ]
-    described = machine.describe(runtime.current().hardware, device.name)
-    threads = report.plural(torch.get_num_threads(), "thread")
-    print(f"{machine.display_name(described)}, {threads}, M = {options.tokens}\n")
-    cells = [tuple(row.values()) for row in rows]
-    print(report.markdown(tuple(rows[0]), cells, words=(report.SHAPE, "dtype")))
+    print_rows(rows, device, options.tokens, words=(report.SHAPE, "dtype"))
 
 
 if __name__ == "__main__":

@@ -120,6 +120,17 @@ def measure(
     return rows
 
 
+def print_rows(
+    rows: Sequence[dict[str, str]], device: Device, M: int, words: tuple[str, ...]
+) -> None:
+    """Print the machine and a table; ``words`` are the columns of words."""
+    described = machine.describe(runtime.current().hardware, device.name)
+    threads = report.plural(torch.get_num_threads(), "thread")
+    print(f"{machine.display_name(described)}, {threads}, M = {M}\n")
+    cells = [tuple(row.values()) for row in rows]
+    print(report.markdown(tuple(rows[0]), cells, words=words))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -138,11 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for shape in options.shapes
         for row in measure(shape, options.tokens, options.compile, options.budget, device)
     ]
-    described = machine.describe(runtime.current().hardware, device.name)
-    threads = report.plural(torch.get_num_threads(), "thread")
-    print(f"{machine.display_name(described)}, {threads}, M = {options.tokens}\n")
-    cells = [tuple(row.values()) for row in rows]
-    print(report.markdown(tuple(rows[0]), cells, words=(report.SHAPE, "layer")))
+    print_rows(rows, device, options.tokens, words=(report.SHAPE, "layer"))
 
 
 if __name__ == "__main__":

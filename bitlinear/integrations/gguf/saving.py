@@ -146,7 +146,7 @@ def _tensors(model: nn.Module) -> tuple[list[tuple[str, Tensor, nn.Module]], lis
             continue
         if prefix == "lm_head" and own["weight"] is embedding:
             continue
-        found += [(f"{prefix}.{key}", t, module) for key, t in own.items() if t is not None]
+        found += [(f"{prefix}.{key}", t, module) for key, t in own.items()]
     return found, problems
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...conversion.ternary import one_or_each
+
 
 class RowScales:
     """The scales of the blocks of a tensor, reduced to two numbers for each row.
@@ -74,12 +76,7 @@ class RowScales:
                 f"{int(different.sum())} of {len(used)} rows have them; scales for groups of "
                 f"inputs are not supported by this version"
             )
-        largest = self._highest.max()
-        if bool((self._highest[used] == largest).all()):
-            scales = largest.reshape(1)
-        else:
-            scales = torch.where(used, self._highest, largest)[:, None]
-        scales = scales * factor
+        scales = one_or_each(self._highest, used) * factor
         if not bool((scales.isfinite() & (scales > 0)).all()):
             raise ValueError(
                 f"{self._name}: scales times {factor:g} must be finite and positive in fp32, but "

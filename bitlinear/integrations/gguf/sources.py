@@ -101,11 +101,6 @@ def check_sources(
 
 
 def _check_shape(name: str, info: TensorInfo, owner: nn.Module) -> None:
-    if isinstance(owner, TernaryLayer):
-        raise ValueError(
-            f"{name} belongs to a {type(owner).__name__} of bitlinear: load into a model without "
-            f"them, as its class makes it"
-        )
     shape = tuple(owner._parameters[name.rpartition(".")[2]].shape)  # type: ignore[union-attr]
     if shape != info.shape:
         raise ValueError(
