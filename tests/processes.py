@@ -110,6 +110,8 @@ def _problem(device_type, rank, world_size, store, check, arguments):
         timeout=timedelta(seconds=TIMEOUT / 2),
     )
     try:
+        # A process that leaves before the others are connected breaks their connections.
+        torch.distributed.barrier()
         check(*arguments)
     except Exception:
         return traceback.format_exc()
