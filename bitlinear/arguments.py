@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import packing
+from .prologue import ACTIVATIONS, input_width
 from .quantize import PER_ROW, QMAX
 
 WEIGHT_TYPES = {"wpt": 0, "wpc": PER_ROW}
@@ -52,6 +53,9 @@ of the weights."""
 
 MAX_IN_FEATURES = 500_000
 """The largest ``K`` for which the product, 127 * K, and the kernels' partial sums fit int32."""
+
+MAX_WEIGHTS = 4
+"""The largest number of weights that a fused product reads one input for."""
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -148,8 +152,11 @@ def raise_unsupported_layout(x: Tensor, *_: Any) -> NoReturn:
     )
 
 
-def check_activations(x: Tensor, in_features: int) -> None:
-    """Raise TypeError for an unsupported layout or dtype of ``x``, ValueError for its shape."""
+def check_activations(x: Tensor, width: int, name: str = "in_features") -> None:
+    """Raise TypeError for an unsupported layout or dtype of ``x``, ValueError for its shape.
+
+    ``name`` says what ``width``, the last dimension, is.
+    """
     if x.layout != torch.strided or x.is_nested:
         raise_unsupported_layout(x)
     if x.dtype not in ACTIVATION_DTYPES:
@@ -157,10 +164,10 @@ def check_activations(x: Tensor, in_features: int) -> None:
             f"bitlinear: x must be float32, float16 or bfloat16, but it is {dtype_name(x.dtype)}: "
             f"convert it, for example with x.float()"
         )
-    if x.dim() == 0 or x.shape[-1] != in_features:
+    if x.dim() == 0 or x.shape[-1] != width:
         raise ValueError(
-            f"bitlinear: the last dimension of x must be in_features = {in_features}, but x has "
-            f"shape {list(x.shape)}"
+            f"bitlinear: the last dimension of x must be {name} = {width}, but x has shape "
+            f"{list(x.shape)}"
         )
 
 
@@ -191,6 +198,78 @@ def check_linear(
         TypeError: A dtype is wrong.
         ValueError: ``in_features``, ``eps``, ``act_bits``, a shape or a device is wrong.
     """
+    _check_product(x, in_features, in_features, eps, group_size, act_bits, out_dtype)
+    _check_operand(x, w_packed, w_scale, bias, in_features)
+
+
+def check_fused_linear(
+    x: Tensor,
+    w_packed: Sequence[Tensor],
+    w_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    in_features: int,
+    eps: float,
+    group_size: int,
+    act_bits: int,
+    activation: str | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> None:
+    """Check the arguments of ``torch.ops.bitlinear.fused_linear``.
+
+    Raises:
+        NotImplementedError: ``group_size`` has a reserved value.
+        TypeError: A dtype is wrong.
+        ValueError: A number, a name, a shape, the length of a list or a device is wrong.
+    """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"bitlinear: activation must be None or one of {', '.join(ACTIVATIONS)}, but it is "
+            f"{activation}"
+        )
+    width = input_width(in_features, activation)
+    _check_product(x, in_features, width, eps, group_size, act_bits, out_dtype)
+    count = len(w_packed)
+    if not 1 <= count <= MAX_WEIGHTS or len(w_scale) != count or len(bias) != count:
+        raise ValueError(
+            f"bitlinear: w_packed, w_scale and bias must be lists of one length, from 1 to "
+            f"{MAX_WEIGHTS}, but they have {count}, {len(w_scale)} and {len(bias)} elements"
+        )
+    for operands in zip(w_packed, w_scale, bias):
+        _check_operand(x, *operands, in_features)
+    if norm_weight is not None:
+        _check_vector(x, "norm_weight", norm_weight, in_features, "in_features")
+        if not 0 <= norm_eps <= _MAX_EPS:
+            raise ValueError(
+                f"bitlinear: norm_eps must be between 0 and 1e+18, but it is {norm_eps:g}"
+            )
+    if residual is not None:
+        if residual.dtype not in ACTIVATION_DTYPES:
+            raise TypeError(
+                f"bitlinear: residual must be float32, float16 or bfloat16, but it is "
+                f"{dtype_name(residual.dtype)}: convert it, for example with residual.float()"
+            )
+        shape = [*x.shape[:-1], sum(w.shape[0] for w in w_packed)]
+        if list(residual.shape) != shape:
+            raise ValueError(
+                f"bitlinear: residual must have the shape of the output, {shape}, but it has shape "
+                f"{list(residual.shape)}"
+            )
+        check_device(x, "residual", residual)
+
+
+def _check_product(
+    x: Tensor,
+    in_features: int,
+    width: int,
+    eps: float,
+    group_size: int,
+    act_bits: int,
+    out_dtype: torch.dtype | None,
+) -> None:
+    """Check everything but the weights; ``width`` is the last dimension of ``x``."""
     if group_size != 0:
         raise NotImplementedError(
             f"bitlinear: group_size = {group_size} is reserved for a later version: use 0"
@@ -202,12 +281,21 @@ def check_linear(
             f"exact), but it is {in_features}: split the layer along in_features"
         )
     check_eps(eps, act_bits)
-    check_activations(x, in_features)
+    if width == in_features:
+        check_activations(x, in_features)
+    else:
+        check_activations(x, width, "2 * in_features")
     if out_dtype is not None and out_dtype not in ACTIVATION_DTYPES:
         raise TypeError(
             f"bitlinear: out_dtype must be float32, float16 or bfloat16, but it is "
             f"{dtype_name(out_dtype)}: leave it out to get the dtype of x"
         )
+
+
+def _check_operand(
+    x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, in_features: int
+) -> None:
+    """Check one weight, with its scale and its bias."""
     packing.check_packed_dtype(w_packed)
     if w_scale.dtype != torch.float32:
         raise TypeError(
@@ -224,14 +312,19 @@ def check_linear(
     check_device(x, "w_packed", w_packed)
     check_device(x, "w_scale", w_scale)
     if bias is not None:
-        if not bias.dtype.is_floating_point:
-            raise TypeError(
-                f"bitlinear: bias must be floating point, but it is {dtype_name(bias.dtype)}: "
-                f"convert it with bias.float()"
-            )
-        if list(bias.shape) != [out_features]:
-            raise ValueError(
-                f"bitlinear: bias must have shape ({out_features},), as w_packed has "
-                f"{out_features} rows, but it has shape {list(bias.shape)}"
-            )
-        check_device(x, "bias", bias)
+        _check_vector(x, "bias", bias, out_features, "rows of w_packed")
+
+
+def _check_vector(x: Tensor, name: str, vector: Tensor, size: int, of: str) -> None:
+    """Check a floating-point vector of ``size`` values."""
+    if not vector.dtype.is_floating_point:
+        raise TypeError(
+            f"bitlinear: {name} must be floating point, but it is {dtype_name(vector.dtype)}: "
+            f"convert it with {name}.float()"
+        )
+    if list(vector.shape) != [size]:
+        raise ValueError(
+            f"bitlinear: {name} must have shape ({size},), one value for each of the {of}, but it "
+            f"has shape {list(vector.shape)}"
+        )
+    check_device(x, name, vector)

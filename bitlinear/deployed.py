@@ -49,7 +49,7 @@ def deployed_linear(
     """
     arguments = (x, w_packed, w_scale, bias, in_features, eps, act_bits)
     if torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad) or _is_transformed()
+        x.requires_grad or (bias is not None and bias.requires_grad) or is_transformed()
     ):
         output: Tensor = _DeployedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
@@ -123,11 +123,7 @@ class _DeployedLinear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, _, needs_scale, needs_bias, *_ = ctx.needs_input_grad
-        if needs_scale:
-            raise NotImplementedError(
-                "bitlinear: w_scale has no gradient, as the weights of a deployed layer are "
-                "constants: call undeploy() to train them, or w_scale.requires_grad_(False)"
-            )
+        raise_if_scale_needs_gradient(needs_scale)
         grad_x = grad_bias = None
         if needs_x:
             w_packed, w_scale = ctx.saved_tensors
@@ -138,6 +134,15 @@ class _DeployedLinear(Function):
         return grad_x, None, None, grad_bias, None, None, None
 
 
-def _is_transformed() -> bool:
+def raise_if_scale_needs_gradient(needed: bool) -> None:
+    """Raise NotImplementedError if the gradient of ``w_scale`` is asked for."""
+    if needed:
+        raise NotImplementedError(
+            "bitlinear: w_scale has no gradient, as the weights of a deployed layer are "
+            "constants: call undeploy() to train them, or w_scale.requires_grad_(False)"
+        )
+
+
+def is_transformed() -> bool:
     """Whether torch.func transforms a function, in which ``requires_grad`` can be hidden."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -6,20 +6,23 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_any
 
 from . import packing
 from .arguments import (
     ACTIVATION_DTYPES,
     check_act_bits,
+    check_fused_linear,
     check_group_size,
     check_linear,
     raise_unsupported_layout,
 )
+from .prologue import apply_prologue
 from .quantize import (
     INTEGER_DTYPES,
     epilogue,
@@ -35,6 +38,10 @@ from .quantize import (
 SCHEMAS = (
     "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
     "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor",
+    "fused_linear(Tensor x, Tensor[] w_packed, Tensor[] w_scale, Tensor?[] bias, int in_features, "
+    "float eps=1e-6, int group_size=0, int act_bits=8, str? activation=None, "
+    "Tensor? norm_weight=None, float norm_eps=0.0, Tensor? residual=None, "
+    "ScalarType? out_dtype=None) -> Tensor",
     "quantize_weight(Tensor weight, float eps=1e-6, int group_size=0) -> (Tensor, Tensor)",
     "expand_weight(Tensor w_packed, int in_features, Tensor? w_scale=None, "
     "ScalarType? dtype=None) -> Tensor",
@@ -79,6 +86,7 @@ def register(compiled: bool) -> None:
             library.define(schema, tags=pt2)
     implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         "linear": (_fake_linear, reference_linear),
+        "fused_linear": (_fake_fused_linear, reference_fused_linear),
         "quantize_weight": (_fake_quantize_weight, reference_quantize_weight),
         "expand_weight": (_fake_expand_weight, reference_expand_weight),
         "quantize_activations": (_fake_quantize_activations, quantize_activations),
@@ -87,13 +95,17 @@ def register(compiled: bool) -> None:
     for name, (fake, reference) in implementations.items():
         torch.library.register_fake(f"bitlinear::{name}", fake, lib=library)
         library.impl(name, reference, "CompositeExplicitAutograd")
-    for key in _UNSUPPORTED_KEYS:
-        library.impl("linear", raise_unsupported_layout, key)
-    for device_type in ("cpu", "cuda"):
-        key = f"Autocast{device_type.upper()}"
-        library.impl("linear", _autocast_linear(device_type, key), key)
-    if not compiled:
-        torch.library.register_autograd("bitlinear::linear", _raise_no_derivative, lib=library)
+    for name in ("linear", "fused_linear"):
+        for key in _UNSUPPORTED_KEYS:
+            library.impl(name, raise_unsupported_layout, key)
+        operator = getattr(torch.ops.bitlinear, name).default
+        for device_type in ("cpu", "cuda"):
+            key = f"Autocast{device_type.upper()}"
+            library.impl(name, _autocast_rule(operator, device_type, key), key)
+        if not compiled:
+            torch.library.register_autograd(
+                f"bitlinear::{name}", _raise_no_derivative(name), lib=library
+            )
     if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap loops
         for name in implementations:
             operator = getattr(torch.ops.bitlinear, name).default
@@ -161,6 +173,87 @@ def _fake_linear(
 ) -> Tensor:
     check_linear(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, out_dtype)
     return x.new_empty((*x.shape[:-1], w_packed.shape[0]), dtype=out_dtype or x.dtype)
+
+
+def reference_fused_linear(
+    x: Tensor,
+    w_packed: Sequence[Tensor],
+    w_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    in_features: int,
+    eps: float = 1e-6,
+    group_size: int = 0,
+    act_bits: int = 8,
+    activation: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute products of one input by several weights, with what stands before and behind them.
+
+    ``[linear(v, w_packed[0], ...), linear(v, w_packed[1], ...), ...] + residual``, side by side,
+    with ``v = rms_norm(gate(x))``; see :mod:`bitlinear.prologue`. All of it is fp32; the sum is
+    rounded to ``out_dtype``, once.
+
+    Args:
+        x: fp32, fp16 or bf16, shape ``(..., K)``; with an activation ``(..., 2 K)``.
+        w_packed: 1 to 4 weights; each as for :func:`reference_linear`.
+        w_scale: The scale of each weight.
+        bias: The bias of each weight, or None.
+        in_features: ``K``, at most 500,000.
+        eps: Lower bound of the absmax of a token.
+        group_size: Reserved; 0.
+        act_bits: 8 or 16, the bits of a quantised activation.
+        activation: ``"silu"``, ``"relu2"``, or None for no gate.
+        norm_weight: Floating point, shape ``(K,)``; None for no norm.
+        norm_eps: What the norm adds to the mean square.
+        residual: fp32, fp16 or bf16, in the shape of the output; or None.
+        out_dtype: fp32, fp16 or bf16; None for the dtype of ``x``.
+
+    Returns:
+        Shape ``(..., N)``; ``N`` is the sum of the rows of all weights.
+
+    Raises:
+        NotImplementedError, TypeError, ValueError: See
+            :func:`bitlinear.arguments.check_fused_linear`.
+    """
+    check_fused_linear(
+        *(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits),
+        *(activation, norm_weight, norm_eps, residual, out_dtype),
+    )
+    values = apply_prologue(x, activation, norm_weight, norm_eps)
+    outputs = [
+        reference_linear(values, *operands, in_features, eps, act_bits=act_bits)
+        for operands in zip(w_packed, w_scale, bias)
+    ]
+    y = torch.cat(outputs, dim=-1)
+    if residual is not None:
+        y = y + residual.to(torch.float32)
+    return y.to(out_dtype or x.dtype)
+
+
+def _fake_fused_linear(
+    x: Tensor,
+    w_packed: Sequence[Tensor],
+    w_scale: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    in_features: int,
+    eps: float = 1e-6,
+    group_size: int = 0,
+    act_bits: int = 8,
+    activation: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    check_fused_linear(
+        *(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits),
+        *(activation, norm_weight, norm_eps, residual, out_dtype),
+    )
+    shape = (*x.shape[:-1], sum(w.shape[0] for w in w_packed))
+    return x.new_empty(shape, dtype=out_dtype or x.dtype)
 
 
 def reference_quantize_weight(
@@ -263,44 +356,36 @@ def _fake_expand_activations(q: Tensor, s_x: Tensor, dtype: torch.dtype | None =
     return q.new_empty(q.shape, dtype=dtype or torch.float32)
 
 
-def _autocast_linear(device_type: str, key: str) -> Any:
+def _autocast_rule(operator: Any, device_type: str, key: str) -> Any:
     """The rule for autocast: it rounds the output to 16 bits, but not ``x``."""
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    names = [argument.name for argument in operator._schema.arguments]
 
-    def linear(
-        x: Tensor,
-        w_packed: Tensor,
-        w_scale: Tensor,
-        bias: Tensor | None,
-        in_features: int,
-        eps: float = 1e-6,
-        group_size: int = 0,
-        act_bits: int = 8,
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        if out_dtype is None and x.device.type == device_type and x.dtype in ACTIVATION_DTYPES:
-            out_dtype = torch.get_autocast_dtype(device_type)
+    def rule(*positional: Any, **by_name: Any) -> Any:
+        arguments = {**dict(zip(names, positional)), **by_name}
+        x = arguments["x"]
+        is_rounded = x.device.type == device_type and x.dtype in ACTIVATION_DTYPES
+        if is_rounded and arguments.get("out_dtype") is None:
+            arguments["out_dtype"] = torch.get_autocast_dtype(device_type)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            output: Tensor = torch.ops.bitlinear.linear.default(
-                x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, out_dtype
-            )
-        return output
+            return operator(**arguments)
 
-    return linear
+    return rule
 
 
 def _vmap_rule(operator: Any) -> Callable[..., tuple[Any, int]]:
     """The rule for vmap: a batch of tokens is one more dimension; other batches are a loop."""
     names = [argument.name for argument in operator._schema.arguments]
-    token_arguments = {"x", "q", "s_x"} & {*names}
+    token_arguments = {"x", "q", "s_x", "residual"}.intersection(names)
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, int]:
-        batched = [name for name, dim in zip(names, in_dims) if dim is not None]
-        if token_arguments == {*batched}:
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, int]:
+        given = {name for name, argument in zip(names, arguments) if argument is not None}
+        batched = {name for name, dims in zip(names, in_dims) if tree_any(_is_batched, dims)}
+        if batched == token_arguments & given:
             moved = (a if d is None else a.movedim(d, 0) for a, d in zip(arguments, in_dims))
             return operator(*moved), 0
         results = [
-            operator(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims)))
+            operator(*(_element(a, d, i) for a, d in zip(arguments, in_dims)))
             for i in range(info.batch_size)
         ]
         if isinstance(results[0], Tensor):
@@ -310,9 +395,25 @@ def _vmap_rule(operator: Any) -> Callable[..., tuple[Any, int]]:
     return rule
 
 
-def _raise_no_derivative(ctx: Any, grad: Tensor) -> Any:
-    """Raise in a backward pass, with the message of C++ and what to call."""
-    raise NotImplementedError(
-        "derivative for bitlinear::linear is not implemented: call "
-        "bitlinear.deployed.deployed_linear, which has the gradient of x"
-    )
+def _is_batched(dim: int | None) -> bool:
+    return dim is not None
+
+
+def _element(argument: Any, dim: Any, index: int) -> Any:
+    """Element ``index`` of a batched argument; a list has a dimension for each of its tensors."""
+    if isinstance(argument, (list, tuple)) and dim is not None:
+        return [_element(a, d, index) for a, d in zip(argument, dim)]
+    return argument if dim is None else argument.select(dim, index)
+
+
+def _raise_no_derivative(name: str) -> Callable[..., Any]:
+    """A backward pass that raises, with the message of C++ and what to call."""
+    instead = {"linear": "deployed.deployed_linear", "fused_linear": "fused.fused_linear"}[name]
+
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError(
+            f"derivative for bitlinear::{name} is not implemented: call bitlinear.{instead}, "
+            f"which has the gradient of x"
+        )
+
+    return backward

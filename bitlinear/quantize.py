@@ -75,7 +75,7 @@ def _round_to_integers(values: Tensor, limit: int) -> Tensor:
 
 
 # Before torch 2.13 vmap has no rule for a view of another dtype; for a copy it has a loop.
-_reinterpret = Tensor.view if torch.__version__ >= "2.13" else torch.view_copy
+reinterpret = Tensor.view if torch.__version__ >= "2.13" else torch.view_copy
 
 
 def _multiply_subnormals_too(x: Tensor, factor: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def _multiply_subnormals_too(x: Tensor, factor: Tensor) -> Tensor:
     # A subnormal number is the integer in its low bits times 2**-149. Both factors below are
     # normal, and powers of two do not round; if factor * 2**-24 is subnormal, the product rounds
     # to 0 anyway.
-    bits = _reinterpret(x, torch.int32)
+    bits = reinterpret(x, torch.int32)
     magnitude = bits & 0x7FFFFFFF
     signed = torch.where(bits < 0, -magnitude, magnitude).to(torch.float32)
     return torch.where(magnitude < 0x00800000, (signed * 2.0**-125) * (factor * 2.0**-24), product)

@@ -6,7 +6,7 @@
 
 #include "portability.h"
 
-#define BITLINEAR_ABI_VERSION 6
+#define BITLINEAR_ABI_VERSION 7
 
 // Sums are int32. The codes of the most significant plane of a packed byte are 64 times too large
 // (see gemv.h), so |acc| <= 127 * 2 * 64 * K / 4, which is below 2^31 for K < 528,000.
@@ -22,6 +22,22 @@ static inline int64_t bitlinear_rows_per_token(int64_t act_bits) { return act_bi
 
 enum bitlinear_dtype { BITLINEAR_F32 = 0, BITLINEAR_F16 = 1, BITLINEAR_BF16 = 2 };
 
+enum bitlinear_activation { BITLINEAR_NO_GATE = 0, BITLINEAR_SILU = 1, BITLINEAR_RELU2 = 2 };
+
+// What a fused product does to a token before it quantises it; prologue.py specifies it.
+struct bitlinear_prologue {
+  int activation;           // of a gate, whose tokens have 2 * K values; or BITLINEAR_NO_GATE
+  const void* norm_weight;  // (K,) of an RMSNorm; or null
+  int norm_dtype;
+  float norm_eps;
+};
+static inline int bitlinear_is_plain(const struct bitlinear_prologue* prologue) {
+  return prologue->activation == BITLINEAR_NO_GATE && prologue->norm_weight == 0;
+}
+
+// The most weights that a fused product reads one input for.
+#define BITLINEAR_MAX_WEIGHTS 4
+
 // One rectangle y[0:M, n_begin:n_end] of y = epilogue(q @ w^T). Strides count elements, not bytes.
 struct bitlinear_task {
   int64_t act_bits;      // 8, or 16: two rows of q per token
@@ -36,6 +52,8 @@ struct bitlinear_task {
   int64_t s_w_stride;  // 0: one scale per tensor; 1: one per output channel
   const void* bias;    // (N,) or null
   int bias_dtype;
+  const void* residual;  // (tokens, y_stride), added last; or null
+  int residual_dtype;
   int64_t n_begin, n_end;
   void* y;  // (tokens, y_stride)
   int64_t y_stride;
@@ -62,8 +80,10 @@ struct bitlinear_kernel_table {
   // Quantises one token x[0:K] of `dtype` to one or two rows of q, its scale, and the sum of each
   // row. Writes bitlinear_q_stride bytes to each row. Layout of q: blocks of 4 * block bytes; byte
   // j * block + b of a block belongs to k = 4 * (block_index * block + b) + j; zero beyond K.
-  void (*quantize_row)(const void* x, int dtype, int64_t K, float eps, int64_t act_bits, int8_t* q,
-                       int64_t q_stride, float* s_x, int32_t* q_sum);
+  // `floats` is scratch memory of K floats; null if the prologue is plain.
+  void (*quantize_row)(const bitlinear_prologue* prologue, const void* x, int dtype, int64_t K,
+                       float eps, int64_t act_bits, float* floats, int8_t* q, int64_t q_stride,
+                       float* s_x, int32_t* q_sum);
   // Computes the rectangle of the task.
   void (*linear)(const bitlinear_task* task);
   // The bytes of scratch memory for a task of at most M rows of q.

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 
 #include "abi.h"
 
@@ -83,11 +84,9 @@ inline void check_dtype(const at::Tensor& x) {
                    dtype_name(x.scalar_type()), ": convert it, for example with x.float()");
 }
 
-// The same conditions and messages as check_linear in arguments.py.
-inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
-                            const at::Tensor& w_scale, const std::optional<at::Tensor>& bias,
-                            int64_t in_features, double eps, int64_t group_size, int64_t act_bits,
-                            at::ScalarType out_dtype) {
+// Checks everything but the weights; `width` is the last dimension of x.
+inline void check_product(const at::Tensor& x, int64_t in_features, int64_t width, double eps,
+                          int64_t group_size, int64_t act_bits, at::ScalarType out_dtype) {
   TORCH_CHECK_NOT_IMPLEMENTED(group_size == 0, "bitlinear: group_size = ", group_size,
                               " is reserved for a later version: use 0");
   check_act_bits(act_bits);
@@ -97,12 +96,31 @@ inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
                     ": split the layer along in_features");
   check_eps(eps, act_bits);
   check_dtype(x);
-  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == in_features,
-                    "bitlinear: the last dimension of x must be in_features = ", in_features,
+  TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == width,
+                    "bitlinear: the last dimension of x must be ",
+                    width == in_features ? "in_features = " : "2 * in_features = ", width,
                     ", but x has shape ", x.sizes());
   TORCH_CHECK_TYPE(kernel_dtype(out_dtype) >= 0,
                    "bitlinear: out_dtype must be float32, float16 or bfloat16, but it is ",
                    dtype_name(out_dtype), ": leave it out to get the dtype of x");
+}
+
+// Checks a floating-point vector of `size` values.
+inline void check_vector(const at::Tensor& x, const char* name, const at::Tensor& vector,
+                         int64_t size, const char* of) {
+  TORCH_CHECK_TYPE(at::isFloatingType(vector.scalar_type()), "bitlinear: ", name,
+                   " must be floating point, but it is ", dtype_name(vector.scalar_type()),
+                   ": convert it with ", name, ".float()");
+  TORCH_CHECK_VALUE(vector.dim() == 1 && vector.size(0) == size, "bitlinear: ", name,
+                    " must have shape (", size, ",), one value for each of the ", of,
+                    ", but it has shape ", vector.sizes());
+  check_device(x, name, vector);
+}
+
+// Checks one weight, with its scale and its bias.
+inline void check_operand(const at::Tensor& x, const at::Tensor& w_packed,
+                          const at::Tensor& w_scale, const std::optional<at::Tensor>& bias,
+                          int64_t in_features) {
   TORCH_CHECK_TYPE(w_packed.scalar_type() == at::ScalarType::Byte,
                    "bitlinear: w_packed must be uint8, but it is ",
                    dtype_name(w_packed.scalar_type()),
@@ -122,14 +140,65 @@ inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
                     ": scales are per tensor or per output feature");
   check_device(x, "w_packed", w_packed);
   check_device(x, "w_scale", w_scale);
-  if (bias.has_value()) {
-    TORCH_CHECK_TYPE(at::isFloatingType(bias->scalar_type()),
-                     "bitlinear: bias must be floating point, but it is ",
-                     dtype_name(bias->scalar_type()), ": convert it with bias.float()");
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == out_features,
-                      "bitlinear: bias must have shape (", out_features, ",), as w_packed has ",
-                      out_features, " rows, but it has shape ", bias->sizes());
-    check_device(x, "bias", *bias);
+  if (bias.has_value()) check_vector(x, "bias", *bias, out_features, "rows of w_packed");
+}
+
+// The same conditions and messages as check_linear in arguments.py.
+inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
+                            const at::Tensor& w_scale, const std::optional<at::Tensor>& bias,
+                            int64_t in_features, double eps, int64_t group_size, int64_t act_bits,
+                            at::ScalarType out_dtype) {
+  check_product(x, in_features, in_features, eps, group_size, act_bits, out_dtype);
+  check_operand(x, w_packed, w_scale, bias, in_features);
+}
+
+// The activation's number in the kernels' interface.
+inline int activation_of(const std::optional<std::string_view>& name) {
+  if (!name.has_value()) return BITLINEAR_NO_GATE;
+  TORCH_CHECK_VALUE(*name == "silu" || *name == "relu2",
+                    "bitlinear: activation must be None or one of silu, relu2, but it is ", *name);
+  return *name == "silu" ? BITLINEAR_SILU : BITLINEAR_RELU2;
+}
+
+// The same conditions and messages as check_fused_linear in arguments.py.
+inline void check_fused_arguments(const at::Tensor& x, at::TensorList w_packed,
+                                  at::TensorList w_scale,
+                                  at::ArrayRef<std::optional<at::Tensor>> bias, int64_t in_features,
+                                  double eps, int64_t group_size, int64_t act_bits,
+                                  const std::optional<std::string_view>& activation,
+                                  const std::optional<at::Tensor>& norm_weight, double norm_eps,
+                                  const std::optional<at::Tensor>& residual,
+                                  at::ScalarType out_dtype) {
+  const int64_t width =
+      activation_of(activation) == BITLINEAR_NO_GATE ? in_features : 2 * in_features;
+  check_product(x, in_features, width, eps, group_size, act_bits, out_dtype);
+  const size_t count = w_packed.size();
+  TORCH_CHECK_VALUE(count >= 1 && count <= BITLINEAR_MAX_WEIGHTS && w_scale.size() == count &&
+                        bias.size() == count,
+                    "bitlinear: w_packed, w_scale and bias must be lists of one length, from 1 to ",
+                    BITLINEAR_MAX_WEIGHTS, ", but they have ", count, ", ", w_scale.size(), " and ",
+                    bias.size(), " elements");
+  int64_t out_features = 0;
+  for (size_t i = 0; i < count; ++i) {
+    check_operand(x, w_packed[i], w_scale[i], bias[i], in_features);
+    out_features += w_packed[i].size(0);
+  }
+  if (norm_weight.has_value()) {
+    check_vector(x, "norm_weight", *norm_weight, in_features, "in_features");
+    TORCH_CHECK_VALUE(norm_eps >= 0 && norm_eps <= 1e18,
+                      "bitlinear: norm_eps must be between 0 and 1e+18, but it is ", norm_eps);
+  }
+  if (residual.has_value()) {
+    TORCH_CHECK_TYPE(kernel_dtype(residual->scalar_type()) >= 0,
+                     "bitlinear: residual must be float32, float16 or bfloat16, but it is ",
+                     dtype_name(residual->scalar_type()),
+                     ": convert it, for example with residual.float()");
+    c10::DimVector shape(x.sizes());
+    shape.back() = out_features;
+    TORCH_CHECK_VALUE(residual->sizes() == shape,
+                      "bitlinear: residual must have the shape of the output, ",
+                      at::IntArrayRef(shape), ", but it has shape ", residual->sizes());
+    check_device(x, "residual", *residual);
   }
 }
 

@@ -33,6 +33,9 @@ struct Case {
   int64_t n_begin;                  // the variant computes columns [n_begin, N) and writes no other
   bool flushes_subnormals = false;  // the calling thread flushes subnormal numbers to zero
   int64_t act_bits = 8;
+  int activation = BITLINEAR_NO_GATE;
+  bool norm = false;
+  bool residual = false;
 };
 
 // A random generator of our own, so that every machine runs the same cases.
@@ -122,17 +125,23 @@ inline std::string describe(const Case& c) {
          " data=" + std::to_string(static_cast<int>(c.data)) +
          " n_begin=" + std::to_string(c.n_begin) +
          " flushes=" + std::to_string(c.flushes_subnormals) +
-         " act_bits=" + std::to_string(c.act_bits);
+         " act_bits=" + std::to_string(c.act_bits) + " activation=" + std::to_string(c.activation) +
+         " norm=" + std::to_string(c.norm) + " residual=" + std::to_string(c.residual);
 }
 
 // The operands of a case. They follow from the seed, so every kernel gets the same.
 struct Operands {
   Operands(const Case& c, uint64_t seed);
 
+  int64_t x_width() const { return (shape.activation == BITLINEAR_NO_GATE ? 1 : 2) * shape.K; }
+  bitlinear_prologue prologue() const {
+    return {shape.activation, shape.norm ? norm_weight.data() : nullptr, shape.dtype, norm_eps};
+  }
+
   Case shape;
-  float eps = 1e-6f;
+  float eps = 1e-6f, norm_eps = 1e-5f;
   int64_t row_bytes;
-  Buffer x, bias;
+  Buffer x, bias, norm_weight, residual;
   std::vector<int8_t> t;   // (N, K)
   std::vector<uint8_t> w;  // t, packed
   std::vector<float> s_w;
@@ -141,8 +150,10 @@ struct Operands {
 inline Operands::Operands(const Case& c, uint64_t seed)
     : shape(c),
       row_bytes((c.K + 3) / 4),
-      x(c.dtype, c.M * c.K),
+      x(c.dtype, c.M * x_width()),
       bias(c.dtype, c.N),
+      norm_weight(c.dtype, c.K),
+      residual(c.dtype, c.M * c.N),
       t(static_cast<size_t>(c.N * c.K)),
       w(static_cast<size_t>(c.N * row_bytes)),
       s_w(static_cast<size_t>(c.per_channel ? c.N : 1)) {
@@ -150,7 +161,7 @@ inline Operands::Operands(const Case& c, uint64_t seed)
   // The smallest normal number of the dtype.
   const float tiny = c.dtype == BITLINEAR_F16 ? 0x1p-14f : 0x1p-126f;
   if (c.data == Data::kSubnormal) eps = c.act_bits == 8 ? 2e-36f : 4e-34f;
-  for (int64_t i = 0; i < c.M * c.K; ++i) {
+  for (int64_t i = 0; i < c.M * x_width(); ++i) {
     float value = random.uniform() * 3.0f;
     if (c.data == Data::kLargestSums) value = 1.0f;  // every q is 127, or 32385
     if (c.data == Data::kZero) value = 0.0f;
@@ -181,6 +192,80 @@ inline Operands::Operands(const Case& c, uint64_t seed)
   for (int64_t n = 0; n < c.N; ++n) {
     bias.set(n, random.uniform() * (c.data == Data::kSubnormal ? tiny : 1.0f));
   }
+  for (int64_t k = 0; k < c.K; ++k) norm_weight.set(k, 1.0f + random.uniform());
+  for (int64_t i = 0; i < c.M * c.N; ++i) residual.set(i, random.uniform());
+}
+
+// The prologue, as prologue.py specifies it. Volatile: excess precision or contraction would merge
+// two roundings.
+inline float reference_exp(float z) {
+  z = fmaxf(fminf(z, 88.0f), -86.0f);
+  volatile float scaled = z * 1.44269504f;
+  const float n = nearbyintf(scaled);
+  volatile float r = n * 0.693359375f;
+  r = z - r;
+  volatile float low = n * -2.12194440e-4f;
+  r = r - low;
+  volatile float p = 1.9875691500e-4f;
+  for (const float coefficient :
+       {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    p = p * r;
+    p = p + coefficient;
+  }
+  volatile float square = r * r;
+  p = p * square;
+  p = p + r;
+  p = p + 1.0f;
+  return ldexpf(p, static_cast<int>(n));
+}
+
+inline float reference_gate(int activation, float a, float b) {
+  volatile float gated;
+  if (activation == BITLINEAR_SILU) {
+    gated = reference_exp(-a) + 1.0f;
+    gated = a / gated;
+  } else {
+    gated = isnan(a) || a > 0.0f ? a : 0.0f;
+    gated = gated * gated;
+  }
+  gated = gated * b;
+  return gated;
+}
+
+// The sum of squares of values[begin : begin + size], in pairs; those beyond the end are 0.
+inline float reference_sum(const std::vector<float>& values, size_t begin, size_t size) {
+  if (begin >= values.size()) return 0.0f;
+  volatile float sum = values[begin] * values[begin];
+  if (size == 1) return sum;
+  sum = reference_sum(values, begin, size / 2);
+  sum = sum + reference_sum(values, begin + size / 2, size / 2);
+  return sum;
+}
+
+// What token m is quantised from.
+inline std::vector<float> reference_values(const Operands& operands, int64_t m) {
+  const Case& c = operands.shape;
+  std::vector<float> values(static_cast<size_t>(c.K));
+  for (int64_t k = 0; k < c.K; ++k) {
+    const float a = operands.x.get(m * operands.x_width() + k);
+    values[k] =
+        c.activation == BITLINEAR_NO_GATE
+            ? a
+            : reference_gate(c.activation, a, operands.x.get(m * operands.x_width() + c.K + k));
+  }
+  if (!c.norm) return values;
+  size_t size = 1;
+  while (size < values.size()) size *= 2;
+  volatile float factor = reference_sum(values, 0, size) / static_cast<float>(c.K);
+  factor = factor + operands.norm_eps;
+  factor = sqrtf(factor);
+  factor = 1.0f / factor;
+  for (int64_t k = 0; k < c.K; ++k) {
+    volatile float normed = values[k] * factor;
+    normed = normed * operands.norm_weight.get(k);
+    values[k] = normed;
+  }
+  return values;
 }
 
 // The expected results of token m.
@@ -189,10 +274,9 @@ class Expected {
   Expected(const Operands& operands, int64_t m)
       : operands_(operands), q_(static_cast<size_t>(operands.shape.K)) {
     const int64_t K = operands.shape.K;
-    std::vector<float> values(static_cast<size_t>(K));
+    const std::vector<float> values = reference_values(operands, m);
     float absmax = operands.eps;
-    for (int64_t k = 0; k < K; ++k) {
-      const float value = values[k] = operands.x.get(m * K + k);
+    for (const float value : values) {
       finite_ = finite_ && isfinite(value);
       absmax = fabsf(value) > absmax ? fabsf(value) : absmax;
     }
@@ -213,7 +297,7 @@ class Expected {
   bool is_scale(float s_x) const { return finite_ ? s_x == s_x_ : isnan(s_x); }
 
   // Returns "" if `got` is y[m, n] to the bit; else a message.
-  std::string compare(int64_t m, int64_t n, float got) const { return compare(m, n, got, y(n)); }
+  std::string compare(int64_t m, int64_t n, float got) const { return compare(m, n, got, y(m, n)); }
   std::string compare(int64_t m, int64_t n, float got, float want) const {
     if (isnan(want) ? isnan(got) : memcmp(&got, &want, sizeof(got)) == 0) return "";
     return "y[" + std::to_string(m) + ", " + std::to_string(n) + "] = " + std::to_string(got) +
@@ -221,7 +305,7 @@ class Expected {
   }
 
  private:
-  float y(int64_t n) const {
+  float y(int64_t m, int64_t n) const {
     const Case& c = operands_.shape;
     const int8_t* t = operands_.t.data() + n * c.K;
     int64_t acc = 0;
@@ -229,6 +313,7 @@ class Expected {
     const volatile float scale = s_x_ * operands_.s_w[c.per_channel ? n : 0];
     volatile float value = static_cast<float>(acc) * scale;
     if (c.bias) value = value + operands_.bias.get(n);
+    if (c.residual) value = value + operands_.residual.get(m * c.N + n);
     Buffer rounded(c.dtype, 1);
     rounded.set(0, finite_ ? value : NAN);
     return rounded.get(0);
@@ -307,11 +392,14 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   std::vector<float> s_x(static_cast<size_t>(c.M));
   std::vector<int32_t> q_sum(static_cast<size_t>(c.M * token_rows));
   const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
+  const bitlinear_prologue prologue = operands.prologue();
+  std::vector<float> floats(bitlinear_is_plain(&prologue) ? 0 : static_cast<size_t>(c.K));
   const Subnormals mode = c.flushes_subnormals ? Subnormals::kFlush : Subnormals::kPreserve;
   for (int64_t m = 0; m < c.M; ++m) {
     const SubnormalScope scope(mode);
-    kernels.quantize_row(operands.x.data() + m * c.K * element, c.dtype, c.K, operands.eps,
-                         c.act_bits, q.data() + m * token_rows * q_stride, q_stride, &s_x[m],
+    kernels.quantize_row(&prologue, operands.x.data() + m * operands.x_width() * element, c.dtype,
+                         c.K, operands.eps, c.act_bits, floats.data(),
+                         q.data() + m * token_rows * q_stride, q_stride, &s_x[m],
                          &q_sum[m * token_rows]);
   }
   Buffer y(c.dtype, c.M * c.N);
@@ -330,6 +418,8 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   task.s_w_stride = c.per_channel ? 1 : 0;
   task.bias = c.bias ? operands.bias.data() : nullptr;
   task.bias_dtype = c.dtype;
+  task.residual = c.residual ? operands.residual.data() : nullptr;
+  task.residual_dtype = c.dtype;
   task.n_begin = c.n_begin;
   task.n_end = c.N;
   task.y = y.data();
@@ -374,7 +464,7 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
                                          : expected.compare(m, n, got);
       if (!difference.empty()) return difference;
     }
-    if (m >= 2) continue;  // a row that is not finite, and one that is
+    if (m >= 2 || !bitlinear_is_plain(&prologue)) continue;  // of those, one row is not finite
     const std::string difference = check_training(kernels, operands, m, expected);
     if (!difference.empty()) return difference;
   }

@@ -24,6 +24,7 @@ int main(int, char** arguments) {
   const int64_t scratch_bytes = ceil_div(GEMM::scratch_bytes(M), 64) * 64;
 
   bitlinear_task task = {};
+  const bitlinear_prologue plain = {};
   task.act_bits = 8;
   task.q = q.data();
   task.q_stride = q_stride;
@@ -43,8 +44,8 @@ int main(int, char** arguments) {
     if (form == "call") kTable.linear(&task);
     if (form != "quantize") continue;
     for (int64_t m = 0; m < M; ++m) {
-      kTable.quantize_row(x.data() + m * K, BITLINEAR_F32, K, 1e-6f, 8, q.data() + m * q_stride,
-                          q_stride, &s_x[m], &q_sum[m]);
+      kTable.quantize_row(&plain, x.data() + m * K, BITLINEAR_F32, K, 1e-6f, 8, nullptr,
+                          q.data() + m * q_stride, q_stride, &s_x[m], &q_sum[m]);
     }
   }
 }

@@ -13,16 +13,40 @@ namespace {
 const bitlinear_kernel_table correct = *correct_kernels();
 bitlinear_kernel_table table;
 
-void quantize_row(const void* x, int dtype, int64_t K, float eps, int64_t act_bits, int8_t* q,
-                  int64_t q_stride, float* s_x, int32_t* q_sum) {
-  correct.quantize_row(x, dtype, K, eps, act_bits, q, q_stride, s_x, q_sum);
+void quantize_row(const bitlinear_prologue* prologue, const void* x, int dtype, int64_t K,
+                  float eps, int64_t act_bits, float* floats, int8_t* q, int64_t q_stride,
+                  float* s_x, int32_t* q_sum) {
+  correct.quantize_row(prologue, x, dtype, K, eps, act_bits, floats, q, q_stride, s_x, q_sum);
   if (K > 1000) *q ^= 1;
 }
 
-void quantize_low_row(const void* x, int dtype, int64_t K, float eps, int64_t act_bits, int8_t* q,
-                      int64_t q_stride, float* s_x, int32_t* q_sum) {
-  correct.quantize_row(x, dtype, K, eps, act_bits, q, q_stride, s_x, q_sum);
+void quantize_low_row(const bitlinear_prologue* prologue, const void* x, int dtype, int64_t K,
+                      float eps, int64_t act_bits, float* floats, int8_t* q, int64_t q_stride,
+                      float* s_x, int32_t* q_sum) {
+  correct.quantize_row(prologue, x, dtype, K, eps, act_bits, floats, q, q_stride, s_x, q_sum);
   if (act_bits == 16) q[q_stride] ^= 1;
+}
+
+void forget_norm(const bitlinear_prologue* prologue, const void* x, int dtype, int64_t K, float eps,
+                 int64_t act_bits, float* floats, int8_t* q, int64_t q_stride, float* s_x,
+                 int32_t* q_sum) {
+  bitlinear_prologue gate = *prologue;
+  gate.norm_weight = nullptr;
+  correct.quantize_row(&gate, x, dtype, K, eps, act_bits, floats, q, q_stride, s_x, q_sum);
+}
+
+void forget_gate(const bitlinear_prologue* prologue, const void* x, int dtype, int64_t K, float eps,
+                 int64_t act_bits, float* floats, int8_t* q, int64_t q_stride, float* s_x,
+                 int32_t* q_sum) {
+  bitlinear_prologue norm = *prologue;
+  norm.activation = BITLINEAR_NO_GATE;
+  correct.quantize_row(&norm, x, dtype, K, eps, act_bits, floats, q, q_stride, s_x, q_sum);
+}
+
+void forget_residual(const bitlinear_task* task) {
+  bitlinear_task plain = *task;
+  plain.residual = nullptr;
+  correct.linear(&plain);
 }
 
 void linear(const bitlinear_task* task) {
@@ -74,6 +98,12 @@ int main() {
   expect(1, "quantize_row");
   table.quantize_row = quantize_low_row;
   expect(1, "quantize_low_row");
+  table.quantize_row = forget_norm;
+  expect(1, "forget_norm");
+  table.quantize_row = forget_gate;
+  expect(1, "forget_gate");
+  table.linear = forget_residual;
+  expect(1, "forget_residual");
   table.linear = linear;
   expect(1, "linear");
   table.sum_magnitudes = sum_magnitudes;

@@ -1,5 +1,5 @@
-// Conversions between fp32 and the 16-bit types. bf16 is integer arithmetic that every compiler
-// vectorises. fp16 comes from the vocabulary V: F16C, NEON, or portable_half.h.
+// Conversions between fp32, its bits, integers and the 16-bit types. bf16 is integer arithmetic
+// that every compiler vectorises. fp16 comes from the vocabulary V: F16C, NEON, or portable_half.h.
 #pragma once
 
 #include <stdint.h>
@@ -20,6 +20,10 @@ inline float bits_float(uint32_t bits) {
   memcpy(&x, &bits, sizeof(x));
   return x;
 }
+
+// Adding 1.5 * 2^23 leaves a float with no fraction bits: the sum is rounded to the nearest
+// integer, ties to even, and its low mantissa bits hold that integer. Exact for |x| < 2^22.
+constexpr float kRoundMagic = 12582912.0f;
 
 inline float float_from_bf16(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
 

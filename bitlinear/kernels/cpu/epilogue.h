@@ -1,6 +1,6 @@
-// From integer sums to the output: y = float(acc) * (s_x * s_w) + bias, each operation rounded to
-// fp32 on its own and in this order, then one rounding to the output dtype. With activations of 16
-// bits, acc = 254 * high + low.
+// From integer sums to the output: y = float(acc) * (s_x * s_w) + bias + residual, each operation
+// rounded to fp32 on its own and in this order, then one rounding to the output dtype. With
+// activations of 16 bits, acc = 254 * high + low.
 #pragma once
 
 #include <stdint.h>
@@ -67,6 +67,12 @@ class Epilogue {
       scale(kColumns);
     } else {
       scale(count_);
+    }
+    if (task_.residual != nullptr) {
+      float residual_buffer[kColumns];
+      const float* residual =
+          as_floats<V>(task_.residual, task_.residual_dtype, begin, count_, residual_buffer);
+      for (int64_t i = 0; i < count_; ++i) out[i] += residual[i];
     }
     if (out == buffer) store_halves<V>(buffer, count_, task_.y, task_.y_dtype, begin);
   }

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <optional>
 #include <set>
+#include <string_view>
 #include <thread>
 #include <tuple>
 #include <vector>
@@ -84,51 +85,98 @@ void check_codes(const Tensor& w_packed, const uint8_t* rows, int64_t K) {
   bitlinear::checked_weights().add(w_packed, K);
 }
 
-Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
-              const std::optional<Tensor>& bias, int64_t in_features, double eps,
-              int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
-  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
-  check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, y_dtype);
-  const bitlinear_kernel_table* const kernels = active_table();
+// The operands of a product that are not tensors, or are optional.
+struct Options {
+  int64_t in_features;
+  float eps;
+  int64_t act_bits;
+  ScalarType y_dtype;
+  int activation = BITLINEAR_NO_GATE;
+  Tensor norm_weight = {};  // undefined: no norm
+  float norm_eps = 0.0f;
+  Tensor residual = {};  // undefined: none
+};
 
-  const int64_t K = in_features;
-  const int64_t N = w_packed.size(0);
-  const int64_t tokens = x.numel() / K;
+// A weight of a product, in contiguous memory. Its outputs are columns begin .. end of y.
+struct Weight {
+  Tensor packed, scale, bias;
+  const uint8_t* rows;
+  int64_t begin, end;
+
+  Weight(const Tensor& w_packed, const Tensor& w_scale, const std::optional<Tensor>& bias_or_none,
+         int64_t K, int64_t first)
+      : packed(w_packed.contiguous()),
+        scale(w_scale.contiguous()),
+        bias(bitlinear::kernel_bias(bias_or_none)),
+        rows(reinterpret_cast<const uint8_t*>(checked_data(packed, "w_packed"))),
+        begin(first),
+        end(first + w_packed.size(0)) {
+    check_codes(w_packed, rows, K);
+  }
+
+  // Points a task at this weight.
+  void describe(bitlinear_task& task) const {
+    task.w = rows;
+    task.s_w = reinterpret_cast<const float*>(checked_data(scale, "w_scale"));
+    task.s_w_stride = scale.dim() == 2 ? 1 : 0;
+    task.bias = bias.defined() ? checked_data(bias, "bias") : nullptr;
+    task.bias_dtype = bias.defined() ? kernel_dtype(bias.scalar_type()) : BITLINEAR_F32;
+  }
+};
+
+// All weights read the input, quantised once; y has their outputs side by side.
+Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
+               at::ArrayRef<std::optional<Tensor>> bias, const Options& options) {
+  const bitlinear_kernel_table* const kernels = active_table();
+  const int64_t K = options.in_features, act_bits = options.act_bits;
   const int64_t token_rows = bitlinear_rows_per_token(act_bits);
-  const int64_t M = tokens * token_rows;
+  int64_t N = 0;
+  for (const Tensor& w : w_packed) N += w.size(0);
   c10::DimVector shape(x.sizes());
+  const int64_t x_width = shape.back();
+  const int64_t tokens = x.numel() / x_width;
+  const int64_t M = tokens * token_rows;
   shape.back() = N;
   // Not at::empty: its way through the dispatcher costs as much as a small product.
-  Tensor y = Tensor(at::detail::empty_cpu(shape, y_dtype));
+  Tensor y = Tensor(at::detail::empty_cpu(shape, options.y_dtype));
   if (M == 0 || N == 0) return y;
 
   const Tensor input = x.contiguous();
-  const Tensor weight = w_packed.contiguous();
-  const Tensor scale = w_scale.contiguous();
-  const Tensor bias_values = bitlinear::kernel_bias(bias);
-  const uint8_t* const packed = reinterpret_cast<const uint8_t*>(checked_data(weight, "w_packed"));
-  check_codes(w_packed, packed, K);
+  c10::SmallVector<Weight, BITLINEAR_MAX_WEIGHTS> weights;
+  for (size_t i = 0, first = 0; i < w_packed.size(); ++i) {
+    weights.emplace_back(w_packed[i], w_scale[i], bias[i], K, first);
+    first = static_cast<size_t>(weights.back().end);
+  }
+  bitlinear_prologue prologue = {options.activation, nullptr, BITLINEAR_F32, options.norm_eps};
+  if (options.norm_weight.defined()) {
+    prologue.norm_weight = checked_data(options.norm_weight, "norm_weight");
+    prologue.norm_dtype = kernel_dtype(options.norm_weight.scalar_type());
+  }
 
   const int64_t threads = at::get_num_threads();
-  const int64_t row_bytes = weight.size(1);
+  const int64_t row_bytes = bitlinear::ceil_div(K, 4);
   const bitlinear::Grid grid = bitlinear::choose_grid(M, N, row_bytes, threads, kernels->costs);
   const int64_t parts = grid.tokens * grid.rows;
+  const int64_t quantize_parts = bitlinear::choose_quantize_parts(tokens, K, threads, parts);
 
-  // One allocation: scratch memory of each part, then quantised activations, scales and sums.
+  // One allocation: scratch memory of each part, then quantised activations, scales and sums, and
+  // the floats of a prologue for each part that quantises.
   const int64_t part_size = bitlinear::largest_part(M, kernels->costs.token_unit, grid.tokens);
   const int64_t part_bytes =
       bitlinear::ceil_div(kernels->scratch_bytes(part_size, row_bytes), kAlignment) * kAlignment;
   const int64_t q_stride = bitlinear_q_stride(kernels, K);
   const int64_t q_row_bytes = q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)};
-  Scratch scratch(parts * part_bytes + M * q_row_bytes);
+  const int64_t floats = bitlinear_is_plain(&prologue) ? 0 : K * quantize_parts;
+  Scratch scratch(parts * part_bytes + M * q_row_bytes + floats * int64_t{sizeof(float)});
   char* const part_scratch = scratch.data();
   int8_t* q = reinterpret_cast<int8_t*>(part_scratch + parts * part_bytes);
   float* s_x = reinterpret_cast<float*>(q + M * q_stride);
   int32_t* q_sum = reinterpret_cast<int32_t*>(s_x + M);
+  float* const values = floats == 0 ? nullptr : reinterpret_cast<float*>(q_sum + M);
 
   const int x_dtype = kernel_dtype(x.scalar_type());
   const char* const x_data = checked_data(input, "x");
-  const int64_t x_bytes = K * input.element_size();
+  const int64_t x_bytes = x_width * input.element_size();
   bitlinear_task task = {};
   task.act_bits = act_bits;
   task.q = q;
@@ -136,21 +184,21 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
   task.s_x = s_x;
   task.q_sum = q_sum;
   task.M = M;
-  task.w = packed;
   task.row_bytes = row_bytes;
-  task.s_w = reinterpret_cast<const float*>(checked_data(scale, "w_scale"));
-  task.s_w_stride = scale.dim() == 2 ? 1 : 0;
-  task.bias = bias_values.defined() ? checked_data(bias_values, "bias") : nullptr;
-  task.bias_dtype = bias_values.defined() ? kernel_dtype(bias_values.scalar_type()) : BITLINEAR_F32;
   task.y = y.data_ptr();
   task.y_stride = N;
-  task.y_dtype = kernel_dtype(y_dtype);
-  const int64_t quantize_parts = bitlinear::choose_quantize_parts(tokens, K, threads, parts);
+  task.y_dtype = kernel_dtype(options.y_dtype);
+  int64_t residual_bytes = 0;  // of a value
+  if (options.residual.defined()) {
+    task.residual = checked_data(options.residual, "residual");
+    task.residual_dtype = kernel_dtype(options.residual.scalar_type());
+    residual_bytes = options.residual.element_size();
+  }
   const auto quantize = [&](int64_t part) {
     const bitlinear::Range range = bitlinear::part_of(tokens, 1, part, quantize_parts);
     for (int64_t i = range.begin; i < range.end; ++i) {
-      kernels->quantize_row(x_data + i * x_bytes, x_dtype, K, static_cast<float>(eps), act_bits,
-                            q + i * token_rows * q_stride, q_stride, s_x + i,
+      kernels->quantize_row(&prologue, x_data + i * x_bytes, x_dtype, K, options.eps, act_bits,
+                            values + part * K, q + i * token_rows * q_stride, q_stride, s_x + i,
                             q_sum + i * token_rows);
     }
   };
@@ -159,19 +207,56 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
         bitlinear::part_of(M, kernels->costs.token_unit, part / grid.rows, grid.tokens);
     const bitlinear::Range n =
         bitlinear::part_of(N, kernels->costs.row_unit, part % grid.rows, grid.rows);
+    const int64_t first_token = m.begin / token_rows;
     bitlinear_task part_task = task;
     part_task.q += m.begin * q_stride;
-    part_task.s_x += m.begin / token_rows;
+    part_task.s_x += first_token;
     part_task.q_sum += m.begin;
     part_task.M = m.end - m.begin;
-    part_task.n_begin = n.begin;
-    part_task.n_end = n.end;
     part_task.scratch = part_scratch + part * part_bytes;
-    part_task.y = static_cast<char*>(task.y) + m.begin / token_rows * N * y.element_size();
-    kernels->linear(&part_task);
+    for (const Weight& weight : weights) {
+      part_task.n_begin = std::max(n.begin, weight.begin) - weight.begin;
+      part_task.n_end = std::min(n.end, weight.end) - weight.begin;
+      if (part_task.n_begin >= part_task.n_end) continue;
+      weight.describe(part_task);
+      const int64_t first = first_token * N + weight.begin;  // its first value of y
+      part_task.y = static_cast<char*>(task.y) + first * y.element_size();
+      if (task.residual != nullptr) {
+        part_task.residual = static_cast<const char*>(task.residual) + first * residual_bytes;
+      }
+      kernels->linear(&part_task);
+    }
   };
   bitlinear::parallel(quantize_parts, quantize, parts, multiply);
   return y;
+}
+
+Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
+              const std::optional<Tensor>& bias, int64_t in_features, double eps,
+              int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
+  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
+  check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, y_dtype);
+  return product(x, w_packed, w_scale, bias,
+                 {in_features, static_cast<float>(eps), act_bits, y_dtype});
+}
+
+Tensor fused_linear(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
+                    const c10::List<std::optional<Tensor>>& bias, int64_t in_features, double eps,
+                    int64_t group_size, int64_t act_bits,
+                    std::optional<std::string_view> activation,
+                    const std::optional<Tensor>& norm_weight, double norm_eps,
+                    const std::optional<Tensor>& residual, std::optional<ScalarType> out_dtype) {
+  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
+  const c10::SmallVector<std::optional<Tensor>, BITLINEAR_MAX_WEIGHTS> biases(bias.begin(),
+                                                                              bias.end());
+  bitlinear::check_fused_arguments(x, w_packed, w_scale, biases, in_features, eps, group_size,
+                                   act_bits, activation, norm_weight, norm_eps, residual, y_dtype);
+  Options options = {in_features, static_cast<float>(eps), act_bits, y_dtype};
+  options.activation = bitlinear::activation_of(activation);
+  if (norm_weight.has_value()) options.norm_weight = bitlinear::kernel_operand(*norm_weight);
+  options.norm_eps = static_cast<float>(norm_eps);
+  if (residual.has_value()) options.residual = residual->contiguous();
+  return product(x, w_packed, w_scale, biases, options);
 }
 
 std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int64_t group_size) {
@@ -288,6 +373,12 @@ TORCH_LIBRARY(bitlinear, m) {
       "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
       "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "fused_linear(Tensor x, Tensor[] w_packed, Tensor[] w_scale, Tensor?[] bias, "
+      "int in_features, float eps=1e-6, int group_size=0, int act_bits=8, str? activation=None, "
+      "Tensor? norm_weight=None, float norm_eps=0.0, Tensor? residual=None, "
+      "ScalarType? out_dtype=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
   m.def("quantize_weight(Tensor weight, float eps=1e-6, int group_size=0) -> (Tensor, Tensor)",
         {at::Tag::pt2_compliant_tag});
   m.def(
@@ -302,6 +393,7 @@ TORCH_LIBRARY(bitlinear, m) {
 
 TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
   m.impl("linear", linear);
+  m.impl("fused_linear", fused_linear);
   m.impl("quantize_weight", quantize_weight);
   m.impl("expand_weight", expand_weight);
   m.impl("quantize_activations", quantize_activations);
@@ -310,8 +402,8 @@ TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
 // The operators have no backward pass: torch's fallback raises, so that no gradient is silently
 // lost. (bitlinear.linear.BitLinear has one; it is built above the operators.)
 TORCH_LIBRARY_IMPL(bitlinear, Autograd, m) {
-  for (const char* name : {"linear", "quantize_weight", "expand_weight", "quantize_activations",
-                           "expand_activations"}) {
+  for (const char* name : {"linear", "fused_linear", "quantize_weight", "expand_weight",
+                           "quantize_activations", "expand_activations"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

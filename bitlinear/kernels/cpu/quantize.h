@@ -8,12 +8,9 @@
 #include <stdint.h>
 
 #include "convert.h"
+#include "prologue.h"
 
 namespace bitlinear {
-
-// Adding 1.5 * 2^23 leaves a float with no fraction bits: the sum is rounded to the nearest
-// integer, ties to even, and its low mantissa bits hold that integer. Exact for |x| < 2^22.
-constexpr float kRoundMagic = 12582912.0f;
 
 // |x * inv| <= 32385 * (1 + 2^-22), which rounds to 32385 (and to 127 in 8 bits), so no clamp is
 // needed.
@@ -95,8 +92,14 @@ inline void split(const int16_t* values, int64_t count, int8_t* high, int8_t* lo
 }
 
 template <class V>
-void quantize_row(const void* x, int dtype, int64_t K, float eps, int64_t act_bits, int8_t* q,
-                  int64_t q_stride, float* s_x, int32_t* q_sum) {
+void quantize_row(const bitlinear_prologue* prologue, const void* x, int dtype, int64_t K,
+                  float eps, int64_t act_bits, float* floats, int8_t* q, int64_t q_stride,
+                  float* s_x, int32_t* q_sum) {
+  if (!bitlinear_is_plain(prologue)) {
+    apply_prologue<V>(*prologue, x, dtype, K, floats);
+    x = floats;
+    dtype = BITLINEAR_F32;
+  }
   const int64_t rows = bitlinear_rows_per_token(act_bits);
   for (int64_t r = 0; r < rows; ++r) q_sum[r] = 0;
   if (act_bits == 8) {

@@ -29,7 +29,10 @@ std::string check_kernels(const bitlinear_kernel_table& kernels) {
                         data,
                         static_cast<int64_t>(seed % 4),
                         seed / 2 % 2 == 1,
-                        seed / 4 % 3 == 0 ? 16 : 8};
+                        seed / 4 % 3 == 0 ? 16 : 8,
+                        seed % 7 < 4 ? BITLINEAR_NO_GATE : static_cast<int>(seed % 2) + 1,
+                        seed % 7 % 3 == 0,
+                        seed % 3 == 1};
         const std::string difference = bitlinear::selftest::check_case(kernels, c, seed);
         if (!difference.empty()) return difference;
       }
