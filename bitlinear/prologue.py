@@ -7,8 +7,6 @@ values between the operations are not rounded to the dtype of the input.
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 
