@@ -101,6 +101,13 @@ __device__ inline Y from_float(float value) {
   }
 }
 
+template <class X>
+constexpr int dtype_of() {
+  return sizeof(X) == 4                   ? BITLINEAR_F32
+         : std::is_same<X, __half>::value ? BITLINEAR_F16
+                                          : BITLINEAR_BF16;
+}
+
 // Calls `f` with a zero of the C++ type of the dtype.
 template <class F>
 __device__ inline void with_dtype(int dtype, F&& f) {

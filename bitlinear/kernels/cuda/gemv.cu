@@ -60,56 +60,103 @@ struct Sizes {
         q_stride(ceil_div(row_bytes, kSliceBytes) * kSliceValues + kGemvTokenPad) {}
 };
 
+// The groups of a token that a thread quantises, at `first` and then every `step` values, all
+// before `end`. `member` of `members` warps has them.
+struct Part {
+  int first, step, end, member, members;
+};
+
+// What the quantiser reads: x in its dtype.
+template <class X>
+struct PlainSource {
+  static constexpr bool kFused = false;
+  static constexpr int kGroups = kGemvGroups;
+  using Values = Group<X>;
+
+  static __device__ void load(const bitlinear_cuda_task& task, int m, const Part& part,
+                              Values (&groups)[kGroups], float*) {
+    const X* const x = static_cast<const X*>(task.x) + m * task.K;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      if (part.first + i * part.step < part.end) groups[i].load(x + part.first + i * part.step);
+    }
+  }
+};
+
+// The fp32 values of the prologue. A single group takes less code, which a kernel of a few
+// microseconds has to fetch.
+template <int kGroups_>
+struct FusedSource {
+  static constexpr bool kFused = true;
+  static constexpr int kGroups = kGroups_;
+  static_assert(kGroups <= kGemvPrologueGroups, "see heuristics.h");
+  using Values = FloatGroup;
+
+  // All consumers call this, also those without a token: they synchronise.
+  static __device__ void load(const bitlinear_cuda_task& task, int m, const Part& part,
+                              Values (&groups)[kGroups], float* norm_sums) {
+    const bitlinear_prologue& prologue = task.prologue;
+    const bool is_gate = prologue.activation != BITLINEAR_NO_GATE;
+    const int64_t begin = (is_gate ? 2 * m : m) * task.K;  // of the token
+    RawGroup a[kGroups], b[kGroups];
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const int k = part.first + i * part.step;
+      if (k < part.end) {
+        a[i].load(task.x, task.x_dtype, begin + k);
+        if (is_gate) b[i].load(task.x, task.x_dtype, begin + task.K + k);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      groups[i] = {};
+      if (part.first + i * part.step < part.end) {
+        groups[i] = apply_gate(prologue.activation, a[i], b[i], task.x_dtype);
+      }
+    }
+    if (prologue.norm_weight == nullptr) return;
+    RawGroup weights[kGroups];
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const int k = part.first + i * part.step;
+      if (k < part.end) weights[i].load(prologue.norm_weight, prologue.norm_dtype, k);
+    }
+    float* const sums = norm_sums + m * part.members * kGroups;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const float sum = warp_sum_of_squares(groups[i]);
+      if (threadIdx.x % 32 == 0) sums[i * part.members + part.member] = sum;
+    }
+    sync_consumers();
+    const float factor = norm_factor<kGemvPrologueValues>(prologue, sums, task.K);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      if (part.first + i * part.step < part.end) {
+        normalize(groups[i], weights[i], prologue.norm_dtype, factor);
+      }
+    }
+  }
+};
+
 // Quantises all tokens at once, each to kTokenRows rows of q. Each token has its share of the
-// warps, which keep the values in registers from the load to the rounding; with kFused, those of
-// the prologue.
-template <class X, int kTokenRows, bool kFused>
+// warps, which keep the values in registers between the maximum and the rounding.
+template <class Source, int kTokenRows>
 __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_stride, int8_t* q,
                                        Shared& shared) {
-  using Values = std::conditional_t<kFused, Group<float>, Group<X>>;
+  constexpr int kGroups = Source::kGroups;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tokens = static_cast<int>(task.M) / kTokenRows, K = static_cast<int>(task.K);
   const int log_share = tokens > 2 ? 1 : tokens > 1 ? 2 : 3;
-  const int m = warp >> log_share;
-  const int member = warp & ((1 << log_share) - 1);
+  const int m = warp >> log_share, member = warp & ((1 << log_share) - 1);
   const int first = (member * 32 + lane) * kGroup;
   const int step = (32 << log_share) * kGroup;
-  const bool is_gate = kFused && task.prologue.activation != BITLINEAR_NO_GATE;
-  const X* const x = static_cast<const X*>(task.x) + int64_t{m} * (is_gate ? 2 * K : K);
   const int end = m < tokens ? K : 0;
 
-  Values groups[kGemvGroups];
+  typename Source::Values groups[kGroups];
+  Source::load(task, m, {first, step, end, member, 1 << log_share}, groups, shared.norm_sums);
   uint32_t absmax = 0;
 #pragma unroll
-  for (int i = 0; i < kGemvGroups; ++i) {
-    const int k = first + i * step;
-    if constexpr (kFused) {
-      groups[i] = {};
-      if (k < end) groups[i] = load_gated(task.prologue, x, K, k, true);
-    } else {
-      if (k < end) groups[i].load(x + k);
-    }
-  }
-  if constexpr (kFused) {
-    if (task.prologue.norm_weight != nullptr) {
-      float* const sums = shared.norm_sums + (m << log_share) * kGemvGroups;  // of this token
-#pragma unroll
-      for (int i = 0; i < kGemvGroups; ++i) {
-        if (first + i * step - lane * kGroup >= end) break;  // none of the warp has values
-        const float sum = warp_sum_of_squares(groups[i]);
-        if (lane == 0) sums[(i << log_share) + member] = sum;
-      }
-      sync_consumers();
-      const float factor = norm_factor(task.prologue, sums, K);
-#pragma unroll
-      for (int i = 0; i < kGemvGroups; ++i) {
-        const int k = first + i * step;
-        if (k < end) normalize(groups[i], task.prologue, K, k, true, factor);
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kGemvGroups; ++i) {
+  for (int i = 0; i < kGroups; ++i) {
     if (first + i * step < end) absmax = max(absmax, groups[i].magnitude_bits());
   }
   absmax = warp_reduce_max(absmax);
@@ -121,7 +168,7 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_st
     const TokenScale<kTokenRows> scale(absmax, task.eps);
     int32_t sums[kTokenRows] = {};
 #pragma unroll
-    for (int i = 0; i < kGemvGroups; ++i) {
+    for (int i = 0; i < kGroups; ++i) {
       const int k = first + i * step;
       if (k >= q_stride - kGemvTokenPad) break;
       float values[kGroup] = {};
@@ -146,10 +193,9 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_st
   sync_consumers();
 }
 
-// X: the dtype of x. kLogSplit: log2 of the number of warps that share 16 rows, along K.
-// kTokenRows: the rows of q of a token. kFused: there is a prologue or a residual. "Tokens" below
-// counts rows of q.
-template <class X, int kLogSplit, int kTokenRows, bool kFused>
+// kLogSplit: log2 of the number of warps that share 16 rows, along K. kTokenRows: the rows of q of
+// a token. "Tokens" below counts rows of q.
+template <class Source, int kLogSplit, int kTokenRows>
 __global__ void __launch_bounds__(kThreads, 2)
     gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages) {
 #if __CUDA_ARCH__ >= 900
@@ -205,11 +251,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Thread r mod 256 writes row r of the block; it has loaded scale, bias and residual in advance.
   constexpr int kMaxTokens = kGemvTokens / kTokenRows;
   RowScale scale = {};
-  uint32_t residual[kFused ? kMaxTokens : 1];
+  uint32_t residual[Source::kFused ? kMaxTokens : 1];
   const auto load_scales = [&](int row) {
     if (row >= rows) return;
     scale = RowScale(task, n_begin + row);
-    if constexpr (kFused) {
+    if constexpr (Source::kFused) {
       if (task.residual == nullptr) return;
 #pragma unroll
       for (int m = 0; m < kMaxTokens; ++m) {
@@ -221,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   load_scales(threadIdx.x);
   int8_t* const q = reinterpret_cast<int8_t*>(dynamic + stages * stage_bytes);
-  quantize_tokens<X, kTokenRows, kFused>(task, sizes.q_stride, q, shared);
+  quantize_tokens<Source, kTokenRows>(task, sizes.q_stride, q, shared);
 
   const int g = lane / 4, tig = lane % 4;
   const int group = warp >> kLogSplit, member = warp & (kSplit - 1);
@@ -267,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const float bias = scale.bias(task, n);
       with_dtype(task.y_dtype, [&](auto zero) {
         using Y = decltype(zero);
-#pragma unroll(kFused ? kMaxTokens : 1)
+#pragma unroll(Source::kFused ? kMaxTokens : 1)
         for (int token = 0; token < kMaxTokens; ++token) {
           const int m = token * kTokenRows;
           if (m >= tokens) break;
@@ -281,10 +327,12 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
           float value = dequantize(codes, shared.q_sum + m, shared.s_x[m], scale.s_w);
           value = __fadd_rn(value, bias);
-          if constexpr (kFused) {
-            if (task.residual != nullptr) {
-              value = __fadd_rn(value, float_from_bits(residual[token], task.residual_dtype));
-            }
+          if (task.residual != nullptr) {
+            const int dtype = task.residual_dtype;
+            const int64_t index = token * task.N + n;
+            value = __fadd_rn(
+                value, Source::kFused ? float_from_bits(residual[Source::kFused ? token : 0], dtype)
+                                      : load_as_float(task.residual, dtype, index));
           }
           static_cast<Y*>(task.y)[token * task.N + n] = from_float<Y>(value);
         }
@@ -295,38 +343,41 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-template <class X, int kLogSplit, int kTokenRows, bool kFused>
+template <class Source, int kLogSplit, int kTokenRows>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
   const Sizes sizes(call.task.K);
   const int stage_bytes = static_cast<int>(gemv_stage_bytes(sizes.row_bytes, kLogSplit));
   const int stages = minimum(plan.ring_bytes / stage_bytes, kMaxStages);
   const int shared_bytes = stages * stage_bytes + static_cast<int>(call.task.M) * sizes.q_stride;
   const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
-  return launch_kernel<gemv_kernel<X, kLogSplit, kTokenRows, kFused>>(config, call, call.task,
-                                                                      stages);
+  return launch_kernel<gemv_kernel<Source, kLogSplit, kTokenRows>>(config, call, call.task, stages);
 }
 
-template <class X, int kTokenRows, bool kFused>
+template <class Source, int kTokenRows>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
-  if (plan.log_split == 3) return launch<X, 3, kTokenRows, kFused>(call, plan);
-  if (plan.log_split == 2) return launch<X, 2, kTokenRows, kFused>(call, plan);
-  return launch<X, 1, kTokenRows, kFused>(call, plan);
+  if (plan.log_split == 3) return launch<Source, 3, kTokenRows>(call, plan);
+  if (plan.log_split == 2) return launch<Source, 2, kTokenRows>(call, plan);
+  return launch<Source, 1, kTokenRows>(call, plan);
 }
 
-template <class X, int kTokenRows>
+template <class Source>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
-  const bool is_fused = !bitlinear_is_plain(&call.task.prologue) || call.task.residual != nullptr;
-  return is_fused ? launch<X, kTokenRows, true>(call, plan)
-                  : launch<X, kTokenRows, false>(call, plan);
+  return call.task.act_bits == 8 ? launch<Source, 1>(call, plan) : launch<Source, 2>(call, plan);
 }
 
 }  // namespace
 
 cudaError_t gemv(const Call& call, const GemvPlan& plan) {
-  return dispatch_dtype(call.task.x_dtype, [&](auto zero) {
-    using X = decltype(zero);
-    return call.task.act_bits == 8 ? launch<X, 1>(call, plan) : launch<X, 2>(call, plan);
-  });
+  const bitlinear_cuda_task& task = call.task;
+  const int64_t tokens = task.M / bitlinear_rows_per_token(task.act_bits);
+  // Of a token, that all threads quantise at a time.
+  const int64_t values = kConsumers / (tokens > 2 ? 4 : tokens) * kGroup;
+  if (bitlinear_is_plain(&task.prologue) &&
+      (task.residual == nullptr || task.K > kGemvPrologueGroups * values)) {
+    return dispatch_dtype(
+        task.x_dtype, [&](auto zero) { return launch<PlainSource<decltype(zero)>>(call, plan); });
+  }
+  return task.K <= values ? launch<FusedSource<1>>(call, plan) : launch<FusedSource<2>>(call, plan);
 }
 
 }  // namespace cuda

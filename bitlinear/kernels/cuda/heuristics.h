@@ -27,7 +27,8 @@ struct Device {
 struct Shape {
   int64_t M, N, K;
   bool x_aligned, w_aligned;  // every row of x, or of w, starts at a multiple of 16 bytes
-  bool is_fused = false;      // the product has several weights or a prologue
+  int64_t weights = 1;        // of the product; they have N rows together
+  bool has_prologue = false;
 };
 
 // Packed bytes of a weight row that the tensor-core kernels multiply at a time: 16 for each of the
@@ -46,6 +47,7 @@ constexpr int64_t padded_tokens(int64_t M) {
 // ----------------------------------------------------------------------------- the quantiser
 
 constexpr int kQuantizerWarps = 32;  // of a block, at most
+constexpr int kPrologueWarps = 16;   // the same with a prologue, which needs more registers
 constexpr int kQuantizerGroups =
     2;  // groups of 16 values that a thread keeps between the two passes
 
@@ -57,11 +59,11 @@ struct QuantizerPlan {
 constexpr QuantizerPlan plan_quantizer(const Device& device, int64_t M, int64_t K,
                                        bool has_prologue = false) {
   // With few tokens a thread gets one group, for latency; with many it gets two, for more loads in
-  // flight, unless a prologue needs the registers. With enough warps it gets no other groups, and
-  // reads all values once.
+  // flight. With enough warps it gets no other groups, and reads all values once.
   constexpr int64_t kBlockWarps = 8;
-  const int64_t groups = has_prologue || M < 8 * device.multiprocessors ? 1 : kQuantizerGroups;
-  const int64_t warps = minimum(ceil_div(K, groups * 16 * 32), kQuantizerWarps);
+  const int64_t groups = M < 8 * device.multiprocessors ? 1 : kQuantizerGroups;
+  const int64_t warps =
+      minimum(ceil_div(K, groups * 16 * 32), has_prologue ? kPrologueWarps : kQuantizerWarps);
   // Blocks of several tokens cost fewer starts, as long as all multiprocessors have a block. The
   // number is a power of two, because the workspace has room for a multiple of 32 tokens.
   int tokens = 1;
@@ -88,6 +90,9 @@ constexpr int kGemvWarps = 8;  // warps that multiply, each 16 rows at a time
 // per thread.
 constexpr int kGemvGroups = 4;
 constexpr int64_t kGemvRegisterValues = int64_t{kGemvGroups} * 16 * 32 * kGemvWarps;
+// With a prologue the groups are fp32, and more than two do not fit the registers.
+constexpr int kGemvPrologueGroups = 2;
+constexpr int64_t kGemvPrologueValues = kGemvRegisterValues / kGemvGroups * kGemvPrologueGroups;
 constexpr int kGemvTokenPad = 64;  // between tokens in shared memory, against bank conflicts
 // The maximum of its static shared memory (the compiler adds a little of its own).
 constexpr int kGemvStaticBytes = 5632;
@@ -315,15 +320,16 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
       // Each token has the same power-of-two share of the threads.
       int64_t shares = 1;
       while (shares < shape.M) shares *= 2;
+      const int64_t values = shape.has_prologue ? kGemvPrologueValues : kGemvRegisterValues;
       return device.capability >= 90 && shape.w_aligned && shape.x_aligned &&
-             shape.M <= kGemvTokens && shares * shape.K <= kGemvRegisterValues &&
+             shape.M <= kGemvTokens && shares * shape.K <= values &&
              gemv_room(device, shape) >= 2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
     }
     case BITLINEAR_CUDA_SMALL_BATCH:
       return device.capability >= 90 && shape.w_aligned && shape.M <= kSmallBatchTokens;
     case BITLINEAR_CUDA_SMALL_LAYER:
       return device.capability >= 80 && shape.w_aligned && shape.x_aligned &&
-             shape.K <= kSmallLayerInputs && !shape.is_fused;
+             shape.K <= kSmallLayerInputs && shape.weights == 1 && !shape.has_prologue;
     case BITLINEAR_CUDA_MMA:
       return device.capability >= 80;
     case BITLINEAR_CUDA_WGMMA:

@@ -67,7 +67,8 @@ Shape shape_of(const bitlinear_cuda_task& task) {
           task.K,
           tokens_aligned(task),
           weights_aligned(task),
-          task.weight_count > 1 || !bitlinear_is_plain(&task.prologue)};
+          task.weight_count,
+          !bitlinear_is_plain(&task.prologue)};
 }
 
 // The requested kernel, or the best one; BITLINEAR_CUDA_AUTO if no kernel can run.

@@ -12,9 +12,6 @@ namespace bitlinear {
 namespace cuda {
 
 constexpr int kWarpValues = 32 * kGroup;
-// Sums of warps of a token that norm_factor() adds.
-constexpr int kMaxWarpSums = 1024;
-static_assert(kMaxWarpSums * kWarpValues >= BITLINEAR_MAX_K, "a long token has more sums");
 
 __device__ inline float exp_of(float z) {
   z = z < -86.0f ? -86.0f : z;  // a NaN stays
@@ -44,57 +41,141 @@ __device__ inline float gate(int activation, float a, float b) {
   return __fmul_rn(value, b);
 }
 
-// Values k .. k + 16 of a token, behind the gate; zeros beyond K. `aligned`: rows of K values start
-// at multiples of 16 bytes.
-template <class X>
-__device__ inline Group<float> load_gated(const bitlinear_prologue& prologue, const X* x, int64_t K,
-                                          int64_t k, bool aligned) {
-  Group<float> result;
-  float* const values = reinterpret_cast<float*>(result.vectors);
-  float a[kGroup];
-  load_group(x + k, K - k, aligned).convert(a);
-  if (prologue.activation == BITLINEAR_NO_GATE) {
+// kGroup values in fp32. Its functions are those of Group, which the quantiser calls.
+struct FloatGroup {
+  float values[kGroup];
+
+  __device__ void convert(float (&out)[kGroup]) const {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) values[i] = a[i];
-  } else {
-    float b[kGroup];
-    load_group(x + K + k, K - k, aligned).convert(b);
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) values[i] = gate(prologue.activation, a[i], b[i]);
+    for (int i = 0; i < kGroup; ++i) out[i] = values[i];
   }
-  return result;
+  __device__ uint32_t magnitude_bits() const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (const float value : values) largest = max(largest, __float_as_uint(value) & 0x7FFFFFFFu);
+    return largest;
+  }
+};
+
+// kGroup values as they are in memory, of a dtype that is known at run time.
+struct RawGroup {
+  uint4 vectors[kGroup * sizeof(float) / sizeof(uint4)];
+
+  // Values i .. i + 16 of an array at a multiple of 16 bytes; i is a multiple of 16.
+  __device__ void load(const void* array, int dtype, int64_t i) {
+    const bool is_wide = dtype == BITLINEAR_F32;
+    const uint4* const source =
+        reinterpret_cast<const uint4*>(static_cast<const char*>(array) + i * (is_wide ? 4 : 2));
+    vectors[0] = source[0];
+    vectors[1] = source[1];
+    if (is_wide) {
+      vectors[2] = source[2];
+      vectors[3] = source[3];
+    }
+  }
+  // From any address: the first `count` values, then zeros.
+  __device__ void load(const void* array, int dtype, int64_t i, int64_t count) {
+    uint32_t words[kGroup] = {};
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      const uint32_t bits = j < count ? load_bits(array, dtype, i + j) : 0;
+      if (dtype == BITLINEAR_F32) {
+        words[j] = bits;
+      } else {
+        words[j / 2] |= bits << 16 * (j % 2);
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < kGroup / 4; ++v) {
+      vectors[v] = make_uint4(words[4 * v], words[4 * v + 1], words[4 * v + 2], words[4 * v + 3]);
+    }
+  }
+  __device__ void convert(float (&values)[kGroup], int dtype) const {
+    uint32_t words[kGroup];
+#pragma unroll
+    for (int v = 0; v < kGroup / 4; ++v) {
+      words[4 * v] = vectors[v].x;
+      words[4 * v + 1] = vectors[v].y;
+      words[4 * v + 2] = vectors[v].z;
+      words[4 * v + 3] = vectors[v].w;
+    }
+    if (dtype == BITLINEAR_F32) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) values[i] = __uint_as_float(words[i]);
+    } else if (dtype == BITLINEAR_BF16) {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        values[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xFFFF0000u : words[i / 2] << 16);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        values[i] = __half2float(__ushort_as_half(
+            static_cast<unsigned short>(i % 2 ? words[i / 2] >> 16 : words[i / 2])));
+      }
+    }
+  }
+};
+
+// Loads values k .. k + 16 of an array, of which `count` are left.
+__device__ inline void load_raw(RawGroup& group, const void* array, int dtype, int64_t k,
+                                int64_t count, bool aligned) {
+  if (aligned && count >= kGroup) {
+    group.load(array, dtype, k);
+  } else {
+    group.load(array, dtype, k, count);
+  }
+}
+
+// What a gate makes of values a and b; without one, a.
+__device__ inline FloatGroup apply_gate(int activation, const RawGroup& raw_a,
+                                        const RawGroup& raw_b, int dtype) {
+  FloatGroup a, b;
+  raw_a.convert(a.values, dtype);
+  if (activation != BITLINEAR_NO_GATE) {
+    raw_b.convert(b.values, dtype);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) a.values[i] = gate(activation, a.values[i], b.values[i]);
+  }
+  return a;
+}
+
+// Overwrites the first kPairs values with the sums of neighbours.
+template <int kPairs>
+__device__ inline void add_neighbours(float (&values)[kGroup]) {
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) values[i] = __fadd_rn(values[2 * i], values[2 * i + 1]);
+}
+
+// The sum over the lanes of a warp, in pairs; in every lane.
+__device__ inline float add_lanes(float sum) {
+#pragma unroll
+  for (int step = 0; step < 5; ++step) {
+    sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 1 << step));
+  }
+  return sum;
 }
 
 // The sum of squares of the 512 values that the groups of a warp hold, in pairs; in every lane.
-__device__ inline float warp_sum_of_squares(const Group<float>& group) {
+__device__ inline float warp_sum_of_squares(const FloatGroup& group) {
   float values[kGroup];
-  group.convert(values);
 #pragma unroll
-  for (float& value : values) value = __fmul_rn(value, value);
-#pragma unroll
-  for (int size = kGroup / 2; size > 0; size /= 2) {
-#pragma unroll
-    for (int i = 0; i < size; ++i) values[i] = __fadd_rn(values[2 * i], values[2 * i + 1]);
-  }
-#pragma unroll
-  for (int mask = 1; mask < 32; mask *= 2) {
-    values[0] = __fadd_rn(values[0], __shfl_xor_sync(~0u, values[0], mask));
-  }
-  return values[0];
+  for (int i = 0; i < kGroup; ++i) values[i] = __fmul_rn(group.values[i], group.values[i]);
+  static_assert(kGroup == 16, "four levels of pairs");
+  add_neighbours<8>(values);
+  add_neighbours<4>(values);
+  add_neighbours<2>(values);
+  return add_lanes(__fadd_rn(values[0], values[1]));
 }
 
-// The sum of sums[0:count], count <= 1024, in pairs; in every lane of a warp.
+// The sum of sums[0:count], count <= kMaxCount, in pairs; in every lane of a warp.
+template <int kMaxCount>
 __device__ inline float add_warp_sums(const float* sums, int count) {
+  static_assert(kMaxCount <= 1024, "two levels of 32 lanes");
   const int lane = threadIdx.x % 32;
-  const auto add_lanes = [](float sum) {
-#pragma unroll
-    for (int mask = 1; mask < 32; mask *= 2) {
-      sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, mask));
-    }
-    return sum;
-  };
-  if (count <= 32) return add_lanes(lane < count ? sums[lane] : 0.0f);
+  if (kMaxCount <= 32) return add_lanes(lane < count ? sums[lane] : 0.0f);
   float mine = 0.0f;
+#pragma unroll 1
   for (int first = 0; first < count; first += 32) {
     const float sum = add_lanes(first + lane < count ? sums[first + lane] : 0.0f);
     if (first == 32 * lane) mine = sum;
@@ -102,32 +183,25 @@ __device__ inline float add_warp_sums(const float* sums, int count) {
   return add_lanes(mine);
 }
 
-// 1 / sqrt(sum / K + eps), from the sums of the warps of a token.
+// 1 / sqrt(sum / K + eps), from the sums of the warps of a token of at most kMaxK values.
+template <int64_t kMaxK>
 __device__ inline float norm_factor(const bitlinear_prologue& prologue, const float* sums,
                                     int64_t K) {
   const int count = static_cast<int>(ceil_div<int64_t>(K, kWarpValues));
-  const float mean = __fdiv_rn(add_warp_sums(sums, count), static_cast<float>(K));
+  const float sum = add_warp_sums<ceil_div<int64_t>(kMaxK, kWarpValues)>(sums, count);
+  const float mean = __fdiv_rn(sum, static_cast<float>(K));
   return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, prologue.norm_eps)));
 }
 
-// Multiplies values k .. k + 16 of a token with the factor and with the weight of the norm.
-template <class W>
-__device__ inline void normalize_group(Group<float>& group, const W* weight, int64_t K, int64_t k,
-                                       bool aligned, float factor) {
-  float* const values = reinterpret_cast<float*>(group.vectors);
+// Multiplies a group with the factor, then with the weight of the norm.
+__device__ inline void normalize(FloatGroup& group, const RawGroup& raw_weights, int dtype,
+                                 float factor) {
   float weights[kGroup];
-  load_group(weight + k, K - k, aligned).convert(weights);
+  raw_weights.convert(weights, dtype);
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
-    values[i] = __fmul_rn(__fmul_rn(values[i], factor), weights[i]);
+    group.values[i] = __fmul_rn(__fmul_rn(group.values[i], factor), weights[i]);
   }
-}
-__device__ inline void normalize(Group<float>& group, const bitlinear_prologue& prologue, int64_t K,
-                                 int64_t k, bool aligned, float factor) {
-  with_dtype(prologue.norm_dtype, [&](auto zero) {
-    const auto* const weight = static_cast<const decltype(zero)*>(prologue.norm_weight);
-    normalize_group(group, weight, K, k, aligned, factor);
-  });
 }
 
 }  // namespace cuda

@@ -61,10 +61,10 @@ __device__ inline void store_in_order(int16_t* q, const float (&values)[kGroup],
 // kFused: a prologue comes first. The threads then keep its fp32 values, if a token is not longer
 // than they can keep.
 template <class X, Layout kLayout, int kRows, bool kFused>
-__global__ void __launch_bounds__(32 * kQuantizerWarps)
+__global__ void __launch_bounds__(32 * (kFused ? kPrologueWarps : kQuantizerWarps))
     quantize_rows(const __grid_constant__ bitlinear_prologue prologue, const X* x, int64_t M, int K,
                   float eps, bool aligned, Activations out) {
-  using Values = std::conditional_t<kFused, Group<float>, Group<X>>;
+  using Values = std::conditional_t<kFused, FloatGroup, Group<X>>;
   __shared__ uint32_t warp_max[kQuantizerWarps];
   __shared__ int32_t warp_sum[kRows][kQuantizerWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -78,31 +78,39 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
   float factor = 0.0f;  // of the norm
   const auto load = [&](int k) -> Values {
     if constexpr (kFused) {
-      return load_gated(prologue, row, K, k, aligned);
+      const int dtype = dtype_of<X>();
+      RawGroup a, b;
+      load_raw(a, row, dtype, k, K - k, aligned);
+      if (is_gate) load_raw(b, row + K, dtype, k, K - k, aligned);
+      return apply_gate(prologue.activation, a, b, dtype);
     } else {
       return load_group(row + k, K - k, aligned);
     }
   };
+  const auto normalize_at = [&](FloatGroup& values, int k) {
+    RawGroup weights;
+    load_raw(weights, prologue.norm_weight, prologue.norm_dtype, k, K - k, aligned);
+    normalize(values, weights, prologue.norm_dtype, factor);
+  };
   const auto load_normalized = [&](int k) {
     Values values = load(k);
     if constexpr (kFused) {
-      if (prologue.norm_weight != nullptr) normalize(values, prologue, K, k, aligned, factor);
+      if (prologue.norm_weight != nullptr) normalize_at(values, k);
     }
     return values;
   };
   allow_successor();
   wait_for_predecessor();
 
-  constexpr int kKept = kFused ? 1 : kQuantizerGroups;
-  Values kept[kKept] = {};
+  Values kept[kQuantizerGroups] = {};
   uint32_t absmax = 0;
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) {
+  for (int i = 0; i < kQuantizerGroups; ++i) {
     if (first + i * step < out.q_stride) kept[i] = load(first + i * step);
   }
   if constexpr (kFused) {
     if (prologue.norm_weight != nullptr) {
-      __shared__ float warp_sums[kMaxWarpSums];
+      __shared__ float warp_sums[ceil_div(BITLINEAR_MAX_K, kWarpValues)];
       float* const sums = warp_sums + threadIdx.y * ceil_div(K, kWarpValues);
       const auto add_squares = [&](const Values& values, int begin) {
         const float sum = warp_sum_of_squares(values);
@@ -110,23 +118,23 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
       };
       int begin = first - lane * kGroup;  // of the warp
 #pragma unroll
-      for (int i = 0; i < kKept; ++i, begin += step) {
+      for (int i = 0; i < kQuantizerGroups; ++i, begin += step) {
         if (begin < K) add_squares(kept[i], begin);
       }
       for (; begin < K; begin += step) add_squares(load(begin + lane * kGroup), begin);
       __syncthreads();
-      factor = norm_factor(prologue, sums, K);
+      factor = norm_factor<BITLINEAR_MAX_K>(prologue, sums, K);
 #pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        normalize(kept[i], prologue, K, first + i * step, aligned, factor);
+      for (int i = 0; i < kQuantizerGroups; ++i) {
+        normalize_at(kept[i], first + i * step);
       }
     }
   }
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) {
+  for (int i = 0; i < kQuantizerGroups; ++i) {
     if (first + i * step < out.q_stride) absmax = max(absmax, kept[i].magnitude_bits());
   }
-  for (int k = first + kKept * step; k < K; k += step) {
+  for (int k = first + kQuantizerGroups * step; k < K; k += step) {
     absmax = max(absmax, load_normalized(k).magnitude_bits());
   }
   absmax = warp_reduce_max(absmax);
@@ -164,10 +172,10 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
     }
   };
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) {
+  for (int i = 0; i < kQuantizerGroups; ++i) {
     if (first + i * step < out.q_stride) quantize(first + i * step, kept[i]);
   }
-  for (int k = first + kKept * step; k < out.q_stride; k += step) {
+  for (int k = first + kQuantizerGroups * step; k < out.q_stride; k += step) {
     quantize(k, load_normalized(k));
   }
   if constexpr (kLayout == Layout::kInOrder) {

@@ -98,7 +98,8 @@ inline Shape shape_of(const selftest::Case& c, Placement placement) {
           c.K,
           row_aligned(placement, c.K * element),
           row_aligned(placement, (c.K + 3) / 4),
-          c.weights > 1 || c.activation != BITLINEAR_NO_GATE || c.norm};
+          c.weights,
+          c.activation != BITLINEAR_NO_GATE || c.norm};
 }
 
 // Whether the kernel supports a case. AUTO supports every case.
