@@ -34,14 +34,6 @@ def flush():
     torch.set_flush_denormal(False)
 
 
-@pytest.fixture
-def threads():
-    """``threads(n)`` sets the number of threads until the end of the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def run(x, t, w_scale, bias=None, eps=EPS, act_bits=8):
     scale = torch.as_tensor(w_scale, dtype=torch.float32)
     packed = torch.from_numpy(oracle.pack(t))
