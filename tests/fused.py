@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from bitlinear.fused import fused_linear
 from tests import oracle
 
 SOURCES = [(a, with_norm) for a in (None, "silu", "relu2") for with_norm in (False, True)]
@@ -60,3 +61,34 @@ def expected(t, arguments):
     x, dtype = named.pop("x"), named.pop("out_dtype", None)
     del named["w_packed"], named["in_features"]
     return oracle.expected_fused(x, list(weights), dtype=dtype, **named)
+
+
+def tokens(arguments):
+    """The inputs that have a row for each token: ``(x, residual)``."""
+    return arguments["x"], arguments["residual"]
+
+
+class Fused(torch.nn.Module):
+    """A fused product with its weights as buffers, with gradients; called with :func:`tokens`."""
+
+    def __init__(self, arguments):
+        super().__init__()
+        self.options = {}
+        for name, value in arguments.items():
+            if name in ("w_packed", "w_scale", "bias"):
+                for i, element in enumerate(value):
+                    self.register_buffer(f"{name}_{i}", element)
+            elif name == "norm_weight":
+                self.register_buffer(name, value)
+            elif name not in ("x", "residual"):
+                self.options[name] = value
+        self._count = len(arguments["w_packed"])
+
+    def forward(self, x, residual=None):
+        weights = {
+            name: [getattr(self, f"{name}_{i}") for i in range(self._count)]
+            for name in ("w_packed", "w_scale", "bias")
+        }
+        return fused_linear(
+            x, **weights, norm_weight=self.norm_weight, residual=residual, **self.options
+        )
