@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ def register() -> None:
     """Register the formulas of the operators for ``FlopCounterMode``."""
     from torch.utils import flop_counter
 
-    formulas = {torch.ops.bitlinear.linear: _count, torch.ops.bitlinear.fused_linear: _count_fused}
+    formulas: dict[Any, Callable[..., int]] = {
+        torch.ops.bitlinear.linear: _count,
+        torch.ops.bitlinear.fused_linear: _count_fused,
+    }
     for operator, formula in formulas.items():
         flop_counter.flop_registry.pop(operator, None)  # of an earlier import
         flop_counter.register_flop_formula(operator)(formula)
