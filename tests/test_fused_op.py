@@ -243,7 +243,7 @@ WRONG = [
     (ValueError, COUNT + "1, 2 and 2", {"w_packed": [W]}),
     (ValueError, COUNT + "2, 3 and 2", {"w_scale": [torch.ones(1)] * 3}),
     (ValueError, COUNT + "2, 2 and 1", {"bias": [None]}),
-    (ValueError, COUNT + "2, 2 and 0", {"bias": []}),
+    (ValueError, COUNT + "2, 2 and 3", {"bias": [None] * 3}),
     (TypeError, "norm_weight must be floating .* is int64", {"norm_weight": torch.ones(12).long()}),
     (ValueError, r"norm_weight .* \(12,\), .* \[24\]$", {"norm_weight": torch.ones(24)}),
     (ValueError, r"norm_weight .* \(12,\), .* \[1, 12\]$", {"norm_weight": torch.ones(1, 12)}),
