@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .autograd import Function
 from .deployed import input_gradient, is_transformed, raise_if_scale_needs_gradient
-from .prologue import gate
 
 _fused_linear = torch.ops.bitlinear.fused_linear.default
 
@@ -100,7 +98,9 @@ class _FusedLinear(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, norm_weight, residual, ctx.in_features, _, _, ctx.activation, ctx.norm_eps = inputs[:8]
         w_packed, w_scale, bias = _thirds(inputs[8:])
-        ctx.save_for_backward(x, norm_weight, *w_packed, *w_scale)
+        ctx.has_prologue = ctx.activation is not None or norm_weight is not None
+        ctx.save_for_backward(x if ctx.has_prologue else None, norm_weight, *w_packed, *w_scale)
+        ctx.x_dtype = x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.bias_dtypes = [None if b is None else b.dtype for b in bias]
 
@@ -114,13 +114,16 @@ class _FusedLinear(Function):
         grads = grad.split([len(w) for w in weights[:count]], dim=-1)
         grad_x = grad_norm = None
         if needs_x or needs_norm:
-            grad_values = sum(
+            parts = [
                 input_gradient(g, w, s, ctx.in_features).to(torch.float32)
                 for g, w, s in zip(grads, weights[:count], weights[count:])
-            )
-            grad_x, grad_norm = _prologue_gradients(
-                grad_values, x, ctx.activation, norm_weight, ctx.norm_eps
-            )
+            ]
+            grad_values = sum(parts[1:], parts[0])
+            if ctx.has_prologue:
+                grad_values, grad_norm = _prologue_gradients(
+                    grad_values, x, ctx.activation, norm_weight, ctx.norm_eps
+                )
+            grad_x = grad_values.to(ctx.x_dtype)
         grad_residual = grad.to(ctx.residual_dtype) if needs_residual else None
         grad_bias = [
             g.reshape(-1, g.shape[-1]).to(torch.float32).sum(dim=0).to(dtype) if needed else None
@@ -136,24 +139,32 @@ def _thirds(weights: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Seque
 
 
 def _prologue_gradients(
-    grad: Any, x: Tensor, activation: str | None, norm_weight: Tensor | None, norm_eps: float
+    grad: Tensor, x: Tensor, activation: str | None, norm_weight: Tensor | None, norm_eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of ``x`` and of ``norm_weight``, from that of what the product quantises."""
+    """The gradients of ``x``, in fp32, and of ``norm_weight``, from that of the quantised values.
+
+    Autograd can differentiate every operation here, unlike those of :mod:`bitlinear.prologue`.
+    """
     values = x.to(torch.float32)
-    a, b = values.chunk(2, dim=-1) if activation is not None else (values, values)
+    if activation is not None:
+        a, b = values.chunk(2, dim=-1)
+        activated, slope = _activation_and_slope(a, activation)
+        values = activated * b
     grad_norm = None
     if norm_weight is not None:
-        inner = values if activation is None else gate(values, activation)
-        factor = (inner.square().mean(dim=-1, keepdim=True) + norm_eps).rsqrt()
-        normed = inner * factor
+        factor = (values.square().mean(dim=-1, keepdim=True) + norm_eps).rsqrt()
+        normed = values * factor
         grad_norm = (grad * normed).reshape(-1, len(norm_weight)).sum(dim=0).to(norm_weight.dtype)
         grad = grad * norm_weight.to(torch.float32)
         grad = factor * (grad - normed * (grad * normed).mean(dim=-1, keepdim=True))
+    if activation is not None:
+        grad = torch.cat([grad * b * slope, grad * activated], dim=-1)
+    return grad, grad_norm
+
+
+def _activation_and_slope(a: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     if activation == "silu":
         sigmoid = a.sigmoid()
-        slope = sigmoid * (1 + a * (1 - sigmoid))
-        grad = torch.cat([grad * b * slope, grad * F.silu(a)], dim=-1)
-    elif activation == "relu2":
-        positive = a.relu()
-        grad = torch.cat([grad * b * (2 * positive), grad * positive.square()], dim=-1)
-    return grad.to(x.dtype), grad_norm
+        return a * sigmoid, sigmoid * (1 + a * (1 - sigmoid))
+    positive = a.relu()
+    return positive.square(), 2 * positive

@@ -382,7 +382,10 @@ def _vmap_rule(operator: Any) -> Callable[..., tuple[Any, int]]:
         given = {name for name, argument in zip(names, arguments) if argument is not None}
         batched = {name for name, dims in zip(names, in_dims) if tree_any(_is_batched, dims)}
         if batched == token_arguments & given:
-            moved = (a if d is None else a.movedim(d, 0) for a, d in zip(arguments, in_dims))
+            # A list of tensors, of which none is batched, has a list of dimensions.
+            moved = (
+                a.movedim(d, 0) if isinstance(d, int) else a for a, d in zip(arguments, in_dims)
+            )
             return operator(*moved), 0
         results = [
             operator(*(_element(a, d, i) for a, d in zip(arguments, in_dims)))

@@ -49,6 +49,8 @@ def apply_prologue(
 def gate(x: Tensor, activation: str) -> Tensor:
     """``activation(a) * b``, where ``a`` is the first half of the last dimension, ``b`` the second.
 
+    As :func:`exp` ends at 88, ``silu(a)`` is ``a * 6.1e-39`` for ``a < -88``, where it should be 0.
+
     Args:
         x: fp32, shape ``(..., 2 K)``.
         activation: One of :data:`ACTIVATIONS`.

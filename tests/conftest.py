@@ -62,6 +62,14 @@ def gpu_processes():
 
 
 @pytest.fixture
+def threads():
+    """``threads(n)`` sets the number of threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def log(caplog):
     """A function that returns the messages of the logger ``"bitlinear"`` so far."""
     caplog.set_level(logging.INFO, logger="bitlinear")

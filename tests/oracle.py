@@ -56,11 +56,52 @@ def linear(
     """float32 (M, N), before the rounding to the output dtype. ``w_scale``: (), (1,) or (N, 1)."""
     q, s_x = quantize_activations(x, eps, act_bits)
     assert QMAX[act_bits] * q.shape[-1] < 2**53
-    # As exact as in int64, and eight times faster.
-    product = (q.astype(np.float64) @ np.asarray(t, np.float64).T).astype(F32)
+    # As exact as in int64, and eight times faster. Adding 0.0 takes the sign of -0.0.
+    product = (q.astype(np.float64) @ np.asarray(t, np.float64).T + 0.0).astype(F32)
     with np.errstate(all="ignore"):
         y = product * (s_x * np.asarray(w_scale, F32).reshape(1, -1))
         return y if bias is None else y + np.asarray(bias, F32)
+
+
+def exp(z: Any) -> np.ndarray:
+    """float32: ``2**n * exp(r)`` with ``z = n * ln(2) + r``; a polynomial of ``r`` (Cephes)."""
+    with np.errstate(all="ignore"):
+        z = np.clip(np.asarray(z, F32), F32(-86), F32(88))
+        n = np.rint(z * F32(1.44269504))
+        r = (z - n * F32(0.693359375)) + n * F32(2.12194440e-4)
+        p = np.zeros_like(r)
+        for digits in (
+            *("1.9875691500E-4", "1.3981999507E-3", "8.3334519073E-3"),
+            *("4.1665795894E-2", "1.6666665459E-1", "5.0000001201E-1"),
+        ):
+            p = p * r + F32(digits)
+        return np.ldexp((p * (r * r) + r) + F32(1), n.astype(np.int64))
+
+
+def sum_in_pairs(values: np.ndarray) -> np.ndarray:
+    """float32 (M,), of (M, K): the first 2^n values, 2^n < K <= 2^(n+1), then those behind them."""
+    count = values.shape[-1]
+    if count == 1:
+        return values[..., 0]
+    half = 2 ** ((count - 1).bit_length() - 1)
+    return sum_in_pairs(values[..., :half]) + sum_in_pairs(values[..., half:])
+
+
+def prologue(
+    x: Any, activation: str | None = None, norm_weight: Any = None, norm_eps: float = 0.0
+) -> np.ndarray:
+    """float32 (M, K), of (M, K) or of (M, 2 K) with an activation: a gate, then an RMSNorm."""
+    values = np.asarray(x, F32)
+    with np.errstate(all="ignore"):
+        if activation is not None:
+            a, b = np.split(values, 2, axis=-1)
+            positive = np.maximum(a, F32(0))
+            values = (a / (F32(1) + exp(-a)) if activation == "silu" else positive * positive) * b
+        if norm_weight is not None:
+            mean = sum_in_pairs(values * values) / F32(values.shape[-1])
+            factor = F32(1) / np.sqrt(mean + F32(norm_eps))
+            values = (values * factor[:, None]) * np.asarray(norm_weight, F32)
+    return values
 
 
 def lookup(ids: Any, t: Any, w_scale: Any) -> np.ndarray:
@@ -83,6 +124,32 @@ def expected(
     bias_values = None if bias is None else bias.detach().float().numpy()
     y = torch.from_numpy(linear(rows, t, w_scale, bias_values, eps, act_bits))
     return y.to(dtype or x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def expected_fused(
+    x: torch.Tensor,
+    weights: Any,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    act_bits: int = 8,
+    activation: str | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The fused product for tensors, as :func:`expected`. ``weights``: ``(t, w_scale, bias)``."""
+    norm = None if norm_weight is None else norm_weight.detach().float().numpy()
+    rows = x.detach().reshape(-1, x.shape[-1]).float().numpy()
+    values = prologue(rows, activation, norm, norm_eps)
+    parts = [
+        linear(values, t, w_scale, None if bias is None else bias.detach().float(), eps, act_bits)
+        for t, w_scale, bias in weights
+    ]
+    y = np.concatenate(parts, axis=1)
+    y = y.reshape(*x.shape[:-1], y.shape[1])
+    if residual is not None:
+        y = y + residual.detach().float().numpy()
+    return torch.from_numpy(y).to(dtype or x.dtype)
 
 
 def ternary(n: int, k: int, seed: int = 0) -> np.ndarray:
@@ -122,8 +189,11 @@ def adversarial_rows(k: int, seed: int = 0, act_bits: int = 8) -> np.ndarray:
 
 
 def assert_same_bits(actual: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Same dtype, shape and values to the bit; NaN equals NaN."""
+    """Same dtype, shape and values to the bit, the sign of zero included; NaN equals NaN."""
     assert actual.dtype == wanted.dtype
     assert actual.shape == wanted.shape
     # Every fp16 and bf16 value is a float32 value.
-    np.testing.assert_array_equal(actual.detach().float().numpy(), wanted.detach().float().numpy())
+    values, wanted_values = actual.detach().float().numpy(), wanted.detach().float().numpy()
+    np.testing.assert_array_equal(values, wanted_values)
+    signs, wanted_signs = (np.signbit(v) & ~np.isnan(v) for v in (values, wanted_values))
+    np.testing.assert_array_equal(signs, wanted_signs)

@@ -276,9 +276,10 @@ def test_wrong_arguments(error, message, changes):
 
 @pytest.mark.skipif(not bitlinear.HAS_BITLINEAR, reason="about the compiled operator")
 @pytest.mark.parametrize("name", ["x", "w_packed", "w_scale", "bias"])
-def test_memory_that_was_freed_is_an_error(name):
-    tensors = {"x": X.clone(), "w_packed": torch.full((5, 3), 0x55, dtype=torch.uint8)}
-    tensors |= {"w_scale": torch.ones(1), "bias": torch.ones(5)}
+@pytest.mark.parametrize("rows", [5, 50_000])  # on one thread and on all
+def test_memory_that_was_freed_is_an_error(rows, name):
+    tensors = {"x": torch.ones(12, 3).T, "w_packed": torch.full((rows, 3), 85, dtype=torch.uint8)}
+    tensors |= {"w_scale": torch.ones(1), "bias": torch.ones(rows, dtype=torch.float64)}
     tensors[name].untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=f"{name} has .* but its storage was freed"):
         OP(*tensors.values(), 12)

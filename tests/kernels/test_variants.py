@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from bitlinear import runtime
 from bitlinear.kernels import VARIANTS
-from tests import oracle
+from tests import fused, oracle
 from tests.kernels.native import require_usable
 
 EPS = 1e-6
@@ -32,14 +34,6 @@ def flush():
     """``flush(True)`` makes this thread flush subnormal numbers to zero, until ``flush(False)``."""
     yield torch.set_flush_denormal
     torch.set_flush_denormal(False)
-
-
-@pytest.fixture
-def threads():
-    """``threads(n)`` sets the number of threads until the end of the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def run(x, t, w_scale, bias=None, eps=EPS, act_bits=8):
@@ -249,3 +243,85 @@ def test_inputs_of_any_layout(kernel):
 def test_any_shape(kernel, m, n, k, dtype, with_bias, seed):
     x = random_x(m, k, dtype, seed)
     check(x, oracle.ternary(n, k, seed), bias=random_bias(n, dtype) if with_bias else None)
+
+
+# --- The fused product ---
+
+
+@functools.cache
+def fused_case(m, widths, k, dtype, act_bits):
+    """Arguments and output; the same for all variants. All sources and residuals take turns."""
+    source = fused.SOURCES[(k + m + act_bits // 8) % len(fused.SOURCES)]
+    residual_dtype = (None, *oracle.DTYPES)[(k // 2 + m) % 4]
+    t, arguments = fused.operands(
+        *(m, widths, k, dtype, *source, residual_dtype), seed=k // 3, act_bits=act_bits
+    )
+    return arguments, fused.expected(t, arguments)
+
+
+def check_fused(m, widths, k, dtype=torch.float32):
+    for act_bits in (8, 16):
+        arguments, wanted = fused_case(m, widths, k, dtype, act_bits)
+        oracle.assert_same_bits(torch.ops.bitlinear.fused_linear(**arguments), wanted)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_fused_products_of_every_small_k(kernel, dtype):
+    for k in range(1, 131):
+        for m in (k % 3 + 1, k % 2 + 4):
+            check_fused(m, (5, 1, 2), k, dtype)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_fused_products_of_long_rows(kernel, dtype):
+    for k in (1023, 1024, 1025, 2049, 4095, 4096, 4097, 65_539):
+        for m in (1, 2, 3):
+            check_fused(m, (3, 2), k, dtype)
+
+
+@pytest.mark.parametrize("widths", [(1,), (3, 1), (31, 33), (64, 65), (129, 5, 16), (2, 300, 7, 1)])
+def test_every_tile_of_fused_products(kernel, widths):
+    for m in (*range(1, 20), 33):
+        for dtype in oracle.DTYPES:
+            check_fused(m, widths, 67, dtype)
+
+
+@pytest.mark.parametrize("act_bits", [8, 16])
+def test_fused_results_do_not_depend_on_batch_or_threads(kernel, threads, act_bits):
+    for m in (60, 61, 62):  # three sources
+        arguments, wanted = fused_case(m, (300, 1, 214), 1030, torch.bfloat16, act_bits)
+        for count in (1, 2, 3, 7):
+            threads(count)
+            for rows in (slice(None), slice(40, 57), 0, m - 1):
+                tokens = {
+                    name: arguments[name][rows]
+                    for name in ("x", "residual")
+                    if arguments[name] is not None
+                }
+                y = torch.ops.bitlinear.fused_linear(**{**arguments, **tokens})
+                oracle.assert_same_bits(y, wanted[rows])
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize(("activation", "with_norm"), fused.SOURCES)
+def test_subnormal_values_in_a_prologue_count_whatever_torch_flushes(
+    kernel, dtype, flush, activation, with_norm
+):
+    """Inputs, gated values, squares, weights of the norm, residuals and outputs."""
+    tiny = torch.finfo(dtype).tiny
+    for m, k in ((1, 64), (3, 300), (40, 1100)):
+        t, arguments = fused.operands(m, (9, 2), k, dtype, activation, with_norm, dtype, eps=4e-34)
+        x, half = arguments["x"], k // 2
+        x[:, :half] *= tiny
+        x[:, half:k] *= tiny**0.5
+        arguments["norm_eps"] = 0.0
+        arguments["residual"] *= tiny
+        arguments["w_scale"] = [s * tiny for s in arguments["w_scale"]]
+        arguments["bias"] = [None, None]
+        if with_norm:
+            arguments["norm_weight"][::3] *= 1e-39
+        wanted = fused.expected(t, arguments)
+        flush(True)
+        y = torch.ops.bitlinear.fused_linear(**arguments)
+        flush(False)
+        oracle.assert_same_bits(y, wanted)

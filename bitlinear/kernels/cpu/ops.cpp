@@ -97,29 +97,42 @@ struct Options {
   Tensor residual = {};  // undefined: none
 };
 
+// The tensor in contiguous memory. Raises ValueError if its memory was freed: here, because a copy
+// would read it, and no thread of a parallel region may raise.
+Tensor contiguous(const Tensor& tensor, const char* name) {
+  checked_data(tensor, name);
+  return tensor.contiguous();
+}
+
+// The floating-point vector in contiguous memory, in a dtype that the kernels read; an undefined
+// tensor without one.
+Tensor contiguous_floats(const std::optional<Tensor>& vector, const char* name) {
+  return vector.has_value() ? bitlinear::kernel_operand(contiguous(*vector, name)) : Tensor();
+}
+
 // A weight of a product, in contiguous memory. Its outputs are columns begin .. end of y.
 struct Weight {
-  Tensor packed, scale, bias;
-  const uint8_t* rows;
+  Tensor packed, scale, bias;  // the bias is undefined without one
   int64_t begin, end;
 
   Weight(const Tensor& w_packed, const Tensor& w_scale, const std::optional<Tensor>& bias_or_none,
          int64_t K, int64_t first)
-      : packed(w_packed.contiguous()),
-        scale(w_scale.contiguous()),
-        bias(bitlinear::kernel_bias(bias_or_none)),
-        rows(reinterpret_cast<const uint8_t*>(checked_data(packed, "w_packed"))),
+      : packed(contiguous(w_packed, "w_packed")),
+        scale(contiguous(w_scale, "w_scale")),
+        bias(contiguous_floats(bias_or_none, "bias")),
         begin(first),
         end(first + w_packed.size(0)) {
-    check_codes(w_packed, rows, K);
+    check_codes(w_packed, rows(), K);
   }
+
+  const uint8_t* rows() const { return static_cast<const uint8_t*>(packed.const_data_ptr()); }
 
   // Points a task at this weight.
   void describe(bitlinear_task& task) const {
-    task.w = rows;
-    task.s_w = reinterpret_cast<const float*>(checked_data(scale, "w_scale"));
+    task.w = rows();
+    task.s_w = static_cast<const float*>(scale.const_data_ptr());
     task.s_w_stride = scale.dim() == 2 ? 1 : 0;
-    task.bias = bias.defined() ? checked_data(bias, "bias") : nullptr;
+    task.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
     task.bias_dtype = bias.defined() ? kernel_dtype(bias.scalar_type()) : BITLINEAR_F32;
   }
 };
@@ -141,7 +154,7 @@ Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
   Tensor y = Tensor(at::detail::empty_cpu(shape, options.y_dtype));
   if (M == 0 || N == 0) return y;
 
-  const Tensor input = x.contiguous();
+  const Tensor input = contiguous(x, "x");
   c10::SmallVector<Weight, BITLINEAR_MAX_WEIGHTS> weights;
   for (size_t i = 0, first = 0; i < w_packed.size(); ++i) {
     weights.emplace_back(w_packed[i], w_scale[i], bias[i], K, first);
@@ -149,7 +162,7 @@ Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
   }
   bitlinear_prologue prologue = {options.activation, nullptr, BITLINEAR_F32, options.norm_eps};
   if (options.norm_weight.defined()) {
-    prologue.norm_weight = checked_data(options.norm_weight, "norm_weight");
+    prologue.norm_weight = options.norm_weight.const_data_ptr();
     prologue.norm_dtype = kernel_dtype(options.norm_weight.scalar_type());
   }
 
@@ -175,7 +188,7 @@ Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
   float* const values = floats == 0 ? nullptr : reinterpret_cast<float*>(q_sum + M);
 
   const int x_dtype = kernel_dtype(x.scalar_type());
-  const char* const x_data = checked_data(input, "x");
+  const char* const x_data = static_cast<const char*>(input.const_data_ptr());
   const int64_t x_bytes = x_width * input.element_size();
   bitlinear_task task = {};
   task.act_bits = act_bits;
@@ -190,7 +203,7 @@ Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
   task.y_dtype = kernel_dtype(options.y_dtype);
   int64_t residual_bytes = 0;  // of a value
   if (options.residual.defined()) {
-    task.residual = checked_data(options.residual, "residual");
+    task.residual = options.residual.const_data_ptr();
     task.residual_dtype = kernel_dtype(options.residual.scalar_type());
     residual_bytes = options.residual.element_size();
   }
@@ -253,9 +266,9 @@ Tensor fused_linear(const Tensor& x, at::TensorList w_packed, at::TensorList w_s
                                    act_bits, activation, norm_weight, norm_eps, residual, y_dtype);
   Options options = {in_features, static_cast<float>(eps), act_bits, y_dtype};
   options.activation = bitlinear::activation_of(activation);
-  if (norm_weight.has_value()) options.norm_weight = bitlinear::kernel_operand(*norm_weight);
+  options.norm_weight = contiguous_floats(norm_weight, "norm_weight");
   options.norm_eps = static_cast<float>(norm_eps);
-  if (residual.has_value()) options.residual = residual->contiguous();
+  if (residual.has_value()) options.residual = contiguous(*residual, "residual");
   return product(x, w_packed, w_scale, biases, options);
 }
 
