@@ -280,11 +280,6 @@ inline at::Tensor kernel_operand(const at::Tensor& tensor) {
   return kernel_dtype(operand.scalar_type()) < 0 ? operand.to(at::ScalarType::Float) : operand;
 }
 
-// The bias as kernel_operand; an undefined tensor without one.
-inline at::Tensor kernel_bias(const std::optional<at::Tensor>& bias) {
-  return bias.has_value() ? kernel_operand(*bias) : at::Tensor();
-}
-
 // The memory of a tensor. Raises ValueError if a framework that shards parameters has freed it.
 inline const char* checked_data(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE(tensor.unsafeGetTensorImpl()->storage_initialized(), "bitlinear: ", name,

@@ -7,7 +7,7 @@ using bitlinear::cuda::Shape;
 namespace {
 
 Shape shape_of(const int64_t* shape) {
-  return {shape[0], shape[1], shape[2], shape[3] != 0, shape[4] != 0};
+  return {shape[0], shape[1], shape[2], shape[3] != 0, shape[4] != 0, shape[5], shape[6] != 0};
 }
 
 Device device_of(int capability, int multiprocessors) {
@@ -74,8 +74,9 @@ void plan_wgmma(int multiprocessors, int max_cluster, const int64_t* shape, int*
   out[2] = plan.splits;
 }
 
-void plan_quantizer(int multiprocessors, int64_t M, int64_t K, int* out) {
-  const auto plan = bitlinear::cuda::plan_quantizer(device_of(90, multiprocessors), M, K);
+void plan_quantizer(int multiprocessors, int64_t M, int64_t K, bool has_prologue, int* out) {
+  const Device device = device_of(90, multiprocessors);
+  const auto plan = bitlinear::cuda::plan_quantizer(device, M, K, has_prologue);
   out[0] = plan.warps;
   out[1] = plan.tokens;
 }

@@ -18,7 +18,10 @@ AUTO, DP4A, GEMV, SMALL_BATCH, MMA, WGMMA, SMALL_LAYER = range(7)  # as in task.
 CAPABILITIES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
 
 sizes = st.integers(1, 500_000)
-shapes = st.tuples(st.one_of(st.integers(1, 20), sizes), sizes, sizes, st.booleans(), st.booleans())
+shapes = st.tuples(
+    *(st.one_of(st.integers(1, 20), sizes), sizes, sizes, st.booleans(), st.booleans()),
+    *(st.integers(1, 4), st.booleans()),
+)
 
 
 class Heuristics:
@@ -50,9 +53,11 @@ class Heuristics:
         getattr(self._library, name)(*arguments, out)
         return list(out)
 
-    def plan_quantizer(self, m: int, k: int, multiprocessors: int = 132):
+    def plan_quantizer(
+        self, m: int, k: int, multiprocessors: int = 132, has_prologue: bool = False
+    ):
         m, k = ctypes.c_int64(m), ctypes.c_int64(k)
-        return self._plan("plan_quantizer", 2, multiprocessors, m, k)
+        return self._plan("plan_quantizer", 2, multiprocessors, m, k, ctypes.c_bool(has_prologue))
 
     def row_pitch(self, row_bytes: int) -> int:
         return self._library.row_pitch(row_bytes)
@@ -62,7 +67,8 @@ class Heuristics:
 
     @staticmethod
     def _shape(shape: tuple[int, ...]) -> ctypes.Array:
-        return (ctypes.c_int64 * 5)(*shape)
+        single_and_plain = (1, False)
+        return (ctypes.c_int64 * 7)(*shape, *single_and_plain[len(shape) - 5 :])
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,19 @@ def test_what_a_device_lacks_is_not_chosen(heuristics, shape):
         assert not heuristics.supports(WGMMA, capability, shape)
     for kernel in (AUTO, 7, -1):
         assert not heuristics.supports(kernel, 90, shape)
+
+
+def test_choices_for_fused_products(heuristics):
+    """Whatever reads a prologue through registers, or knows one weight alone, has its limits."""
+    for weights in (1, 3):
+        aligned = (True, True, weights, True)
+        for m, k in ((1, 8192), (2, 4096), (3, 2048), (4, 2048)):
+            assert heuristics.choose(90, (m, 4096, k, *aligned)) == GEMV
+            assert heuristics.choose(90, (m, 4096, k + 64, *aligned)) == SMALL_BATCH
+    assert heuristics.choose(90, (4, 512, 256, True, True, 1, False)) == SMALL_LAYER
+    assert heuristics.choose(90, (4, 512, 256, True, True, 1, True)) == GEMV
+    assert heuristics.choose(90, (4, 512, 256, True, True, 2, False)) == GEMV
+    assert heuristics.choose(90, (4, 4096, 4096, True, True, 3, False)) == GEMV
 
 
 def test_choices_for_typical_layers(heuristics):
@@ -307,12 +326,18 @@ def test_the_plan_of_wgmma_on_an_h100(heuristics, m, n, k, plan):
     assert heuristics.plan_wgmma((m, n, k, True, True)) == plan
 
 
-@given(m=st.integers(1, 1_000_000), k=sizes, multiprocessors=st.integers(1, 200))
-def test_the_plan_of_the_quantiser(heuristics, m, k, multiprocessors):
-    warps, tokens = heuristics.plan_quantizer(m, k, multiprocessors)
-    assert 1 <= warps * tokens <= 32
+@given(
+    m=st.integers(1, 1_000_000),
+    k=sizes,
+    multiprocessors=st.integers(1, 200),
+    has_prologue=st.booleans(),
+)
+def test_the_plan_of_the_quantiser(heuristics, m, k, multiprocessors, has_prologue):
+    warps, tokens = heuristics.plan_quantizer(m, k, multiprocessors, has_prologue)
+    max_warps = 16 if has_prologue else 32
+    assert 1 <= warps * tokens <= max_warps
     # Of a row that is not too long, a thread keeps all that it reads.
-    assert warps * 2 * 16 * 32 >= min(k, 32_768)
+    assert warps * 2 * 16 * 32 >= min(k, 1024 * max_warps)
     assert tokens == 1 or tokens * multiprocessors <= m
     # It writes whole blocks, into room for a multiple of 32 tokens.
     assert heuristics.padded_tokens(m) % tokens == 0

@@ -19,6 +19,7 @@
 #include "../abi.h"
 #include "../arguments.h"
 #include "../checked_weights.h"
+#include "../product.h"
 #include "heuristics.h"
 #include "parallel.h"
 
@@ -26,7 +27,6 @@ namespace {
 
 using at::ScalarType;
 using at::Tensor;
-using bitlinear::check_arguments;
 using bitlinear::checked_data;
 using bitlinear::kernel_dtype;
 
@@ -85,86 +85,16 @@ void check_codes(const Tensor& w_packed, const uint8_t* rows, int64_t K) {
   bitlinear::checked_weights().add(w_packed, K);
 }
 
-// The operands of a product that are not tensors, or are optional.
-struct Options {
-  int64_t in_features;
-  float eps;
-  int64_t act_bits;
-  ScalarType y_dtype;
-  int activation = BITLINEAR_NO_GATE;
-  Tensor norm_weight = {};  // undefined: no norm
-  float norm_eps = 0.0f;
-  Tensor residual = {};  // undefined: none
-};
-
-// The tensor in contiguous memory. Raises ValueError if its memory was freed: here, because a copy
-// would read it, and no thread of a parallel region may raise.
-Tensor contiguous(const Tensor& tensor, const char* name) {
-  checked_data(tensor, name);
-  return tensor.contiguous();
-}
-
-// The floating-point vector in contiguous memory, in a dtype that the kernels read; an undefined
-// tensor without one.
-Tensor contiguous_floats(const std::optional<Tensor>& vector, const char* name) {
-  return vector.has_value() ? bitlinear::kernel_operand(contiguous(*vector, name)) : Tensor();
-}
-
-// A weight of a product, in contiguous memory. Its outputs are columns begin .. end of y.
-struct Weight {
-  Tensor packed, scale, bias;  // the bias is undefined without one
-  int64_t begin, end;
-
-  Weight(const Tensor& w_packed, const Tensor& w_scale, const std::optional<Tensor>& bias_or_none,
-         int64_t K, int64_t first)
-      : packed(contiguous(w_packed, "w_packed")),
-        scale(contiguous(w_scale, "w_scale")),
-        bias(contiguous_floats(bias_or_none, "bias")),
-        begin(first),
-        end(first + w_packed.size(0)) {
-    check_codes(w_packed, rows(), K);
-  }
-
-  const uint8_t* rows() const { return static_cast<const uint8_t*>(packed.const_data_ptr()); }
-
-  // Points a task at this weight.
-  void describe(bitlinear_task& task) const {
-    task.w = rows();
-    task.s_w = static_cast<const float*>(scale.const_data_ptr());
-    task.s_w_stride = scale.dim() == 2 ? 1 : 0;
-    task.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
-    task.bias_dtype = bias.defined() ? kernel_dtype(bias.scalar_type()) : BITLINEAR_F32;
-  }
-};
-
-// All weights read the input, quantised once; y has their outputs side by side.
-Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
-               at::ArrayRef<std::optional<Tensor>> bias, const Options& options) {
+Tensor compute(const bitlinear::Product& product) {
   const bitlinear_kernel_table* const kernels = active_table();
-  const int64_t K = options.in_features, act_bits = options.act_bits;
-  const int64_t token_rows = bitlinear_rows_per_token(act_bits);
-  int64_t N = 0;
-  for (const Tensor& w : w_packed) N += w.size(0);
-  c10::DimVector shape(x.sizes());
-  const int64_t x_width = shape.back();
-  const int64_t tokens = x.numel() / x_width;
+  const int64_t K = product.K, N = product.out_features(), tokens = product.tokens();
+  const int64_t token_rows = bitlinear_rows_per_token(product.act_bits);
   const int64_t M = tokens * token_rows;
-  shape.back() = N;
   // Not at::empty: its way through the dispatcher costs as much as a small product.
-  Tensor y = Tensor(at::detail::empty_cpu(shape, options.y_dtype));
+  Tensor y = Tensor(at::detail::empty_cpu(product.y_shape(), product.y_dtype));
   if (M == 0 || N == 0) return y;
-
-  const Tensor input = contiguous(x, "x");
-  c10::SmallVector<Weight, BITLINEAR_MAX_WEIGHTS> weights;
-  for (size_t i = 0, first = 0; i < w_packed.size(); ++i) {
-    weights.emplace_back(w_packed[i], w_scale[i], bias[i], K, first);
-    first = static_cast<size_t>(weights.back().end);
-  }
-  bitlinear_prologue prologue = {options.activation, nullptr, BITLINEAR_F32, options.norm_eps};
-  if (options.norm_weight.defined()) {
-    prologue.norm_weight = options.norm_weight.const_data_ptr();
-    prologue.norm_dtype = kernel_dtype(options.norm_weight.scalar_type());
-  }
+  for (const bitlinear::Weight& weight : product.weights) check_codes(weight.given, weight.w(), K);
+  const bitlinear_prologue prologue = product.prologue();
 
   const int64_t threads = at::get_num_threads();
   const int64_t row_bytes = bitlinear::ceil_div(K, 4);
@@ -187,11 +117,11 @@ Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
   int32_t* q_sum = reinterpret_cast<int32_t*>(s_x + M);
   float* const values = floats == 0 ? nullptr : reinterpret_cast<float*>(q_sum + M);
 
-  const int x_dtype = kernel_dtype(x.scalar_type());
-  const char* const x_data = static_cast<const char*>(input.const_data_ptr());
-  const int64_t x_bytes = x_width * input.element_size();
+  const int x_dtype = kernel_dtype(product.x.scalar_type());
+  const char* const x_data = static_cast<const char*>(product.x.const_data_ptr());
+  const int64_t x_bytes = product.x.sizes().back() * product.x.element_size();
   bitlinear_task task = {};
-  task.act_bits = act_bits;
+  task.act_bits = product.act_bits;
   task.q = q;
   task.q_stride = q_stride;
   task.s_x = s_x;
@@ -200,19 +130,19 @@ Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
   task.row_bytes = row_bytes;
   task.y = y.data_ptr();
   task.y_stride = N;
-  task.y_dtype = kernel_dtype(options.y_dtype);
+  task.y_dtype = kernel_dtype(product.y_dtype);
   int64_t residual_bytes = 0;  // of a value
-  if (options.residual.defined()) {
-    task.residual = options.residual.const_data_ptr();
-    task.residual_dtype = kernel_dtype(options.residual.scalar_type());
-    residual_bytes = options.residual.element_size();
+  if (product.residual.defined()) {
+    task.residual = product.residual.const_data_ptr();
+    task.residual_dtype = kernel_dtype(product.residual.scalar_type());
+    residual_bytes = product.residual.element_size();
   }
   const auto quantize = [&](int64_t part) {
     const bitlinear::Range range = bitlinear::part_of(tokens, 1, part, quantize_parts);
     for (int64_t i = range.begin; i < range.end; ++i) {
-      kernels->quantize_row(&prologue, x_data + i * x_bytes, x_dtype, K, options.eps, act_bits,
-                            values + part * K, q + i * token_rows * q_stride, q_stride, s_x + i,
-                            q_sum + i * token_rows);
+      kernels->quantize_row(&prologue, x_data + i * x_bytes, x_dtype, K, product.eps,
+                            product.act_bits, values + part * K, q + i * token_rows * q_stride,
+                            q_stride, s_x + i, q_sum + i * token_rows);
     }
   };
   const auto multiply = [&](int64_t part) {
@@ -227,11 +157,15 @@ Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
     part_task.q_sum += m.begin;
     part_task.M = m.end - m.begin;
     part_task.scratch = part_scratch + part * part_bytes;
-    for (const Weight& weight : weights) {
+    for (const bitlinear::Weight& weight : product.weights) {
       part_task.n_begin = std::max(n.begin, weight.begin) - weight.begin;
       part_task.n_end = std::min(n.end, weight.end) - weight.begin;
       if (part_task.n_begin >= part_task.n_end) continue;
-      weight.describe(part_task);
+      part_task.w = weight.w();
+      part_task.s_w = weight.s_w();
+      part_task.s_w_stride = weight.s_w_stride();
+      part_task.bias = weight.bias_data();
+      part_task.bias_dtype = weight.bias_dtype();
       const int64_t first = first_token * N + weight.begin;  // its first value of y
       part_task.y = static_cast<char*>(task.y) + first * y.element_size();
       if (task.residual != nullptr) {
@@ -247,10 +181,8 @@ Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
 Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
               const std::optional<Tensor>& bias, int64_t in_features, double eps,
               int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
-  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
-  check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, y_dtype);
-  return product(x, w_packed, w_scale, bias,
-                 {in_features, static_cast<float>(eps), act_bits, y_dtype});
+  return compute(bitlinear::linear_product(x, w_packed, w_scale, bias, in_features, eps, group_size,
+                                           act_bits, out_dtype));
 }
 
 Tensor fused_linear(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
@@ -259,17 +191,9 @@ Tensor fused_linear(const Tensor& x, at::TensorList w_packed, at::TensorList w_s
                     std::optional<std::string_view> activation,
                     const std::optional<Tensor>& norm_weight, double norm_eps,
                     const std::optional<Tensor>& residual, std::optional<ScalarType> out_dtype) {
-  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
-  const c10::SmallVector<std::optional<Tensor>, BITLINEAR_MAX_WEIGHTS> biases(bias.begin(),
-                                                                              bias.end());
-  bitlinear::check_fused_arguments(x, w_packed, w_scale, biases, in_features, eps, group_size,
-                                   act_bits, activation, norm_weight, norm_eps, residual, y_dtype);
-  Options options = {in_features, static_cast<float>(eps), act_bits, y_dtype};
-  options.activation = bitlinear::activation_of(activation);
-  options.norm_weight = contiguous_floats(norm_weight, "norm_weight");
-  options.norm_eps = static_cast<float>(norm_eps);
-  if (residual.has_value()) options.residual = contiguous(*residual, "residual");
-  return product(x, w_packed, w_scale, biases, options);
+  return compute(bitlinear::fused_product(x, w_packed, w_scale, bias, in_features, eps, group_size,
+                                          act_bits, activation, norm_weight, norm_eps, residual,
+                                          out_dtype));
 }
 
 std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int64_t group_size) {

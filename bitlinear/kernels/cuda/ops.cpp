@@ -19,6 +19,7 @@
 
 #include "../arguments.h"
 #include "../checked_weights.h"
+#include "../product.h"
 #include "task.h"
 
 namespace {
@@ -126,85 +127,38 @@ void check_codes(const Tensor& w_packed, const uint8_t* packed, int64_t K,
   bitlinear::checked_weights().add(w_packed, K);
 }
 
-// The operands of a product that are not tensors, or are optional.
-struct Options {
-  int64_t in_features;
-  float eps;
-  int64_t act_bits;
-  ScalarType y_dtype;
-  int activation = BITLINEAR_NO_GATE;
-  Tensor norm_weight = {};  // undefined: no norm
-  float norm_eps = 0.0f;
-  Tensor residual = {};  // undefined: none
-};
-
-// A weight of a product, in contiguous memory.
-struct Weight {
-  Tensor packed, scale, bias;
-
-  Weight(const Tensor& w_packed, const Tensor& w_scale, const std::optional<Tensor>& bias_or_none)
-      : packed(w_packed.contiguous()),
-        scale(w_scale.contiguous()),
-        bias(bitlinear::kernel_bias(bias_or_none)) {}
-
-  bitlinear_cuda_weight describe(int64_t begin) const {
-    return {reinterpret_cast<const uint8_t*>(checked_data(packed, "w_packed")),
-            reinterpret_cast<const float*>(checked_data(scale, "w_scale")),
-            scale.dim() == 2 ? 1 : 0,
-            bias.defined() ? checked_data(bias, "bias") : nullptr,
-            bias.defined() ? kernel_dtype(bias.scalar_type()) : BITLINEAR_F32,
-            begin,
-            begin + packed.size(0)};
-  }
-};
-
-// All weights read the input, quantised once; y has their outputs side by side.
-Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
-               at::ArrayRef<std::optional<Tensor>> bias, const Options& options) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  const int64_t K = options.in_features;
-  int64_t N = 0;
-  for (const Tensor& w : w_packed) N += w.size(0);
-  c10::DimVector shape(x.sizes());
-  const int64_t tokens = x.numel() / shape.back();
-  shape.back() = N;
-  Tensor y = empty(shape, options.y_dtype, x);
+Tensor compute(const bitlinear::Product& product) {
+  const c10::cuda::CUDAGuard guard(product.x.device());
+  const int64_t K = product.K, N = product.out_features(), tokens = product.tokens();
+  Tensor y = empty(product.y_shape(), product.y_dtype, product.x);
   if (tokens == 0 || N == 0) return y;
 
-  const Tensor input = x.contiguous();
-  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(x.device().index());
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(product.x.device().index());
   bitlinear_cuda_task task = {};
-  task.act_bits = options.act_bits;
-  task.x = checked_data(input, "x");
-  task.x_dtype = kernel_dtype(x.scalar_type());
-  task.M = tokens * bitlinear_rows_per_token(options.act_bits);
+  task.act_bits = product.act_bits;
+  task.x = product.x.const_data_ptr();
+  task.x_dtype = kernel_dtype(product.x.scalar_type());
+  task.M = tokens * bitlinear_rows_per_token(product.act_bits);
   task.N = N;
   task.K = K;
-  task.eps = options.eps;
-  task.prologue = {options.activation, nullptr, BITLINEAR_F32, options.norm_eps};
-  if (options.norm_weight.defined()) {
-    task.prologue.norm_weight = checked_data(options.norm_weight, "norm_weight");
-    task.prologue.norm_dtype = kernel_dtype(options.norm_weight.scalar_type());
-  }
-  c10::SmallVector<Weight, BITLINEAR_MAX_WEIGHTS> weights;
+  task.eps = product.eps;
+  task.prologue = product.prologue();
   for (bitlinear_cuda_weight& unused : task.weights) unused.begin = unused.end = N;
-  task.weight_count = static_cast<int64_t>(w_packed.size());
   task.w_prefetchable = 1;
-  int64_t begin = 0;
-  for (size_t i = 0; i < w_packed.size(); ++i) {
-    weights.emplace_back(w_packed[i], w_scale[i], bias[i]);
-    task.weights[i] = weights[i].describe(begin);
-    begin = task.weights[i].end;
-    check_codes(w_packed[i], task.weights[i].w, K, stream);
-    const bool is_copy = !weights[i].packed.is_same(w_packed[i]);
-    if (is_copy || !prefetchable_weights().contains(w_packed[i], stream)) task.w_prefetchable = 0;
+  for (const bitlinear::Weight& weight : product.weights) {
+    check_codes(weight.given, weight.w(), K, stream);
+    task.weights[task.weight_count++] = {
+        weight.w(),          weight.s_w(), weight.s_w_stride(), weight.bias_data(),
+        weight.bias_dtype(), weight.begin, weight.end};
+    const bool is_copy = !weight.packed.is_same(weight.given);
+    if (is_copy || !prefetchable_weights().contains(weight.given, stream)) task.w_prefetchable = 0;
   }
-  if (options.residual.defined()) {
-    task.residual = checked_data(options.residual, "residual");
-    task.residual_dtype = kernel_dtype(options.residual.scalar_type());
+  if (product.residual.defined()) {
+    task.residual = product.residual.const_data_ptr();
+    task.residual_dtype = kernel_dtype(product.residual.scalar_type());
   }
   task.y = y.data_ptr();
-  task.y_dtype = kernel_dtype(options.y_dtype);
+  task.y_dtype = kernel_dtype(product.y_dtype);
   const int kernel = forced_kernel.load(std::memory_order_relaxed);
   // The workspace belongs to the current stream. Memory that is freed at the end of this call is
   // reused only by work queued after the kernels, also in a captured graph.
@@ -215,9 +169,10 @@ Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
   task.workspace = workspace.get();
   const char* error = bitlinear_cuda_linear(&task, kernel, static_cast<void*>(stream.stream()));
   TORCH_CHECK(error == nullptr, "bitlinear: a product of (", tokens, ", ", K, ") by (", N, ", ", K,
-              ") failed on ", x.device(), ": ", error);
-  for (size_t i = 0; i < w_packed.size() && !task.w_prefetchable; ++i) {
-    if (weights[i].packed.is_same(w_packed[i])) prefetchable_weights().add(w_packed[i], stream);
+              ") failed on ", product.x.device(), ": ", error);
+  if (task.w_prefetchable) return y;
+  for (const bitlinear::Weight& weight : product.weights) {
+    if (weight.packed.is_same(weight.given)) prefetchable_weights().add(weight.given, stream);
   }
   return y;
 }
@@ -225,11 +180,8 @@ Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
 Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
               const std::optional<Tensor>& bias, int64_t in_features, double eps,
               int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
-  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
-  bitlinear::check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits,
-                             y_dtype);
-  return product(x, w_packed, w_scale, bias,
-                 {in_features, static_cast<float>(eps), act_bits, y_dtype});
+  return compute(bitlinear::linear_product(x, w_packed, w_scale, bias, in_features, eps, group_size,
+                                           act_bits, out_dtype));
 }
 
 Tensor fused_linear(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
@@ -238,17 +190,9 @@ Tensor fused_linear(const Tensor& x, at::TensorList w_packed, at::TensorList w_s
                     std::optional<std::string_view> activation,
                     const std::optional<Tensor>& norm_weight, double norm_eps,
                     const std::optional<Tensor>& residual, std::optional<ScalarType> out_dtype) {
-  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
-  const c10::SmallVector<std::optional<Tensor>, BITLINEAR_MAX_WEIGHTS> biases(bias.begin(),
-                                                                              bias.end());
-  bitlinear::check_fused_arguments(x, w_packed, w_scale, biases, in_features, eps, group_size,
-                                   act_bits, activation, norm_weight, norm_eps, residual, y_dtype);
-  Options options = {in_features, static_cast<float>(eps), act_bits, y_dtype};
-  options.activation = bitlinear::activation_of(activation);
-  if (norm_weight.has_value()) options.norm_weight = bitlinear::kernel_operand(*norm_weight);
-  options.norm_eps = static_cast<float>(norm_eps);
-  if (residual.has_value()) options.residual = residual->contiguous();
-  return product(x, w_packed, w_scale, biases, options);
+  return compute(bitlinear::fused_product(x, w_packed, w_scale, bias, in_features, eps, group_size,
+                                          act_bits, activation, norm_weight, norm_eps, residual,
+                                          out_dtype));
 }
 
 void check_launch(const char* error, const char* name, const Tensor& operand) {
