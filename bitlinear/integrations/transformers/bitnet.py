@@ -12,6 +12,7 @@ from ...conversion.replacement import CALL_HOOKS, find_parents, set_child
 from ...linear import BitLinear
 from .bitnet_layers import Source, WeightQuantizers, bitnet_layers
 from .config import METHOD
+from .fusion import fuse as fuse_model
 from .layers import BITNET_EPS, bitlinear_layers, empty_layer, pretrained_models
 from .quantizer import attach
 
@@ -23,7 +24,9 @@ _logger = logging.getLogger("bitlinear")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def convert(model: _Model, *, weight_quantizers: WeightQuantizers | None = None) -> _Model:
+def convert(
+    model: _Model, *, fuse: bool = True, weight_quantizers: WeightQuantizers | None = None
+) -> _Model:
     """Replace the BitNet layers of a model by deployed ones, in place.
 
     These are the layers of transformers, in a model of any class that was loaded with a ``bitnet``
@@ -59,6 +62,7 @@ def convert(model: _Model, *, weight_quantizers: WeightQuantizers | None = None)
         model: The model, on any devices. ``save_pretrained`` can save a converted
             ``PreTrainedModel``, and ``from_pretrained`` loads it in any process that has imported
             bitlinear.
+        fuse: Whether to fuse the decoder layers that can be, as :func:`~.fusion.fuse` does.
         weight_quantizers: For each class of layers of the model's own, its function that quantises
             a weight: from ``(N, K)`` to ternary values times scales in the same shape, such as
             ``lambda w: w + (weight_quant(w) - w)`` without the straight-through terms. Scales are
@@ -107,7 +111,7 @@ def convert(model: _Model, *, weight_quantizers: WeightQuantizers | None = None)
     for inner in pretrained_models(model):
         _remove_quantizer(inner)
     attach(model)
-    return model
+    return fuse_model(model) if fuse else model
 
 
 @torch.inference_mode(False)  # Nothing could be loaded into buffers made in inference mode.
