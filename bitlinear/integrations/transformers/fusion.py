@@ -81,7 +81,7 @@ def unfuse(model: _Model) -> _Model:
                 f"unfused: unfuse the model before that"
             )
     for layer in layers.values():
-        layer.__class__ = layer.unfused_class
+        layer.__class__ = layer.unfused_class  # type: ignore[assignment]
     return model
 
 
