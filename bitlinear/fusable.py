@@ -172,7 +172,6 @@ def _eps_name(kind: type) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _find_eps_name(kind: type) -> str:
     forward: Any = getattr(kind, "forward", None)
     is_plain = _instructions(forward) == _instructions(_rms_norm_forward)
