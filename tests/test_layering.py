@@ -57,7 +57,7 @@ ORDER = [
     "integrations.inductor",
     "integrations.onnx",
     "integrations.transformers.layers",
-    "integrations.transformers.fused_layers",
+    "integrations.transformers.decoder_layers",
     "integrations.transformers.fusion",
     "integrations.transformers.config",
     "integrations.transformers.quantizer",

@@ -380,8 +380,6 @@ def test_wrong_arguments():
         LinearGroup({"q": BitLinear(4, 4)}, norm=1e-6)
     group = make_group()
     for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"shape of the output, \[3, 28\], but it has"
-        ):
+        with pytest.raises(ValueError, match=r"shape of the output, \[3, 28\], but it has"):
             group(torch.randn(3, K), torch.randn(28))
         group.q.undeploy()

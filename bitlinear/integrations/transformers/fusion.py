@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from .fused_layers import KNOWN, FusedDecoderLayer, fused_class
+from .decoder_layers import KNOWN, FusedDecoderLayer, fused_class
 from .layers import bitlinear_layers
 
 _logger = logging.getLogger("bitlinear")
