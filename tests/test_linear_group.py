@@ -46,6 +46,15 @@ class GemmaNorm(LlamaNorm):
         return (1 + self.weight) * hidden_states.to(input_dtype)
 
 
+class QuarticNorm(LlamaNorm):
+    def forward(self, hidden_states):
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(4).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+
 def torch_norm():
     norm = nn.RMSNorm(K, eps=1e-5)
     nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -188,6 +197,7 @@ REASONS = {
     "divided layer": (wrap_packed, "k is divided among processes"),
     "layer norm": (replace("norm", lambda _: nn.LayerNorm(K)), "the norm is a LayerNorm"),
     "gemma": (replace("norm", lambda _: GemmaNorm()), "the norm is a GemmaNorm"),
+    "other constant": (replace("norm", lambda _: QuarticNorm()), "the norm is a QuarticNorm"),
     "no eps": (set_attribute("norm", "eps", None), "the norm has no eps"),
     "no weight": (
         replace("norm", lambda _: nn.RMSNorm(K, 1e-5, elementwise_affine=False)),
