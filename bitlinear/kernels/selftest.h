@@ -36,6 +36,7 @@ struct Case {
   int activation = BITLINEAR_NO_GATE;
   bool norm = false;
   bool residual = false;
+  int64_t weights = 1;  // on CUDA: the rows are divided among so many weights
 };
 
 // A random generator of our own, so that every machine runs the same cases.
@@ -126,7 +127,8 @@ inline std::string describe(const Case& c) {
          " n_begin=" + std::to_string(c.n_begin) +
          " flushes=" + std::to_string(c.flushes_subnormals) +
          " act_bits=" + std::to_string(c.act_bits) + " activation=" + std::to_string(c.activation) +
-         " norm=" + std::to_string(c.norm) + " residual=" + std::to_string(c.residual);
+         " norm=" + std::to_string(c.norm) + " residual=" + std::to_string(c.residual) +
+         " weights=" + std::to_string(c.weights);
 }
 
 // The operands of a case. They follow from the seed, so every kernel gets the same.

@@ -195,7 +195,13 @@ class Driver {
   Case next_case(int64_t M, int64_t N, int64_t K, Data data, int64_t act_bits) {
     const uint64_t seed = ++cases_;
     const int dtype = static_cast<int>(seed % 3);
-    return {M, N, K, dtype, seed % 2 == 0, seed % 5 == 0, data, 0, false, act_bits};
+    Case c = {M, N, K, dtype, seed % 2 == 0, seed % 5 == 0, data, 0, false, act_bits};
+    // Half of the cases have no prologue; the others have a gate, a norm or both.
+    c.activation = seed % 16 < 10 ? BITLINEAR_NO_GATE : static_cast<int>(seed % 2) + 1;
+    c.norm = seed % 16 >= 8 && seed % 16 < 14;
+    c.residual = seed % 3 == 1;
+    c.weights = 1 + static_cast<int64_t>(seed / 4 % 4);
+    return c;
   }
 
   void record(int tally, const std::string& difference) {

@@ -148,6 +148,73 @@ __device__ inline float dequantize(const int32_t (&codes)[2], const int32_t* q_s
   return __fmul_rn(__ll2float_rn(BITLINEAR_HIGH_WEIGHT * high + low), __fmul_rn(s_x, s_w));
 }
 
+// The weight that holds row n of all. The index reaches into constant memory: to select every
+// field would take registers.
+__device__ inline const bitlinear_cuda_weight& weight_at(const bitlinear_cuda_task& task,
+                                                         int64_t n) {
+  int index = 0;
+#pragma unroll
+  for (int i = 1; i < BITLINEAR_MAX_WEIGHTS; ++i) {
+    index += static_cast<int>(n) >= static_cast<int>(task.weights[i].begin);
+  }
+  return task.weights[index];
+}
+// The packed bytes of row n of all.
+__device__ inline const uint8_t* weight_row(const bitlinear_cuda_task& task, int64_t n,
+                                            int64_t row_bytes) {
+  const bitlinear_cuda_weight& weight = weight_at(task, n);
+  return weight.w + (n - weight.begin) * row_bytes;
+}
+
+// The number of tiles of kRows rows. A tile has rows of one weight.
+template <int kRows>
+__host__ __device__ inline int row_tiles(const bitlinear_cuda_task& task) {
+  int tiles = 0;
+#pragma unroll
+  for (int i = 0; i < BITLINEAR_MAX_WEIGHTS; ++i) {
+    tiles += ceil_div(static_cast<int>(task.weights[i].end - task.weights[i].begin), kRows);
+  }
+  return tiles;
+}
+// The first row of a tile.
+template <int kRows>
+__device__ inline int64_t row_of_tile(const bitlinear_cuda_task& task, int tile) {
+  int64_t first = 0;
+#pragma unroll
+  for (int i = 0; i < BITLINEAR_MAX_WEIGHTS; ++i) {
+    const int64_t begin = task.weights[i].begin;
+    if (tile >= 0) first = begin + int64_t{tile} * kRows;
+    tile -= ceil_div(static_cast<int>(task.weights[i].end - begin), kRows);
+  }
+  return first;
+}
+
+// Scale and bias of row n of all. The bias is in its dtype, so that no thread waits for the load
+// before it needs the value; -0, which changes no value, where there is none.
+struct RowScale {
+  float s_w;
+  uint32_t bias_bits;
+
+  RowScale() = default;
+  __device__ RowScale(const bitlinear_cuda_task& task, int64_t n) {
+    const bitlinear_cuda_weight& weight = weight_at(task, n);
+    const int64_t row = n - weight.begin;
+    s_w = weight.s_w[row * weight.s_w_stride];
+    // Without a bias, any address will do: a branch would wait for the loads.
+    const bool has_bias = weight.bias != nullptr;
+    bias_bits = load_bits(has_bias ? weight.bias : weight.s_w,
+                          has_bias ? weight.bias_dtype : BITLINEAR_F32, has_bias ? row : 0);
+  }
+  __device__ float bias(const bitlinear_cuda_task& task, int64_t n) const {
+    const bitlinear_cuda_weight& weight = weight_at(task, n);
+    return weight.bias == nullptr ? -0.0f : float_from_bits(bias_bits, weight.bias_dtype);
+  }
+};
+
+__device__ inline int token_rows_of(const bitlinear_cuda_task& task) {
+  return task.act_bits == 8 ? 1 : 2;
+}
+
 // Calls `f` with the number of rows of q that a token has, as a constant.
 template <class F>
 __device__ inline void with_token_rows(const bitlinear_cuda_task& task, F&& f) {

@@ -34,14 +34,16 @@ __device__ inline void add_products(const uint4& packed, const uint4 (&planes)[4
 template <int kTokenRows>
 __device__ inline void store(const bitlinear_cuda_task& task, const Activations& activations,
                              int64_t m, int64_t n, const int32_t (&codes)[kTokenRows]) {
-  float value =
-      dequantize(codes, activations.q_sum + m, activations.s_x[m], task.s_w[n * task.s_w_stride]);
-  if (task.bias != nullptr) {
-    value = __fadd_rn(value, load_as_float(task.bias, task.bias_dtype, n));
+  const RowScale scale(task, n);
+  float value = dequantize(codes, activations.q_sum + m, activations.s_x[m], scale.s_w);
+  value = __fadd_rn(value, scale.bias(task, n));
+  const int64_t index = m / kTokenRows * task.N + n;
+  if (task.residual != nullptr) {
+    value = __fadd_rn(value, load_as_float(task.residual, task.residual_dtype, index));
   }
   with_dtype(task.y_dtype, [&](auto zero) {
     using Y = decltype(zero);
-    static_cast<Y*>(task.y)[m / kTokenRows * task.N + n] = from_float<Y>(value);
+    static_cast<Y*>(task.y)[index] = from_float<Y>(value);
   });
 }
 
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
   if (n >= task.N) return;
 
   const int64_t row_bytes = ceil_div<int64_t>(task.K, 4);
-  const uint8_t* const row = task.w + n * row_bytes;
+  const uint8_t* const row = weight_row(task, n, row_bytes);
   int32_t sums[kTokens] = {};
   for (int64_t offset = 16 * lane; offset < row_bytes; offset += 16 * 32) {
     const uint4 packed = load_packed(row, offset, row_bytes, aligned);
@@ -113,9 +115,10 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ uint4 w_tile[kTileRows][kRowVectors + 1];
   __shared__ uint4 q_tile[kTileTokens][kTokenVectors + 1];
 
-  const int64_t row_tiles = ceil_div<int64_t>(task.N, kTileRows);
-  const int64_t n_begin = blockIdx.x % row_tiles * kTileRows;
-  const int64_t m_begin = blockIdx.x / row_tiles * kTileTokens;
+  const int tiles = row_tiles<kTileRows>(task);
+  const int64_t n_begin = row_of_tile<kTileRows>(task, static_cast<int>(blockIdx.x) % tiles);
+  const int64_t n_end = weight_at(task, n_begin).end;
+  const int64_t m_begin = int64_t{static_cast<int>(blockIdx.x) / tiles} * kTileTokens;
   const int64_t row_bytes = ceil_div<int64_t>(task.K, 4);
   const int64_t slices = ceil_div<int64_t>(row_bytes, kSliceBytes);
   allow_successor();
@@ -124,10 +127,10 @@ __global__ void __launch_bounds__(kThreads)
   // The part of every slice that this thread fetches. Rows and tokens beyond the last one are
   // zeros.
   const int row = threadIdx.x / kRowVectors, row_vector = threadIdx.x % kRowVectors;
+  const uint8_t* const w = weight_row(task, n_begin, row_bytes) + row * row_bytes;
   const auto fetch_w = [&](int64_t slice) {
-    if (n_begin + row >= task.N) return make_uint4(0, 0, 0, 0);
-    return load_packed(task.w + (n_begin + row) * row_bytes, slice * kSliceBytes + 16 * row_vector,
-                       row_bytes, aligned);
+    if (n_begin + row >= n_end) return make_uint4(0, 0, 0, 0);
+    return load_packed(w, slice * kSliceBytes + 16 * row_vector, row_bytes, aligned);
   };
   const int token = threadIdx.x / kTokenVectors, token_vector = threadIdx.x % kTokenVectors;
   const auto fetch_q = [&](int64_t slice, int i) {
@@ -180,7 +183,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t out_m = m_begin + m + kSide * t, out_n = n_begin + n + kSide * r;
       // The second half of the warp has the odd rows of q.
       const int32_t next = __shfl_down_sync(~0u, sums[t][r], kSide);
-      if (out_m >= task.M || out_n >= task.N) continue;
+      if (out_m >= task.M || out_n >= n_end) continue;
       if (task.act_bits == 8) {
         const int32_t codes[1] = {sums[t][r]};
         store(task, activations, out_m, out_n, codes);
@@ -196,7 +199,7 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t dp4a(const Call& call, const Activations& q) {
   const bitlinear_cuda_task& task = call.task;
-  const bool aligned = rows_aligned(task.w, ceil_div<int64_t>(task.K, 4));
+  const bool aligned = weights_aligned(task);
   const auto make_config = [](int64_t blocks) {
     return LaunchConfig{dim3(static_cast<unsigned>(blocks)), kThreads};
   };
@@ -209,7 +212,7 @@ cudaError_t dp4a(const Call& call, const Activations& q) {
   // memory.
   const int tile_tokens = task.M <= 16 ? 16 : 64;
   const LaunchConfig tiles =
-      make_config(ceil_div<int64_t>(task.N, kTileRows) * ceil_div<int64_t>(task.M, tile_tokens));
+      make_config(row_tiles<kTileRows>(task) * ceil_div<int64_t>(task.M, tile_tokens));
   return tile_tokens == 16 ? launch_kernel<dp4a_tiles<16>>(tiles, call, task, q, aligned)
                            : launch_kernel<dp4a_tiles<64>>(tiles, call, task, q, aligned);
 }

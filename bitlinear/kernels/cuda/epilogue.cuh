@@ -16,29 +16,21 @@ struct TokenRange {
 };
 
 // Scales and bias of the rows of a tile that one of kThreads threads writes: four rows from row n
-// on. Construct it early, so that its loads are done when the tile ends.
+// on, of one weight. Construct it early, so that its loads are done when the tile ends.
 template <int kRows, int kThreads>
 struct TileRows {
   static constexpr int kGroups = kRows / 4;  // of threads; a group has all rows
   int64_t n;
   int row, group, count;
-  float s_w[4];
-  uint32_t bias_bits[4];
+  RowScale scales[4];
 
   __device__ TileRows(const bitlinear_cuda_task& task, int64_t n_begin, int thread)
       : row(thread % kGroups * 4), group(thread / kGroups) {
     n = n_begin + row;
-    count = static_cast<int>(minimum<int64_t>(4, task.N - n));
-    // Without a bias, any address will do: a branch would wait for the loads.
-    const bool has_bias = task.bias != nullptr;
-    const void* const bias = has_bias ? task.bias : task.s_w;
-    const int bias_dtype = has_bias ? task.bias_dtype : BITLINEAR_F32;
+    const int64_t end = weight_at(task, n_begin).end;
+    count = static_cast<int>(minimum<int64_t>(4, end - n));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t row = minimum(n + i, task.N - 1);
-      s_w[i] = task.s_w[row * task.s_w_stride];
-      bias_bits[i] = load_bits(bias, bias_dtype, has_bias ? row : 0);
-    }
+    for (int i = 0; i < 4; ++i) scales[i] = RowScale(task, minimum(n + i, end - 1));
   }
 };
 
@@ -54,8 +46,8 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
   if (rows.count <= 0) return;
   float bias[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bias[i] = float_from_bits(rows.bias_bits[i], task.bias_dtype);
-  const bool has_bias = task.bias != nullptr;
+  for (int i = 0; i < 4; ++i) bias[i] = rows.scales[i].bias(task, rows.n);
+  const bool has_residual = task.residual != nullptr;
   const int step = tokens.step * (kThreads / rows.kGroups);
   const int64_t pitch = step * task.N;
 
@@ -71,10 +63,19 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
       int32_t codes[kTokens][4][kTokenRows];
       int32_t q[kTokens][kTokenRows];
       float s[kTokens];
+      uint32_t residual[kTokens][4];
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) {
         const int first = (token + i * step < end ? token + i * step : token) * kTokenRows;
         s[i] = s_x[first];
+        if (has_residual) {
+          const int64_t row = (m + first) / kTokenRows * task.N + rows.n;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            residual[i][j] =
+                load_bits(task.residual, task.residual_dtype, row + minimum(j, rows.count - 1));
+          }
+        }
 #pragma unroll
         for (int r = 0; r < kTokenRows; ++r) {
           const int4 four = load_codes(first + r, rows.row);
@@ -90,8 +91,11 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
         float values[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          values[j] = dequantize(codes[i][j], q[i], s[i], rows.s_w[j]);
-          if (has_bias) values[j] = __fadd_rn(values[j], bias[j]);
+          values[j] = dequantize(codes[i][j], q[i], s[i], rows.scales[j].s_w);
+          values[j] = __fadd_rn(values[j], bias[j]);
+          if (has_residual) {
+            values[j] = __fadd_rn(values[j], float_from_bits(residual[i][j], task.residual_dtype));
+          }
         }
         const Four four = round_to_vector(zero, values);
         if (token + i * step < end) {
@@ -106,7 +110,8 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
   };
   with_token_rows(task, [&](auto token_rows) {
     with_dtype(task.y_dtype, [&](auto zero) {
-      if (rows.count == 4 && task.N % 4 == 0) {  // so the address is a multiple of the vector size
+      // Then the address is a multiple of the vector size.
+      if (rows.count == 4 && task.N % 4 == 0 && rows.n % 4 == 0) {
         write(zero, std::true_type{}, token_rows);
       } else {
         write(zero, std::false_type{}, token_rows);

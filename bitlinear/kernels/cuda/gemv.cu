@@ -21,6 +21,7 @@
 #include "ampere.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
+#include "prologue.cuh"
 #include "quantize.cuh"
 
 namespace bitlinear {
@@ -38,6 +39,7 @@ struct Shared {
   // Partial sums by warp of a split, token and row; double-buffered.
   int32_t partial[2][kWarps * kGemvTokens * (kFragmentRows + 4)];
   uint32_t warp_max[kWarps];
+  float norm_sums[kGemvRegisterValues / kWarpValues];
   float s_x[kGemvTokens];
   int32_t q_sum[kGemvTokens];
 };
@@ -59,24 +61,52 @@ struct Sizes {
 };
 
 // Quantises all tokens at once, each to kTokenRows rows of q. Each token has its share of the
-// warps, which keep the values in registers between the maximum and the rounding.
-template <class X, int kTokenRows>
+// warps, which keep the values in registers from the load to the rounding; with kFused, those of
+// the prologue.
+template <class X, int kTokenRows, bool kFused>
 __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_stride, int8_t* q,
                                        Shared& shared) {
+  using Values = std::conditional_t<kFused, Group<float>, Group<X>>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tokens = static_cast<int>(task.M) / kTokenRows, K = static_cast<int>(task.K);
   const int log_share = tokens > 2 ? 1 : tokens > 1 ? 2 : 3;
   const int m = warp >> log_share;
-  const int first = ((warp & ((1 << log_share) - 1)) * 32 + lane) * kGroup;
+  const int member = warp & ((1 << log_share) - 1);
+  const int first = (member * 32 + lane) * kGroup;
   const int step = (32 << log_share) * kGroup;
-  const X* const x = static_cast<const X*>(task.x) + int64_t{m} * K;
+  const bool is_gate = kFused && task.prologue.activation != BITLINEAR_NO_GATE;
+  const X* const x = static_cast<const X*>(task.x) + int64_t{m} * (is_gate ? 2 * K : K);
   const int end = m < tokens ? K : 0;
 
-  Group<X> groups[kGemvGroups];
+  Values groups[kGemvGroups];
   uint32_t absmax = 0;
 #pragma unroll
   for (int i = 0; i < kGemvGroups; ++i) {
-    if (first + i * step < end) groups[i].load(x + first + i * step);
+    const int k = first + i * step;
+    if constexpr (kFused) {
+      groups[i] = {};
+      if (k < end) groups[i] = load_gated(task.prologue, x, K, k, true);
+    } else {
+      if (k < end) groups[i].load(x + k);
+    }
+  }
+  if constexpr (kFused) {
+    if (task.prologue.norm_weight != nullptr) {
+      float* const sums = shared.norm_sums + (m << log_share) * kGemvGroups;  // of this token
+#pragma unroll
+      for (int i = 0; i < kGemvGroups; ++i) {
+        if (first + i * step - lane * kGroup >= end) break;  // none of the warp has values
+        const float sum = warp_sum_of_squares(groups[i]);
+        if (lane == 0) sums[(i << log_share) + member] = sum;
+      }
+      sync_consumers();
+      const float factor = norm_factor(task.prologue, sums, K);
+#pragma unroll
+      for (int i = 0; i < kGemvGroups; ++i) {
+        const int k = first + i * step;
+        if (k < end) normalize(groups[i], task.prologue, K, k, true, factor);
+      }
+    }
   }
 #pragma unroll
   for (int i = 0; i < kGemvGroups; ++i) {
@@ -117,8 +147,9 @@ __device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_st
 }
 
 // X: the dtype of x. kLogSplit: log2 of the number of warps that share 16 rows, along K.
-// kTokenRows: the rows of q of a token. "Tokens" below counts rows of q.
-template <class X, int kLogSplit, int kTokenRows>
+// kTokenRows: the rows of q of a token. kFused: there is a prologue or a residual. "Tokens" below
+// counts rows of q.
+template <class X, int kLogSplit, int kTokenRows, bool kFused>
 __global__ void __launch_bounds__(kThreads, 2)
     gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages) {
 #if __CUDA_ARCH__ >= 900
@@ -151,7 +182,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     RingPosition ring(stages);
     for (int tile = 0; tile < tiles; ++tile) {
       const int present = minimum(kTileRows, rows - tile * kTileRows);
-      const uint8_t* w = task.w + (n_begin + tile * kTileRows) * sizes.row_bytes;
       for (int c = 0; c < sizes.chunks; ++c, ring.advance()) {
         const int begin = c * sizes.chunk_bytes;
         const int bytes = minimum(sizes.chunk_bytes, sizes.row_bytes - begin);
@@ -162,8 +192,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         __syncwarp();
         for (int row = lane; row < present; row += 32) {
+          const int64_t n = n_begin + tile * kTileRows + row;
           copy_bulk(dynamic + ring.stage * stage_bytes + row * sizes.pitch,
-                    w + row * sizes.row_bytes + begin, bytes, full);
+                    weight_row(task, n, sizes.row_bytes) + begin, bytes, full);
         }
       }
     }
@@ -171,18 +202,26 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   wait_for_predecessor();
-  // Thread r mod 256 writes row r of the block; it has loaded the scales in advance.
-  float s_w = 0.0f;
-  uint32_t bias_bits = 0;
+  // Thread r mod 256 writes row r of the block; it has loaded scale, bias and residual in advance.
+  constexpr int kMaxTokens = kGemvTokens / kTokenRows;
+  RowScale scale = {};
+  uint32_t residual[kFused ? kMaxTokens : 1];
   const auto load_scales = [&](int row) {
-    if (row < rows) {
-      s_w = task.s_w[(n_begin + row) * task.s_w_stride];
-      if (task.bias != nullptr) bias_bits = load_bits(task.bias, task.bias_dtype, n_begin + row);
+    if (row >= rows) return;
+    scale = RowScale(task, n_begin + row);
+    if constexpr (kFused) {
+      if (task.residual == nullptr) return;
+#pragma unroll
+      for (int m = 0; m < kMaxTokens; ++m) {
+        if (m * kTokenRows < tokens) {
+          residual[m] = load_bits(task.residual, task.residual_dtype, m * task.N + n_begin + row);
+        }
+      }
     }
   };
   load_scales(threadIdx.x);
   int8_t* const q = reinterpret_cast<int8_t*>(dynamic + stages * stage_bytes);
-  quantize_tokens<X, kTokenRows>(task, sizes.q_stride, q, shared);
+  quantize_tokens<X, kTokenRows, kFused>(task, sizes.q_stride, q, shared);
 
   const int g = lane / 4, tig = lane % 4;
   const int group = warp >> kLogSplit, member = warp & (kSplit - 1);
@@ -225,12 +264,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int row = (threadIdx.x - tile * kTileRows) & (kConsumers - 1);
     if (row < kTileRows && tile * kTileRows + row < rows) {
       const int64_t n = n_begin + tile * kTileRows + row;
-      const float bias = float_from_bits(bias_bits, task.bias_dtype);
-      const bool has_bias = task.bias != nullptr;
+      const float bias = scale.bias(task, n);
       with_dtype(task.y_dtype, [&](auto zero) {
         using Y = decltype(zero);
-#pragma unroll 1
-        for (int m = 0; m < tokens; m += kTokenRows) {
+#pragma unroll(kFused ? kMaxTokens : 1)
+        for (int token = 0; token < kMaxTokens; ++token) {
+          const int m = token * kTokenRows;
+          if (m >= tokens) break;
           int32_t codes[kTokenRows] = {};
 #pragma unroll
           for (int r = 0; r < kTokenRows; ++r) {
@@ -239,9 +279,14 @@ __global__ void __launch_bounds__(kThreads, 2)
               codes[r] += partial[(v * tokens + m + r) * kRowPitch + row];
             }
           }
-          float value = dequantize(codes, shared.q_sum + m, shared.s_x[m], s_w);
-          if (has_bias) value = __fadd_rn(value, bias);
-          static_cast<Y*>(task.y)[m / kTokenRows * task.N + n] = from_float<Y>(value);
+          float value = dequantize(codes, shared.q_sum + m, shared.s_x[m], scale.s_w);
+          value = __fadd_rn(value, bias);
+          if constexpr (kFused) {
+            if (task.residual != nullptr) {
+              value = __fadd_rn(value, float_from_bits(residual[token], task.residual_dtype));
+            }
+          }
+          static_cast<Y*>(task.y)[token * task.N + n] = from_float<Y>(value);
         }
       });
       load_scales(tile * kTileRows + row + kConsumers);
@@ -250,21 +295,29 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-template <class X, int kLogSplit, int kTokenRows>
+template <class X, int kLogSplit, int kTokenRows, bool kFused>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
   const Sizes sizes(call.task.K);
   const int stage_bytes = static_cast<int>(gemv_stage_bytes(sizes.row_bytes, kLogSplit));
   const int stages = minimum(plan.ring_bytes / stage_bytes, kMaxStages);
   const int shared_bytes = stages * stage_bytes + static_cast<int>(call.task.M) * sizes.q_stride;
   const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
-  return launch_kernel<gemv_kernel<X, kLogSplit, kTokenRows>>(config, call, call.task, stages);
+  return launch_kernel<gemv_kernel<X, kLogSplit, kTokenRows, kFused>>(config, call, call.task,
+                                                                      stages);
+}
+
+template <class X, int kTokenRows, bool kFused>
+cudaError_t launch(const Call& call, const GemvPlan& plan) {
+  if (plan.log_split == 3) return launch<X, 3, kTokenRows, kFused>(call, plan);
+  if (plan.log_split == 2) return launch<X, 2, kTokenRows, kFused>(call, plan);
+  return launch<X, 1, kTokenRows, kFused>(call, plan);
 }
 
 template <class X, int kTokenRows>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
-  if (plan.log_split == 3) return launch<X, 3, kTokenRows>(call, plan);
-  if (plan.log_split == 2) return launch<X, 2, kTokenRows>(call, plan);
-  return launch<X, 1, kTokenRows>(call, plan);
+  const bool is_fused = !bitlinear_is_plain(&call.task.prologue) || call.task.residual != nullptr;
+  return is_fused ? launch<X, kTokenRows, true>(call, plan)
+                  : launch<X, kTokenRows, false>(call, plan);
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ struct Device {
 struct Shape {
   int64_t M, N, K;
   bool x_aligned, w_aligned;  // every row of x, or of w, starts at a multiple of 16 bytes
+  bool is_fused = false;      // the product has several weights or a prologue
 };
 
 // Packed bytes of a weight row that the tensor-core kernels multiply at a time: 16 for each of the
@@ -53,11 +54,13 @@ struct QuantizerPlan {
   int tokens;  // tokens of a block
 };
 
-constexpr QuantizerPlan plan_quantizer(const Device& device, int64_t M, int64_t K) {
+constexpr QuantizerPlan plan_quantizer(const Device& device, int64_t M, int64_t K,
+                                       bool has_prologue = false) {
   // With few tokens a thread gets one group, for latency; with many it gets two, for more loads in
-  // flight. With enough warps it gets no other groups, and reads all values once.
+  // flight, unless a prologue needs the registers. With enough warps it gets no other groups, and
+  // reads all values once.
   constexpr int64_t kBlockWarps = 8;
-  const int64_t groups = M < 8 * device.multiprocessors ? 1 : kQuantizerGroups;
+  const int64_t groups = has_prologue || M < 8 * device.multiprocessors ? 1 : kQuantizerGroups;
   const int64_t warps = minimum(ceil_div(K, groups * 16 * 32), kQuantizerWarps);
   // Blocks of several tokens cost fewer starts, as long as all multiprocessors have a block. The
   // number is a power of two, because the workspace has room for a multiple of 32 tokens.
@@ -320,7 +323,7 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
       return device.capability >= 90 && shape.w_aligned && shape.M <= kSmallBatchTokens;
     case BITLINEAR_CUDA_SMALL_LAYER:
       return device.capability >= 80 && shape.w_aligned && shape.x_aligned &&
-             shape.K <= kSmallLayerInputs;
+             shape.K <= kSmallLayerInputs && !shape.is_fused;
     case BITLINEAR_CUDA_MMA:
       return device.capability >= 80;
     case BITLINEAR_CUDA_WGMMA:

@@ -62,9 +62,12 @@ struct Workspace {
 };
 
 Shape shape_of(const bitlinear_cuda_task& task) {
-  const int64_t element = task.x_dtype == BITLINEAR_F32 ? 4 : 2;
-  return {task.M, task.N, task.K, rows_aligned(task.x, task.K * element),
-          rows_aligned(task.w, ceil_div<int64_t>(task.K, 4))};
+  return {task.M,
+          task.N,
+          task.K,
+          tokens_aligned(task),
+          weights_aligned(task),
+          task.weight_count > 1 || !bitlinear_is_plain(&task.prologue)};
 }
 
 // The requested kernel, or the best one; BITLINEAR_CUDA_AUTO if no kernel can run.
@@ -86,7 +89,7 @@ cudaError_t run(int kernel, Call call) {
                                                              : Layout::kRows;
   const cudaError_t error = quantize(call, q, layout);
   if (error != cudaSuccess) return error;
-  call.task.w_prefetchable = 1;  // w was written before the quantiser started
+  call.task.w_prefetchable = 1;  // the weights were written before the quantiser started
   switch (kernel) {
     case BITLINEAR_CUDA_SMALL_BATCH:
       return small_batch(call, q, plan_small_batch(call.device, shape));

@@ -119,6 +119,22 @@ inline bool rows_aligned(const void* rows, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && row_bytes % 16 == 0;
 }
 
+// Whether the rows of all weights start at multiples of 16 bytes.
+inline bool weights_aligned(const bitlinear_cuda_task& task) {
+  bool aligned = true;
+  for (int64_t i = 0; i < task.weight_count; ++i) {
+    aligned = aligned && rows_aligned(task.weights[i].w, ceil_div<int64_t>(task.K, 4));
+  }
+  return aligned;
+}
+
+// Whether the rows of x, and both halves of them with a gate, and the weight of a norm start at
+// multiples of 16 bytes.
+inline bool tokens_aligned(const bitlinear_cuda_task& task) {
+  return rows_aligned(task.x, task.K * (task.x_dtype == BITLINEAR_F32 ? 4 : 2)) &&
+         rows_aligned(task.prologue.norm_weight, 0);
+}
+
 // The parts of the workspace of a call.
 Activations activations_of(const bitlinear_cuda_task& task);
 

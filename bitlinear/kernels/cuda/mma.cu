@@ -189,10 +189,10 @@ struct Position {
 
   // Consecutive blocks share tokens: a token has four times the bytes of a row.
   __device__ Position(const bitlinear_cuda_task& task, unsigned block, int thread) {
-    const unsigned row_tiles = static_cast<unsigned>(ceil_div<int64_t>(task.N, Tile::kRows));
-    n = int64_t{block % row_tiles} * Tile::kRows;
-    m = int64_t{block / row_tiles} * Tile::kTokens;
-    rows = static_cast<int>(minimum<int64_t>(Tile::kRows, task.N - n));
+    const unsigned tiles = static_cast<unsigned>(row_tiles<Tile::kRows>(task));
+    n = row_of_tile<Tile::kRows>(task, static_cast<int>(block % tiles));
+    m = int64_t{block / tiles} * Tile::kTokens;
+    rows = static_cast<int>(minimum<int64_t>(Tile::kRows, weight_at(task, n).end - n));
     tokens = static_cast<int>(minimum<int64_t>(Tile::kTokens, task.M - m));
     const int warp = thread / 32;
     g = thread % 32 / 4;
@@ -228,7 +228,7 @@ __device__ inline Source first_source(const bitlinear_cuda_task& task,
   source.q = activations.q + (position.m + token) * activations.q_stride + q_offset;
   source.q_stride = static_cast<int>(activations.q_stride);
   source.tokens = position.tokens - token;
-  source.w = task.w + (position.n + row) * row_bytes + w_offset;
+  source.w = weight_row(task, position.n, row_bytes) + row * row_bytes + w_offset;
   source.row_bytes = row_bytes;
   source.rows = position.rows - row;
   source.w_left = row_bytes - w_offset;
@@ -313,14 +313,14 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
 template <class Tile, bool kAligned>
 cudaError_t launch(const Call& call, const Activations& q) {
   const int64_t blocks =
-      ceil_div<int64_t>(call.task.N, Tile::kRows) * ceil_div<int64_t>(call.task.M, Tile::kTokens);
+      row_tiles<Tile::kRows>(call.task) * ceil_div<int64_t>(call.task.M, Tile::kTokens);
   const LaunchConfig config = {dim3(static_cast<unsigned>(blocks)), kThreads, Tile::kSharedBytes};
   return launch_kernel<mma_kernel<Tile, kAligned>>(config, call, call.task, q);
 }
 
 template <class Tile>
 cudaError_t launch(const Call& call, const Activations& q) {
-  const bool aligned = rows_aligned(call.task.w, (call.task.K + 3) / 4);
+  const bool aligned = weights_aligned(call.task);
   return aligned ? launch<Tile, true>(call, q) : launch<Tile, false>(call, q);
 }
 

@@ -14,6 +14,7 @@
 #include <iterator>
 #include <mutex>
 #include <optional>
+#include <string_view>
 #include <unordered_map>
 
 #include "../arguments.h"
@@ -125,42 +126,85 @@ void check_codes(const Tensor& w_packed, const uint8_t* packed, int64_t K,
   bitlinear::checked_weights().add(w_packed, K);
 }
 
-Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
-              const std::optional<Tensor>& bias, int64_t in_features, double eps,
-              int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
-  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
-  bitlinear::check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits,
-                             y_dtype);
-  const c10::cuda::CUDAGuard guard(x.device());
+// The operands of a product that are not tensors, or are optional.
+struct Options {
+  int64_t in_features;
+  float eps;
+  int64_t act_bits;
+  ScalarType y_dtype;
+  int activation = BITLINEAR_NO_GATE;
+  Tensor norm_weight = {};  // undefined: no norm
+  float norm_eps = 0.0f;
+  Tensor residual = {};  // undefined: none
+};
 
-  const int64_t N = w_packed.size(0);
-  const int64_t tokens = x.numel() / in_features;
+// A weight of a product, in contiguous memory.
+struct Weight {
+  Tensor packed, scale, bias;
+
+  Weight(const Tensor& w_packed, const Tensor& w_scale, const std::optional<Tensor>& bias_or_none)
+      : packed(w_packed.contiguous()),
+        scale(w_scale.contiguous()),
+        bias(bitlinear::kernel_bias(bias_or_none)) {}
+
+  bitlinear_cuda_weight describe(int64_t begin) const {
+    return {reinterpret_cast<const uint8_t*>(checked_data(packed, "w_packed")),
+            reinterpret_cast<const float*>(checked_data(scale, "w_scale")),
+            scale.dim() == 2 ? 1 : 0,
+            bias.defined() ? checked_data(bias, "bias") : nullptr,
+            bias.defined() ? kernel_dtype(bias.scalar_type()) : BITLINEAR_F32,
+            begin,
+            begin + packed.size(0)};
+  }
+};
+
+// All weights read the input, quantised once; y has their outputs side by side.
+Tensor product(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
+               at::ArrayRef<std::optional<Tensor>> bias, const Options& options) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const int64_t K = options.in_features;
+  int64_t N = 0;
+  for (const Tensor& w : w_packed) N += w.size(0);
   c10::DimVector shape(x.sizes());
+  const int64_t tokens = x.numel() / shape.back();
   shape.back() = N;
-  Tensor y = empty(shape, y_dtype, x);
+  Tensor y = empty(shape, options.y_dtype, x);
   if (tokens == 0 || N == 0) return y;
 
   const Tensor input = x.contiguous();
-  const Tensor weight = w_packed.contiguous();
-  const Tensor scale = w_scale.contiguous();
-  const Tensor bias_values = bitlinear::kernel_bias(bias);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(x.device().index());
   bitlinear_cuda_task task = {};
-  task.act_bits = act_bits;
+  task.act_bits = options.act_bits;
   task.x = checked_data(input, "x");
   task.x_dtype = kernel_dtype(x.scalar_type());
-  task.M = tokens * bitlinear_rows_per_token(act_bits);
+  task.M = tokens * bitlinear_rows_per_token(options.act_bits);
   task.N = N;
-  task.K = in_features;
-  task.eps = static_cast<float>(eps);
-  task.w = reinterpret_cast<const uint8_t*>(checked_data(weight, "w_packed"));
-  check_codes(w_packed, task.w, in_features, stream);
-  task.s_w = reinterpret_cast<const float*>(checked_data(scale, "w_scale"));
-  task.s_w_stride = scale.dim() == 2 ? 1 : 0;
-  task.bias = bias_values.defined() ? checked_data(bias_values, "bias") : nullptr;
-  task.bias_dtype = bias_values.defined() ? kernel_dtype(bias_values.scalar_type()) : BITLINEAR_F32;
+  task.K = K;
+  task.eps = options.eps;
+  task.prologue = {options.activation, nullptr, BITLINEAR_F32, options.norm_eps};
+  if (options.norm_weight.defined()) {
+    task.prologue.norm_weight = checked_data(options.norm_weight, "norm_weight");
+    task.prologue.norm_dtype = kernel_dtype(options.norm_weight.scalar_type());
+  }
+  c10::SmallVector<Weight, BITLINEAR_MAX_WEIGHTS> weights;
+  for (bitlinear_cuda_weight& unused : task.weights) unused.begin = unused.end = N;
+  task.weight_count = static_cast<int64_t>(w_packed.size());
+  task.w_prefetchable = 1;
+  int64_t begin = 0;
+  for (size_t i = 0; i < w_packed.size(); ++i) {
+    weights.emplace_back(w_packed[i], w_scale[i], bias[i]);
+    task.weights[i] = weights[i].describe(begin);
+    begin = task.weights[i].end;
+    check_codes(w_packed[i], task.weights[i].w, K, stream);
+    const bool is_copy = !weights[i].packed.is_same(w_packed[i]);
+    if (is_copy || !prefetchable_weights().contains(w_packed[i], stream)) task.w_prefetchable = 0;
+  }
+  if (options.residual.defined()) {
+    task.residual = checked_data(options.residual, "residual");
+    task.residual_dtype = kernel_dtype(options.residual.scalar_type());
+  }
   task.y = y.data_ptr();
-  task.y_dtype = kernel_dtype(y_dtype);
+  task.y_dtype = kernel_dtype(options.y_dtype);
   const int kernel = forced_kernel.load(std::memory_order_relaxed);
   // The workspace belongs to the current stream. Memory that is freed at the end of this call is
   // reused only by work queued after the kernels, also in a captured graph.
@@ -169,13 +213,42 @@ Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
     workspace = c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes));
   }
   task.workspace = workspace.get();
-  const bool is_copy = !weight.is_same(w_packed);
-  task.w_prefetchable = !is_copy && prefetchable_weights().contains(w_packed, stream);
   const char* error = bitlinear_cuda_linear(&task, kernel, static_cast<void*>(stream.stream()));
-  TORCH_CHECK(error == nullptr, "bitlinear: a product of (", tokens, ", ", in_features, ") by (", N,
-              ", ", in_features, ") failed on ", x.device(), ": ", error);
-  if (!is_copy && !task.w_prefetchable) prefetchable_weights().add(w_packed, stream);
+  TORCH_CHECK(error == nullptr, "bitlinear: a product of (", tokens, ", ", K, ") by (", N, ", ", K,
+              ") failed on ", x.device(), ": ", error);
+  for (size_t i = 0; i < w_packed.size() && !task.w_prefetchable; ++i) {
+    if (weights[i].packed.is_same(w_packed[i])) prefetchable_weights().add(w_packed[i], stream);
+  }
   return y;
+}
+
+Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
+              const std::optional<Tensor>& bias, int64_t in_features, double eps,
+              int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
+  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
+  bitlinear::check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits,
+                             y_dtype);
+  return product(x, w_packed, w_scale, bias,
+                 {in_features, static_cast<float>(eps), act_bits, y_dtype});
+}
+
+Tensor fused_linear(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
+                    const c10::List<std::optional<Tensor>>& bias, int64_t in_features, double eps,
+                    int64_t group_size, int64_t act_bits,
+                    std::optional<std::string_view> activation,
+                    const std::optional<Tensor>& norm_weight, double norm_eps,
+                    const std::optional<Tensor>& residual, std::optional<ScalarType> out_dtype) {
+  const ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
+  const c10::SmallVector<std::optional<Tensor>, BITLINEAR_MAX_WEIGHTS> biases(bias.begin(),
+                                                                              bias.end());
+  bitlinear::check_fused_arguments(x, w_packed, w_scale, biases, in_features, eps, group_size,
+                                   act_bits, activation, norm_weight, norm_eps, residual, y_dtype);
+  Options options = {in_features, static_cast<float>(eps), act_bits, y_dtype};
+  options.activation = bitlinear::activation_of(activation);
+  if (norm_weight.has_value()) options.norm_weight = bitlinear::kernel_operand(*norm_weight);
+  options.norm_eps = static_cast<float>(norm_eps);
+  if (residual.has_value()) options.residual = residual->contiguous();
+  return product(x, w_packed, w_scale, biases, options);
 }
 
 void check_launch(const char* error, const char* name, const Tensor& operand) {
@@ -258,6 +331,7 @@ BITLINEAR_EXPORT int bitlinear_cuda_force(int kernel) { return forced_kernel.exc
 
 TORCH_LIBRARY_IMPL(bitlinear, CUDA, m) {
   m.impl("linear", linear);
+  m.impl("fused_linear", fused_linear);
   m.impl("quantize_weight", quantize_weight);
   m.impl("expand_weight", expand_weight);
   m.impl("quantize_activations", quantize_activations);

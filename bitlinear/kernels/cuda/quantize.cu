@@ -6,6 +6,7 @@
 // 33 us, 77 % of the memory's peak by the profiler; a few tokens take 1.4 us, which is latency. 50
 // to 61 registers, no spills.
 #include "launch.cuh"
+#include "prologue.cuh"
 #include "quantize.cuh"
 
 namespace bitlinear {
@@ -56,34 +57,77 @@ __device__ inline void store_in_order(int16_t* q, const float (&values)[kGroup],
 }
 
 // M counts tokens here. kRows: the rows of q of each.
-template <class X, Layout kLayout, int kRows>
+//
+// kFused: a prologue comes first. The threads then keep its fp32 values, if a token is not longer
+// than they can keep.
+template <class X, Layout kLayout, int kRows, bool kFused>
 __global__ void __launch_bounds__(32 * kQuantizerWarps)
-    quantize_rows(const X* x, int64_t M, int K, float eps, bool aligned, Activations out) {
+    quantize_rows(const __grid_constant__ bitlinear_prologue prologue, const X* x, int64_t M, int K,
+                  float eps, bool aligned, Activations out) {
+  using Values = std::conditional_t<kFused, Group<float>, Group<X>>;
   __shared__ uint32_t warp_max[kQuantizerWarps];
   __shared__ int32_t warp_sum[kRows][kQuantizerWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int first_warp = threadIdx.y * warps;  // the first warp of this token
   const int64_t m = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   // Threads beyond the last token quantise it again: the workspace has room for whole blocks.
-  const X* row = x + minimum(m, M - 1) * K;
+  const bool is_gate = kFused && prologue.activation != BITLINEAR_NO_GATE;
+  const X* row = x + minimum(m, M - 1) * (is_gate ? 2 * int64_t{K} : int64_t{K});
   const int first = static_cast<int>(threadIdx.x) * kGroup;
   const int step = static_cast<int>(blockDim.x) * kGroup;
-  const auto load = [&](int k) { return load_group(row + k, K - k, aligned); };
+  float factor = 0.0f;  // of the norm
+  const auto load = [&](int k) -> Values {
+    if constexpr (kFused) {
+      return load_gated(prologue, row, K, k, aligned);
+    } else {
+      return load_group(row + k, K - k, aligned);
+    }
+  };
+  const auto load_normalized = [&](int k) {
+    Values values = load(k);
+    if constexpr (kFused) {
+      if (prologue.norm_weight != nullptr) normalize(values, prologue, K, k, aligned, factor);
+    }
+    return values;
+  };
   allow_successor();
   wait_for_predecessor();
 
-  Group<X> kept[kQuantizerGroups];
+  constexpr int kKept = kFused ? 1 : kQuantizerGroups;
+  Values kept[kKept] = {};
   uint32_t absmax = 0;
 #pragma unroll
-  for (int i = 0; i < kQuantizerGroups; ++i) {
+  for (int i = 0; i < kKept; ++i) {
     if (first + i * step < out.q_stride) kept[i] = load(first + i * step);
   }
+  if constexpr (kFused) {
+    if (prologue.norm_weight != nullptr) {
+      __shared__ float warp_sums[kMaxWarpSums];
+      float* const sums = warp_sums + threadIdx.y * ceil_div(K, kWarpValues);
+      const auto add_squares = [&](const Values& values, int begin) {
+        const float sum = warp_sum_of_squares(values);
+        if (lane == 0) sums[begin / kWarpValues] = sum;
+      };
+      int begin = first - lane * kGroup;  // of the warp
 #pragma unroll
-  for (int i = 0; i < kQuantizerGroups; ++i) {
+      for (int i = 0; i < kKept; ++i, begin += step) {
+        if (begin < K) add_squares(kept[i], begin);
+      }
+      for (; begin < K; begin += step) add_squares(load(begin + lane * kGroup), begin);
+      __syncthreads();
+      factor = norm_factor(prologue, sums, K);
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        normalize(kept[i], prologue, K, first + i * step, aligned, factor);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
     if (first + i * step < out.q_stride) absmax = max(absmax, kept[i].magnitude_bits());
   }
-  for (int k = first + kQuantizerGroups * step; k < K; k += step) {
-    absmax = max(absmax, load(k).magnitude_bits());
+  for (int k = first + kKept * step; k < K; k += step) {
+    absmax = max(absmax, load_normalized(k).magnitude_bits());
   }
   absmax = warp_reduce_max(absmax);
   if (lane == 0) warp_max[first_warp + warp] = absmax;
@@ -92,7 +136,7 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
   const TokenScale<kRows> scale(absmax, eps);
 
   int32_t sums[kRows] = {};
-  const auto quantize = [&](int k, const Group<X>& group) {
+  const auto quantize = [&](int k, const Values& group) {
     float values[kGroup];
     group.convert(values);
     uint32_t planes[kRows][4];
@@ -120,10 +164,12 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
     }
   };
 #pragma unroll
-  for (int i = 0; i < kQuantizerGroups; ++i) {
+  for (int i = 0; i < kKept; ++i) {
     if (first + i * step < out.q_stride) quantize(first + i * step, kept[i]);
   }
-  for (int k = first + kQuantizerGroups * step; k < out.q_stride; k += step) quantize(k, load(k));
+  for (int k = first + kKept * step; k < out.q_stride; k += step) {
+    quantize(k, load_normalized(k));
+  }
   if constexpr (kLayout == Layout::kInOrder) {
     if (threadIdx.x == 0) out.s_x[m] = scale.s_x;
   } else {
@@ -145,28 +191,34 @@ __global__ void __launch_bounds__(32 * kQuantizerWarps)
   }
 }
 
-template <class X, Layout kLayout, int kRows>
+template <class X, Layout kLayout, int kRows, bool kFused>
 cudaError_t launch(const Call& call, const Activations& out) {
   const bitlinear_cuda_task& task = call.task;
   const X* x = static_cast<const X*>(task.x);
   const int64_t tokens = task.M / kRows;
-  const bool aligned = rows_aligned(x, task.K * static_cast<int64_t>(sizeof(X)));
-  QuantizerPlan plan = plan_quantizer(call.device, tokens, task.K);
+  const bool aligned = tokens_aligned(task);
+  QuantizerPlan plan = plan_quantizer(call.device, tokens, task.K, kFused);
   if (kLayout == Layout::kInOrder && tokens % plan.tokens != 0)
     plan.tokens = 1;  // q has no room for whole blocks
   const LaunchConfig config = {
       dim3(static_cast<unsigned>(ceil_div<int64_t>(tokens, plan.tokens))),
       dim3(static_cast<unsigned>(32 * plan.warps), static_cast<unsigned>(plan.tokens))};
-  return launch_kernel<quantize_rows<X, kLayout, kRows>>(
-      config, call, x, tokens, static_cast<int>(task.K), task.eps, aligned, out);
+  return launch_kernel<quantize_rows<X, kLayout, kRows, kFused>>(
+      config, call, task.prologue, x, tokens, static_cast<int>(task.K), task.eps, aligned, out);
+}
+
+template <class X, int kRows, bool kFused>
+cudaError_t launch(const Call& call, const Activations& out, Layout layout) {
+  if (layout == Layout::kRows) return launch<X, Layout::kRows, kRows, kFused>(call, out);
+  if (layout == Layout::kFragments) return launch<X, Layout::kFragments, kRows, kFused>(call, out);
+  if (layout == Layout::kTiles) return launch<X, Layout::kTiles, kRows, kFused>(call, out);
+  return launch<X, Layout::kInOrder, kRows, false>(call, out);  // for training: without a prologue
 }
 
 template <class X, int kRows>
 cudaError_t launch(const Call& call, const Activations& out, Layout layout) {
-  if (layout == Layout::kRows) return launch<X, Layout::kRows, kRows>(call, out);
-  if (layout == Layout::kFragments) return launch<X, Layout::kFragments, kRows>(call, out);
-  if (layout == Layout::kInOrder) return launch<X, Layout::kInOrder, kRows>(call, out);
-  return launch<X, Layout::kTiles, kRows>(call, out);
+  return bitlinear_is_plain(&call.task.prologue) ? launch<X, kRows, false>(call, out, layout)
+                                                 : launch<X, kRows, true>(call, out, layout);
 }
 
 }  // namespace

@@ -48,7 +48,11 @@ std::string check_kernel(int kernel, const Device& device, const Stream& stream)
                       kDataKinds[seed / 2 % 5],
                       0,
                       false,
-                      seed % 3 == 0 ? 16 : 8};
+                      seed % 3 == 0 ? 16 : 8,
+                      seed % 7 < 4 ? BITLINEAR_NO_GATE : static_cast<int>(seed % 2) + 1,
+                      seed % 7 % 3 == 0,
+                      seed % 3 == 1,
+                      1 + static_cast<int64_t>(seed / 2 % 4)};
       const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
       if (!supports_case(kernel, device, c, placement)) continue;
       const std::string difference = check_case(kernel, c, seed, placement, stream);

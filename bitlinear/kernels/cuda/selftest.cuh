@@ -6,6 +6,8 @@
 
 #include <cuda_runtime.h>
 
+#include <memory>
+
 #include "../selftest.h"
 #include "heuristics.h"
 #include "task.h"
@@ -91,8 +93,12 @@ inline bool row_aligned(Placement placement, int64_t row_bytes) {
 
 inline Shape shape_of(const selftest::Case& c, Placement placement) {
   const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
-  return {c.M * bitlinear_rows_per_token(c.act_bits), c.N, c.K,
-          row_aligned(placement, c.K * element), row_aligned(placement, (c.K + 3) / 4)};
+  return {c.M * bitlinear_rows_per_token(c.act_bits),
+          c.N,
+          c.K,
+          row_aligned(placement, c.K * element),
+          row_aligned(placement, (c.K + 3) / 4),
+          c.weights > 1 || c.activation != BITLINEAR_NO_GATE || c.norm};
 }
 
 // Whether the kernel supports a case. AUTO supports every case.
@@ -100,6 +106,46 @@ inline bool supports_case(int kernel, const Device& device, const selftest::Case
                           Placement placement) {
   return kernel == BITLINEAR_CUDA_AUTO || supports(kernel, device, shape_of(c, placement));
 }
+
+// The weights of a case: consecutive rows of w, each in device arrays of its own.
+class Weights {
+ public:
+  Weights(const Stream& stream, const selftest::Operands& operands, bool unaligned) {
+    const selftest::Case& c = operands.shape;
+    const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
+    const auto copy = [&](const void* data, int64_t first, int64_t end, int64_t bytes) {
+      arrays_.push_back(std::make_unique<DeviceArray>(
+          stream, static_cast<const uint8_t*>(data) + first * bytes,
+          static_cast<size_t>((end - first) * bytes),
+          unaligned ? static_cast<size_t>(bytes % 16 == 0 ? 1 : bytes) : 0));
+      return arrays_.back()->data();
+    };
+    for (bitlinear_cuda_weight& weight : weights_) weight.begin = weight.end = c.N;
+    for (int64_t i = 0; i < c.weights; ++i) {
+      bitlinear_cuda_weight& weight = weights_[i];
+      weight.begin = c.N * i / c.weights;
+      weight.end = c.N * (i + 1) / c.weights;
+      weight.w = copy(operands.w.data(), weight.begin, weight.end, operands.row_bytes);
+      const int64_t end = c.per_channel ? weight.end : 1;
+      weight.s_w = reinterpret_cast<const float*>(
+          copy(operands.s_w.data(), c.per_channel ? weight.begin : 0, end, sizeof(float)));
+      weight.s_w_stride = c.per_channel ? 1 : 0;
+      if (c.bias) weight.bias = copy(operands.bias.data(), weight.begin, weight.end, element);
+      weight.bias_dtype = c.dtype;
+    }
+    count_ = c.weights;
+  }
+
+  void describe(bitlinear_cuda_task& task) const {
+    memcpy(task.weights, weights_, sizeof(weights_));
+    task.weight_count = count_;
+  }
+
+ private:
+  std::vector<std::unique_ptr<DeviceArray>> arrays_;
+  bitlinear_cuda_weight weights_[BITLINEAR_MAX_WEIGHTS] = {};
+  int64_t count_;
+};
 
 // Returns "" or the first difference; throws CudaFailure. `run` queues the task on the stream with
 // this kernel and returns null or an error message. `name` stands for the kernel in messages.
@@ -110,11 +156,11 @@ std::string check_case(const std::string& name, int kernel, const Run& run, cons
   const size_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
   const bool unaligned = placement == Placement::kUnaligned;
   const DeviceArray x(stream, operands.x.data(), operands.x.size(), unaligned ? element : 0);
-  const DeviceArray w(stream, operands.w.data(), operands.w.size(), unaligned ? 1 : 0);
-  const DeviceArray s_w(stream, operands.s_w.data(), operands.s_w.size() * sizeof(float),
-                        unaligned ? sizeof(float) : 0);
-  const DeviceArray bias(stream, operands.bias.data(), operands.bias.size(),
-                         unaligned ? element : 0);
+  const DeviceArray norm_weight(stream, operands.norm_weight.data(), operands.norm_weight.size(),
+                                unaligned ? element : 0);
+  const DeviceArray residual(stream, operands.residual.data(), operands.residual.size(),
+                             unaligned ? element : 0);
+  const Weights weights(stream, operands, unaligned);
 
   const size_t y_bytes = static_cast<size_t>(c.M * c.N) * element;
   std::vector<uint8_t> y_memory(y_bytes + 2 * kGuardBytes, kGuard);
@@ -123,18 +169,17 @@ std::string check_case(const std::string& name, int kernel, const Run& run, cons
   bitlinear_cuda_task task = {};
   task.act_bits = c.act_bits;
   task.x = x.data();
-  task.x_dtype = task.bias_dtype = task.y_dtype = c.dtype;
+  task.x_dtype = task.residual_dtype = task.y_dtype = c.dtype;
   task.M = c.M * bitlinear_rows_per_token(c.act_bits);
   task.N = c.N;
   task.K = c.K;
   task.eps = operands.eps;
-  task.w = w.data();
-  task.s_w = s_w.data<float>();
-  task.s_w_stride = c.per_channel ? 1 : 0;
-  task.bias = c.bias ? bias.data() : nullptr;
+  task.prologue = operands.prologue();
+  if (c.norm) task.prologue.norm_weight = norm_weight.data();
+  weights.describe(task);
+  task.residual = c.residual ? residual.data() : nullptr;
   task.y = y.data() + kGuardBytes;
-  task.w_prefetchable =
-      seed % 3 != 0;  // the copies of other operands follow the copy of w in the stream
+  task.w_prefetchable = seed % 3 != 0;  // the copy of y follows those of the weights in the stream
   const size_t workspace_bytes = static_cast<size_t>(bitlinear_cuda_workspace_bytes(&task, kernel));
   // The old contents of the workspace must not matter.
   std::vector<uint8_t> guard(workspace_bytes + kGuardBytes, kGuard);

@@ -36,6 +36,7 @@ struct Tile {
   static constexpr int kRows = kPartRows * kRowParts;
   static constexpr int kTokens = 8 * kTokenParts;
   static constexpr int kPitch = small_batch_sum_pitch(kRowParts);
+  static constexpr int kTokensOfThread = ceil_div(kTokens * kRows, kConsumers);  // at most
   // The large tiles need the registers.
   static constexpr int kBlocks = kTokenParts == 4 || kRowParts == 4 ? 1 : 2;
 };
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
           __syncwarp();
           if (lane < present) {
             copy_bulk(dynamic + ring.stage * stage_bytes + lane * pitch,
-                      task.w + (n_begin + first + lane) * row_bytes + begin, bytes, full);
+                      weight_row(task, n_begin + first + lane, row_bytes) + begin, bytes, full);
           }
         }
       }
@@ -131,11 +132,20 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
   for (int tile = 0; tile < tiles; ++tile) {
     const int left = rows - tile * T::kRows;
     const int64_t n = n_begin + tile * T::kRows + row;
-    float s_w = 0.0f;
-    uint32_t bias_bits = 0;
+    RowScale scale = {};
+    uint32_t residual[T::kTokensOfThread];
     if (row < left) {
-      s_w = task.s_w[n * task.s_w_stride];
-      if (task.bias != nullptr) bias_bits = load_bits(task.bias, task.bias_dtype, n);
+      scale = RowScale(task, n);
+      if (task.residual != nullptr) {
+        const int step = token_rows_of(task);
+#pragma unroll
+        for (int i = 0; i < T::kTokensOfThread; ++i) {
+          const int m = threadIdx.x / T::kRows + i * (kConsumers / T::kRows);
+          if (m * step < tokens) {
+            residual[i] = load_bits(task.residual, task.residual_dtype, m * task.N + n);
+          }
+        }
+      }
     }
 
     const int parts = minimum(kRowParts, ceil_div(left, kPartRows));
@@ -194,14 +204,16 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
     store_sums<T::kPitch>(partial + (warp * T::kTokens + 2 * tig) * T::kPitch + g, sums);
     sync_leading_threads<kConsumers>();
     if (row < left) {
-      const bool has_bias = task.bias != nullptr;
-      const float bias = float_from_bits(bias_bits, task.bias_dtype);
+      const float bias = scale.bias(task, n);
       with_token_rows(task, [&](auto token_rows) {
         constexpr int kTokenRows = decltype(token_rows)::value;
         with_dtype(task.y_dtype, [&](auto zero) {
           using Y = decltype(zero);
           const int first = threadIdx.x / T::kRows * kTokenRows;
-          for (int m = first; m < tokens; m += kConsumers / T::kRows * kTokenRows) {
+#pragma unroll
+          for (int i = 0; i < T::kTokensOfThread; ++i) {
+            const int m = first + i * (kConsumers / T::kRows * kTokenRows);
+            if (m >= tokens) break;
             int32_t codes[kTokenRows] = {};
 #pragma unroll
             for (int r = 0; r < kTokenRows; ++r) {
@@ -210,8 +222,11 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
                 codes[r] += partial[(v * T::kTokens + m + r) * T::kPitch + row];
               }
             }
-            float value = dequantize(codes, shared.q_sum + m, shared.s_x[m], s_w);
-            if (has_bias) value = __fadd_rn(value, bias);
+            float value = dequantize(codes, shared.q_sum + m, shared.s_x[m], scale.s_w);
+            value = __fadd_rn(value, bias);
+            if (task.residual != nullptr) {
+              value = __fadd_rn(value, float_from_bits(residual[i], task.residual_dtype));
+            }
             static_cast<Y*>(task.y)[m / kTokenRows * task.N + n] = from_float<Y>(value);
           }
         });

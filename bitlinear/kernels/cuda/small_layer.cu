@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
   __shared__ int32_t q_sum[T::kTokens];
   static_assert(3 * sizeof(s_x) <= kSmallLayerStaticBytes, "see heuristics.h");
 
-  const int row_tiles = static_cast<int>(ceil_div<int64_t>(task.N, T::kRows));
+  const int row_tiles = static_cast<int>(ceil_div<int64_t>(task.N, T::kRows));  // of one weight
   const int64_t n = int64_t{static_cast<int>(blockIdx.x) % row_tiles} * T::kRows;
   const int64_t m = int64_t{static_cast<int>(blockIdx.x) / row_tiles} * T::kTokens;
   const int tokens = static_cast<int>(minimum<int64_t>(T::kTokens, task.M - m));
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
 #pragma unroll 1
   for (int row = threadIdx.x / kCopiers; row < T::kRows; row += kThreads / kCopiers) {
     // Rows beyond the last one are computed from it, and not stored.
-    const uint8_t* const source = task.w + minimum(n + row, task.N - 1) * row_bytes;
+    const uint8_t* const source = task.weights[0].w + minimum(n + row, task.N - 1) * row_bytes;
     const int chunk = threadIdx.x % kCopiers * kChunk;
 #pragma unroll 1
     for (int offset = chunk; offset < slices * kSliceBytes; offset += kSliceBytes) {

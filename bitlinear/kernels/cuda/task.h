@@ -5,23 +5,34 @@
 
 #include "../abi.h"
 
-// y = epilogue(quantize(x) @ w^T) on the current device. Every array is contiguous.
+// A weight of a product: rows `begin` to `end` of all. Every array is contiguous.
+struct bitlinear_cuda_weight {
+  const uint8_t* w;    // (end - begin, ceil(K/4)): packed weights, format version 1
+  const float* s_w;    // (1,) or (end - begin,)
+  int64_t s_w_stride;  // 0: one scale per tensor; 1: one per output channel
+  const void* bias;    // (end - begin,) or null
+  int bias_dtype;
+  int64_t begin, end;
+};
+
+// y = epilogue(quantize(prologue(x)) @ w^T) on the current device, for the rows of all weights.
+// Every array is contiguous.
 struct bitlinear_cuda_task {
   int64_t act_bits;  // 8, or 16: two rows of q per token
-  const void* x;     // (tokens, K)
+  const void* x;     // (tokens, K), or (tokens, 2 K) with a gate
   int x_dtype;       // enum bitlinear_dtype, as all dtypes here
   int64_t M, N, K;   // M: rows of q, that is tokens, or twice as many
   float eps;
-  const uint8_t* w;    // (N, ceil(K/4)): packed weights, format version 1
-  const float* s_w;    // (1,) or (N,)
-  int64_t s_w_stride;  // 0: one scale per tensor; 1: one per output channel
-  const void* bias;    // (N,) or null
-  int bias_dtype;
+  bitlinear_prologue prologue;
+  bitlinear_cuda_weight weights[BITLINEAR_MAX_WEIGHTS];  // those that are not used begin at N
+  int64_t weight_count;
+  const void* residual;  // (tokens, N), added last; or null
+  int residual_dtype;
   void* y;  // (tokens, N), at a multiple of 16 bytes
   int y_dtype;
   void* workspace;  // bitlinear_cuda_workspace_bytes() bytes, at a multiple of 256
-  // Not 0: `w` was written before the previous kernel in this stream started, so the kernels may
-  // read it while that kernel still runs.
+  // Not 0: all weights were written before the previous kernel in this stream started, so the
+  // kernels may read them while that kernel still runs.
   int w_prefetchable;
 };
 

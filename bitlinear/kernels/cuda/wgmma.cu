@@ -180,7 +180,7 @@ struct Tile {
   // Two warpgroups that multiply need registers of the third. Registers per thread, after the
   // change:
   static constexpr bool kReallocatesRegisters = kWarpgroups == 2;
-  static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+  static constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
 
   // The index of the sum of a row and a token. A warp writes 8 rows for every other of 8 tokens at
   // a time: the exclusive or spreads them over the banks, and keeps groups of four rows contiguous.
@@ -192,21 +192,25 @@ struct Tile {
 // The work of a block: its part of K, in every step-th tile from first_tile on.
 template <class T>
 struct Share {
-  int tiles, row_tiles, first_tile, step;
+  const bitlinear_cuda_task& task_;
+  int tiles, row_tiles_, first_tile, step;
   int slice_begin, slice_end;
 
   __device__ Share(const bitlinear_cuda_task& task, int splits)
-      : row_tiles(static_cast<int>(ceil_div<int64_t>(task.N, T::kRows))),
+      : task_(task),
+        row_tiles_(row_tiles<T::kRows>(task)),
         first_tile(static_cast<int>(blockIdx.x) / splits),
         step(static_cast<int>(gridDim.x) / splits) {
-    tiles = row_tiles * static_cast<int>(ceil_div<int64_t>(task.M, T::kTokens));
+    tiles = row_tiles_ * static_cast<int>(ceil_div<int64_t>(task.M, T::kTokens));
     const int slices = static_cast<int>(ceil_div<int64_t>(task.K, kSliceValues));
     const int split = static_cast<int>(blockIdx.x) % splits;
     slice_begin = slices * split / splits;
     slice_end = slices * (split + 1) / splits;
   }
-  __device__ int64_t row_of(int tile) const { return int64_t{tile % row_tiles} * T::kRows; }
-  __device__ int64_t token_of(int tile) const { return int64_t{tile / row_tiles} * T::kTokens; }
+  __device__ int64_t row_of(int tile) const {
+    return row_of_tile<T::kRows>(task_, tile % row_tiles_);
+  }
+  __device__ int64_t token_of(int tile) const { return int64_t{tile / row_tiles_} * T::kTokens; }
   __device__ bool is_last(int tile) const { return tile + step >= tiles; }
 };
 
@@ -249,12 +253,14 @@ class WeightReader {
   __device__ void start_tile(int tile) {
     tile_ = tile;
     slice_ = share_.slice_begin;
-    const int64_t first = share_.row_of(tile) + first_row();
+    const int64_t n = share_.row_of(tile);
+    const bitlinear_cuda_weight& weight = weight_at(task_, n);
+    const int64_t first = n - weight.begin + first_row(), last = weight.end - weight.begin - 1;
 #pragma unroll
     for (int r = 0; r < T::kBlocks; ++r) {
       // Rows beyond the last one are computed from it, and not stored.
-      low_[r] = task_.w + minimum(first + 64 * r, task_.N - 1) * row_bytes_;
-      high_[r] = task_.w + minimum(first + 64 * r + 8, task_.N - 1) * row_bytes_;
+      low_[r] = weight.w + minimum(first + 64 * r, last) * row_bytes_;
+      high_[r] = weight.w + minimum(first + 64 * r + 8, last) * row_bytes_;
     }
   }
 
@@ -463,7 +469,7 @@ LaunchConfig launch_config(int64_t blocks, int splits) {
 template <class T>
 cudaError_t launch(const Call& call, const Activations& q, int splits) {
   const bitlinear_cuda_task& task = call.task;
-  int64_t tiles = ceil_div<int64_t>(task.N, T::kRows) * ceil_div<int64_t>(task.M, T::kTokens);
+  int64_t tiles = row_tiles<T::kRows>(task) * ceil_div<int64_t>(task.M, T::kTokens);
   // A block computes one tile after the other; a cluster only one.
   if (splits == 1) tiles = minimum<int64_t>(tiles, call.device.multiprocessors);
   return launch_kernel<wgmma_kernel<T>>(launch_config<T>(tiles * splits, splits), call, task, q,
