@@ -35,9 +35,10 @@ def convert(
     bias included) and online, whose float weights are packed. ``weight_scale`` is one number or one
     for each output feature. Also ``BitNetLinear`` of onebitllms, and layers of a model's own class,
     if ``weight_quantizers`` has a function for it. The new layers compute with the same ternary
-    weights and scales, and keep an RMSNorm inside a layer. All other modules stay as they are, and
-    so do forward and backward hooks. References to a layer that are not submodules (in a list, for
-    example) keep the old layer. The weights of a converted model are constants; adapters beside
+    weights and scales, and keep an RMSNorm inside a layer. All other modules stay as they are (a
+    fused decoder layer gets another ``forward``), and so do forward and backward hooks. References
+    to a layer that are not submodules (in a list, for example) keep the old layer. The weights of a
+    converted model are constants; adapters beside
     them can train.
 
     A checkpoint that names the norm inside its projections ``q_proj.norm.weight`` and so on is
