@@ -116,7 +116,7 @@ def _operands(
             if packed.device != w_packed[0].device:
                 return f"{names[0]} and {name} are on different devices"
     if norm is not None:
-        reason = _why_not_norm(norm)
+        reason = why_not_norm(norm)
         if reason:
             return reason
     return w_packed, w_scale, bias, first.in_features, first.eps, first._act_bits
@@ -146,7 +146,8 @@ def why_called(module: nn.Module, recorders: str = "") -> str:
     return ""
 
 
-def _why_not_norm(norm: nn.Module) -> str:
+def why_not_norm(norm: nn.Module) -> str:
+    """Why ``norm`` cannot be a part of a product, or ``""``."""
     kind = type(norm).__name__
     eps_name = _eps_name(type(norm))
     if not eps_name:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arguments import MAX_WEIGHTS
-from .fusable import fused_products, why_not_fused
+from .fusable import fused_products, why_not_fused, why_not_norm
 from .prologue import ACTIVATIONS
 
 _NORM = "norm"
@@ -83,6 +83,8 @@ class LinearGroup(nn.Module):
         self._names = tuple(layers)
         self.activation = activation
         self.add_module(_NORM, norm)
+        if norm is not None:
+            why_not_norm(norm)  # It examines a new class, which an older torch.compile cannot do.
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         """Apply the layers.
@@ -123,10 +125,10 @@ class LinearGroup(nn.Module):
         if self.activation is not None:
             a, b = x.chunk(2, dim=-1)
             x = (F.silu(a) if self.activation == "silu" else F.relu(a).square()) * b
-        norm = self._modules[_NORM]
-        if norm is not None:
-            x = norm(x)
-        return tuple(self.get_submodule(name)(x) for name in self._names)
+        modules: dict[str, Any] = self._modules
+        if modules[_NORM] is not None:
+            x = modules[_NORM](x)
+        return tuple(modules[name](x) for name in self._names)
 
     def why_not_fused(self) -> str:
         """Why the layers are called one after the other, or ``""`` if they are one product.
