@@ -25,6 +25,7 @@ ops.register(compiled=_loaded.kernel is not None)
 from .convert import convert, deploy, set_quantization_strength  # noqa: E402
 from .embedding import Embedding  # noqa: E402
 from .linear import BitLinear  # noqa: E402
+from .linear_group import LinearGroup  # noqa: E402
 from .loading import load_deployed  # noqa: E402
 from .pack_dense import pack  # noqa: E402
 
@@ -36,6 +37,7 @@ __all__ = [
     "HAS_BITLINEAR",
     "BitLinear",
     "Embedding",
+    "LinearGroup",
     "available_kernels",
     "convert",
     "deploy",

@@ -1,6 +1,7 @@
 """Models of Hugging Face transformers: BitNet on these kernels, and deployed models on disk.
 
-:func:`convert` replaces the BitNet layers of a loaded model by deployed BitLinear layers.
+:func:`convert` replaces the BitNet layers of a loaded model by deployed BitLinear layers, and
+:func:`fuse` computes the products of known decoder layers together with what stands around them.
 
 ``from_pretrained`` loads a model with deployed layers that ``save_pretrained`` wrote, by a
 quantisation method of the name ``"bitlinear"``: a model from :func:`convert`, or any other model
@@ -32,6 +33,7 @@ if int(transformers.__version__.split(".")[0]) < 5:  # Its from_pretrained works
 from ...conversion.repacking import repack
 from .bitnet import convert
 from .config import BitLinearConfig
+from .fusion import fuse, unfuse
 from .layers import NormedBitLinear
 from .quantizer import BitLinearQuantizer, attach
 
@@ -41,7 +43,9 @@ __all__ = [
     "NormedBitLinear",
     "attach",
     "convert",
+    "fuse",
     "repack",
+    "unfuse",
 ]
 
 

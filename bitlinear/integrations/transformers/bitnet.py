@@ -12,6 +12,7 @@ from ...conversion.replacement import CALL_HOOKS, find_parents, set_child
 from ...linear import BitLinear
 from .bitnet_layers import Source, WeightQuantizers, bitnet_layers
 from .config import METHOD
+from .fusion import fuse as fuse_model
 from .layers import BITNET_EPS, bitlinear_layers, empty_layer, pretrained_models
 from .quantizer import attach
 
@@ -23,7 +24,9 @@ _logger = logging.getLogger("bitlinear")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def convert(model: _Model, *, weight_quantizers: WeightQuantizers | None = None) -> _Model:
+def convert(
+    model: _Model, *, fuse: bool = True, weight_quantizers: WeightQuantizers | None = None
+) -> _Model:
     """Replace the BitNet layers of a model by deployed ones, in place.
 
     These are the layers of transformers, in a model of any class that was loaded with a ``bitnet``
@@ -32,9 +35,10 @@ def convert(model: _Model, *, weight_quantizers: WeightQuantizers | None = None)
     bias included) and online, whose float weights are packed. ``weight_scale`` is one number or one
     for each output feature. Also ``BitNetLinear`` of onebitllms, and layers of a model's own class,
     if ``weight_quantizers`` has a function for it. The new layers compute with the same ternary
-    weights and scales, and keep an RMSNorm inside a layer. All other modules stay as they are, and
-    so do forward and backward hooks. References to a layer that are not submodules (in a list, for
-    example) keep the old layer. The weights of a converted model are constants; adapters beside
+    weights and scales, and keep an RMSNorm inside a layer. All other modules stay as they are (a
+    fused decoder layer gets another ``forward``), and so do forward and backward hooks. References
+    to a layer that are not submodules (in a list, for example) keep the old layer. The weights of a
+    converted model are constants; adapters beside
     them can train.
 
     A checkpoint that names the norm inside its projections ``q_proj.norm.weight`` and so on is
@@ -59,6 +63,7 @@ def convert(model: _Model, *, weight_quantizers: WeightQuantizers | None = None)
         model: The model, on any devices. ``save_pretrained`` can save a converted
             ``PreTrainedModel``, and ``from_pretrained`` loads it in any process that has imported
             bitlinear.
+        fuse: Whether to fuse the decoder layers that can be, as :func:`~.fusion.fuse` does.
         weight_quantizers: For each class of layers of the model's own, its function that quantises
             a weight: from ``(N, K)`` to ternary values times scales in the same shape, such as
             ``lambda w: w + (weight_quant(w) - w)`` without the straight-through terms. Scales are
@@ -107,7 +112,7 @@ def convert(model: _Model, *, weight_quantizers: WeightQuantizers | None = None)
     for inner in pretrained_models(model):
         _remove_quantizer(inner)
     attach(model)
-    return model
+    return fuse_model(model) if fuse else model
 
 
 @torch.inference_mode(False)  # Nothing could be loaded into buffers made in inference mode.

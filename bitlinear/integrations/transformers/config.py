@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ... import foreign
 from ...arguments import dtype_name
 from ...linear import BitLinear
+from .fusion import fused_layers
 from .layers import BITNET_EPS, NormedBitLinear, bitlinear_layers, empty_layer, ternary_layers
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class BitLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
         rms_norm_eps: The number that these norms add to the mean square.
         quant_type: As for :class:`BitLinear`.
         bias_dtype: Name of the dtype of the biases.
+        fuse: Whether the decoder layers are fused; see :func:`~.fusion.fuse`.
         layers: The settings of layers that differ from the others, by qualified name: any of the
             arguments above, and ``w_scale_shape``.
         kwargs: Settings of a later version; ignored.
@@ -48,6 +50,7 @@ class BitLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
         rms_norm_eps: float = 1e-6,
         quant_type: str = "ai8pc_wpt",
         bias_dtype: str = "float32",
+        fuse: bool = False,
         layers: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -58,6 +61,7 @@ class BitLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.rms_norm_eps = rms_norm_eps
         self.quant_type = quant_type
         self.bias_dtype = bias_dtype
+        self.fuse = fuse
         self.layers = layers or {}
 
     def settings_of(self, names: set[str]) -> dict[str, Any]:
@@ -90,6 +94,7 @@ def describe(model: PreTrainedModel) -> BitLinearConfig:
             for name, module in model.named_modules()
             if foreign.is_linear(module) and name not in layers
         ),
+        fuse=bool(fused_layers(model)),
         layers={name: each for name, each in different.items() if each},
         **common,
     )

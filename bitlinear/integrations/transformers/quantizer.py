@@ -15,6 +15,7 @@ from ...conversion.replacement import find_parents, set_child
 from ...linear import BitLinear
 from ...state import check_packed
 from .config import METHOD, BitLinearConfig, check_describable, describe, layer_from_settings
+from .fusion import fuse
 from .layers import bitlinear_layers, pretrained_models, ternary_layers
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ class BitLinearQuantizer(HfQuantizer):  # type: ignore[misc]
                 check_packed(layer, state)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}: {error}") from error
+        if self.quantization_config.fuse:
+            fuse(model)
         attach(model)  # The models inside can be saved by themselves.
 
 

@@ -248,7 +248,7 @@ def test_other_modules_hooks_and_modes_stay_as_they_are(caplog):
     handle.remove()
     model["a"](torch.randn(2, 8))
     assert calls == [BitLinear]
-    assert caplog.messages[-1] == "converted 1 BitNet layers"
+    assert "converted 1 BitNet layers" in caplog.messages
 
 
 def damaged(change):
