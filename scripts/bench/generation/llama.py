@@ -56,14 +56,14 @@ def load_package() -> Any:
     return llama_cpp
 
 
-def version() -> str | None:
-    """Return the version of the package, and the instructions it was compiled for; or None."""
+def describe() -> dict[str, str] | None:
+    """Return the version of the package and what it was compiled for; None without it."""
     try:
         package = load_package()
     except RuntimeError:
         return None
     info = package.llama_print_system_info().decode().strip(" |")
-    return f"{package.__version__} ({info})"
+    return {"version": package.__version__, "system_info": info}
 
 
 def write_with_head(source: Path, target: Path, head: str, threads: int) -> None:

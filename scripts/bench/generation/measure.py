@@ -3,12 +3,13 @@
 The results are one JSON object, with the conventions of ``records.py``. Its fields:
 
 - ``schema``, ``benchmark`` ("generate"), ``time`` (UTC), ``complete``, ``device``, ``budget_s``,
-  ``limit_s``, ``machine``, ``versions``, ``chosen_kernel``
-- ``model``: the name of the shape, and its config's sizes
-- ``read``: the measured bandwidth of memory by the size of the working set, which floors are based on
-- ``contestants``: by name, ``label``, ``note``, ``token_bytes`` (of weights that a token reads),
-  ``memory`` (see ``memory.py``) and ``parts`` (microseconds of each part of a token; see
-  ``breakdown.py``), or None where there is none
+  ``limit_s``, ``machine``, ``versions``, ``chosen_kernel``,
+  ``llama_system_info``
+- ``model``: the name of the ``shape``, its config's sizes, the number of ``weights``
+- ``read``: the bandwidth of memory by the size of the working set
+- ``contestants``: by name, ``label``, ``note``, ``ours`` (whether it is a setting of ``convert``),
+  ``token_bytes`` (of weights that a token reads), ``memory`` (see ``memory.py``) and ``parts``
+  (microseconds of each part of a token; see ``breakdown.py``), or None where there is none
 - ``skipped``: a ``contestant``, the ``reason``, and the ``cells`` that it is missing from
 - ``cells``: a ``phase``, a ``length`` (of the prompt, or of what is in the cache), a ``batch``, and
   by contestant the quartiles of a pass, ``tokens_per_s``, and ``share_of_floor``: the time in which
@@ -21,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -121,10 +123,12 @@ class Setup:
 def describe(setup: Setup) -> Record:
     """Return results without figures."""
     config = models.make_config(setup.shape, setup.layers)
+    sizes = {key: getattr(config, key) for key in models.SHAPES[setup.shape]}
     described = machine.describe(runtime.current().hardware, setup.device.name)
     versions = {**machine.versions(), "transformers": transformers.__version__}
-    if any(KINDS[name].head for name in setup.contestants) and (found := llama.version()):
-        versions[llama.PACKAGE] = found
+    llama_cpp = llama.describe()
+    if llama_cpp is not None:
+        versions[llama.PACKAGE] = llama_cpp["version"]
     return {
         "schema": records.SCHEMA,
         "benchmark": "generate",
@@ -135,11 +139,9 @@ def describe(setup: Setup) -> Record:
         "limit_s": setup.limit,
         "machine": {**described, "threads": setup.threads},
         "versions": versions,
+        "llama_system_info": llama_cpp and llama_cpp["system_info"],
         "chosen_kernel": layers.chosen_kernel(setup.device.name),
-        "model": {
-            "shape": setup.shape,
-            **{key: getattr(config, key) for key in models.SHAPES[setup.shape]},
-        },
+        "model": {"shape": setup.shape, **sizes, "weights": models.weight_count(**sizes)},
         "read": [],
         "contestants": {},
         "skipped": [],
@@ -169,17 +171,11 @@ class _Measurement:
         self._results["read"] = records.peaks_record(measured)["read"]
         names = self._setup.contestants
         stages = [
-            # First, as long as this process leaves the machine's memory to others.
-            *(
-                (f"memory of {name}", lambda name=name: self._measure_memory(name))
-                for name in names
-            ),
-            *((f"making {name}", lambda name=name: self._make(name)) for name in names),
-            *(
-                (cell.title, lambda cell=cell: self._measure_cell(cell, measured))
-                for cell in self._setup.cells
-            ),
-            *((f"parts of {name}", lambda name=name: self._measure_parts(name)) for name in names),
+            # Memory first, as long as this process leaves the machine's to others.
+            *((f"memory of {n}", partial(self._measure_memory, n)) for n in names),
+            *((f"making {n}", partial(self._make, n)) for n in names),
+            *((c.title, partial(self._measure_cell, c, measured)) for c in self._setup.cells),
+            *((f"parts of {n}", partial(self._measure_parts, n)) for n in names),
         ]
         with tqdm(stages, unit="stage") as bar:
             for title, stage in bar:
@@ -225,6 +221,7 @@ class _Measurement:
         self._results["contestants"][name] = {
             "label": kind.label,
             "note": kind.note,
+            "ours": name in models.SETTINGS,
             "token_bytes": engine.token_bytes,
             "memory": self._memory.get(name),
             "parts": None,

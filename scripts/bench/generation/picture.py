@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from scripts import tools
 from scripts.bench import charts, machine, report
-from scripts.bench.generation import models
 from scripts.bench.records import Record
 
 with tools.importing("bench"):
@@ -18,7 +17,7 @@ _GREY = "#bbbbbb"
 
 def draw(results: Record) -> Figure:
     """Draw the cells of the smallest batch, and the memory."""
-    labels = {name: kind["label"] for name, kind in results["contestants"].items()}
+    contestants = results["contestants"]
     batch = min(cell["batch"] for cell in results["cells"])
     panels = {
         f"{cell['phase']}, {cell['length']} tokens\ntokens/s": _rates(cell)
@@ -27,7 +26,7 @@ def draw(results: Record) -> Figure:
     }
     memory = {
         name: (kind["memory"]["peak_bytes"] / 1e9, f"{kind['memory']['peak_bytes'] / 1e9:.2f}")
-        for name, kind in results["contestants"].items()
+        for name, kind in contestants.items()
         if kind["memory"]
     }
     if memory:
@@ -40,9 +39,9 @@ def draw(results: Record) -> Figure:
     )
     details = (*versions, results["time"][:10], f"{report.UNSTEADY} unsteady")
     figure, axes = charts.canvas(
-        f"Generating with a model of {_billions(results)} weights",
+        f"Generating with a model of {_weights(results)} weights",
         "\n".join("   ·   ".join(parts) for parts in (subtitle, details)),
-        size=(3.2 + 2.2 * len(panels), 2.0 + 0.32 * len(labels)),
+        size=(3.2 + 2.2 * len(panels), 2.0 + 0.32 * len(contestants)),
         columns=len(panels),
         top=1.65,
         left=2.9,
@@ -53,7 +52,7 @@ def draw(results: Record) -> Figure:
     # With one panel there is no array of axes.
     for index, (title, bars) in enumerate(panels.items()):
         panel = axes[index] if len(panels) > 1 else axes
-        _draw_bars(panel, title, bars, labels)
+        _draw_bars(panel, title, bars, contestants)
         panel.tick_params(length=0, labelleft=index == 0)
     return figure
 
@@ -70,12 +69,13 @@ def _rates(cell: Record) -> dict[str, tuple[float, str]]:
 
 
 def _draw_bars(
-    axes: Axes, title: str, bars: Mapping[str, tuple[float, str]], labels: Mapping[str, str]
+    axes: Axes, title: str, bars: Mapping[str, tuple[float, str]], contestants: Mapping[str, Record]
 ) -> None:
-    lengths = [bars.get(name, (0.0, ""))[0] for name in labels]
-    texts = [bars.get(name, (0.0, "not measured"))[1] for name in labels]
-    colours = [charts.EMPHASIS if name in models.SETTINGS else _GREY for name in labels]
-    drawn = axes.barh(list(labels.values()), lengths, height=0.62, color=colours)
+    lengths = [bars.get(name, (0.0, ""))[0] for name in contestants]
+    texts = [bars.get(name, (0.0, "not measured"))[1] for name in contestants]
+    labels = [kind["label"] for kind in contestants.values()]
+    colours = [charts.EMPHASIS if kind["ours"] else _GREY for kind in contestants.values()]
+    drawn = axes.barh(labels, lengths, height=0.62, color=colours)
     axes.bar_label(drawn, texts, padding=4, fontsize=9.5)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlim(0, 1.35 * max([*lengths, 1e-9]))
@@ -85,7 +85,6 @@ def _draw_bars(
     axes.grid(False)
 
 
-def _billions(results: Record) -> str:
-    config = {key: value for key, value in results["model"].items() if key != "shape"}
-    count = models.weight_count(**config)
+def _weights(results: Record) -> str:
+    count = results["model"]["weights"]
     return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.0f} million"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scripts.bench import machine, records, report
-from scripts.bench.generation import breakdown, measure, models
+from scripts.bench.generation import breakdown, measure
 from scripts.bench.records import Record
 
 # The contestants that ratios refer to, if they took part, with the heading of the column.
@@ -25,7 +25,7 @@ def render(results: Record) -> str:
     heading = [
         f"{machine.display_name(results['machine'])}, "
         f"{report.plural(results['machine']['threads'], 'thread')}",
-        f"model {sizes['shape']}: {sizes['num_hidden_layers']} layers, {sizes['hidden_size']} wide, "
+        f"shape {sizes['shape']}: {sizes['num_hidden_layers']} layers, {sizes['hidden_size']} x "
         f"{sizes['intermediate_size']}, vocabulary {sizes['vocab_size']}; "
         f"kernel: {results['chosen_kernel']}",
         versions,
@@ -37,7 +37,10 @@ def render(results: Record) -> str:
 
 
 def _times(results: Record) -> str:
-    labels = {name: kind["label"] for name, kind in results["contestants"].items()}
+    labels = {
+        name: f"**{kind['label']}**" if kind["ours"] else kind["label"]
+        for name, kind in results["contestants"].items()
+    }
     present = {key: text for key, text in REFERENCES.items() if key in labels}
     words = ("phase", "contestant")
     header = (
@@ -54,7 +57,7 @@ def _times(results: Record) -> str:
                     cell["phase"],
                     str(cell["length"]),
                     str(cell["batch"]),
-                    f"**{labels[name]}**" if name in models.SETTINGS else labels[name],
+                    labels[name],
                     report.marked(times[0], figures),
                     *times[1:],
                     f"{figures['tokens_per_s']:.4g}",

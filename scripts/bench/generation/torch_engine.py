@@ -140,11 +140,8 @@ class TorchEngine:
         return replay
 
     def _tokens(self, batch: int, length: int) -> Tensor:
-        size = (batch, length)
-        vocabulary = self.model.config.vocab_size
-        return torch.randint(
-            vocabulary, size, device=self.model.get_input_embeddings().weight.device
-        )
+        device = self.model.get_input_embeddings().weight.device
+        return torch.randint(self.model.config.vocab_size, (batch, length), device=device)
 
     def _generate(self, prompt: Tensor, count: int, streamer: BaseStreamer, **kwargs: Any) -> None:
         self.model.generate(
