@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")
@@ -14,7 +15,16 @@ pytest.importorskip("matplotlib")
 
 from bitlinear import runtime
 from scripts.bench import generate, plot
-from scripts.bench.generation import breakdown, measure, memory, models, picture, report
+from scripts.bench.generation import (
+    breakdown,
+    contestants,
+    measure,
+    memory,
+    models,
+    picture,
+    report,
+)
+from scripts.bench.generation.contestants import Kind
 from scripts.bench.generation.measure import Cell
 from scripts.bench.peaks import Peaks
 from tests.scripts.tiny_model import HEADS, HIDDEN, KV_HEADS, TINY, VOCABULARY, WEIGHTS
@@ -84,6 +94,41 @@ def test_a_run(no_peaks, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "results-models.png").stat().st_size > 1000
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_run_on_a_gpu(tmp_path):
+    grid = ["--prefill", "8", "--depths", "4", "--batches", "1", "2", "--device", "cuda"]
+    results = run(tmp_path, *grid, "--contestants", "bitlinear", "bf16")
+    assert results["skipped"] == []
+    phases = ["prefill", "decode", "captured step"]
+    assert [cell["phase"] for cell in results["cells"]] == 2 * phases
+    for cell in results["cells"]:
+        assert all(figures["tokens_per_s"] > 0 for figures in cell["contestants"].values())
+
+
+class SteadyEngine:
+    """Takes a millisecond for each token that it reads."""
+
+    token_bytes = 10**6
+
+    def first_token(self, length, batch):
+        return lambda: 1e-3 * length * batch
+
+    def next_tokens(self, depth, batch, count):
+        return lambda: 1e-3 * batch * count
+
+
+def test_the_figures_are_those_of_the_calls(no_peaks, tmp_path, monkeypatch):
+    monkeypatch.setitem(contestants.KINDS, "bf16", Kind("steady", lambda _: SteadyEngine()))
+    grid = ["--prefill", "8", "--depths", "4", "--batches", "1", "3"]
+    results = run(tmp_path, *grid, "--contestants", "bf16")
+    medians = [cell["contestants"]["bf16"]["median_us"] for cell in results["cells"]]
+    assert medians == pytest.approx([8e3, 1e3, 24e3, 3e3])
+    rates = [cell["contestants"]["bf16"]["tokens_per_s"] for cell in results["cells"]]
+    assert rates == pytest.approx([1000] * 4)
+    assert results["contestants"]["bf16"]["parts"] is None
+
+
 def test_a_call_over_the_limit_is_left_out(no_peaks, tmp_path):
     results = run(tmp_path, *ONE_CELL, "--contestants", "bf16", "--limit", "1e-6")
     assert results["cells"][0]["contestants"] == {}
@@ -133,6 +178,11 @@ def test_the_memory_is_that_of_another_process():
         memory.measure(name="nobody", shape="small", layers=1, device="cpu", threads=1, path=None)
 
 
+def figures(median, samples, rate, share):
+    quartiles = {"median_us": median, "p25_us": median - 1e3, "p75_us": median + 1e3}
+    return {**quartiles, "samples": samples, "tokens_per_s": rate, "share_of_floor": share}
+
+
 RESULTS = {
     "time": "2026-01-02T03:04:05+00:00",
     "complete": True,
@@ -162,26 +212,13 @@ RESULTS = {
     "skipped": [{"contestant": "bf16", "reason": "no reason", "cells": []}],
     "cells": [
         {
-            **vars(Cell("decode", 128, 1)),
+            **vars(Cell("decode", 128, batch)),
             "contestants": {
-                "bitlinear": {
-                    "median_us": 50_000.0,
-                    "p25_us": 49_000.0,
-                    "p75_us": 51_000.0,
-                    "samples": 2,
-                    "tokens_per_s": 20.0,
-                    "share_of_floor": 0.5,
-                },
-                "llama_q6_k": {
-                    "median_us": 40_000.0,
-                    "p25_us": 39_000.0,
-                    "p75_us": 41_000.0,
-                    "samples": 9,
-                    "tokens_per_s": 25.0,
-                    "share_of_floor": 0.625,
-                },
+                "bitlinear": figures(50e3, 2, 20.0 * batch, 0.5),
+                "llama_q6_k": figures(40e3, 9, 25.0 * batch, 0.625),
             },
         }
+        for batch in (1, 4)
     ],
 }
 

@@ -2,7 +2,8 @@
 
 All of them have the shape of one BitNet model. Their weights are made in place, tensor by tensor,
 and the models share the embedding, so that several fit into memory at once. Random values compute
-as fast as trained ones.
+as fast as trained ones. Parameters require gradients, as after ``from_pretrained``: the way in
+which torch multiplies by the head depends on it.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def weight_count(
 def random_embedding(config: BitNetConfig, device: str) -> nn.Parameter:
     """Return the embedding that the models share."""
     weight = torch.empty(config.vocab_size, config.hidden_size, dtype=DTYPE, device=device)
-    return nn.Parameter(weight.normal_(), requires_grad=False)
+    return nn.Parameter(weight.normal_())
 
 
 def ours(embedding: nn.Parameter, config: BitNetConfig, **settings: Any) -> nn.Module:
@@ -132,7 +133,7 @@ def ternary_weights(config: BitNetConfig, device: str) -> dict[str, nn.Parameter
 
     def random(shape: torch.Size) -> nn.Parameter:
         t = torch.randint(-1, 2, shape, dtype=torch.int8, device=device)
-        return nn.Parameter(t.to(DTYPE), requires_grad=False)
+        return nn.Parameter(t.to(DTYPE))
 
     layers = _linears(_meta_model(config))
     return {name: random(layer.weight.shape) for name, layer in layers.items()}
@@ -160,13 +161,13 @@ def _meta_model(config: BitNetConfig) -> Any:
 
 def _empty_model(embedding: nn.Parameter, config: BitNetConfig) -> Any:
     """Return a model whose linear layers are on the meta device; all else is in place."""
-    model = _meta_model(config).eval().requires_grad_(False)
+    model = _meta_model(config).eval()
     model.model.embed_tokens.weight = model.lm_head.weight = embedding
     with torch.device(embedding.device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.weight = nn.Parameter(_ones(module.weight, embedding), requires_grad=False)
+            module.weight = nn.Parameter(_ones(module.weight, embedding))
     return model
 
 

@@ -31,7 +31,9 @@ def draw(results: Record) -> Figure:
     }
     if memory:
         panels["peak memory of a process\nGB"] = memory
-    versions = [f"{name} {results['versions'][name]}" for name in ("bitlinear", "torch")]
+    shown = ("bitlinear", "torch", "transformers", "llama-cpp-python")
+    numbers = results["versions"]
+    versions = [f"{name} {numbers[name]}" for name in shown if name in numbers]
     subtitle = (
         machine.display_name(results["machine"]),
         report.plural(results["machine"]["threads"], "thread"),
