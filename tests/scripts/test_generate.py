@@ -174,8 +174,12 @@ def test_the_memory_is_that_of_another_process():
         name="bitlinear", shape="small", layers=1, device="cpu", threads=1, path=None
     )
     assert found["peak_bytes"] - found["before_bytes"] > 2 * 32000 * 768  # the embedding
-    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
-        memory.measure(name="nobody", shape="small", layers=1, device="cpu", threads=1, path=None)
+
+
+def test_the_failure_of_another_process_is_named(tmp_path):
+    path = str(tmp_path / "missing.gguf")
+    with pytest.raises(RuntimeError, match=r"its memory was not measured: .*(llama|missing)"):
+        memory.measure(name="", shape="", layers=1, device="cpu", threads=1, path=path)
 
 
 def figures(median, samples, rate, share):

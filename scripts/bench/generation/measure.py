@@ -232,9 +232,7 @@ class _Measurement:
         for name, engine in self._engines.items():
             try:
                 field.append(self._contestant(name, engine, cell))
-            except _TooLong as error:
-                self._skip(name, str(error), [cell])
-            except RuntimeError as error:  # out of memory; nothing that a graph can hold
+            except RuntimeError as error:
                 self._skip(name, layers.one_line(error), [cell])
         timer = cuda_timing.graph_timer if cell.phase == STEP else _self_timer
         times = timing.compare(field, self._setup.budget, timer)
@@ -251,11 +249,16 @@ class _Measurement:
         self._results["cells"].append({**asdict(cell), "contestants": figures})
 
     def _contestant(self, name: str, engine: Engine, cell: Cell) -> timing.Contestant:
+        """Return what to time.
+
+        Raises:
+            RuntimeError: It would take too long, or memory or a CUDA graph cannot hold it.
+        """
         seconds = self._costs[name](cell.tokens)
         count = max(1, min(CALL_TOKENS, int(CALL_SECONDS / seconds)))
         passes = 1 if cell.phase == PREFILL else 1 + count
         if passes * seconds > self._setup.limit:
-            raise _TooLong(
+            raise RuntimeError(
                 f"a call would take {passes * seconds:.0f} s, over the limit of "
                 f"{self._setup.limit:g} s"
             )
@@ -281,10 +284,6 @@ class _Measurement:
             "tokens": count,
             "us": {part: float(f"{seconds * 1e6:.6g}") for part, seconds in parts.items()},
         }
-
-
-class _TooLong(Exception):
-    pass
 
 
 def measure_peaks(device: Device, threads: int) -> Peaks:
