@@ -16,6 +16,7 @@ SCRIPTS = {
     "bench.__main__": "--shapes",
     "bench.plot": "--pictures",
     "bench.decode": "--layers",
+    "bench.generate": "--depths",
     "bench.train_step": "--compile",
     "bench.input_gradient": "--dtypes",
     "bench.import_time": "--runs",
@@ -48,7 +49,7 @@ def test_every_script_is_tested():
 def test_help_names_the_options(name, capsys):
     if name == "quickstart":
         pytest.importorskip("sklearn")
-    if name == "bring_your_model":
+    if name in {"bring_your_model", "bench.generate"}:
         for module in ("transformers", "gguf", "peft"):
             pytest.importorskip(module)
     with pytest.raises(SystemExit) as end:
