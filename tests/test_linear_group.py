@@ -359,7 +359,9 @@ def test_nested_tensors_and_symbolic_traces_take_the_layers():
     assert called == ["0.q", "0.k", "0.v"]
 
 
-@pytest.mark.parametrize("norm", [torch_norm, LlamaNorm, GemmaNorm])
+@pytest.mark.parametrize(
+    "norm", [LlamaNorm, *(pytest.param(n, marks=pytest.mark.slow) for n in (torch_norm, GemmaNorm))]
+)
 def test_a_compiled_group_is_one_graph(norm, fresh_compiler):
     group, x, residual = make_group(norm=norm), torch.randn(3, K), torch.randn(3, 28)
     compiled = torch.compile(group, fullgraph=True, backend="aot_eager")

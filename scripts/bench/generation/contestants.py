@@ -61,7 +61,7 @@ class Materials:
         if not path.exists():
             source = self._folder / "source.gguf"
             if not source.exists():
-                gguf.save(models.ours(self.embedding, self.config), source)
+                gguf.save(models.ours(self.embedding, self.config, fuse=False), source)
             write_with_head(source, path, head, self.threads)
         return path
 

@@ -49,6 +49,7 @@ SHAPES = {
 # The settings of ours: arguments of convert(), by the name of the contestant.
 SETTINGS: dict[str, dict[str, Any]] = {
     "bitlinear": {},
+    "bitlinear_unfused": {"fuse": False},
 }
 
 # The bytes that hold four codes from 0 to 2.
