@@ -10,7 +10,6 @@ from typing import Any, Callable
 
 from torch import nn
 
-from bitlinear.integrations import gguf
 from scripts.bench.generation import models
 from scripts.bench.generation.llama import LlamaEngine, write_with_head
 from scripts.bench.generation.torch_engine import RandomCache, TorchEngine
@@ -59,6 +58,9 @@ class Materials:
         """
         path = self._folder / f"{head}.gguf"
         if not path.exists():
+            # Others than llama.cpp need no package gguf.
+            from bitlinear.integrations import gguf
+
             source = self._folder / "source.gguf"
             if not source.exists():
                 gguf.save(models.ours(self.embedding, self.config, fuse=False), source)
