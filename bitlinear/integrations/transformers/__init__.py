@@ -32,6 +32,7 @@ if int(transformers.__version__.split(".")[0]) < 5:  # Its from_pretrained works
 from ...conversion.repacking import repack
 from .bitnet import convert
 from .config import BitLinearConfig
+from .head import quantize_head
 from .layers import NormedBitLinear
 from .quantizer import BitLinearQuantizer, attach
 
@@ -41,6 +42,7 @@ __all__ = [
     "NormedBitLinear",
     "attach",
     "convert",
+    "quantize_head",
     "repack",
 ]
 

@@ -12,6 +12,7 @@ from ...conversion.replacement import CALL_HOOKS, find_parents, set_child
 from ...linear import BitLinear
 from .bitnet_layers import Source, WeightQuantizers, bitnet_layers
 from .config import METHOD
+from .head import find_head, quantize_head
 from .layers import BITNET_EPS, bitlinear_layers, empty_layer, pretrained_models
 from .quantizer import attach
 
@@ -23,7 +24,12 @@ _logger = logging.getLogger("bitlinear")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def convert(model: _Model, *, weight_quantizers: WeightQuantizers | None = None) -> _Model:
+def convert(
+    model: _Model,
+    *,
+    weight_quantizers: WeightQuantizers | None = None,
+    head: str | None = None,
+) -> _Model:
     """Replace the BitNet layers of a model by deployed ones, in place.
 
     These are the layers of transformers, in a model of any class that was loaded with a ``bitnet``
@@ -66,6 +72,7 @@ def convert(model: _Model, *, weight_quantizers: WeightQuantizers | None = None)
             ``bias``, ``in_features`` and ``out_features`` as ``nn.Linear``, applies its module
             ``norm`` or ``rms_norm``, if it has one, to its input, and quantises activations as
             BitNet does: 8 bits, absmax per token, at least 1e-5.
+        head: ``"int8"`` also quantises the head, by :func:`quantize_head`; None leaves it.
 
     Returns:
         ``model``.
@@ -76,6 +83,10 @@ def convert(model: _Model, *, weight_quantizers: WeightQuantizers | None = None)
             shape or dtype, with a damaged scale, with weights that are not ternary or not finite.
             The message names every such layer; the model is unchanged.
     """
+    from .decoding import speed_up_decoding
+
+    if head is not None:
+        find_head(model, head)
     layers = bitnet_layers(model, weight_quantizers or {})
     if "" in layers:
         raise ValueError(
@@ -107,6 +118,9 @@ def convert(model: _Model, *, weight_quantizers: WeightQuantizers | None = None)
     for inner in pretrained_models(model):
         _remove_quantizer(inner)
     attach(model)
+    if head is not None:
+        quantize_head(model, head)
+    speed_up_decoding(model)
     return model
 
 

@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ... import foreign
 from ...arguments import dtype_name
 from ...linear import BitLinear
+from .int8_head import Int8Head, int8_modules
 from .layers import BITNET_EPS, NormedBitLinear, bitlinear_layers, empty_layer, ternary_layers
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class BitLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
         rms_norm_eps: The number that these norms add to the mean square.
         quant_type: As for :class:`BitLinear`.
         bias_dtype: Name of the dtype of the biases.
+        int8_head: Whether the head has int8 weights, as :func:`quantize_head` makes it.
+        int8_embedding: Whether the input embedding has; the head then shares them.
         layers: The settings of layers that differ from the others, by qualified name: any of the
             arguments above, and ``w_scale_shape``.
         kwargs: Settings of a later version; ignored.
@@ -48,6 +51,8 @@ class BitLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
         rms_norm_eps: float = 1e-6,
         quant_type: str = "ai8pc_wpt",
         bias_dtype: str = "float32",
+        int8_head: bool = False,
+        int8_embedding: bool = False,
         layers: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -58,6 +63,8 @@ class BitLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.rms_norm_eps = rms_norm_eps
         self.quant_type = quant_type
         self.bias_dtype = bias_dtype
+        self.int8_head = int8_head
+        self.int8_embedding = int8_embedding
         self.layers = layers or {}
 
     def settings_of(self, names: set[str]) -> dict[str, Any]:
@@ -84,12 +91,16 @@ def describe(model: PreTrainedModel) -> BitLinearConfig:
         name: {key: value for key, value in each.items() if common.get(key) != value}
         for name, each in settings.items()
     }
+    int8 = int8_modules(model)
+    int8_heads = {name for name, module in int8.items() if isinstance(module, Int8Head)}
     return BitLinearConfig(
         sorted(
             name
             for name, module in model.named_modules()
-            if foreign.is_linear(module) and name not in layers
+            if (foreign.is_linear(module) and name not in layers) or name in int8_heads
         ),
+        int8_head=bool(int8_heads),
+        int8_embedding=len(int8) > len(int8_heads),
         layers={name: each for name, each in different.items() if each},
         **common,
     )

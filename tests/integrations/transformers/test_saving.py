@@ -46,6 +46,8 @@ def test_saving_and_loading_keeps_every_bit(kind, norm, bias, tmp_path):
         "rms_norm_eps": 1e-6,
         "quant_type": "ai8pc_wpt",
         "bias_dtype": "float32",
+        "int8_head": False,
+        "int8_embedding": False,
         "layers": {},
     }
 
