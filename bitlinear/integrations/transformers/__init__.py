@@ -34,6 +34,7 @@ from ...conversion.repacking import repack
 from .bitnet import convert
 from .config import BitLinearConfig
 from .fusion import fuse, unfuse
+from .head import quantize_head
 from .layers import NormedBitLinear
 from .quantizer import BitLinearQuantizer, attach
 
@@ -44,6 +45,7 @@ __all__ = [
     "attach",
     "convert",
     "fuse",
+    "quantize_head",
     "repack",
     "unfuse",
 ]

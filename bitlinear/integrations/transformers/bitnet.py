@@ -13,6 +13,7 @@ from ...linear import BitLinear
 from .bitnet_layers import Source, WeightQuantizers, bitnet_layers
 from .config import METHOD
 from .fusion import fuse as fuse_model
+from .head import find_head, quantize_head
 from .layers import BITNET_EPS, bitlinear_layers, empty_layer, pretrained_models
 from .quantizer import attach
 
@@ -25,7 +26,11 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def convert(
-    model: _Model, *, fuse: bool = True, weight_quantizers: WeightQuantizers | None = None
+    model: _Model,
+    *,
+    head: str | None = None,
+    fuse: bool = True,
+    weight_quantizers: WeightQuantizers | None = None,
 ) -> _Model:
     """Replace the BitNet layers of a model by deployed ones, in place.
 
@@ -38,8 +43,7 @@ def convert(
     weights and scales, and keep an RMSNorm inside a layer. All other modules stay as they are (a
     fused decoder layer gets another ``forward``), and so do forward and backward hooks. References
     to a layer that are not submodules (in a list, for example) keep the old layer. The weights of a
-    converted model are constants; adapters beside
-    them can train.
+    converted model are constants; adapters beside them can train.
 
     A checkpoint that names the norm inside its projections ``q_proj.norm.weight`` and so on is
     loaded into the layers of transformers with the norm that those have::
@@ -63,6 +67,7 @@ def convert(
         model: The model, on any devices. ``save_pretrained`` can save a converted
             ``PreTrainedModel``, and ``from_pretrained`` loads it in any process that has imported
             bitlinear.
+        head: ``"int8"`` also quantises the head, by :func:`quantize_head`; None leaves it.
         fuse: Whether to fuse the decoder layers that can be, as :func:`~.fusion.fuse` does.
         weight_quantizers: For each class of layers of the model's own, its function that quantises
             a weight: from ``(N, K)`` to ternary values times scales in the same shape, such as
@@ -81,6 +86,10 @@ def convert(
             shape or dtype, with a damaged scale, with weights that are not ternary or not finite.
             The message names every such layer; the model is unchanged.
     """
+    from .decoding import speed_up_decoding
+
+    if head is not None:
+        find_head(model, head)
     layers = bitnet_layers(model, weight_quantizers or {})
     if "" in layers:
         raise ValueError(
@@ -112,7 +121,12 @@ def convert(
     for inner in pretrained_models(model):
         _remove_quantizer(inner)
     attach(model)
-    return fuse_model(model) if fuse else model
+    if head is not None:
+        quantize_head(model, head)
+    if fuse:
+        fuse_model(model)
+    speed_up_decoding(model)
+    return model
 
 
 @torch.inference_mode(False)  # Nothing could be loaded into buffers made in inference mode.

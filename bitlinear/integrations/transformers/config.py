@@ -14,6 +14,7 @@ from ... import foreign
 from ...arguments import dtype_name
 from ...linear import BitLinear
 from .fusion import fused_layers
+from .int8_head import Int8Head, int8_modules
 from .layers import BITNET_EPS, NormedBitLinear, bitlinear_layers, empty_layer, ternary_layers
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class BitLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_type: As for :class:`BitLinear`.
         bias_dtype: Name of the dtype of the biases.
         fuse: Whether the decoder layers are fused; see :func:`~.fusion.fuse`.
+        int8_head: Whether the head has int8 weights, as :func:`quantize_head` makes it.
+        int8_embedding: Whether the input embedding has; the head then shares them.
         layers: The settings of layers that differ from the others, by qualified name: any of the
             arguments above, and ``w_scale_shape``.
         kwargs: Settings of a later version; ignored.
@@ -51,6 +54,8 @@ class BitLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_type: str = "ai8pc_wpt",
         bias_dtype: str = "float32",
         fuse: bool = False,
+        int8_head: bool = False,
+        int8_embedding: bool = False,
         layers: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -62,6 +67,8 @@ class BitLinearConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_type = quant_type
         self.bias_dtype = bias_dtype
         self.fuse = fuse
+        self.int8_head = int8_head
+        self.int8_embedding = int8_embedding
         self.layers = layers or {}
 
     def settings_of(self, names: set[str]) -> dict[str, Any]:
@@ -88,13 +95,17 @@ def describe(model: PreTrainedModel) -> BitLinearConfig:
         name: {key: value for key, value in each.items() if common.get(key) != value}
         for name, each in settings.items()
     }
+    int8 = int8_modules(model)
+    int8_heads = {name for name, module in int8.items() if isinstance(module, Int8Head)}
     return BitLinearConfig(
         sorted(
             name
             for name, module in model.named_modules()
-            if foreign.is_linear(module) and name not in layers
+            if (foreign.is_linear(module) and name not in layers) or name in int8_heads
         ),
         fuse=bool(fused_layers(model)),
+        int8_head=bool(int8_heads),
+        int8_embedding=len(int8) > len(int8_heads),
         layers={name: each for name, each in different.items() if each},
         **common,
     )

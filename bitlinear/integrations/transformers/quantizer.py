@@ -16,6 +16,7 @@ from ...linear import BitLinear
 from ...state import check_packed
 from .config import METHOD, BitLinearConfig, check_describable, describe, layer_from_settings
 from .fusion import fuse
+from .int8_head import int8_modules, put_empty_head
 from .layers import bitlinear_layers, pretrained_models, ternary_layers
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def attach(model: _Model) -> _Model:
     """
     outermost: list[PreTrainedModel] = []
     for inner in pretrained_models(model):
-        if not any(layer.is_deployed for layer in ternary_layers(inner).values()):
+        if not _has_own_layers(inner):
             continue
         quantizer = getattr(inner, "hf_quantizer", None)
         if quantizer is not None and not isinstance(quantizer, BitLinearQuantizer):
@@ -98,7 +99,7 @@ class BitLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         for inner in pretrained_models(model):
             if isinstance(getattr(inner.config, "quantization_config", None), BitLinearConfig):
                 del inner.config.quantization_config
-        if len(trainable) < len(layers):
+        if _has_own_layers(model):
             self.quantization_config = model.config.quantization_config = describe(model)
         return _unshared_state(model), {}
 
@@ -119,6 +120,7 @@ class BitLinearQuantizer(HfQuantizer):  # type: ignore[misc]
                 new = layer_from_settings(module, config.settings_of(names))
                 set_child(parents[id(module)], new)
                 deployed.add(id(new))
+        put_empty_head(model, has_embedding=config.int8_embedding, has_head=config.int8_head)
         # The file also holds the tensors that were tied to a weight or bias that is packed now.
         for inner in pretrained_models(model):
             tied = getattr(inner, "all_tied_weights_keys", {})
@@ -128,16 +130,13 @@ class BitLinearQuantizer(HfQuantizer):  # type: ignore[misc]
                     del tied[pair[0]]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from .decoding import speed_up_decoding
+
         # transformers sets the tensors one by one, and initialises missing ones at random.
+        for name, module in int8_modules(model).items():
+            _check_loaded(name, module)
         for name, layer in bitlinear_layers(model).items():
-            state = layer.state_dict(keep_vars=True)
-            missing = [key for key in state if not hasattr(state[key], "_is_hf_initialized")]
-            # On several devices, a hook of accelerate has moved the tensors and lost the mark.
-            if missing and not hasattr(layer, "_hf_hook"):
-                raise ValueError(
-                    f"{name}: the checkpoint has no {', '.join(missing)} for this layer: it is "
-                    f"incomplete, or of another model; download or save it again"
-                )
+            state = _check_loaded(name, layer)
             try:
                 check_packed(layer, state)
             except (TypeError, ValueError) as error:
@@ -145,6 +144,26 @@ class BitLinearQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.quantization_config.fuse:
             fuse(model)
         attach(model)  # The models inside can be saved by themselves.
+        speed_up_decoding(model)
+
+
+def _has_own_layers(model: nn.Module) -> bool:
+    """Whether a model has layers that only :class:`BitLinearQuantizer` can load."""
+    deployed = any(layer.is_deployed for layer in ternary_layers(model).values())
+    return deployed or bool(int8_modules(model))
+
+
+def _check_loaded(name: str, layer: nn.Module) -> dict[str, Any]:
+    """Raise ValueError unless the checkpoint had all tensors of a layer; return its state."""
+    state = layer.state_dict(keep_vars=True)
+    missing = [key for key in state if not hasattr(state[key], "_is_hf_initialized")]
+    # On several devices, a hook of accelerate has moved the tensors and lost the mark.
+    if missing and not hasattr(layer, "_hf_hook"):
+        raise ValueError(
+            f"{name}: the checkpoint has no {', '.join(missing)} for this layer: it is "
+            f"incomplete, or of another model; download or save it again"
+        )
+    return state
 
 
 def _unshared_state(model: PreTrainedModel) -> dict[str, Tensor] | None:

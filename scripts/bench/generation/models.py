@@ -49,6 +49,7 @@ SHAPES = {
 # The settings of ours: arguments of convert(), by the name of the contestant.
 SETTINGS: dict[str, dict[str, Any]] = {
     "bitlinear": {},
+    "bitlinear_int8_head": {"head": "int8"},
     "bitlinear_unfused": {"fuse": False},
 }
 

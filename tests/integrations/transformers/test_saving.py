@@ -47,6 +47,8 @@ def test_saving_and_loading_keeps_every_bit(kind, norm, bias, tmp_path):
         "quant_type": "ai8pc_wpt",
         "bias_dtype": "float32",
         "fuse": True,
+        "int8_head": False,
+        "int8_embedding": False,
         "layers": {},
     }
 

@@ -1,0 +1,101 @@
+"""Attention of one query token on a CPU, for models of transformers."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from .layers import pretrained_models
+
+ATTENTION = "bitlinear_sdpa"
+"""The name of :func:`attention` for ``model.set_attn_implementation``."""
+
+# Code that builds masks, or takes other ways, for the name "sdpa" alone.
+_NAME_IS_COMPARED = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b)")
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``sdpa`` of transformers; faster for one query token on a CPU.
+
+    The query heads that share a key head are then the rows of one product, so that each key and
+    value is read once. It is torch's scaled_dot_product_attention in both cases. In fp32 without
+    a mask its rounding error is 1.2 times that of ``sdpa`` (root mean square; the largest error is
+    up to 2.7 times); with a mask, in bf16 and in fp16 it is the same.
+
+    Args:
+        module: The attention module.
+        query: ``(batch, heads, tokens, head_dim)``.
+        key, value: ``(batch, key heads, length, head_dim)``.
+        attention_mask: As for ``sdpa``; True where a token takes part, or numbers to add.
+        dropout, scaling: As for ``sdpa``.
+        kwargs: As for ``sdpa``.
+
+    Returns:
+        The result, shape ``(batch, tokens, heads, head_dim)``, and None.
+    """
+    if not _is_one_token(query, key, attention_mask, dropout, kwargs):
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+        return result
+    batch, heads, _, head_dim = query.shape
+    rows = query.reshape(batch, key.shape[1], -1, head_dim)
+    y = scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
+    return y.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+def select_attention(model: PreTrainedModel) -> None:
+    """Make a model that uses ``sdpa`` use :func:`attention`.
+
+    It stays as it is if its code, or that of a model inside, compares the name of the
+    implementation. ``model.set_attn_implementation("sdpa")`` undoes this.
+    """
+    models = list(pretrained_models(model))
+    if all(inner.config._attn_implementation == "sdpa" and _can_rename(inner) for inner in models):
+        model.set_attn_implementation(ATTENTION)
+
+
+def _is_one_token(
+    query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> bool:
+    return (
+        query.device.type == "cpu"
+        and query.shape[2] == 1
+        and query.shape[0] == key.shape[0]
+        and query.shape[1] % key.shape[1] == 0
+        and (mask is None or (mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1))
+        and not dropout
+        and kwargs.get("position_bias") is None
+        and kwargs.get("softcap") is None
+        and not kwargs.get("output_attentions", False)
+    )
+
+
+def _can_rename(model: PreTrainedModel) -> bool:
+    """Whether the code of a model's attention only looks its implementation up by name."""
+    source = inspect.getsource(sys.modules[type(model).__module__])
+    return "ALL_ATTENTION_FUNCTIONS.get_interface(" in source and not _NAME_IS_COMPARED.search(
+        source
+    )
+
+
+# The mask of sdpa serves: None where it is causal only, or True where a token takes part.
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)

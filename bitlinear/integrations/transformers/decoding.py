@@ -1,0 +1,36 @@
+"""What a converted model does otherwise than transformers when it generates.
+
+Only functions import this module: it imports parts of transformers that a model needs anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attention import select_attention
+from .cache import grow_in_place
+from .layers import pretrained_models
+
+
+def speed_up_decoding(model: nn.Module) -> None:
+    """Make the models of transformers inside ``model`` use our attention and grow their caches.
+
+    See :func:`~.attention.attention` and :class:`~.cache.GrowingLayer`.
+    """
+    inner: set[nn.Module] = set()
+    for pretrained in pretrained_models(model):
+        if pretrained not in inner:
+            inner.update(pretrained.modules())
+            select_attention(pretrained)
+            if grow_caches not in pretrained._forward_pre_hooks.values():
+                pretrained.register_forward_pre_hook(grow_caches, with_kwargs=True)
+
+
+def grow_caches(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Apply :func:`grow_in_place` to the cache in a call; a forward pre-hook of a model."""
+    if not torch.compiler.is_compiling():
+        for value in (*args, *kwargs.values()):
+            grow_in_place(value)
