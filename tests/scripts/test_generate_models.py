@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 
 from bitlinear import BitLinear
+from bitlinear.integrations.transformers import unfuse
 from bitlinear.packing import check_packed
 from scripts.bench.generation import breakdown, contestants, models, torch_engine
 from tests.scripts.tiny_model import (
@@ -146,8 +148,13 @@ def test_each_pass_reads_one_token_at_its_position(engine):
         assert seen == expected
 
 
+def hooks_of(model):
+    return [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()]
+
+
 def test_each_part_gets_its_own_time(engine, clock):
-    model = engine.model
+    model = unfuse(engine.model)
+    hooks = hooks_of(model)
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
             slow_down(module, clock, 1)
@@ -167,7 +174,30 @@ def test_each_part_gets_its_own_time(engine, clock):
     before = clock.now
     engine.next_tokens(5, 1, 1)()
     assert clock.now > before
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert hooks_of(model) == hooks
+
+
+def test_the_parts_of_a_fused_model(engine, clock):
+    """It stays fused, and its products are the linear layers."""
+    model = engine.model
+    slow_down(model.lm_head, clock, 1e6)
+    for layer in model.model.layers:
+        slow_down(layer, clock, 10_000)
+    parts = breakdown.measure(engine, 5, 1, 2)
+    assert parts["head"] == 1e6
+    assert parts["attention"] == 10_000 * LAYERS
+    calls = []
+    wrapped = breakdown.fused_linear
+
+    def slow_product(*args):
+        calls.append(args)
+        clock.now += 1
+        return wrapped(*args)
+
+    with mock.patch.object(breakdown, "fused_linear", slow_product):
+        parts = breakdown.measure(engine, 5, 1, 2)
+    assert calls
+    assert parts["linears"] == 4 * LAYERS
 
 
 @torch.no_grad()

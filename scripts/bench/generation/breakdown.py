@@ -3,7 +3,9 @@
 Hooks stamp the beginning and the end of each module that belongs to a part. The time of a module
 inside another counts for the inner one alone, so "attention" is the rotation, the cache and the
 products of queries, keys and values; "rest" is everything else, such as gates, residuals, the
-choice of the token, and Python. Each pair of hooks adds about 2 us. On a GPU the stamps are those
+choice of the token, and Python. In a fused decoder layer, norms, gates and residuals count for the
+linear layers whose products they are a part of, and everything else for the attention. Each pair of
+hooks adds about 2 us. On a GPU the stamps are those
 of its stream, waits for Python included.
 """
 
@@ -13,11 +15,15 @@ import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitlinear import fusable
+from bitlinear.fused import fused_linear
+from bitlinear.integrations.transformers.decoder_layers import FusedDecoderLayer
 from scripts import tools
 from scripts.bench.generation.torch_engine import TorchEngine
 
@@ -31,8 +37,7 @@ PARTS = (HEAD, LINEARS, ATTENTION, NORMS, REST)
 
 def measure(engine: TorchEngine, depth: int, batch: int, count: int) -> dict[str, float]:
     """Return the seconds of each part of a token, the median of ``count`` tokens."""
-    on_gpu = engine.model.get_input_embeddings().weight.is_cuda
-    clock = _Clock(on_gpu)
+    clock = _Clock(on_gpu=engine.model.device.type == "cuda")
     with _hooks(engine.model, clock):
         engine.generate_after(depth, batch, 1 + count, clock)
     tokens = clock.tokens()[-count:]
@@ -92,15 +97,26 @@ class _Clock(BaseStreamer):
 @contextlib.contextmanager
 def _hooks(model: Any, clock: _Clock) -> Iterator[None]:
     handles = []
+    # Hooks on the modules inside a fused layer would make it call them.
+    fused = [m for m in model.modules() if isinstance(m, FusedDecoderLayer)]
+    inside = {id(child) for layer in fused for child in layer.modules() if child is not layer}
     for module in model.modules():
         part = part_of(module, model.get_output_embeddings())
-        if part is not None:
+        if part is not None and id(module) not in inside:
             handles += [
                 module.register_forward_pre_hook(lambda *_, part=part: clock.begin(part)),
                 module.register_forward_hook(lambda *_: clock.end_part()),
             ]
+
+    def timed_product(*args: Any, **kwargs: Any) -> Tensor:
+        clock.begin(LINEARS)
+        output = fused_linear(*args, **kwargs)
+        clock.end_part()
+        return output
+
     try:
-        yield
+        with mock.patch.object(fusable, "fused_linear", timed_product):
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -111,6 +127,8 @@ def part_of(module: nn.Module, head: nn.Module) -> str | None:
     kind = type(module).__name__
     if module is head:
         return HEAD
+    if isinstance(module, FusedDecoderLayer):
+        return ATTENTION
     if isinstance(module, (nn.Linear, bitnet.BitLinear)):
         return LINEARS
     if kind.endswith("RMSNorm"):

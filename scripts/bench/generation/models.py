@@ -143,11 +143,16 @@ def ternary_weights(config: BitNetConfig, device: str) -> dict[str, nn.Parameter
 
 def token_bytes(model: Any) -> int:
     """Return the bytes of the weights that a token reads: all but an embedding that is no head."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    embedding = model.get_input_embeddings().weight
-    if model.get_output_embeddings().weight is not embedding:
-        del tensors[id(embedding)]
+    embedding = _tensors(model.get_input_embeddings())
+    head = model.get_output_embeddings()
+    # The int8 head of a tied model refers to the table of the embedding.
+    read = _tensors(head) | _tensors(getattr(head, "table", head))
+    tensors = {key: t for key, t in _tensors(model).items() if key not in embedding} | read
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _tensors(module: nn.Module) -> dict[int, Tensor]:
+    return {id(t): t for t in (*module.parameters(), *module.buffers())}
 
 
 def cache_bytes(config: BitNetConfig) -> int:

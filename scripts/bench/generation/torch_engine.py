@@ -140,7 +140,7 @@ class TorchEngine:
         return replay
 
     def _tokens(self, batch: int, length: int) -> Tensor:
-        device = self.model.get_input_embeddings().weight.device
+        device = self.model.device
         return torch.randint(self.model.config.vocab_size, (batch, length), device=device)
 
     def _generate(self, prompt: Tensor, count: int, streamer: BaseStreamer, **kwargs: Any) -> None:
