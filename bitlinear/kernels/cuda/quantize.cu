@@ -4,7 +4,8 @@
 // Bound: memory. x is read once, as long as the threads can keep a token in registers (up to 32768
 // values), and 1 byte per value is written. Measured on an H100: 4096 x 8192 in bf16 (100 MB) takes
 // 33 us, 77 % of the memory's peak by the profiler; a few tokens take 1.4 us, which is latency. 50
-// to 61 registers, no spills.
+// to 61 registers, no spills. With a prologue 112 to 120 registers, and half as many warps: 1024
+// tokens of 6912 gated values take 45 us, five times the bound.
 #include "launch.cuh"
 #include "prologue.cuh"
 #include "quantize.cuh"
