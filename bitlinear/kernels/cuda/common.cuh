@@ -177,7 +177,6 @@ __device__ inline const uint8_t* weight_row(const bitlinear_cuda_task& task, int
 template <int kRows>
 __host__ __device__ inline int row_tiles(const bitlinear_cuda_task& task) {
   int tiles = 0;
-#pragma unroll
   for (int i = 0; i < BITLINEAR_MAX_WEIGHTS; ++i) {
     tiles += ceil_div(static_cast<int>(task.weights[i].end - task.weights[i].begin), kRows);
   }

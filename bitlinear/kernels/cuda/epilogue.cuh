@@ -24,6 +24,7 @@ struct TileRows {
   int row, group, count;
   RowScale scales[4];
 
+  TileRows() = default;
   __device__ TileRows(const bitlinear_cuda_task& task, int64_t n_begin, int thread)
       : row(thread % kGroups * 4), group(thread / kGroups) {
     n = n_begin + row;
@@ -73,7 +74,8 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             residual[i][j] =
-                load_bits(task.residual, task.residual_dtype, row + minimum(j, rows.count - 1));
+                load_bits(task.residual, task.residual_dtype,
+                          row + (decltype(is_whole)::value ? j : minimum(j, rows.count - 1)));
           }
         }
 #pragma unroll

@@ -270,9 +270,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   };
-  load_scales(threadIdx.x);
+  // A prologue needs the registers first.
+  if constexpr (!Source::kFused) load_scales(threadIdx.x);
   int8_t* const q = reinterpret_cast<int8_t*>(dynamic + stages * stage_bytes);
   quantize_tokens<Source, kTokenRows>(task, sizes.q_stride, q, shared);
+  if constexpr (Source::kFused) load_scales(threadIdx.x);
 
   const int g = lane / 4, tig = lane % 4;
   const int group = warp >> kLogSplit, member = warp & (kSplit - 1);
@@ -285,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int c = 0; c < sizes.chunks; ++c, ring.advance()) {
       const int bytes = minimum(sizes.chunk_bytes, sizes.row_bytes - c * sizes.chunk_bytes);
       shared.full[ring.stage].wait(ring.parity);
-#pragma unroll 2
+#pragma unroll(Source::kFused&& kTokenRows == 2 ? 1 : 2)
       for (int s = member; s < ceil_div(bytes, kSliceBytes); s += kSplit) {
         const uint8_t* w = my_w + ring.stage * stage_bytes + s * kSliceBytes;
         const uint4 low = *reinterpret_cast<const uint4*>(w);

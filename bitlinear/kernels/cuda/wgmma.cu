@@ -177,6 +177,8 @@ struct Tile {
   static constexpr int kAccumulatorSets = kTokens < 128 && kRowBlocks == 1 ? 2 : 1;
   // Steps in flight, each with its own fragments.
   static constexpr int kDepth = kRowBlocks == 1 ? 4 : 2;
+  // It has no registers for what the end of the last tile needs.
+  static constexpr bool kIsLargest = kRows == 256 && kTokens == 128;
   // Two warpgroups that multiply need registers of the third. Registers per thread, after the
   // change:
   static constexpr bool kReallocatesRegisters = kWarpgroups == 2;
@@ -369,7 +371,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
   const int last =
       share.first_tile + (share.tiles - 1 - share.first_tile) / share.step * share.step;
-  const TileRows<T::kRows, kConsumers> rows(task, share.row_of(last), threadIdx.x);
+  using Rows = TileRows<T::kRows, kConsumers>;
+  Rows rows;
+  if (!T::kIsLargest) rows = Rows(task, share.row_of(last), threadIdx.x);
   RingPosition ring(T::kStages);
   uint32_t parity = 1;
   for (int tile = share.first_tile; tile < share.tiles; tile += share.step, parity ^= 1) {
@@ -448,6 +452,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (!share.is_last(tile)) sums_full.arrive();
   }
 
+  if (T::kIsLargest) rows = Rows(task, share.row_of(last), threadIdx.x);
   // All consumers write the last tile. Each block of a cluster writes its share of the tokens.
   const int split = static_cast<int>(blockIdx.x) % splits;
   if (splits > 1) {
