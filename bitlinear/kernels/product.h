@@ -58,11 +58,11 @@ struct Product {
   float eps;
   int64_t act_bits;
   at::ScalarType y_dtype;
-  c10::SmallVector<Weight, BITLINEAR_MAX_WEIGHTS> weights;
+  c10::SmallVector<Weight, BITLINEAR_MAX_WEIGHTS> weights = {};
   int activation = BITLINEAR_NO_GATE;
-  at::Tensor norm_weight;  // contiguous; undefined: no norm
+  at::Tensor norm_weight = {};  // contiguous; undefined: no norm
   float norm_eps = 0.0f;
-  at::Tensor residual;  // contiguous; undefined: none
+  at::Tensor residual = {};  // contiguous; undefined: none
 
   int64_t out_features() const { return weights.back().end; }
   int64_t tokens() const { return x.numel() / x.sizes().back(); }
