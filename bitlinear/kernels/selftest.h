@@ -194,8 +194,8 @@ inline Operands::Operands(const Case& c, uint64_t seed)
   for (int64_t n = 0; n < c.N; ++n) {
     bias.set(n, random.uniform() * (c.data == Data::kSubnormal ? tiny : 1.0f));
   }
-  for (int64_t k = 0; k < c.K; ++k) norm_weight.set(k, 1.0f + random.uniform());
-  for (int64_t i = 0; i < c.M * c.N; ++i) residual.set(i, random.uniform());
+  for (int64_t k = 0; c.norm && k < c.K; ++k) norm_weight.set(k, 1.0f + random.uniform());
+  for (int64_t i = 0; c.residual && i < c.M * c.N; ++i) residual.set(i, random.uniform());
 }
 
 // The prologue, as prologue.py specifies it. Volatile: excess precision or contraction would merge
