@@ -79,24 +79,26 @@ struct Product {
   }
 };
 
-inline Product linear_product(const at::Tensor& x, const at::Tensor& w_packed,
-                              const at::Tensor& w_scale, const std::optional<at::Tensor>& bias,
-                              int64_t in_features, double eps, int64_t group_size, int64_t act_bits,
-                              std::optional<at::ScalarType> out_dtype) {
+// The operators. kCompute: computes a product on a device.
+template <at::Tensor (*kCompute)(const Product&)>
+at::Tensor linear(const at::Tensor& x, const at::Tensor& w_packed, const at::Tensor& w_scale,
+                  const std::optional<at::Tensor>& bias, int64_t in_features, double eps,
+                  int64_t group_size, int64_t act_bits, std::optional<at::ScalarType> out_dtype) {
   const at::ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
   check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, y_dtype);
   Product product = {contiguous(x, "x"), in_features, static_cast<float>(eps), act_bits, y_dtype};
   product.weights.emplace_back(w_packed, w_scale, bias, 0);
-  return product;
+  return kCompute(product);
 }
 
-inline Product fused_product(const at::Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
-                             const c10::List<std::optional<at::Tensor>>& bias, int64_t in_features,
-                             double eps, int64_t group_size, int64_t act_bits,
-                             std::optional<std::string_view> activation,
-                             const std::optional<at::Tensor>& norm_weight, double norm_eps,
-                             const std::optional<at::Tensor>& residual,
-                             std::optional<at::ScalarType> out_dtype) {
+template <at::Tensor (*kCompute)(const Product&)>
+at::Tensor fused_linear(const at::Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
+                        const c10::List<std::optional<at::Tensor>>& bias, int64_t in_features,
+                        double eps, int64_t group_size, int64_t act_bits,
+                        std::optional<std::string_view> activation,
+                        const std::optional<at::Tensor>& norm_weight, double norm_eps,
+                        const std::optional<at::Tensor>& residual,
+                        std::optional<at::ScalarType> out_dtype) {
   const at::ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
   const c10::SmallVector<std::optional<at::Tensor>, BITLINEAR_MAX_WEIGHTS> biases(bias.begin(),
                                                                                   bias.end());
@@ -112,7 +114,7 @@ inline Product fused_product(const at::Tensor& x, at::TensorList w_packed, at::T
   product.norm_weight = contiguous_floats(norm_weight, "norm_weight");
   product.norm_eps = static_cast<float>(norm_eps);
   if (residual.has_value()) product.residual = contiguous(*residual, "residual");
-  return product;
+  return kCompute(product);
 }
 
 }  // namespace bitlinear

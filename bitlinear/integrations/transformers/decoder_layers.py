@@ -1,7 +1,7 @@
 """Decoder layers of transformers that compute their linear layers as fused products.
 
 A fused layer is an instance of a subclass of its class in transformers, which only has another
-``forward``. Modules, names and state are those of before.
+``forward``. Modules, names and state do not change.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class FusedDecoderLayer(nn.Module):
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Compute the layer; the arguments and the result are those of transformers."""
+        """Compute the layer, with the arguments and the result of transformers."""
         if "past_key_values" in kwargs:  # the name of the cache before transformers 5.24
             cache = kwargs.pop("past_key_values")
         kwargs.update(position_ids=position_ids, use_cache=use_cache)

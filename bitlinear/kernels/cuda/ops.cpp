@@ -14,7 +14,6 @@
 #include <iterator>
 #include <mutex>
 #include <optional>
-#include <string_view>
 #include <unordered_map>
 
 #include "../arguments.h"
@@ -177,24 +176,6 @@ Tensor compute(const bitlinear::Product& product) {
   return y;
 }
 
-Tensor linear(const Tensor& x, const Tensor& w_packed, const Tensor& w_scale,
-              const std::optional<Tensor>& bias, int64_t in_features, double eps,
-              int64_t group_size, int64_t act_bits, std::optional<ScalarType> out_dtype) {
-  return compute(bitlinear::linear_product(x, w_packed, w_scale, bias, in_features, eps, group_size,
-                                           act_bits, out_dtype));
-}
-
-Tensor fused_linear(const Tensor& x, at::TensorList w_packed, at::TensorList w_scale,
-                    const c10::List<std::optional<Tensor>>& bias, int64_t in_features, double eps,
-                    int64_t group_size, int64_t act_bits,
-                    std::optional<std::string_view> activation,
-                    const std::optional<Tensor>& norm_weight, double norm_eps,
-                    const std::optional<Tensor>& residual, std::optional<ScalarType> out_dtype) {
-  return compute(bitlinear::fused_product(x, w_packed, w_scale, bias, in_features, eps, group_size,
-                                          act_bits, activation, norm_weight, norm_eps, residual,
-                                          out_dtype));
-}
-
 void check_launch(const char* error, const char* name, const Tensor& operand) {
   TORCH_CHECK(error == nullptr, "bitlinear: ", name, " of ", operand.sizes(), " failed on ",
               operand.device(), ": ", error);
@@ -274,8 +255,8 @@ Tensor expand_activations(const Tensor& q, const Tensor& s_x, std::optional<Scal
 BITLINEAR_EXPORT int bitlinear_cuda_force(int kernel) { return forced_kernel.exchange(kernel); }
 
 TORCH_LIBRARY_IMPL(bitlinear, CUDA, m) {
-  m.impl("linear", linear);
-  m.impl("fused_linear", fused_linear);
+  m.impl("linear", bitlinear::linear<compute>);
+  m.impl("fused_linear", bitlinear::fused_linear<compute>);
   m.impl("quantize_weight", quantize_weight);
   m.impl("expand_weight", expand_weight);
   m.impl("quantize_activations", quantize_activations);
