@@ -116,6 +116,17 @@ inline void prefetch(const void* address) {
 #endif
 }
 
+// Into the L2 cache only: for what is needed later than prefetch()'s.
+inline void prefetch_l2(const void* address) {
+#if !defined(BITLINEAR_MSVC)
+  __builtin_prefetch(address, 0, 2);
+#elif defined(__x86_64__) || defined(_M_X64)
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
+#else
+  __prefetch(address);
+#endif
+}
+
 // Exactly `bytes` bytes at a multiple of `alignment`; null if there is no memory.
 inline void* allocate_aligned(size_t alignment, size_t bytes) {
 #if defined(_WIN32)

@@ -1,5 +1,10 @@
-// The heuristics as a library that ctypes can load.
+// The heuristics, and the division of a call among threads, as a library that ctypes can load.
 #include "cpu/heuristics.h"
+
+#include <thread>
+#include <vector>
+
+#include "cpu/shared_parts.h"
 
 extern "C" {
 
@@ -31,5 +36,28 @@ void choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t threads, const
 
 int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads, int64_t parts) {
   return bitlinear::choose_quantize_parts(M, K, threads, parts);
+}
+
+int64_t choose_pieces(int64_t work) { return bitlinear::choose_pieces(work); }
+
+// runs[part] = how many times the part ran; threads_of[part] = the thread that ran it last. Thread
+// `slow` is stuck in its first part until the others are done; -1 for none.
+void run_shared_parts(int64_t parts, int64_t threads, int64_t slow, int64_t* runs,
+                      int64_t* thread_of) {
+  bitlinear::SharedParts shared(parts, threads);
+  std::vector<std::atomic<int64_t>> counts(static_cast<size_t>(parts));
+  std::atomic<int64_t> done{0};
+  const auto work = [&](int64_t thread) {
+    shared.run(thread, [&](int64_t part) {
+      counts[static_cast<size_t>(part)].fetch_add(1);
+      thread_of[part] = thread;
+      while (thread == slow && done.load() < threads - 1) std::this_thread::yield();
+    });
+    done.fetch_add(1);
+  };
+  std::vector<std::thread> pool;
+  for (int64_t i = 0; i < threads; ++i) pool.emplace_back(work, i);
+  for (std::thread& thread : pool) thread.join();
+  for (int64_t i = 0; i < parts; ++i) runs[i] = counts[static_cast<size_t>(i)].load();
 }
 }

@@ -27,6 +27,7 @@ class Heuristics:
         self._library = library
         library.largest_part.restype = ctypes.c_int64
         library.choose_quantize_parts.restype = ctypes.c_int64
+        library.choose_pieces.restype = ctypes.c_int64
         library.pays_for_threads.restype = ctypes.c_bool
         library.prefer_gemm.restype = ctypes.c_bool
 
@@ -37,6 +38,12 @@ class Heuristics:
         out = (ctypes.c_int64 * 2)()
         self._library.part_of(*map(ctypes.c_int64, (size, unit, index, parts)), out)
         return out[0], out[1]
+
+    def shared_parts(self, parts: int, threads: int, slow: int) -> tuple[list[int], list[int]]:
+        runs, thread_of = (ctypes.c_int64 * parts)(), (ctypes.c_int64 * parts)()
+        numbers = map(ctypes.c_int64, (parts, threads, slow))
+        self._library.run_shared_parts(*numbers, runs, thread_of)
+        return list(runs), list(thread_of)
 
     def grid(self, m: int, n: int, k: int, threads: int, cost: tuple[int, ...]) -> tuple[int, int]:
         out = (ctypes.c_int64 * 2)()
@@ -49,7 +56,7 @@ class Heuristics:
 @pytest.fixture(scope="module")
 def heuristics(tmp_path_factory):
     output = tmp_path_factory.mktemp("heuristics") / "heuristics.so"
-    command = [require("g++"), "-std=c++17", "-O1", "-shared", "-fPIC"]
+    command = [require("g++"), "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread"]
     subprocess.run([*command, f"-I{DIRECTORY}", SOURCE, "-o", output], check=True)
     return Heuristics(ctypes.CDLL(str(output)))
 
@@ -160,3 +167,21 @@ def test_more_threads_need_more_work(heuristics):
         smallest.append(low)
     assert smallest == sorted(smallest)
     assert smallest[0] == 96 * 1024
+
+
+@pytest.mark.parametrize("slow", [-1, 0, 1])
+@pytest.mark.parametrize(("parts", "threads"), [(1, 2), (2, 2), (16, 2), (7, 3), (5, 8), (150, 70)])
+def test_parts_of_a_slow_thread_are_taken_by_others(heuristics, parts, threads, slow):
+    runs, thread_of = heuristics.shared_parts(parts, threads, slow)
+    assert runs == [1] * parts
+    # The slow thread is stuck in its first part: it cannot have run another one before the others
+    # had ended, and they end only when nothing is left.
+    assert thread_of.count(slow) <= 1
+
+
+def test_a_gemv_is_cut_into_pieces_that_pay(heuristics):
+    pieces = [heuristics.call("choose_pieces", 1 << i) for i in range(40)]
+    assert pieces[0] == 1
+    assert pieces[16] == 1
+    assert pieces == sorted(pieces)
+    assert pieces[-1] == 8

@@ -73,6 +73,13 @@ constexpr Grid choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t thre
   return best;
 }
 
+// The number of pieces into which a part of a GEMV is cut, for threads that are done early. A piece
+// takes about 5 us.
+constexpr int64_t choose_pieces(int64_t packed_bytes_times_tokens) {
+  constexpr int64_t kBytesPerPiece = 128 * 1024;
+  return minimum(packed_bytes_times_tokens / kBytesPerPiece + 1, 8);
+}
+
 // The number of parts in which M tokens of K values are quantised, before the product in `parts`
 // parts. If the product wakes the threads anyway, a part costs a barrier, as much as some 500
 // values. Else a value costs as much as four packed bytes.

@@ -97,15 +97,19 @@ Tensor compute(const bitlinear::Product& product) {
 
   const int64_t threads = at::get_num_threads();
   const int64_t row_bytes = bitlinear::ceil_div(K, 4);
-  const bitlinear::Grid grid = bitlinear::choose_grid(M, N, row_bytes, threads, kernels->costs);
+  bitlinear::Grid grid = bitlinear::choose_grid(M, N, row_bytes, threads, kernels->costs);
+  const int64_t part_size = bitlinear::largest_part(M, kernels->costs.token_unit, grid.tokens);
+  const int64_t part_bytes =
+      bitlinear::round_up(kernels->scratch_bytes(part_size, row_bytes), kAlignment);
+  if (part_bytes == 0 && grid.rows > 1) {  // a GEMV
+    grid.rows *=
+        bitlinear::choose_pieces(part_size * bitlinear::ceil_div(N, grid.rows) * row_bytes);
+  }
   const int64_t parts = grid.tokens * grid.rows;
   const int64_t quantize_parts = bitlinear::choose_quantize_parts(tokens, K, threads, parts);
 
   // One allocation: scratch memory of each part, then quantised activations, scales and sums, and
   // the floats of a prologue for each part that quantises.
-  const int64_t part_size = bitlinear::largest_part(M, kernels->costs.token_unit, grid.tokens);
-  const int64_t part_bytes =
-      bitlinear::ceil_div(kernels->scratch_bytes(part_size, row_bytes), kAlignment) * kAlignment;
   const int64_t q_stride = bitlinear_q_stride(kernels, K);
   const int64_t q_row_bytes = q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)};
   const int64_t floats = bitlinear_is_plain(&prologue) ? 0 : K * quantize_parts;
@@ -281,7 +285,7 @@ BITLINEAR_EXPORT int bitlinear_parallel_threads(void) {
     const std::lock_guard<std::mutex> lock(mutex);
     threads.insert(std::this_thread::get_id());
   };
-  bitlinear::parallel(0, record, at::get_num_threads(), record);
+  bitlinear::parallel(at::get_num_threads(), record, 0, record);
   return static_cast<int>(threads.size());
 }
 

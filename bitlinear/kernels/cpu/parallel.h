@@ -15,6 +15,8 @@
 
 #include <cstdint>
 
+#include "shared_parts.h"
+
 // A test defines these, to run on Linux what Windows and macOS run.
 #if !AT_PARALLEL_OPENMP || defined(_WIN32)
 #define BITLINEAR_USE_PARALLEL_FOR
@@ -100,12 +102,12 @@ void run_on_threads(int64_t first_parts, const First& first, int64_t second_part
     const OpenMp& runtime;
     int64_t first_parts;
     const First& first;
-    int64_t second_parts;
+    SharedParts second_parts;
     const Second& second;
-  } region{runtime, first_parts, first, second_parts, second};
+  } region{runtime, first_parts, first, {second_parts, at::get_num_threads()}, second};
   runtime.parallel(
       [](void* data) {
-        const Region& shared = *static_cast<Region*>(data);
+        Region& shared = *static_cast<Region*>(data);
         // There can be more or fewer threads than parts.
         const int64_t thread = shared.runtime.thread_num();
         const int64_t threads = shared.runtime.num_threads();
@@ -113,7 +115,7 @@ void run_on_threads(int64_t first_parts, const First& first, int64_t second_part
           run_parts(shared.first_parts, shared.first, thread, threads);
           shared.runtime.barrier();
         }
-        run_parts(shared.second_parts, shared.second, thread, threads);
+        shared.second_parts.run(thread, shared.second);
       },
       // 0: as many threads as torch.set_num_threads set. libgomp ends its threads and starts new
       // ones if the number changes between calls.
@@ -122,8 +124,9 @@ void run_on_threads(int64_t first_parts, const First& first, int64_t second_part
 
 #endif
 
-// Runs first(part) for every part in [0, first_parts) on torch's intra-op threads; when all are
-// done, runs second(part) for every part in [0, second_parts). Serial inside another parallel
+// Runs first(part) for every part in [0, first_parts) on torch's intra-op threads, the same number
+// of parts on each; when all are done, runs second(part) for every part in [0, second_parts), on
+// whichever thread is free. Serial inside another parallel
 // region, as at::parallel_for is. Neither function may throw.
 template <class First, class Second>
 void parallel(int64_t first_parts, const First& first, int64_t second_parts, const Second& second) {
