@@ -64,6 +64,7 @@ ORDER = [
     "integrations.transformers.decoding",
     "integrations.transformers.int8",
     "integrations.transformers.int8_head",
+    "integrations.transformers.mapped_files",
     "integrations.transformers.config",
     "integrations.transformers.quantizer",
     "integrations.transformers.head",

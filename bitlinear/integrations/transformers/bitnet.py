@@ -15,6 +15,7 @@ from .config import METHOD
 from .fusion import fuse as fuse_model
 from .head import find_head, quantize_head
 from .layers import BITNET_EPS, bitlinear_layers, empty_layer, pretrained_models
+from .mapped_files import release_files
 from .quantizer import attach
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def convert(
         quantize_head(model, head)
     if fuse:
         fuse_model(model)
+    release_files(model)
     speed_up_decoding(model)
     return model
 

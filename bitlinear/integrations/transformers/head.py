@@ -13,6 +13,7 @@ from ...linear import BitLinear
 from ...preconditions import why_no_plain_weight
 from .int8 import MAX_IN_FEATURES, Int8Table, cpu_product_is_exact
 from .int8_head import Int8Head, forget_ties, put_head
+from .mapped_files import release_files
 from .quantizer import attach
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def quantize_head(model: _Model, head: str = "int8") -> _Model:
     layer, embedding = find_head(model, head)
     put_head(find_parents(model), layer, embedding, Int8Table.from_weight(layer.weight))
     forget_ties(model)
+    release_files(model)
     attach(model)
     _logger.info("the head%s has int8 weights", "" if embedding is None else " and the embedding")
     if layer.weight.device.type == "cpu" and not cpu_product_is_exact():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...packing import enumerate_chunks
 from ...quantize import HIGH_WEIGHT, quantize_activations, split_activations
 
 _QMAX = 127
@@ -58,15 +59,20 @@ class Int8Table(nn.Module):
     @torch.inference_mode(False)  # Nothing could be loaded into buffers made in inference mode.
     @torch.no_grad()
     def from_weight(cls, weight: Tensor) -> Int8Table:
-        """Quantise a floating-point weight ``(N, K)`` of finite values, block by block."""
+        """Quantise a floating-point weight ``(N, K)`` of finite values.
+
+        Beyond the weight this takes the table and, on a CPU, a few MB.
+        """
         rows, columns = weight.shape
         table = cls(rows, columns, weight.dtype, weight.device)
-        for block in _blocks(len(weight)):
-            values = weight[block].to(torch.float32)
+        for first, chunk in enumerate_chunks(weight):
+            last = first + len(chunk)
+            values = chunk.to(torch.float32)
             absmax = values.abs().amax(dim=1, keepdim=True)
             scales = _round_up_to_bf16((absmax / _QMAX).clamp_min(torch.finfo(torch.float32).tiny))
-            table.scales[block] = scales
-            table.values[block] = (values / scales).round_().clamp_(-_QMAX, _QMAX).to(torch.int8)
+            table.scales[first:last] = scales
+            quotients = (values / scales).round_()
+            table.values[first:last] = quotients.clamp_(-_QMAX, _QMAX).to(torch.int8)
         return table
 
     def lookup(self, ids: Tensor) -> Tensor:

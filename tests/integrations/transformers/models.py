@@ -15,7 +15,7 @@ SIZES = {
 
 
 def make_llama(**kwargs):
-    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, **kwargs)
+    config = transformers.LlamaConfig(**{**SIZES, "num_key_value_heads": 2, **kwargs})
     return transformers.LlamaForCausalLM(config)
 
 
