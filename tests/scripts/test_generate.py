@@ -44,10 +44,10 @@ def no_peaks(monkeypatch):
     monkeypatch.setattr(measure, "measure_peaks", lambda *_: Peaks(1, {1 << 20: 1e9}, {}))
 
 
-def run(tmp_path, *arguments):
+def run(tmp_path, *arguments, memory=("--no-memory",)):
     path = tmp_path / "results.json"
     code = generate.main(
-        ["--shape", "tiny", "--budget", "0.02", "--no-memory", "--json", str(path), *arguments]
+        ["--shape", "tiny", "--budget", "0.02", *memory, "--json", str(path), *arguments]
     )
     assert code == 0
     return json.loads(path.read_text())
@@ -164,16 +164,47 @@ def test_the_time_of_a_pass_is_linear_in_its_tokens():
 
 
 def test_the_process_of_a_contestant_needs_memory():
-    found = memory.child("bf16", "tiny", None, "cpu", 1, None)
+    found = memory.generate("bf16", "tiny", None, "cpu", 1, None)
     assert found["peak_bytes"] >= found["before_bytes"] > 1e6
 
 
+@pytest.mark.parametrize("name", models.SETTINGS)
+def test_our_models_are_loaded(name, tmp_path):
+    memory.write(name, "tiny", 1, str(tmp_path))
+    engine = contestants.load(str(tmp_path), "cpu")
+    made = contestants.KINDS[name].make(contestants.Materials("tiny", 1, "cpu", 1, tmp_path))
+    assert [type(m) for m in engine.model.modules()] == [type(m) for m in made.model.modules()]
+    assert engine.token_bytes == made.token_bytes
+    found = memory.generate("no contestant", "", None, "cpu", 1, str(tmp_path))
+    assert found["peak_bytes"] >= found["before_bytes"] > 1e6
+
+
+def test_memory_is_measured_after_another_process_has_saved_our_models(
+    no_peaks, tmp_path, monkeypatch
+):
+    saved, measured = {}, {}
+
+    def save(name, shape, layers, folder):
+        saved[folder] = (name, shape, layers)
+
+    def measure_memory(name, path, **arguments):
+        measured[name] = path and saved[path]
+        return {"peak_bytes": 3, "before_bytes": 2}
+
+    monkeypatch.setattr(memory, "save", save)
+    monkeypatch.setattr(memory, "measure", measure_memory)
+    names = ["bitlinear_int8_head", "bf16"]
+    results = run(tmp_path, *ONE_CELL, "--contestants", *names, memory=())
+    assert measured == {names[0]: (names[0], "tiny", None), "bf16": None}
+    assert results["contestants"]["bf16"]["memory"] == {"peak_bytes": 3, "before_bytes": 2}
+
+
 @pytest.mark.slow
-def test_the_memory_is_that_of_another_process():
-    found = memory.measure(
-        name="bitlinear", shape="small", layers=1, device="cpu", threads=1, path=None
-    )
-    assert found["peak_bytes"] - found["before_bytes"] > 2 * 32000 * 768  # the embedding
+def test_the_memory_is_that_of_another_process(tmp_path):
+    made = {"name": "bitlinear_int8_head", "shape": "small", "layers": 1}
+    memory.save(**made, folder=str(tmp_path))
+    found = memory.measure(**made, device="cpu", threads=1, path=str(tmp_path))
+    assert found["peak_bytes"] - found["before_bytes"] > 32000 * 768  # the embedding
 
 
 def test_the_failure_of_another_process_is_named(tmp_path):

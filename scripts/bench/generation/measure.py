@@ -164,7 +164,7 @@ class _Measurement:
         self._setup, self._results, self._materials = setup, results, materials
         self._engines: dict[str, Engine] = {}
         self._costs: dict[str, Callable[[int], float]] = {}
-        self._memory: dict[str, dict[str, int] | None] = {}
+        self._memory: dict[str, dict[str, int]] = {}
 
     def run(self) -> None:
         measured = measure_peaks(self._setup.device, self._setup.threads)
@@ -195,17 +195,18 @@ class _Measurement:
 
     def _measure_memory(self, name: str) -> None:
         setup, kind = self._setup, KINDS[name]
-        if not setup.with_memory:
+        if not setup.with_memory or not memory.STATUS.exists():
             return
+        made = {"name": name, "shape": setup.shape, "layers": setup.layers}
         try:
-            self._memory[name] = memory.measure(
-                name=name,
-                shape=setup.shape,
-                layers=setup.layers,
-                device=setup.device.torch_device,
-                threads=setup.threads,
-                path=str(self._materials.gguf(kind.head)) if kind.head else None,
-            )
+            with tempfile.TemporaryDirectory() as folder:
+                path = str(self._materials.gguf(kind.head)) if kind.head else None
+                if name in models.SETTINGS:
+                    memory.save(**made, folder=folder)
+                    path = folder
+                self._memory[name] = memory.measure(
+                    **made, device=setup.device.torch_device, threads=setup.threads, path=path
+                )
         except (RuntimeError, OSError) as error:
             self._skip(name, f"no memory: {layers.one_line(error)}")
 

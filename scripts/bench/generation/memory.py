@@ -20,43 +20,51 @@ TOKENS = 2
 STATUS = Path("/proc/self/status")
 
 
-def measure(**arguments: Any) -> dict[str, int] | None:
+def measure(**arguments: Any) -> dict[str, int]:
     """Return the memory of a contestant, measured in a process of its own.
 
     Args:
-        arguments: Those of :func:`child`.
+        arguments: Those of :func:`generate`.
 
     Returns:
-        ``peak_bytes``, the most that was resident, ``before_bytes``, what Python and its modules
-        took before the model, and on a GPU ``gpu_peak_bytes``, torch's allocations. None if the
-        system does not tell.
+        ``peak_bytes``, the most that was resident, pages of mapped files included,
+        ``before_bytes``, what Python and its modules took before the model, and on a GPU
+        ``gpu_peak_bytes``, torch's allocations.
 
     Raises:
         RuntimeError: The process failed.
     """
-    if not STATUS.exists():
-        return None
-    code = "from scripts.bench.generation import memory; memory.main()"
-    result = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["no message"]
-        raise RuntimeError(f"its memory was not measured: {lines[-1]}")
-    found: dict[str, int] = json.loads(result.stdout.splitlines()[-1])
+    found: dict[str, int] = _run("generate", arguments)
     return found
 
 
+def save(**arguments: Any) -> None:
+    """Save the model of a contestant, in a process of its own.
+
+    Args:
+        arguments: Those of :func:`write`.
+
+    Raises:
+        RuntimeError: The process failed.
+    """
+    _run("write", arguments)
+
+
 def main() -> None:
-    """Print the memory of this process as JSON; the arguments are JSON, too."""
-    print(json.dumps(child(**json.loads(sys.argv[1]))))
+    """Run the function that is named, and print its result as JSON; its arguments are JSON, too."""
+    function = {"generate": generate, "write": write}[sys.argv[1]]
+    print(json.dumps(function(**json.loads(sys.argv[2]))))
 
 
-def child(
+def write(name: str, shape: str, layers: int | None, folder: str) -> None:
+    """Make the model of a contestant in this process, and write it with ``save_pretrained``."""
+    from scripts.bench.generation.contestants import KINDS, Materials
+
+    engine = KINDS[name].make(Materials(shape, layers, "cpu", 1, Path(folder)))
+    engine.model.save_pretrained(folder)
+
+
+def generate(
     name: str, shape: str, layers: int | None, device: str, threads: int, path: str | None
 ) -> dict[str, int]:
     """Generate ``TOKENS`` tokens after ``PROMPT`` others in this process.
@@ -67,9 +75,10 @@ def child(
         layers: As for ``Materials``.
         device: As for ``Materials``.
         threads: Of torch and of llama.cpp.
-        path: The file of a contestant of llama.cpp, or None for one of torch.
+        path: The file of a contestant of llama.cpp, the folder that :func:`write` has filled, or
+            None for a model that this process makes.
     """
-    if path is not None:
+    if path is not None and not Path(path).is_dir():
         from scripts.bench.generation.llama import LlamaEngine
 
         before = _resident("VmRSS")
@@ -79,12 +88,15 @@ def child(
 
     import torch
 
-    from scripts.bench.generation.contestants import KINDS, Materials
+    from scripts.bench.generation.contestants import KINDS, Materials, load
 
     torch.set_num_threads(threads)
     before = _resident("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
-        engine = KINDS[name].make(Materials(shape, layers, device, threads, Path(folder)))
+        if path is None:
+            engine = KINDS[name].make(Materials(shape, layers, device, threads, Path(folder)))
+        else:
+            engine = load(path, device)
         engine.generate(PROMPT, 1, TOKENS)
     found = {"before_bytes": before, "peak_bytes": _resident("VmHWM")}
     if device == "cuda":
@@ -96,3 +108,18 @@ def _resident(name: str) -> int:
     match = re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
     assert match is not None
     return int(match[1]) * 1024
+
+
+def _run(function: str, arguments: dict[str, Any]) -> Any:
+    code = "from scripts.bench.generation import memory; memory.main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, function, json.dumps(arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"its memory was not measured: {lines[-1]}")
+    return json.loads(result.stdout.splitlines()[-1])

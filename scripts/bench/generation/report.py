@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scripts.bench import machine, records, report
-from scripts.bench.generation import breakdown, measure
+from scripts.bench.generation import breakdown, measure, memory
 from scripts.bench.records import Record
 
 # The contestants that ratios refer to, if they took part, with the heading of the column.
@@ -15,7 +15,11 @@ ms, p25, p75: quartiles of a pass: of a prompt until its first token, or of one 
   {records.UNSTEADY_SPREAD:.0%} of it apart, or that comes from less than three samples.
 tokens/s: of all sequences together.
 of floor: the time in which this machine reads the weights and the cache once, over the median.
-over: how many times as fast."""
+over: how many times as fast.
+peak memory: of a process that generates {memory.TOKENS} tokens after {memory.PROMPT}, mapped files
+  included. It loads BitLinear's models, which another process has saved, with from_pretrained, and
+  llama.cpp's from its file; it makes the other models itself.
+before the model: what of it Python and its modules take."""
 
 
 def render(results: Record) -> str:
