@@ -10,13 +10,9 @@ from typing import Any, Callable
 
 from torch import nn
 
-from scripts import tools
 from scripts.bench.generation import models
 from scripts.bench.generation.llama import LlamaEngine, write_with_head
 from scripts.bench.generation.torch_engine import RandomCache, TorchEngine
-
-with tools.importing("dev"):
-    from transformers import AutoModelForCausalLM
 
 # What LlamaEngine and TorchEngine have in common.
 Engine = Any
@@ -99,12 +95,6 @@ def _ours(settings: Mapping[str, Any]) -> Kind:
     arguments = "".join(f", {name}={value!r}" for name, value in settings.items())
     label = f"BitLinear, convert(model{arguments})"
     return Kind(label, _torch(lambda m: models.ours(m.embedding, m.config, **settings)))
-
-
-def load(folder: str, device: str) -> TorchEngine:
-    """Return the engine of a model of ours that ``save_pretrained`` has written."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=models.DTYPE).to(device)
-    return TorchEngine(model, RandomCache(model.config, device))
 
 
 def _llama(head: str, by_default: bool) -> Kind:

@@ -88,20 +88,35 @@ def generate(
 
     import torch
 
-    from scripts.bench.generation.contestants import KINDS, Materials, load
-
     torch.set_num_threads(threads)
-    before = _resident("VmRSS")
-    with tempfile.TemporaryDirectory() as folder:
-        if path is None:
+    if path is not None:
+        before = _load_and_generate(path, device)
+    else:
+        from scripts.bench.generation.contestants import KINDS, Materials
+
+        before = _resident("VmRSS")
+        with tempfile.TemporaryDirectory() as folder:
             engine = KINDS[name].make(Materials(shape, layers, device, threads, Path(folder)))
-        else:
-            engine = load(path, device)
-        engine.generate(PROMPT, 1, TOKENS)
+            engine.generate(PROMPT, 1, TOKENS)
     found = {"before_bytes": before, "peak_bytes": _resident("VmHWM")}
     if device == "cuda":
         found["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
     return found
+
+
+def _load_and_generate(folder: str, device: str) -> int:
+    """Do what a user's program does, and import no more; return the memory before the model."""
+    import torch
+    from transformers import BitNetForCausalLM
+
+    import bitlinear  # noqa: F401
+
+    before = _resident("VmRSS")
+    model: Any = BitNetForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    prompt = torch.randint(model.config.vocab_size, (1, PROMPT), device=device)
+    mask = torch.ones_like(prompt)
+    model.generate(prompt, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False)
+    return before
 
 
 def _resident(name: str) -> int:

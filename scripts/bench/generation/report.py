@@ -16,10 +16,10 @@ ms, p25, p75: quartiles of a pass: of a prompt until its first token, or of one 
 tokens/s: of all sequences together.
 of floor: the time in which this machine reads the weights and the cache once, over the median.
 over: how many times as fast.
-peak memory: of a process that generates {memory.TOKENS} tokens after {memory.PROMPT}, mapped files
-  included. It loads BitLinear's models, which another process has saved, with from_pretrained, and
-  llama.cpp's from its file; it makes the other models itself.
-before the model: what of it Python and its modules take."""
+peak memory: of a process that generates {memory.TOKENS} tokens after {memory.PROMPT}, pages of
+  mapped files included. It loads BitLinear's models with from_pretrained, after another process
+  has saved them, and llama.cpp's from its file. It makes the other models itself.
+before the model: the part of Python and its modules."""
 
 
 def render(results: Record) -> str:
