@@ -60,9 +60,10 @@ def convert(
         model = convert(AutoModel.from_pretrained(path, config=config, key_mapping=names))
 
     Beyond the model, this takes the packed weights of one layer and a few MB: the old weight of a
-    layer is released before the next layer is converted. The mean of a weight that is quantised
-    online also takes copies of that weight, as it does in every forward pass of transformers, and a
-    function of ``weight_quantizers`` takes what it needs for one weight.
+    layer is released before the next layer is converted. (A file that ``from_pretrained`` mapped is
+    released as a whole, at the end: :func:`~.mapped_files.release_files`.) The mean of a weight
+    that is quantised online also takes copies of that weight, as it does in every forward pass of
+    transformers, and a function of ``weight_quantizers`` takes what it needs for one weight.
 
     Args:
         model: The model, on any devices. ``save_pretrained`` can save a converted

@@ -24,14 +24,15 @@ def release_files(model: nn.Module) -> None:
     a few norms would keep the weights that were replaced: their pages count as memory of the
     process until the system needs them for something else. Parameters and buffers get new memory
     with the same values, and stay the same objects. A file stays mapped if the model uses more than
-    a quarter of it, or if tensors of the model share their memory there. Linux only: elsewhere
-    every file stays.
+    a quarter of it, if tensors of the model share their memory there, or if other processes see
+    what is written to the memory. Linux only: elsewhere every file stays.
     """
     ranges, sizes = _mapped_files()
     starts = [start for start, _, _ in ranges]
     tensors: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in (*model.parameters(), *model.buffers()):
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu":
+        is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+        if is_plain and tensor.device.type == "cpu":
             index = bisect.bisect(starts, tensor.untyped_storage().data_ptr()) - 1
             if index >= 0 and tensor.data_ptr() < ranges[index][1]:
                 tensors[ranges[index][2]].append(tensor)
@@ -44,7 +45,11 @@ def release_files(model: nn.Module) -> None:
 
 
 def _mapped_files() -> tuple[list[tuple[int, int, str]], dict[str, int]]:
-    """The address ranges of mapped files, sorted: start, end, file; and the bytes of each file."""
+    """The address ranges of files that are mapped privately, and how many bytes of each file are.
+
+    Returns:
+        Ranges as start, end and file, in ascending order; the bytes by file.
+    """
     try:
         lines = _MAPS.read_text(errors="replace").split("\n")
     except OSError:  # another system, or a sandbox
@@ -52,8 +57,8 @@ def _mapped_files() -> tuple[list[tuple[int, int, str]], dict[str, int]]:
     ranges: list[tuple[int, int, str]] = []
     sizes: dict[str, int] = defaultdict(int)
     for line in filter(None, lines):
-        addresses, _, _, device, inode, *_ = line.split()
-        if inode != "0":
+        addresses, permissions, _, device, inode, *_ = line.split()
+        if inode != "0" and permissions.endswith("p"):
             start, end = (int(address, 16) for address in addresses.split("-"))
             ranges.append((start, end, f"{device} {inode}"))
             sizes[f"{device} {inode}"] += end - start

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import mmap
 import os
 import re
@@ -49,6 +51,8 @@ def load_and_run(folder):
 
 def growth_of(run):
     """How many bytes more are resident during a function."""
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", bool)(0)  # what is free, or later calls reuse it
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     run()
@@ -70,7 +74,8 @@ def growth(tmp_path_factory):
 
 
 def test_quantising_takes_the_new_table_and_a_few_megabytes(growth):
-    assert INT8_TABLE - MB < growth["quantising"] < INT8_TABLE + 12 * MB
+    """Blocks of 4096 rows would take 85 MB more than the table."""
+    assert INT8_TABLE - MB < growth["quantising"] < INT8_TABLE + 40 * MB
 
 
 def test_a_saved_int8_model_never_has_a_table_of_16_bits(growth):
@@ -138,6 +143,22 @@ def test_tensors_that_share_memory_keep_sharing_it(tmp_path):
     convert(model)
     assert is_mapped(tmp_path)
     assert model.alias.data_ptr() == model.model.norm.weight.data_ptr()
+
+
+def test_memory_shared_with_other_processes_stays(tmp_path):
+    save_checkpoint(tmp_path, "online")
+    model = load(tmp_path).share_memory()
+    convert(model)
+    assert model.model.norm.weight.is_shared()
+
+
+def test_other_layouts_stay(tmp_path):
+    save_checkpoint(tmp_path, "online")
+    model = load(tmp_path)
+    model.register_buffer("sparse", torch.eye(3).to_sparse(), persistent=False)
+    convert(model)
+    assert model.sparse.is_sparse
+    assert not is_mapped(tmp_path)
 
 
 def test_systems_without_proc(tmp_path, monkeypatch):
