@@ -19,6 +19,8 @@ a tie to within an ulp.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import transformers
 
 if int(transformers.__version__.split(".")[0]) < 5:  # Its from_pretrained works in another way.
@@ -38,6 +40,9 @@ from .head import quantize_head
 from .layers import NormedBitLinear
 from .quantizer import BitLinearQuantizer, attach
 
+if TYPE_CHECKING:
+    from .captured import generate
+
 __all__ = [
     "BitLinearConfig",
     "BitLinearQuantizer",
@@ -45,10 +50,20 @@ __all__ = [
     "attach",
     "convert",
     "fuse",
+    "generate",
     "quantize_head",
     "repack",
     "unfuse",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import :func:`generate` when it is needed: it needs more of transformers."""
+    if name == "generate":
+        from .captured import generate
+
+        return generate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register() -> None:

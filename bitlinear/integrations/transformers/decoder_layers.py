@@ -97,9 +97,14 @@ class FusedDecoderLayer(nn.Module):
             q, k, v = output.view(shape).transpose(1, 2).split(heads, dim=1)
         if "q_norm" in layers:  # Qwen3: over each head
             q, k = layers["q_norm"](q), layers["k_norm"](k)
-        q, k = modeling.apply_rotary_pos_emb(q, k, *position_embeddings)
-        if cache is not None:
-            k, v = cache.update(k, v, attention.layer_idx, kwargs=kwargs)
+        rotate = modeling.apply_rotary_pos_emb
+        store = _step_store(cache, attention.layer_idx)
+        if store is not None:
+            q, k, v = store(rotate, q, k, v, *position_embeddings)
+        else:
+            q, k = rotate(q, k, *position_embeddings)
+            if cache is not None:
+                k, v = cache.update(k, v, attention.layer_idx, kwargs=kwargs)
         attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
             attention.config._attn_implementation, modeling.eager_attention_forward
         )
@@ -183,6 +188,12 @@ class FusedDecoderLayer(nn.Module):
 
     def _get_name(self) -> str:
         return type(self).__qualname__
+
+
+def _step_store(cache: Any, index: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    """``rotate_and_update`` of the layer of a cache, if it is a ``StepLayer``."""
+    layers = getattr(cache, "layers", ())
+    return getattr(layers[index], "rotate_and_update", None) if index < len(layers) else None
 
 
 def _no_window(attention: Any) -> dict[str, Any]:

@@ -1,0 +1,244 @@
+"""``generate`` with captured steps, for models of transformers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.distributed.fsdp import is_fsdp_managed_module
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from .decode_step import DecodeStep
+from .report_reader import Reader
+from .step_cache import stepping, why_no_steps
+from .token_choice import TokenChoice
+
+# A cache that is made here has room for a multiple of so many tokens, so that sizes repeat and
+# kernels of attention read aligned rows of masks.
+_ROUND_UP = 64
+
+_ELSEWHERE = "call model.generate instead, without capture"
+
+
+def generate(
+    model: PreTrainedModel,
+    inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    stop_strings: str | list[str] | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    **kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """``model.generate`` for greedy search and sampling, without Python between the tokens.
+
+    On an NVIDIA GPU, one step (a token of each sequence, and the choice of the next) is captured
+    as a CUDA graph and replayed. Each call captures its own graph, so that no change of the model
+    between calls is missed. The host reads a token while the next step runs already, so that
+    streamers and stopping criteria take no time on the GPU. On a CPU the same loop runs without
+    capture.
+
+    The cache is a ``StaticCache``: one that the caller passes (``cache``), or a new one with room
+    for ``max_length`` tokens, with ``cache_implementation="static"`` or without. The tokens are
+    those of ``model.generate`` with a static cache that is not compiled; for sampling too, from
+    the same seed.
+
+    On a GPU the rotation of queries and keys in fused decoder layers, and the choice, are compiled
+    once in a process, with the same roundings; it takes some seconds. ``disable_compile=True``
+    leaves it out. ``compile_config=CompileConfig(fullgraph=True)`` compiles the whole model, which
+    takes a minute for 30 layers, and rounds in other places. Its CUDA graphs are ours in any case.
+
+    Args:
+        model: A decoder-only model whose tensors are all on one device.
+        inputs: The prompts, int64, ``(batch, length)``, on the device of the model.
+        generation_config: As in ``model.generate``.
+        streamer: Gets the prompts, then the tokens of each step, on the CPU.
+        tokenizer: For ``stop_strings``.
+        stop_strings: As in ``model.generate``.
+        stopping_criteria: As in ``model.generate``. One that needs a value on the host makes each
+            step wait for it.
+        kwargs: Everything else that ``model.generate`` takes, such as ``attention_mask``,
+            ``max_new_tokens``, ``do_sample``, ``logits_processor``, ``output_scores`` (with
+            ``return_dict_in_generate``).
+
+    Returns:
+        As ``model.generate``: the prompts and the new tokens, ``(batch, length + new)``, or a
+        ``GenerateDecoderOnlyOutput``.
+
+    Raises:
+        TypeError: ``model`` is not a ``PreTrainedModel``.
+        ValueError: The call, the model or the cache cannot be captured; nothing was computed. Or
+            the model's masks or inputs cannot, which the prefill shows.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"generate takes a PreTrainedModel, but this is a {type(model).__name__}: pass the "
+            f"model inside, for example peft_model.get_base_model()"
+        )
+    for name in ("assistant_model", "custom_generate", "synced_gpus"):
+        if kwargs.get(name):
+            raise ValueError(f"{name} cannot be captured: {_ELSEWHERE}")
+    if stop_strings is None and generation_config is not None:
+        stop_strings = generation_config.stop_strings
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.stop_strings = None
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings are found by means of a tokenizer: pass tokenizer=...")
+        found = StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings)
+        stopping_criteria = StoppingCriteriaList([*(stopping_criteria or ()), found])
+    result: Tensor | GenerateDecoderOnlyOutput = model.generate(
+        inputs,
+        generation_config,
+        streamer=streamer,
+        stopping_criteria=stopping_criteria,
+        # transformers gives no streamer to a function of the caller.
+        custom_generate=functools.partial(_decode, streamer=streamer),
+        **kwargs,
+    )
+    return result
+
+
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """The loop of ``generate``, in place of ``GenerationMixin._sample``."""
+    config = generation_config
+    reason = _why_not(model, input_ids, config, model_kwargs)
+    if reason:
+        raise ValueError(f"{reason}: {_ELSEWHERE}")
+    use_compiled = input_ids.is_cuda and not config.disable_compile
+    choice = TokenChoice(input_ids, logits_processor, stopping_criteria, config, use_compiled)
+    length = _prompt_length(input_ids, config, model_kwargs)
+    cache = _static_cache(model, config, model_kwargs, length + choice.limit - 1)
+    model_kwargs["cache"] = cache
+
+    outputs = model._prefill(input_ids, config, model_kwargs)
+    choice(outputs.logits[:, -1])
+    model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+    del outputs  # It can hold the logits of the whole prompt.
+    reader = Reader(choice, streamer)
+    with model._optimize_model_for_decode(), stepping(cache, use_compiled) as position:
+        if reader.read(choice.limit - 1):
+            ids = torch.cat([input_ids, choice.report[0][:, None]], dim=-1)
+            inputs = model.prepare_inputs_for_generation(
+                ids, next_sequence_length=1, **model_kwargs
+            )
+            visible = _visible(cache, position, model_kwargs.get("attention_mask"), len(ids))
+            forward = _forward(model, config, model_kwargs)
+            dtype = cache.layers[0].keys.dtype
+            step = DecodeStep(forward, inputs, visible, position, dtype, choice)
+            for left in range(choice.limit - 2, -1, -1):
+                reader.begin_step()
+                step()
+                if not reader.read(left, is_running=step.is_captured):
+                    break
+        position.sub_(reader.undo())
+    if streamer is not None:
+        streamer.end()
+    new = torch.stack(reader.tokens, dim=1).to(input_ids.device)
+    sequences = torch.cat([input_ids, new], dim=-1)
+    if not config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences, scores=choice.scores, logits=choice.logits, cache=cache
+    )
+
+
+def _why_not(
+    model: Any, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> str:
+    """Why a call cannot be captured; empty if it can."""
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return f"{mode.value} cannot be captured, only greedy search and sampling"
+    if model.config.is_encoder_decoder:
+        return "only decoder-only models can be captured"
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name):
+            return f"{name} cannot be captured"
+    if config.cache_implementation not in (None, "static"):
+        return f"cache_implementation={config.cache_implementation!r} cannot be captured"
+    if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
+        return "a model that FSDP or DeepSpeed divides cannot be captured"
+    devices = {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}
+    if devices != {str(input_ids.device)}:
+        return (
+            f"inputs on {input_ids.device} and a model on {', '.join(sorted(devices))} cannot be "
+            f"captured; all must be on one device"
+        )
+    if model_kwargs.get("cache") is None:
+        return "a model without a cache cannot be captured"
+    return ""
+
+
+def _prompt_length(
+    input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> int:
+    """The number of tokens that the cache holds after the prefill."""
+    embeddings = model_kwargs.get("inputs_embeds")
+    if embeddings is not None:
+        return int(embeddings.shape[1])
+    length = input_ids.shape[1]
+    mask = model_kwargs.get("attention_mask")
+    mask_length = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
+    # transformers takes the prompts for a continuation of the cache unless the mask fits them.
+    return length if mask_length == length else length + int(model_kwargs["cache"].get_seq_length())
+
+
+def _static_cache(
+    model: Any, config: GenerationConfig, model_kwargs: dict[str, Any], length: int
+) -> StaticCache:
+    """The cache of the call, or a static one in place of the empty one that ``generate`` made."""
+    cache = model_kwargs["cache"]
+    is_callers = getattr(cache, "_is_user_defined", False)
+    if type(cache) is DynamicCache and not is_callers and not cache.offloading:
+        cache = StaticCache(
+            config=model.config.get_text_config(decoder=True),
+            max_cache_len=-(-length // _ROUND_UP) * _ROUND_UP,
+        )
+    reason = why_no_steps(cache, length)
+    if reason:
+        raise ValueError(f"{reason}: {_ELSEWHERE}, or pass another cache")
+    return cache
+
+
+def _visible(cache: StaticCache, position: Tensor, mask: Tensor | None, batch: int) -> Tensor:
+    """The tokens that the first step attends to, ``(batch, length of the cache)``."""
+    positions = torch.arange(cache.layers[0].max_cache_len, device=position.device)
+    visible = (positions <= position).repeat(batch, 1)
+    if mask is not None:
+        visible[:, : mask.shape[1]] &= mask.to(torch.bool)
+    return visible
+
+
+def _forward(model: Any, config: GenerationConfig, model_kwargs: dict[str, Any]) -> Any:
+    """The model, compiled if the call has a ``compile_config``."""
+    if config.compile_config is None or not model._valid_auto_compile_criteria(
+        model_kwargs, config
+    ):
+        return model
+    settings = copy.deepcopy(config.compile_config)
+    # Modes of torch.compile that make CUDA graphs, without them.
+    modes = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+    settings.mode = modes.get(settings.mode, settings.mode)
+    return model.get_compiled_call(settings)

@@ -1,0 +1,58 @@
+"""Computations of one token that are a few numbers each, so that launches are their whole time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Parts of a row whose largest elements are found side by side; a GPU reads a row in one block.
+_MOST_PARTS, _LEAST_PARTS = 512, 32
+
+
+def rotate_and_store(
+    rotate: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+) -> Tensor:
+    """Rotate queries and keys, and write keys and values into a cache, in place.
+
+    Args:
+        rotate: ``apply_rotary_pos_emb`` of the model.
+        q: ``(batch, heads, 1, head_dim)``.
+        k, v: ``(batch, key heads, 1, head_dim)``.
+        cos, sin: As for ``rotate``.
+        keys, values: ``(batch, key heads, length, head_dim)``.
+        position: int64, shape ``(1,)``; the index along ``length``.
+
+    Returns:
+        The rotated queries.
+    """
+    q, k = rotate(q, k, cos, sin)
+    keys.index_copy_(2, position, k)
+    values.index_copy_(2, position, v)
+    return q
+
+
+def largest(scores: Tensor) -> Tensor:
+    """``scores.argmax(-1)`` for ``(batch, vocabulary)``: the first one, if several are equal."""
+    batch, length = scores.shape
+    parts = next((n for n in range(_MOST_PARTS, _LEAST_PARTS, -1) if length % n == 0), 1)
+    values, indices = scores.view(batch, parts, -1).max(-1)
+    part = values.argmax(-1, keepdim=True)
+    return (indices.gather(-1, part) + part * (length // parts)).squeeze(-1)
+
+
+@functools.cache
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Compile one of these functions, with the roundings of the eager one; about a second each."""
+    return torch.compile(function, options={"emulate_precision_casts": True})
