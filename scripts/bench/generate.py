@@ -9,10 +9,11 @@ weights, run on the same number of threads, and take turns in one process.
 **Prefill**: the time from the call of ``model.generate`` to the first new token. **Decode**: the
 time between two tokens that ``model.generate`` hands over, the choice of the token included. The
 first token of a call does not count, as it contains the set-up of the call. The keys and values in
-the cache of a model of torch are random. **Captured step** (NVIDIA GPU only): one token with a
-static cache, as a CUDA graph, without ``generate``. Loading, tokenizing and sampling are not timed:
-the next token is the most likely one. Memory is that of a process that does nothing but load one
-contestant and generate 2 tokens after 128.
+the cache of a model of torch are random. **Captured decode** (NVIDIA GPU only): the same by
+``bitlinear.integrations.transformers.generate``, which replays a CUDA graph, from the token on in
+whose step the graph was captured. Loading, tokenizing and sampling are not timed: the next token is
+the most likely one. Memory is that of a process that does nothing but load one contestant and
+generate 2 tokens after 128.
 
 llama.cpp is timed through the package llama-cpp-python, if it is installed (``pip install
 llama-cpp-python`` compiles it for minutes, for the instructions of this machine). Its settings are

@@ -200,22 +200,20 @@ def test_the_parts_of_a_fused_model(engine, clock):
     assert parts["linears"] == 4 * LAYERS
 
 
-@torch.no_grad()
-def test_a_captured_step_stays_in_its_cache(engine, monkeypatch):
-    """Here the graph is the call itself."""
-    caches = []
-    monkeypatch.setattr(torch_engine, "STATIC_ROOM", 3)
-    monkeypatch.setattr(torch_engine.cuda_timing, "capture", lambda calls: calls[0])
-    make = torch_engine.StaticCache
-    monkeypatch.setattr(
-        torch_engine, "StaticCache", lambda **kwargs: caches.append(make(**kwargs)) or caches[-1]
-    )
-    step = engine.captured_step(5, 2)
-    lengths = []
-    for _ in range(7):
-        step()
-        lengths.append(int(caches[0].get_seq_length()))
-    assert lengths == [6, 7, 8, 6, 7, 8, 6]
-    keys = caches[0].layers[0].keys
-    assert keys.shape[2] == 8
-    assert keys[:, :, 5:].abs().sum() > 0
+def test_captured_tokens_come_after_those_of_the_capture(engine, clock):
+    seen = []
+
+    def note(module, args, kwargs):
+        layer = kwargs["cache"].layers[0]
+        length = int(layer.get_seq_length())
+        assert layer.keys[:, :, :5].abs().amin() > 0
+        seen.append((tuple(args[0].shape), length, layer.max_cache_len))
+
+    slow_down(engine.model.lm_head, clock, 1)
+    layer = engine.model.model.layers[0]
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+    call = engine.captured_tokens(5, 2, 4)
+    for _ in range(2):
+        seen.clear()
+        assert call() == 4
+        assert seen == [((2, 1, HIDDEN), length, 12) for length in range(5, 12)]

@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .decode_step import DecodeStep
 from .report_reader import Reader
+from .small_kernels import compiling
 from .step_cache import stepping, why_no_steps
 from .token_choice import TokenChoice
 
@@ -126,8 +127,7 @@ def _decode(
     reason = _why_not(model, input_ids, config, model_kwargs)
     if reason:
         raise ValueError(f"{reason}: {_ELSEWHERE}")
-    use_compiled = input_ids.is_cuda and not config.disable_compile
-    choice = TokenChoice(input_ids, logits_processor, stopping_criteria, config, use_compiled)
+    choice = TokenChoice(input_ids, logits_processor, stopping_criteria, config)
     length = _prompt_length(input_ids, config, model_kwargs)
     cache = _static_cache(model, config, model_kwargs, length + choice.limit - 1)
     model_kwargs["cache"] = cache
@@ -137,7 +137,8 @@ def _decode(
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     del outputs  # It can hold the logits of the whole prompt.
     reader = Reader(choice, streamer)
-    with model._optimize_model_for_decode(), stepping(cache, use_compiled) as position:
+    compiles = compiling(input_ids.is_cuda and not config.disable_compile)
+    with model._optimize_model_for_decode(), compiles, stepping(cache) as position:
         if reader.read(choice.limit - 1):
             ids = torch.cat([input_ids, choice.report[0][:, None]], dim=-1)
             inputs = model.prepare_inputs_for_generation(

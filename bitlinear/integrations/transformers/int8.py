@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...packing import enumerate_chunks
 from ...quantize import HIGH_WEIGHT, quantize_activations, split_activations
+from .small_kernels import call
 
 _QMAX = 127
 
@@ -131,7 +132,8 @@ class _Product(torch.autograd.Function):
             )
             return y
         product = _integer_product if _has_integer_product(values) else _expanded_product
-        return torch.cat([product(part, values, scales) for part in x.split(_BLOCK_TOKENS)])
+        parts = [call(product, part, values, scales) for part in x.split(_BLOCK_TOKENS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_is_enabled = ContextVar("_is_enabled", default=False)
 
 # Parts of a row whose largest elements are found side by side; a GPU reads a row in one block.
 _MOST_PARTS, _LEAST_PARTS = 512, 32
@@ -52,7 +56,26 @@ def largest(scores: Tensor) -> Tensor:
     return (indices.gather(-1, part) + part * (length // parts)).squeeze(-1)
 
 
+@contextlib.contextmanager
+def compiling(enabled: bool) -> Iterator[None]:
+    """Let :func:`call` compile in this thread."""
+    token = _is_enabled.set(enabled)
+    try:
+        yield
+    finally:
+        _is_enabled.reset(token)
+
+
+def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Call a function of tensors; compiled inside :func:`compiling`, with the same roundings.
+
+    The first call of a function takes about a second, and so does one with other sizes.
+    """
+    if not torch.compiler.is_compiling() and _is_enabled.get():
+        function = _compiled(function)
+    return function(*args)
+
+
 @functools.cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Compile one of these functions, with the roundings of the eager one; about a second each."""
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Any]:
     return torch.compile(function, options={"emulate_precision_casts": True})

@@ -6,11 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from .small_kernels import compiled, rotate_and_store
+from .small_kernels import call, rotate_and_store
 
 
 class StepLayer(StaticLayer):  # type: ignore[misc]
@@ -20,11 +19,9 @@ class StepLayer(StaticLayer):  # type: ignore[misc]
 
     Attributes:
         position: int64, shape ``(1,)``.
-        store: :func:`rotate_and_store`, compiled or not.
     """
 
     position: Tensor
-    store: Callable[..., Tensor]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -38,8 +35,8 @@ class StepLayer(StaticLayer):  # type: ignore[misc]
         self, rotate: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate queries and keys and write one token; return queries, all keys, all values."""
-        store = rotate_and_store if torch.compiler.is_compiling() else self.store
-        q = store(rotate, q, k, v, cos, sin, self.keys, self.values, self.position)
+        cache = (self.keys, self.values, self.position)
+        q = call(rotate_and_store, rotate, q, k, v, cos, sin, *cache)
         return q, self.keys, self.values
 
     def get_seq_length(self) -> Tensor:
@@ -63,12 +60,11 @@ def why_no_steps(cache: Any, length: int) -> str:
 
 
 @contextlib.contextmanager
-def stepping(cache: StaticCache, use_compiled: bool) -> Iterator[Tensor]:
+def stepping(cache: StaticCache) -> Iterator[Tensor]:
     """Let steps count the tokens of a cache instead of its layers.
 
     Args:
         cache: A cache that :func:`why_no_steps` has nothing against, with tokens in it.
-        use_compiled: Whether fused decoder layers write into it by a compiled function.
 
     Yields:
         The number of tokens, int64, shape ``(1,)``: where the next step writes. Each step adds one.
@@ -78,11 +74,10 @@ def stepping(cache: StaticCache, use_compiled: bool) -> Iterator[Tensor]:
         for layer in cache.layers:
             layer.__class__ = StepLayer
             layer.position = position
-            layer.store = compiled(rotate_and_store) if use_compiled else rotate_and_store
         yield position
     finally:
         for layer in cache.layers:
             if type(layer) is StepLayer:
                 layer.__class__ = StaticLayer
-                del layer.position, layer.store
+                del layer.position
                 layer.cumulative_length.copy_(position[0])

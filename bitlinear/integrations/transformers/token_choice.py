@@ -19,7 +19,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from .small_kernels import compiled, largest
+from .small_kernels import call, largest
 
 # They do not read the tokens so far, and do not wait for the GPU.
 _CAPTURABLE = (
@@ -39,7 +39,6 @@ class TokenChoice:
         processors: They change the scores of all tokens.
         criteria: They finish sequences.
         config: The settings of the call.
-        use_compiled: Whether the largest score is found by a compiled function.
 
     Attributes:
         report: int64, ``(2, batch)``: the last tokens; and 1 for each sequence that is not
@@ -57,7 +56,6 @@ class TokenChoice:
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
-        use_compiled: bool,
     ) -> None:
         self._ids, self._processors = ids, processors
         self.do_sample: bool = config.do_sample
@@ -74,7 +72,6 @@ class TokenChoice:
         keeps = config.return_dict_in_generate
         self.scores: tuple[Tensor, ...] | None = () if keeps and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if keeps and config.output_logits else None
-        self._largest = compiled(largest) if use_compiled else largest
         self.report = ids.new_ones(2, ids.shape[0])
         self.fits_graph = (
             not self._criteria
@@ -99,7 +96,7 @@ class TokenChoice:
 
     def _choose(self, logits: Tensor) -> Tensor:
         if self.fits_graph and not self._processors and not self.do_sample:
-            return self._largest(logits)
+            return call(largest, logits)
         raw = logits.to(dtype=torch.float32, copy=True)
         scores: Any = self._processors(self._ids, raw)
         if self.scores is not None:
@@ -108,7 +105,7 @@ class TokenChoice:
             self.logits += (raw,)
         if self.do_sample:
             return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-        return self._largest(scores)
+        return call(largest, scores)
 
     def forget(self, count: int) -> None:
         """Undo what the last ``count`` choices added to ``scores`` and ``logits``."""

@@ -32,7 +32,7 @@ from bitlinear import runtime
 from bitlinear.kernels import VARIANTS
 from scripts import tools
 from scripts.bench import contestants as layers
-from scripts.bench import cuda_timing, machine, peaks, records, timing
+from scripts.bench import machine, peaks, records, timing
 from scripts.bench.devices import Device
 from scripts.bench.generation import breakdown, llama, memory, models
 from scripts.bench.generation.contestants import KINDS, Engine, Materials
@@ -45,10 +45,12 @@ with tools.importing("bench"):
 with tools.importing("dev"):
     import transformers
 
-PREFILL, DECODE, STEP = "prefill", "decode", "captured step"
+PREFILL, DECODE, CAPTURED = "prefill", "decode", "captured decode"
 
 # A call of a decoding generates tokens for about so long, but at most so many.
 CALL_SECONDS, CALL_TOKENS = 0.5, 16
+# Captured tokens take a tenth of the time.
+CAPTURED_TOKENS = 64
 # Prompts that tell how long a pass takes.
 PROBES = (1, 64)
 # Beyond any cache of a usual machine.
@@ -116,7 +118,7 @@ class Setup:
         """All cells, the short ones first."""
         lengths = [(PREFILL, n) for n in self.prefill] + [(DECODE, n) for n in self.depths]
         if self.device.name == "cuda":
-            lengths += [(STEP, n) for n in self.depths]
+            lengths += [(CAPTURED, n) for n in self.depths]
         return [Cell(phase, n, batch) for batch in self.batches for phase, n in lengths]
 
 
@@ -235,8 +237,7 @@ class _Measurement:
                 field.append(self._contestant(name, engine, cell))
             except RuntimeError as error:
                 self._skip(name, layers.one_line(error), [cell])
-        timer = cuda_timing.graph_timer if cell.phase == STEP else _self_timer
-        times = timing.compare(field, self._setup.budget, timer)
+        times = timing.compare(field, self._setup.budget, _self_timer)
         cache = models.cache_bytes(self._materials.config) * cell.length * cell.batch
         figures = {}
         for name, time in times.items():
@@ -263,10 +264,11 @@ class _Measurement:
                 f"a call would take {passes * seconds:.0f} s, over the limit of "
                 f"{self._setup.limit:g} s"
             )
-        if cell.phase == STEP:
+        if cell.phase == CAPTURED:
             if not isinstance(engine, TorchEngine):
                 raise RuntimeError("only models of torch are captured")
-            return timing.Contestant(name, engine.captured_step(cell.length, cell.batch))
+            call = engine.captured_tokens(cell.length, cell.batch, CAPTURED_TOKENS)
+            return timing.Contestant(name, call, repeats=CAPTURED_TOKENS)
         if cell.phase == PREFILL:
             return timing.Contestant(name, engine.first_token(cell.length, cell.batch))
         call = engine.next_tokens(cell.length, cell.batch, count)

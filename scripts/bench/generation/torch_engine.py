@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
 
+from bitlinear.integrations.transformers import generate as captured_generate
 from scripts import tools
-from scripts.bench import cuda_timing
 from scripts.bench.generation import models
-from scripts.bench.timing import Call
 
 with tools.importing("dev"):
     from transformers import DynamicCache, StaticCache
     from transformers.generation import BaseStreamer
 
-# A captured step writes one token after the other into its cache, and then begins again.
-STATIC_ROOM = 64
+# The tokens of a call until its steps are captured.
+CAPTURE_TOKENS = 3
 
 
 class Stamps(BaseStreamer):
@@ -56,6 +56,13 @@ class RandomCache:
                 self._cache.update(k, v, index)
         self._cache.crop(depth - self._cache.get_seq_length())  # what the last call has added
         return self._cache
+
+    def static(self, depth: int, batch: int, length: int) -> StaticCache:
+        """Return a new static cache of a length with the same tokens."""
+        cache = StaticCache(config=self._config, max_cache_len=length)
+        for index, layer in enumerate(self.of(depth, batch).layers):
+            cache.update(layer.keys, layer.values, index)
+        return cache
 
 
 class TorchEngine:
@@ -106,45 +113,41 @@ class TorchEngine:
         cache = self._cache.of(depth, batch)
         self._generate(self._tokens(batch, depth + 1), count, streamer, cache=cache)
 
-    def captured_step(self, depth: int, batch: int) -> Call:
-        """Return the replay of a CUDA graph of one token after ``depth`` others.
+    def captured_tokens(self, depth: int, batch: int, count: int) -> Callable[[], float]:
+        """Return a call that generates after ``depth`` tokens by the replay of a CUDA graph.
 
-        The cache is static, and its keys and values are zeros.
+        It returns the seconds of ``count`` tokens after the first ones: of these one comes from the
+        prompt, and in the steps of the others the graph is captured.
         """
-        length = depth + STATIC_ROOM
-        cache = StaticCache(config=self.model.config, max_cache_len=length)
-        token = self._tokens(batch, 1)
-        position = torch.full_like(token, depth)
-        mask = (torch.arange(length, device=token.device) <= depth).expand(batch, 1, 1, length)
+        total = CAPTURE_TOKENS + count
 
-        def step() -> None:
-            output = self.model(
-                token, attention_mask=mask, position_ids=position, cache=cache, use_cache=True
+        def call() -> float:
+            stamps = Stamps()
+            cache = self._cache.static(depth, batch, depth + total)
+            self._generate(
+                self._tokens(batch, depth + 1),
+                total,
+                stamps,
+                generate=functools.partial(captured_generate, self.model),
+                cache=cache,
             )
-            token.copy_(output.logits[:, -1:].argmax(-1))
+            return stamps.times[-1] - stamps.times[CAPTURE_TOKENS]
 
-        step()  # allocates the cache
-        reset(cache, depth)
-        graph = cuda_timing.capture([step])  # runs it once more
-        reset(cache, depth)
-        left = STATIC_ROOM
-
-        def replay() -> None:
-            nonlocal left
-            if left == 0:
-                reset(cache, depth)
-                left = STATIC_ROOM
-            left -= 1
-            graph()
-
-        return replay
+        return call
 
     def _tokens(self, batch: int, length: int) -> Tensor:
         device = self.model.device
         return torch.randint(self.model.config.vocab_size, (batch, length), device=device)
 
-    def _generate(self, prompt: Tensor, count: int, streamer: BaseStreamer, **kwargs: Any) -> None:
-        self.model.generate(
+    def _generate(
+        self,
+        prompt: Tensor,
+        count: int,
+        streamer: BaseStreamer,
+        generate: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        (generate or self.model.generate)(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=count,
@@ -152,9 +155,3 @@ class TorchEngine:
             streamer=streamer,
             **kwargs,
         )
-
-
-def reset(cache: StaticCache, depth: int) -> None:
-    """Make ``depth`` the number of tokens in a static cache."""
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(depth)

@@ -1,0 +1,182 @@
+"""Captured steps on an NVIDIA GPU: the tokens of transformers, and no stale graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bitlinear
+from tests.integrations.transformers.checkpoints import transformers
+from tests.integrations.transformers.models import make_llama
+from tests.integrations.transformers.test_captured import (
+    CALLS,
+    SAMPLE,
+    SETTINGS,
+    Recorder,
+    ours,
+    theirs,
+)
+from tests.integrations.transformers.test_captured import IDS as CPU_IDS
+
+from bitlinear.integrations.transformers import decode_step, fuse, generate  # isort: skip
+from bitlinear.integrations.transformers import quantize_head, small_kernels  # isort: skip
+from bitlinear.integrations.transformers.attention import attention  # isort: skip
+from bitlinear.integrations.transformers.decoding import speed_up_decoding  # isort: skip
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _compile():
+    with torch.compiler.set_stance("default"):
+        yield
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def model(request):
+    torch.manual_seed(0)
+    made = make_llama().to("cuda", request.param).eval()
+    made = fuse(bitlinear.deploy(bitlinear.convert(made)))
+    speed_up_decoding(made)
+    return made
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The number of replays of each graph."""
+    counts = []
+    capture, replay = decode_step.DecodeStep._capture, torch.cuda.CUDAGraph.replay
+
+    def count_capture(step):
+        counts.append(0)
+        return capture(step)
+
+    def count_replay(graph):
+        counts[-1] += 1
+        replay(graph)
+
+    monkeypatch.setattr(decode_step.DecodeStep, "_capture", count_capture)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", count_replay)
+    return counts
+
+
+def on_gpu(settings):
+    return {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
+
+
+IDS = CPU_IDS.cuda() if torch.cuda.is_available() else CPU_IDS
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+@pytest.mark.parametrize("call", CALLS)
+def test_the_tokens_are_those_of_transformers(model, call, compiles):
+    settings = {**SETTINGS, **on_gpu(CALLS[call])}
+    wanted = theirs(model, IDS, **settings, disable_compile=True)
+    after = torch.rand(3, device="cuda")
+    assert torch.equal(ours(model, IDS, **settings, disable_compile=not compiles), wanted)
+    assert torch.equal(torch.rand(3, device="cuda"), after)
+
+
+def test_all_steps_but_the_first_are_replays(model, replays):
+    generate(model, IDS, max_new_tokens=12, pad_token_id=0)
+    generate(model, IDS[:1], max_new_tokens=3, streamer=(streamer := Recorder()))
+    assert replays == [10, 1]
+    assert len(streamer.values) == 1 + 3
+
+
+@pytest.mark.parametrize("head", [None, "int8"])
+def test_each_call_takes_the_model_as_it_is(head):
+    torch.manual_seed(1)
+    made = make_llama(hidden_size=64).to("cuda", torch.bfloat16).eval()
+    made = fuse(bitlinear.deploy(bitlinear.convert(made)))
+    if head:
+        quantize_head(made)
+    first = ours(made, IDS, **SETTINGS)
+    for change in (negate_norm, add_hook, use_eager):
+        change(made)
+        second = ours(made, IDS, **SETTINGS)
+        assert not torch.equal(first, second) or change is use_eager
+        assert torch.equal(second, theirs(made, IDS, **SETTINGS, disable_compile=True))
+        first = second
+
+
+@torch.no_grad()
+def negate_norm(model):
+    model.model.norm.weight = torch.nn.Parameter(-model.model.norm.weight)
+
+
+def add_hook(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: -2 * output)
+
+
+def use_eager(model):
+    model.set_attn_implementation("eager")
+
+
+def test_a_compiled_model(model):
+    config = transformers.CompileConfig(fullgraph=True, dynamic=False)
+    settings = {**SETTINGS, "eos_token_id": None}
+    tokens = ours(model, IDS, compile_config=config, **settings)
+    if model.dtype == torch.float32:
+        assert torch.equal(tokens, theirs(model, IDS, disable_compile=True, **settings))
+    assert tokens.shape[1] == IDS.shape[1] + 14
+
+
+def test_a_step_that_waits_for_the_gpu_cannot_be_captured(model):
+    def wait(module, args, output):
+        output.sum().item()
+
+    with model.model.layers[1].register_forward_hook(wait), pytest.raises(RuntimeError):
+        generate(model, IDS, max_new_tokens=5)
+    torch.cuda.synchronize()
+    wanted = theirs(model, IDS, **SETTINGS, **SAMPLE, disable_compile=True)
+    assert torch.equal(ours(model, IDS, **SETTINGS, **SAMPLE), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["bool", "numbers"])
+@pytest.mark.parametrize(("batch", "heads", "key_heads"), [(1, 20, 5), (3, 4, 4), (16, 6, 1)])
+@pytest.mark.parametrize(("length", "head_dim"), [(64, 128), (700, 64), (2112, 128), (9, 24)])
+@torch.no_grad()
+def test_attention_of_one_token(dtype, kind, batch, heads, key_heads, length, head_dim):
+    torch.manual_seed(0)
+    query = torch.randn(batch, heads, 1, head_dim, device="cuda", dtype=dtype)
+    key, value = torch.randn(2, batch, key_heads, length, head_dim, device="cuda", dtype=dtype)
+    mask = torch.rand(batch, 1, 1, length, device="cuda") < 0.7
+    mask[..., 0] = True
+    groups = heads // key_heads
+    scores = query.double() @ key.double().repeat_interleave(groups, 1).mT * 0.2
+    scores = scores.masked_fill(~mask, -torch.inf)
+    wanted = scores.softmax(-1) @ value.double().repeat_interleave(groups, 1)
+    if kind == "numbers":
+        mask = torch.zeros(mask.shape, device="cuda", dtype=dtype).masked_fill_(~mask, -torch.inf)
+    layer = torch.nn.Module()
+    layer.num_key_value_groups = groups
+    got, _ = attention(layer, query, key, value, mask, scaling=0.2)
+    assert got.shape == (batch, 1, heads, head_dim)
+    tolerance = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(got.transpose(1, 2).double(), wanted, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_round_as_eager_ones(dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 1, 32, device="cuda", dtype=dtype) for n in (4, 2, 2))
+    cos, sin = torch.randn(2, 2, 1, 32, device="cuda", dtype=dtype)
+    position = torch.tensor([3], device="cuda")
+    rotate = transformers.models.llama.modeling_llama.apply_rotary_pos_emb
+    scores = torch.randn(3, 32000, device="cuda", dtype=dtype)
+    results = []
+    for enabled in (False, True):
+        keys, values = torch.zeros(2, 2, 2, 5, 32, device="cuda", dtype=dtype)
+        with small_kernels.compiling(enabled):
+            arguments = (rotate, q, k, v, cos, sin, keys, values, position)
+            rotated = small_kernels.call(small_kernels.rotate_and_store, *arguments)
+            results.append(
+                (rotated, keys, values, small_kernels.call(small_kernels.largest, scores))
+            )
+    tolerance = {"atol": 0, "rtol": 0} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(*results, **tolerance)
