@@ -97,14 +97,15 @@ class DecodeStep:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._position.device)
         stream = _side_stream(self._position.device)
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(current)
         # Other threads can use the GPU meanwhile.
         capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
         # torch.cuda.graph switches streams by itself, but not back if the capture fails.
         with torch.cuda.stream(stream), capture:
             self._run()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         return graph
 
 

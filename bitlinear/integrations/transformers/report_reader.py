@@ -82,7 +82,7 @@ class _Copy:
     def start(self, report: Tensor) -> None:
         self._host.copy_(report, non_blocking=True)
         if self._done is not None:
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(report.device))
 
     def wait(self) -> Tensor:
         if self._done is not None:

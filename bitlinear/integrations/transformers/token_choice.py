@@ -58,7 +58,7 @@ class TokenChoice:
         config: GenerationConfig,
     ) -> None:
         self._ids, self._processors = ids, processors
-        self.do_sample: bool = config.do_sample
+        self.do_sample = bool(config.do_sample)
         lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
         self.limit = min([config.max_length, *lengths]) - ids.shape[1]
         eos = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]

@@ -229,6 +229,21 @@ def test_a_chat_goes_on_in_its_cache(model):
         ids = [torch.cat([each, IDS[:, :3] + turn], dim=1) for each in ids]
 
 
+def test_a_chat_goes_on_with_new_tokens_alone(model):
+    """Their mask has the length of the whole chat. The cache is just large enough."""
+    results = []
+    for call in (theirs, ours):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=7 + 3 + 3)
+        call(model, IDS, cache=cache, max_new_tokens=1, pad_token_id=0)
+        mask = torch.ones(3, 7 + 3, dtype=torch.long)
+        settings = {"cache": cache, "attention_mask": mask, "pad_token_id": 0}
+        results.append(call(model, IDS[:, :3], **settings, max_new_tokens=4))
+    assert torch.equal(*results)
+    cache.crop(-6)
+    with pytest.raises(ValueError, match="holds 13 tokens, but the call can need 14"):
+        generate(model, IDS[:, :3], **settings, max_new_tokens=5)
+
+
 def test_embeddings_as_prompts(model):
     embeddings = model.get_input_embeddings()(IDS)
     settings = {**SETTINGS, "inputs_embeds": embeddings, "attention_mask": MASK}
