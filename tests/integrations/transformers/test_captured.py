@@ -127,7 +127,8 @@ CALLS = {
     "returns": {"do_sample": True, "num_return_sequences": 2},
     "repetition": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
     "minimum": {"min_new_tokens": 9, **SAMPLE},
-    "criteria": {"stopping_criteria": generation.StoppingCriteriaList([StopAt()])},
+    "most end": {**SAMPLE, "eos_token_id": list(range(60))},
+    "criteria": {**SAMPLE, "stopping_criteria": generation.StoppingCriteriaList([StopAt()])},
     "shorter": {
         "stopping_criteria": generation.StoppingCriteriaList([generation.MaxLengthCriteria(12)])
     },
