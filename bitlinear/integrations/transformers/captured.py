@@ -55,19 +55,19 @@ def generate(
 
     On an NVIDIA GPU, one step (a token of each sequence, and the choice of the next) is captured
     as a CUDA graph and replayed. Each call captures its own graph, so that no change of the model
-    between calls is missed. The host reads a token while the next step runs already, so that
-    streamers and stopping criteria take no time on the GPU. On a CPU the same loop runs without
-    capture.
+    between calls is missed; that takes as long as a step without a graph. The host reads a token
+    while the next step runs already. On a CPU the same loop runs without capture.
 
     The cache is a ``StaticCache``: one that the caller passes (``cache``), or a new one with room
     for ``max_length`` tokens, with ``cache_implementation="static"`` or without. The tokens are
     those of ``model.generate`` with a static cache that is not compiled; for sampling too, from
     the same seed.
 
-    On a GPU the rotation of queries and keys in fused decoder layers, and the choice, are compiled
-    once in a process, with the same roundings; it takes some seconds. ``disable_compile=True``
-    leaves it out. ``compile_config=CompileConfig(fullgraph=True)`` compiles the whole model, which
-    takes a minute for 30 layers, and rounds in other places. Its CUDA graphs are ours in any case.
+    On a GPU the rotation of queries and keys in fused decoder layers, the product of an int8 head
+    and the choice are compiled when they first run, with the same roundings; it takes 8 s.
+    ``disable_compile=True`` leaves it out. ``compile_config=CompileConfig(fullgraph=True)``
+    compiles the whole model instead, in 20 s or more, and rounds in other places; modes of it that
+    make CUDA graphs are replaced by those that do not.
 
     Args:
         model: A decoder-only model whose tensors are all on one device.
@@ -99,6 +99,11 @@ def generate(
     for name in ("assistant_model", "custom_generate", "synced_gpus"):
         if kwargs.get(name):
             raise ValueError(f"{name} cannot be captured: {_ELSEWHERE}")
+    if model.generation_config.stop_strings is not None:
+        raise ValueError(
+            f"model.generation_config.stop_strings is {model.generation_config.stop_strings!r}: "
+            f"set it to None, and pass stop_strings to this call"
+        )
     if stop_strings is None and generation_config is not None:
         stop_strings = generation_config.stop_strings
         generation_config = copy.deepcopy(generation_config)
@@ -113,7 +118,7 @@ def generate(
         generation_config,
         streamer=streamer,
         stopping_criteria=stopping_criteria,
-        # transformers gives no streamer to a function of the caller.
+        # transformers withholds streamer and tokenizer from a function that it gets here.
         custom_generate=functools.partial(_decode, streamer=streamer),
         **kwargs,
     )

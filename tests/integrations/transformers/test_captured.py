@@ -200,7 +200,7 @@ def test_a_streamer_gets_each_token_once(model, settings):
 
 @pytest.mark.usefixtures("late")
 @pytest.mark.parametrize("in_config", [False, True])
-def test_stop_strings(model, in_config):
+def test_stop_strings(model, in_config, monkeypatch):
     settings = {"max_new_tokens": 9, "pad_token_id": 0}
     tokens = ours(model, IDS[:1], **settings)[0, IDS.shape[1] :].tolist()
     stop = "".join(map(chr, tokens[3:5]))
@@ -214,6 +214,9 @@ def test_stop_strings(model, in_config):
     assert torch.equal(ours(model, IDS[:1], tokenizer=Tokenizer(), **settings), wanted)
     with pytest.raises(ValueError, match="pass tokenizer"):
         generate(model, IDS[:1], **settings)
+    monkeypatch.setattr(model.generation_config, "stop_strings", [stop])
+    with pytest.raises(ValueError, match="set it to None, and pass stop_strings"):
+        generate(model, IDS[:1], tokenizer=Tokenizer(), **settings)
 
 
 def test_a_chat_goes_on_in_its_cache(model):
