@@ -19,6 +19,7 @@ from .layers import pretrained_models
 ATTENTION = "bitlinear_sdpa"
 """The name of :func:`attention` for ``model.set_attn_implementation``."""
 
+# The longest head of cuDNN's kernel.
 _CUDNN_HEAD = 128
 
 # Code that builds masks, or takes other ways, for the name "sdpa" alone.

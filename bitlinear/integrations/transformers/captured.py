@@ -87,14 +87,16 @@ def generate(
         ``GenerateDecoderOnlyOutput``.
 
     Raises:
-        TypeError: ``model`` is not a ``PreTrainedModel``.
+        TypeError: ``model`` is not a ``PreTrainedModel`` that can generate.
         ValueError: The call, the model or the cache cannot be captured; nothing was computed. Or
             the model's masks or inputs cannot, which the prefill shows.
+        RuntimeError: A step of the model cannot be captured, which the third token shows.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise TypeError(
-            f"generate takes a PreTrainedModel, but this is a {type(model).__name__}: pass the "
-            f"model inside, for example peft_model.get_base_model()"
+            f"generate takes a PreTrainedModel that can generate, but this is a "
+            f"{type(model).__name__}: pass the model inside, for example "
+            f"peft_model.get_base_model()"
         )
     for name in ("assistant_model", "custom_generate", "synced_gpus"):
         if kwargs.get(name):

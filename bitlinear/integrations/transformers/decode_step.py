@@ -20,7 +20,8 @@ class DecodeStep:
 
     The first call runs as usual; on a GPU the second one is captured, and all later ones replay
     the CUDA graph. A graph is no more than a record of kernels and addresses, so it must not
-    outlive the call of ``generate`` in which nothing about the model changes.
+    outlive the call of ``generate`` in which nothing about the model changes. No Python runs in
+    replays: what a hook computes on the GPU is repeated, all else is not.
 
     Args:
         forward: The model.
@@ -33,6 +34,7 @@ class DecodeStep:
 
     Raises:
         ValueError: The model needs inputs that are not known here, or another attention mask.
+        RuntimeError: (a call) The step cannot be captured.
     """
 
     def __init__(
@@ -102,9 +104,15 @@ class DecodeStep:
         stream.wait_stream(current)
         # Other threads can use the GPU meanwhile.
         capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-        # torch.cuda.graph switches streams by itself, but not back if the capture fails.
-        with torch.cuda.stream(stream), capture:
-            self._run()
+        try:
+            # torch.cuda.graph switches streams by itself, but not back if the capture fails.
+            with torch.cuda.stream(stream), capture:
+                self._run()
+        except RuntimeError as error:
+            raise RuntimeError(
+                "a step of this model cannot be captured as a CUDA graph, for example because it "
+                "waits for the GPU: call model.generate"
+            ) from error
         current.wait_stream(stream)
         return graph
 

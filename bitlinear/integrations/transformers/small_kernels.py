@@ -67,9 +67,10 @@ def compiling(enabled: bool) -> Iterator[None]:
 
 
 def call(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Call a function of tensors; compiled inside :func:`compiling`, with the same roundings.
+    """Call a function of tensors; compiled inside :func:`compiling`.
 
-    The first call of a function takes about a second, and so does one with other sizes.
+    Compiled, it rounds to 16 bits wherever the function does. The first call of a function takes
+    about a second, and so does one with other sizes.
     """
     if not torch.compiler.is_compiling() and _is_enabled.get():
         function = _compiled(function)

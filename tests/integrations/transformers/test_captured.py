@@ -330,6 +330,8 @@ def test_models_that_are_refused(model):
         generate(make_encoder_decoder(), IDS, max_new_tokens=2)
     with pytest.raises(TypeError, match=r"a Sequential: pass the model inside"):
         generate(nn.Sequential(model), IDS)
+    with pytest.raises(TypeError, match=r"that can generate, but this is a LlamaModel"):
+        generate(model.model, IDS)
     wanted = make_llama()
     wanted.model.layers[1].to("meta")
     with pytest.raises(ValueError, match="inputs on cpu and a model on cpu, meta cannot"):

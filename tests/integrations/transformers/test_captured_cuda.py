@@ -127,7 +127,8 @@ def test_a_step_that_waits_for_the_gpu_cannot_be_captured(model):
     def wait(module, args, output):
         output.sum().item()
 
-    with model.model.layers[1].register_forward_hook(wait), pytest.raises(RuntimeError):
+    raises = pytest.raises(RuntimeError, match="cannot be captured as a CUDA graph")
+    with model.model.layers[1].register_forward_hook(wait), raises:
         generate(model, IDS, max_new_tokens=5)
     torch.cuda.synchronize()
     wanted = theirs(model, IDS, **SETTINGS, disable_compile=True)
