@@ -13,8 +13,9 @@ from torch import nn
 
 # The subclasses of nn.Linear that override forward, but compute the same as F.linear.
 _EQUIVALENT_SUBCLASSES = (
-    # It computes input @ weight.T + bias in two operations.
+    # FalconLinear computes input @ weight.T + bias in two operations.
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
+    ("bitlinear.integrations.transformers.decoding_head", "DecodingHead"),
 )
 # It computes addmm(bias, input, weight), with a weight of shape (K, N).
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -48,8 +49,8 @@ def why_not_linear(module: nn.Module) -> str:
 
     A subclass of ``nn.Linear`` computes the same if the classes that it adds define nothing but
     ``__init__``, ``reset_parameters`` and how the layer is printed: it then has the forward pass
-    and the state of ``nn.Linear``. The same holds for subclasses of ``Conv1D`` and of
-    ``FalconLinear``.
+    and the state of ``nn.Linear``. The same holds for subclasses of ``Conv1D``, of ``FalconLinear``
+    and of our ``DecodingHead``.
     """
     return _why_changed(module, set(_linear_classes()), "nn.Linear")
 

@@ -67,6 +67,7 @@ ORDER = [
     "integrations.transformers.fusion",
     "integrations.transformers.attention",
     "integrations.transformers.cache",
+    "integrations.transformers.decoding_head",
     "integrations.transformers.decoding",
     "integrations.transformers.int8",
     "integrations.transformers.int8_head",

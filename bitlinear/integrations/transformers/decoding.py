@@ -12,19 +12,22 @@ from torch import nn
 
 from .attention import select_attention
 from .cache import grow_in_place
+from .decoding_head import select_head
 from .layers import pretrained_models
 
 
 def speed_up_decoding(model: nn.Module) -> None:
-    """Make the models of transformers inside ``model`` use our attention and grow their caches.
+    """Make the models of transformers inside ``model`` decode faster.
 
-    See :func:`~.attention.attention` and :class:`~.cache.GrowingLayer`.
+    See :func:`~.attention.attention`, :class:`~.cache.GrowingLayer` and
+    :class:`~.decoding_head.DecodingHead`.
     """
     inner: set[nn.Module] = set()
     for pretrained in pretrained_models(model):
         if pretrained not in inner:
             inner.update(pretrained.modules())
             select_attention(pretrained)
+            select_head(pretrained)
             if grow_caches not in pretrained._forward_pre_hooks.values():
                 pretrained.register_forward_pre_hook(grow_caches, with_kwargs=True)
 

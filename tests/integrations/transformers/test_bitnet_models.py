@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bitlinear.integrations import checkpoints
+from bitlinear.integrations.transformers.decoding_head import DecodingHead
 from tests import oracle
 from tests.integrations.transformers.checkpoints import (
     FAMILIES,
@@ -62,7 +63,7 @@ def test_fp32_models_agree(kind, norm, bias, tmp_path):
     wanted, (tokens, margin) = logits(model), generate(model)
     assert convert(model) is model
     assert len(layers(model)) == 14
-    assert type(model.lm_head) is nn.Linear
+    assert type(model.lm_head) is DecodingHead
     # The product is exact in both. The float operations around it round differently, by 1e-7. If
     # this moves an activation across a half, its int8 value differs by 1, which is 0.4 % of the
     # contribution of one of 64 typical inputs to a token.
