@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ... import packing
+from ... import foreign, packing
 from ...linear import BitLinear
 from .architectures import (
     ARCHITECTURES,
@@ -152,8 +152,9 @@ def _tensors(model: nn.Module) -> tuple[list[tuple[str, Tensor, nn.Module]], lis
 
 def _is_known(module: nn.Module) -> bool:
     """Whether it computes what llama.cpp does with such tensors."""
-    is_norm = type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.Linear)
-    return type(module) in (nn.Linear, nn.Embedding) or isinstance(module, BitLinear) or is_norm
+    if isinstance(module, nn.Linear):
+        return isinstance(module, BitLinear) or not foreign.why_not_linear(module)
+    return type(module) is nn.Embedding or type(module).__name__.endswith("RMSNorm")
 
 
 def _entries(

@@ -12,6 +12,8 @@ from torch.nn.utils import prune as prune_weights
 
 import bitlinear
 from bitlinear import BitLinear, packing
+from bitlinear.integrations.transformers import fuse
+from bitlinear.integrations.transformers.decoding import speed_up_decoding
 from tests import oracle
 from tests.integrations.gguf.files import gguf, integration
 from tests.integrations.gguf.models import (
@@ -173,6 +175,16 @@ def test_the_number_of_chunks_changes_nothing(tmp_path, monkeypatch):
 def test_what_was_loaded_is_saved_as_the_same_bytes(tmp_path):
     integration.save(deploy(make("llama")), tmp_path / "1.gguf")
     integration.save(integration.load(tmp_path / "1.gguf", make("llama")), tmp_path / "2.gguf")
+    assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
+
+
+def test_a_model_that_generates_faster_is_saved_as_the_same_bytes(tmp_path):
+    model = deploy(make("llama"))
+    integration.save(model, tmp_path / "1.gguf")
+    speed_up_decoding(fuse(model))
+    assert "Fused" in type(model.model.layers[0]).__qualname__
+    assert type(model.lm_head) is not nn.Linear
+    integration.save(model, tmp_path / "2.gguf")
     assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "2.gguf").read_bytes()
 
 

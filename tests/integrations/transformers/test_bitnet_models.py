@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from bitlinear.integrations import checkpoints
 from bitlinear.integrations.transformers.decoding_head import DecodingHead
