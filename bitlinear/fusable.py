@@ -175,17 +175,22 @@ def _eps_name(kind: type) -> str:
 
 def _find_eps_name(kind: type) -> str:
     forward: Any = getattr(kind, "forward", None)
-    is_plain = _instructions(forward) == _instructions(_rms_norm_forward)
-    return "variance_epsilon" if is_plain else ""
+    return "variance_epsilon" if same_computation(forward, _rms_norm_forward) else ""
+
+
+def same_computation(one: Any, other: Any) -> bool:
+    """Whether two functions of Python have the same compiled code and defaults."""
+    return bool(_instructions(one) == _instructions(other))
 
 
 def _instructions(function: Any) -> Any:
     """What a function of Python computes: its compiled code without the docstring."""
     code = getattr(function, "__code__", None)
     if code is None:
-        return None
+        return function
     constants = [value for value in code.co_consts if value is not None and type(value) is not str]
-    return code.co_code, code.co_names, constants
+    defaults = function.__defaults__, function.__kwdefaults__
+    return code.co_code, code.co_names, code.co_argcount, constants, defaults
 
 
 def _rms_norm_forward(self: Any, hidden_states: Any) -> Any:

@@ -63,6 +63,7 @@ ORDER = [
     "integrations.transformers.report_reader",
     "integrations.transformers.decode_step",
     "integrations.transformers.captured",
+    "integrations.transformers.rotation",
     "integrations.transformers.decoder_layers",
     "integrations.transformers.fusion",
     "integrations.transformers.attention",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...fusable import fused_products, why_called, why_not_fused
 from ...prologue import ACTIVATIONS
+from .rotation import rotate_together
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _OUT = ("o_proj",)
@@ -89,20 +90,30 @@ class FusedDecoderLayer(nn.Module):
         modeling, layers = self._modeling, attention._modules
         shape = (*residual.shape[:-1], -1, attention.head_dim)
         output = fused_products(attention, _QKV, residual, norm)
+        together = None  # queries and keys in one tensor
         if output is None:
             x = norm(residual)
             q, k, v = (layers[name](x).view(shape).transpose(1, 2) for name in _QKV)
         else:
             heads = [layers[name].out_features // attention.head_dim for name in _QKV]
-            q, k, v = output.view(shape).transpose(1, 2).split(heads, dim=1)
+            output = output.view(shape).transpose(1, 2)
+            q, k, v = output.split(heads, dim=1)
+            together = output[:, : -heads[2]]
         if "q_norm" in layers:  # Qwen3: over each head
-            q, k = layers["q_norm"](q), layers["k_norm"](k)
+            q, k, together = layers["q_norm"](q), layers["k_norm"](k), None
         rotate = modeling.apply_rotary_pos_emb
         store = _step_store(cache, attention.layer_idx)
         if store is not None:
             q, k, v = store(rotate, q, k, v, *position_embeddings)
         else:
-            q, k = rotate(q, k, *position_embeddings)
+            if together is not None:
+                together = rotate_together(
+                    rotate, modeling.rotate_half, together, *position_embeddings
+                )
+            if together is None:
+                q, k = rotate(q, k, *position_embeddings)
+            else:
+                q, k = together.split(heads[:2], dim=1)
             if cache is not None:
                 k, v = cache.update(k, v, attention.layer_idx, kwargs=kwargs)
         attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -1,0 +1,60 @@
+"""The rotation of queries and keys that lie side by side, in half of the operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...fusable import same_computation
+
+
+def rotate_together(rotate: Callable[..., Any], rotate_half: Any, x: Tensor, *angles: Any) -> Any:
+    """Rotate heads of queries and of keys in one tensor.
+
+    Args:
+        rotate, rotate_half: ``apply_rotary_pos_emb`` and ``rotate_half`` of the model.
+        x: ``(batch, heads, tokens, head_dim)``.
+        angles: The cosines and the sines, ``(batch, tokens, head_dim)``.
+
+    Returns:
+        The rotated heads, the same bits as of ``rotate``; None if ``rotate`` is not the function
+        of Llama in transformers.
+    """
+    key = (rotate, rotate_half)
+    is_known = _is_known.get(key)
+    if is_known is None:
+        is_known = same_computation(rotate, _rotate_of_llama)
+        is_known = is_known and same_computation(rotate_half, _rotate_half_of_llama)
+        _is_known[key] = is_known
+    if not is_known:
+        return None
+    cos, sin = (angle.unsqueeze(1) for angle in angles)
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# A model has one pair of functions, and a library that replaces them another one.
+_is_known: dict[tuple[Any, Any], bool] = {}
+
+
+def _rotate_half_of_llama(x: Any) -> Any:
+    """As in transformers; a docstring is a part of the compiled code."""
+    x1 = x[..., : x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)
+
+
+rotate_half = _rotate_half_of_llama
+
+
+def _rotate_of_llama(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+    """As in transformers."""
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    q_embed = (q * cos) + (rotate_half(q) * sin)
+    k_embed = (k * cos) + (rotate_half(k) * sin)
+    return q_embed, k_embed
