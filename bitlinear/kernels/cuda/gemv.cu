@@ -12,29 +12,42 @@
 // 28672 x 8192 (59 MB) 17.5 and 22.7 (2.6 TB/s); 8192 x 8192 5.0 and 7.7; 4096 x 4096 1.3 and 2.9.
 // Of these 2.9, 1.2 pass between the end of one call and the first work of the next; the rest
 // fetches and quantises the token, multiplies 16 rows after the last weights have arrived, and sums
-// over the warps. 95 registers, no spills, one or two blocks per multiprocessor: 13 or 27 % of the
-// warps that it can hold. Under the profiler, where no predecessor hides the start, 28672 x 8192
-// reads 2.1 TB/s (66 % of the peak) at 1.4 instructions per cycle.
+// over the warps. 93 to 96 registers, no spills, one or two blocks per multiprocessor: 13 or 27 %
+// of the warps that it can hold. Under the profiler, where no predecessor hides the start, 28672 x
+// 8192 reads 2.1 TB/s (66 % of the peak) at 1.4 instructions per cycle.
 //
-// With a prologue every block computes it again, in registers: it is latency, not traffic. One
-// token of 2560 takes 2.6 us without, 3.2 with an RMSNorm, and 2560 x 6912 3.4 us without, 7.0 with
-// a gate: 45 instructions for each value of silu, and two groups of values in a thread. Three
-// products of one input (2560, 640 and 640 rows) take 2.6 us as one launch and 8.2 as three.
+// With a prologue every block computes it again, in registers: it is latency, not traffic. The
+// products of a decoder's layer, with weights from DRAM, in us, without and with their prologues:
+// 3840 x 2560 (N x K) 2.6 and 3.2 with an RMSNorm; 2560 x 2560 2.6 and 3.2 with an RMSNorm and a
+// residual; 13824 x 2560 4.3 and 5.0 with an RMSNorm; 2560 x 6912 3.6 and 4.8 with relu2, an
+// RMSNorm and a residual. Thirty layers of these four in a graph take 14.2 and 16.9 us a layer;
+// reading the weights takes 5.8. In each product 0.6 us pass from the last store to the first load
+// of the successor, 0.5 until x has come from L2 (1.2 where each of 132 blocks fetches 27 KB), 0.5
+// in the sum of squares with its barrier, two divisions and the root, 0.5 in the maximum and the
+// rounding, 0.5 to 1.5 in the multiplications, 0.4 in the sums over the warps and the store. What
+// is left: clusters that fetch x once, and a shorter epilogue between two tiles.
+//
+// A few warps hide little latency, and they wait for their own instructions. With one kernel for
+// each log_split and a branch for each value of a gate, the layer took 24.1 us: code that runs once
+// is fetched once, from far away, and the four products displaced each other's. So log_split is an
+// argument, all products with a prologue of one dtype share a kernel, and a branch is outside of a
+// loop, not in it.
 //
 // Tried, and slower: weights directly into registers; 16 warps; copies of 512 bytes of a row, or of
-// whole tiles; only a prefetch into L2 before the predecessor ends.
+// whole tiles; only a prefetch into L2 before the predecessor ends. With a prologue: values in
+// shared memory and loops that are not unrolled; 72 registers for three blocks; the activations of
+// unused columns not loaded; the weights of the norm loaded before the gate is computed; one tile
+// of 105 rows instead of two, faster alone but slower in the chain, where a stage waits for all of
+// them.
 #include "ampere.cuh"
-#include "hopper.cuh"
+#include "gemv_tokens.cuh"
 #include "launch.cuh"
-#include "prologue.cuh"
-#include "quantize.cuh"
 
 namespace bitlinear {
 namespace cuda {
 namespace {
 
 constexpr int kWarps = kGemvWarps;  // that multiply; one more warp copies
-constexpr int kConsumers = 32 * kWarps;
 constexpr int kThreads = kConsumers + 32;
 constexpr int kFragmentRows = 16;
 constexpr int kMaxStages = 8;
@@ -43,15 +56,9 @@ struct Shared {
   Barrier full[kMaxStages], empty[kMaxStages];
   // Partial sums by warp of a split, token and row; double-buffered.
   int32_t partial[2][kWarps * kGemvTokens * (kFragmentRows + 4)];
-  uint32_t warp_max[kWarps];
-  float norm_sums[kGemvRegisterValues / kWarpValues];
-  float s_x[kGemvTokens];
-  int32_t q_sum[kGemvTokens];
+  Tokens tokens;
 };
 static_assert(sizeof(Shared) <= kGemvStaticBytes, "see heuristics.h");
-static_assert(kGemvRegisterValues == kGemvGroups * kGroup * kConsumers, "see heuristics.h");
-
-__device__ inline void sync_consumers() { sync_leading_threads<kConsumers>(); }
 
 // Derived sizes of a call.
 struct Sizes {
@@ -65,158 +72,80 @@ struct Sizes {
         q_stride(ceil_div(row_bytes, kSliceBytes) * kSliceValues + kGemvTokenPad) {}
 };
 
-// The groups of a token that a thread quantises, at `first` and then every `step` values, all
-// before `end`. `member` of `members` warps has them.
-struct Part {
-  int first, step, end, member, members;
-};
+// Scale, bias and residuals of a row of weights. The addresses are computed before the predecessor
+// has ended. The values stay as they are in memory, so that no thread waits for them before it
+// needs them.
+template <int kTokens>
+struct Row {
+  const float* s_w_address;
+  const char *bias_address, *residual_address;
+  int bias_dtype;  // negative: none
+  float s_w;
+  uint32_t bias_bits, residual_bits[kTokens];
 
-// What the quantiser reads: x in its dtype.
-template <class X>
-struct PlainSource {
-  static constexpr bool kFused = false;
-  static constexpr int kGroups = kGemvGroups;
-  using Values = Group<X>;
-
-  static __device__ void load(const bitlinear_cuda_task& task, int m, const Part& part,
-                              Values (&groups)[kGroups], float*) {
-    const X* const x = static_cast<const X*>(task.x) + m * task.K;
+  __device__ void locate(const bitlinear_cuda_task& task, int64_t n) {
+    const bitlinear_cuda_weight& weight = weight_at(task, n);
+    const int64_t row = n - weight.begin;
+    s_w_address = weight.s_w + row * weight.s_w_stride;
+    const bool has_bias = weight.bias != nullptr;
+    bias_dtype = has_bias ? weight.bias_dtype : -1;
+    // Without a bias, any address will do: a branch would wait for the loads.
+    bias_address = has_bias ? static_cast<const char*>(weight.bias) +
+                                  row * (bias_dtype == BITLINEAR_F32 ? 4 : 2)
+                            : reinterpret_cast<const char*>(s_w_address);
+    residual_address = static_cast<const char*>(task.residual) +
+                       n * (task.residual_dtype == BITLINEAR_F32 ? 4 : 2);
+    compute_now(s_w_address);
+    compute_now(bias_address);
+    compute_now(bias_dtype);
+    compute_now(residual_address);
+  }
+  __device__ void load(const bitlinear_cuda_task& task, int tokens) {
+    s_w = *s_w_address;
+    bias_bits = load_bits(bias_address, bias_dtype, 0);
+    if (task.residual == nullptr) return;
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      if (part.first + i * part.step < part.end) groups[i].load(x + part.first + i * part.step);
+    for (int m = 0; m < kTokens; ++m) {
+      if (m < tokens) {
+        residual_bits[m] = load_bits(residual_address, task.residual_dtype, m * task.N);
+      }
     }
+  }
+  __device__ float bias() const {
+    return bias_dtype < 0 ? -0.0f : float_from_bits(bias_bits, bias_dtype);
   }
 };
 
-// The fp32 values of the prologue. A single group takes less code, which a kernel of a few
-// microseconds has to fetch.
-template <int kGroups_>
-struct FusedSource {
-  static constexpr bool kFused = true;
-  static constexpr int kGroups = kGroups_;
-  static_assert(kGroups <= kGemvPrologueGroups, "see heuristics.h");
-  using Values = FloatGroup;
-
-  // All consumers call this, also those without a token: they synchronise.
-  static __device__ void load(const bitlinear_cuda_task& task, int m, const Part& part,
-                              Values (&groups)[kGroups], float* norm_sums) {
-    const bitlinear_prologue& prologue = task.prologue;
-    const bool is_gate = prologue.activation != BITLINEAR_NO_GATE;
-    const int64_t begin = (is_gate ? 2 * m : m) * task.K;  // of the token
-    RawGroup a[kGroups], b[kGroups];
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int k = part.first + i * part.step;
-      if (k < part.end) {
-        a[i].load(task.x, task.x_dtype, begin + k);
-        if (is_gate) b[i].load(task.x, task.x_dtype, begin + task.K + k);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      groups[i] = {};
-      if (part.first + i * part.step < part.end) {
-        groups[i] = apply_gate(prologue.activation, a[i], b[i], task.x_dtype);
-      }
-    }
-    if (prologue.norm_weight == nullptr) return;
-    RawGroup weights[kGroups];
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int k = part.first + i * part.step;
-      if (k < part.end) weights[i].load(prologue.norm_weight, prologue.norm_dtype, k);
-    }
-    float* const sums = norm_sums + m * part.members * kGroups;
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const float sum = warp_sum_of_squares(groups[i]);
-      if (threadIdx.x % 32 == 0) sums[i * part.members + part.member] = sum;
-    }
-    sync_consumers();
-    const float factor = norm_factor<kGemvPrologueValues>(prologue, sums, task.K);
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      if (part.first + i * part.step < part.end) {
-        normalize(groups[i], weights[i], prologue.norm_dtype, factor);
-      }
-    }
-  }
-};
-
-// Quantises all tokens at once, each to kTokenRows rows of q. Each token has its share of the
-// warps, which keep the values in registers between the maximum and the rounding.
-template <class Source, int kTokenRows>
-__device__ inline void quantize_tokens(const bitlinear_cuda_task& task, int q_stride, int8_t* q,
-                                       Shared& shared) {
-  constexpr int kGroups = Source::kGroups;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int tokens = static_cast<int>(task.M) / kTokenRows, K = static_cast<int>(task.K);
-  const int log_share = tokens > 2 ? 1 : tokens > 1 ? 2 : 3;
-  const int m = warp >> log_share, member = warp & ((1 << log_share) - 1);
-  const int first = (member * 32 + lane) * kGroup;
-  const int step = (32 << log_share) * kGroup;
-  const int end = m < tokens ? K : 0;
-
-  typename Source::Values groups[kGroups];
-  Source::load(task, m, {first, step, end, member, 1 << log_share}, groups, shared.norm_sums);
-  uint32_t absmax = 0;
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    if (first + i * step < end) absmax = max(absmax, groups[i].magnitude_bits());
-  }
-  absmax = warp_reduce_max(absmax);
-  if (lane == 0) shared.warp_max[warp] = absmax;
-  sync_consumers();
-
-  if (m < tokens) {
-    absmax = warp_reduce_max(shared.warp_max[(m << log_share) + (lane & ((1 << log_share) - 1))]);
-    const TokenScale<kTokenRows> scale(absmax, task.eps);
-    int32_t sums[kTokenRows] = {};
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int k = first + i * step;
-      if (k >= q_stride - kGemvTokenPad) break;
-      float values[kGroup] = {};
-      if (k < end) groups[i].convert(values);
-      uint32_t planes[kTokenRows][4];
-      quantize_group(values, scale.inv, planes, sums);
-#pragma unroll
-      for (int r = 0; r < kTokenRows; ++r) {
-        uint32_t* block = reinterpret_cast<uint32_t*>(q + (m * kTokenRows + r) * q_stride +
-                                                      k / kSliceValues * kSliceValues);
-#pragma unroll
-        for (int p = 0; p < 4; ++p) block[16 * p + k / kGroup % 16] = planes[r][p];
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kTokenRows; ++r) {
-      const int32_t sum = warp_reduce_add(sums[r]);
-      if (lane == 0) atomicAdd(&shared.q_sum[m * kTokenRows + r], sum);
-      if (first == 0) shared.s_x[m * kTokenRows + r] = scale.s_x;
-    }
-  }
-  sync_consumers();
+// Prefetches into L2 what the kernel reads after the wait, in case it lies in memory only.
+__device__ inline void prefetch_operands(const bitlinear_cuda_task& task, const float* s_w) {
+  // One lane of a warp: many requests for one line wait for each other.
+  if (threadIdx.x % 32 == 0) prefetch_line(s_w);
+  const bitlinear_prologue& prologue = task.prologue;
+  if (prologue.norm_weight == nullptr || threadIdx.x > 1) return;
+  // Each block has one or two lines of the norm's weight.
+  const int bytes = static_cast<int>(task.K) * (prologue.norm_dtype == BITLINEAR_F32 ? 4 : 2);
+  const int line = (blockIdx.x + threadIdx.x * gridDim.x) % ceil_div(bytes, kLineBytes);
+  prefetch_line(static_cast<const char*>(prologue.norm_weight) + line * kLineBytes);
 }
 
-// kLogSplit: log2 of the number of warps that share 16 rows, along K. kTokenRows: the rows of q of
+// log_split: log2 of the number of warps that share 16 rows, along K. kTokenRows: the rows of q of
 // a token. "Tokens" below counts rows of q.
-template <class Source, int kLogSplit, int kTokenRows>
+template <class Source, int kTokenRows>
 __global__ void __launch_bounds__(kThreads, 2)
-    gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages) {
+    gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages, int log_split) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kSplit = 1 << kLogSplit;
-  constexpr int kTileRows = gemv_tile_rows(kLogSplit);
-  constexpr int kRowPitch = kTileRows + 4;  // of the partial sums
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ Shared shared;
 
   const Sizes sizes(task.K);
+  const int split = 1 << log_split;
+  const int tile_rows = gemv_tile_rows(log_split);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int tokens = static_cast<int>(task.M);
   const int64_t n_begin = task.N * blockIdx.x / gridDim.x;
   const int rows = static_cast<int>(task.N * (blockIdx.x + 1) / gridDim.x - n_begin);
-  const int tiles = ceil_div(rows, kTileRows);
-  const int stage_bytes = kTileRows * sizes.pitch;
+  const int tiles = ceil_div(rows, tile_rows);
+  const int stage_bytes = tile_rows * sizes.pitch;
 
   if (threadIdx.x == kConsumers) {
     for (int s = 0; s < stages; ++s) {
@@ -225,14 +154,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     publish_barriers();
   }
-  if (threadIdx.x < kGemvTokens) shared.q_sum[threadIdx.x] = 0;
+  if (threadIdx.x < kGemvTokens) shared.tokens.q_sum[threadIdx.x] = 0;
   __syncthreads();
   allow_successor();
 
   if (warp == kWarps) {
     RingPosition ring(stages);
     for (int tile = 0; tile < tiles; ++tile) {
-      const int present = minimum(kTileRows, rows - tile * kTileRows);
+      const int present = minimum(tile_rows, rows - tile * tile_rows);
       for (int c = 0; c < sizes.chunks; ++c, ring.advance()) {
         const int begin = c * sizes.chunk_bytes;
         const int bytes = minimum(sizes.chunk_bytes, sizes.row_bytes - begin);
@@ -243,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         __syncwarp();
         for (int row = lane; row < present; row += 32) {
-          const int64_t n = n_begin + tile * kTileRows + row;
+          const int64_t n = n_begin + tile * tile_rows + row;
           copy_bulk(dynamic + ring.stage * stage_bytes + row * sizes.pitch,
                     weight_row(task, n, sizes.row_bytes) + begin, bytes, full);
         }
@@ -252,47 +181,48 @@ __global__ void __launch_bounds__(kThreads, 2)
     return;
   }
 
-  wait_for_predecessor();
-  // Thread r mod 256 writes row r of the block; it has loaded scale, bias and residual in advance.
+  // Two of these three leave no registers to overlap two slices.
+  constexpr int kUnroll = Source::kFused + Source::kWide + (kTokenRows == 2) >= 2 ? 1 : 2;
+  // All that needs no token is computed before the wait.
   constexpr int kMaxTokens = kGemvTokens / kTokenRows;
-  RowScale scale = {};
-  uint32_t residual[Source::kFused ? kMaxTokens : 1];
-  const auto load_scales = [&](int row) {
-    if (row >= rows) return;
-    scale = RowScale(task, n_begin + row);
-    if constexpr (Source::kFused) {
-      if (task.residual == nullptr) return;
-#pragma unroll
-      for (int m = 0; m < kMaxTokens; ++m) {
-        if (m * kTokenRows < tokens) {
-          residual[m] = load_bits(task.residual, task.residual_dtype, m * task.N + n_begin + row);
-        }
-      }
-    }
-  };
-  // A prologue needs the registers first.
-  if constexpr (!Source::kFused) load_scales(threadIdx.x);
   int8_t* const q = reinterpret_cast<int8_t*>(dynamic + stages * stage_bytes);
-  quantize_tokens<Source, kTokenRows>(task, sizes.q_stride, q, shared);
-  if constexpr (Source::kFused) load_scales(threadIdx.x);
-
+  const Quantizer<Source, kTokenRows> quantizer(task, sizes.q_stride, q);
+  // Thread r mod 256 writes row r of the block.
+  Row<kMaxTokens> mine;
+  mine.locate(task, n_begin + minimum(static_cast<int>(threadIdx.x), rows - 1));
   const int g = lane / 4, tig = lane % 4;
-  const int group = warp >> kLogSplit, member = warp & (kSplit - 1);
+  const int group = warp >> log_split;
+  // If the warps of a group have unequal shares, those of the next group balance them.
+  const int member = (warp ^ (group % 2 ? split - 1 : 0)) & (split - 1);
+  const int sum_pitch = tile_rows + 4;  // of the partial sums
+  int32_t* const my_sums =
+      shared.partial[0] + (member * tokens + 2 * tig) * sum_pitch + group * kFragmentRows + g;
   // Columns beyond the last token repeat the first one, at no cost, and are dropped.
-  const int8_t* const my_q = q + (g < tokens ? g : 0) * sizes.q_stride + 16 * tig;
-  const uint8_t* const my_w = dynamic + (group * kFragmentRows + g) * sizes.pitch + 16 * tig;
+  const int8_t* my_q = q + (g < tokens ? g : 0) * sizes.q_stride + 16 * tig + member * kSliceValues;
+  const uint8_t* my_w =
+      dynamic + (group * kFragmentRows + g) * sizes.pitch + 16 * tig + member * kSliceBytes;
+  const bool writes = static_cast<int>(threadIdx.x) < rows;
+  if (Source::kFused && writes) prefetch_operands(task, mine.s_w_address);
+
+  wait_for_predecessor();
+  quantizer.run(task, sizes.q_stride, shared.tokens, [&] {
+    if (writes) mine.load(task, tokens / kTokenRows);
+  });
+  sync_consumers();
+
   RingPosition ring(stages);
   for (int tile = 0; tile < tiles; ++tile) {
     int32_t sums[4][4] = {};
     for (int c = 0; c < sizes.chunks; ++c, ring.advance()) {
       const int bytes = minimum(sizes.chunk_bytes, sizes.row_bytes - c * sizes.chunk_bytes);
+      const int slices = (ceil_div(bytes, kSliceBytes) - member + split - 1) >> log_split;
+      const uint8_t* w = my_w + ring.stage * stage_bytes;
+      const int8_t* slice = my_q + c * (kChunkBytes / kSliceBytes * kSliceValues);
       shared.full[ring.stage].wait(ring.parity);
-#pragma unroll(Source::kFused&& kTokenRows == 2 ? 1 : 2)
-      for (int s = member; s < ceil_div(bytes, kSliceBytes); s += kSplit) {
-        const uint8_t* w = my_w + ring.stage * stage_bytes + s * kSliceBytes;
+#pragma unroll(kUnroll)
+      for (int s = 0; s < slices; ++s) {
         const uint4 low = *reinterpret_cast<const uint4*>(w);
         const uint4 high = *reinterpret_cast<const uint4*>(w + 8 * sizes.pitch);
-        const int8_t* slice = my_q + (c * (kChunkBytes / kSliceBytes) + s) * kSliceValues;
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
           const uint4 b = *reinterpret_cast<const uint4*>(slice + 64 * p);
@@ -300,71 +230,66 @@ __global__ void __launch_bounds__(kThreads, 2)
           mma_u8s8(sums[p], low.x & mask, high.x & mask, low.y & mask, high.y & mask, b.x, b.y);
           mma_u8s8(sums[p], low.z & mask, high.z & mask, low.w & mask, high.w & mask, b.z, b.w);
         }
+        w += kSliceBytes << log_split;
+        slice += kSliceValues << log_split;
       }
       shared.empty[ring.stage].arrive();
     }
 
-    int32_t* const partial = shared.partial[tile % 2];
+    const int buffer = tile % 2 * static_cast<int>(sizeof(shared.partial[0]) / sizeof(int32_t));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int token = 2 * tig + i % 2, row = group * kFragmentRows + g + 8 * (i / 2);
-      if (token < tokens) {
-        partial[(member * tokens + token) * kRowPitch + row] =
+      if (2 * tig + i % 2 < tokens) {
+        my_sums[buffer + i % 2 * sum_pitch + 8 * (i / 2)] =
             sums[0][i] + (sums[1][i] >> 2) + (sums[2][i] >> 4) + (sums[3][i] >> 6);
       }
     }
     sync_consumers();
-    const int row = (threadIdx.x - tile * kTileRows) & (kConsumers - 1);
-    if (row < kTileRows && tile * kTileRows + row < rows) {
-      const int64_t n = n_begin + tile * kTileRows + row;
-      const float bias = scale.bias(task, n);
-      with_dtype(task.y_dtype, [&](auto zero) {
-        using Y = decltype(zero);
-#pragma unroll(Source::kFused ? kMaxTokens : 1)
-        for (int token = 0; token < kMaxTokens; ++token) {
-          const int m = token * kTokenRows;
-          if (m >= tokens) break;
-          int32_t codes[kTokenRows] = {};
+    const int row = (threadIdx.x - tile * tile_rows) & (kConsumers - 1);
+    if (row < tile_rows && tile * tile_rows + row < rows) {
+      const int64_t n = n_begin + tile * tile_rows + row;
+      const int32_t* const partial = shared.partial[0] + buffer + row;
 #pragma unroll
-          for (int r = 0; r < kTokenRows; ++r) {
+      for (int token = 0; token < kMaxTokens; ++token) {
+        const int m = token * kTokenRows;
+        if (m >= tokens) break;
+        int32_t codes[kTokenRows] = {};
 #pragma unroll
-            for (int v = 0; v < kSplit; ++v) {
-              codes[r] += partial[(v * tokens + m + r) * kRowPitch + row];
-            }
+        for (int r = 0; r < kTokenRows; ++r) {
+#pragma unroll
+          for (int v = 0; v < kWarps; ++v) {
+            if (v < split) codes[r] += partial[(v * tokens + m + r) * sum_pitch];
           }
-          float value = dequantize(codes, shared.q_sum + m, shared.s_x[m], scale.s_w);
-          value = __fadd_rn(value, bias);
-          if (task.residual != nullptr) {
-            const int dtype = task.residual_dtype;
-            const int64_t index = token * task.N + n;
-            value = __fadd_rn(
-                value, Source::kFused ? float_from_bits(residual[Source::kFused ? token : 0], dtype)
-                                      : load_as_float(task.residual, dtype, index));
-          }
-          static_cast<Y*>(task.y)[token * task.N + n] = from_float<Y>(value);
         }
-      });
-      load_scales(tile * kTileRows + row + kConsumers);
+        float value = dequantize(codes, shared.tokens.q_sum + m, shared.tokens.s_x[m], mine.s_w);
+        value = __fadd_rn(value, mine.bias());
+        if (task.residual != nullptr) {
+          value = __fadd_rn(value, float_from_bits(mine.residual_bits[token], task.residual_dtype));
+        }
+        with_dtype(task.y_dtype, [&](auto zero) {
+          using Y = decltype(zero);
+          static_cast<Y*>(task.y)[token * task.N + n] = from_float<Y>(value);
+        });
+      }
+      const int next = tile * tile_rows + row + kConsumers;
+      if (next < rows) {
+        mine.locate(task, n_begin + next);
+        mine.load(task, tokens / kTokenRows);
+      }
     }
   }
 #endif
 }
 
-template <class Source, int kLogSplit, int kTokenRows>
+template <class Source, int kTokenRows>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
   const Sizes sizes(call.task.K);
-  const int stage_bytes = static_cast<int>(gemv_stage_bytes(sizes.row_bytes, kLogSplit));
+  const int stage_bytes = static_cast<int>(gemv_stage_bytes(sizes.row_bytes, plan.log_split));
   const int stages = minimum(plan.ring_bytes / stage_bytes, kMaxStages);
   const int shared_bytes = stages * stage_bytes + static_cast<int>(call.task.M) * sizes.q_stride;
   const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
-  return launch_kernel<gemv_kernel<Source, kLogSplit, kTokenRows>>(config, call, call.task, stages);
-}
-
-template <class Source, int kTokenRows>
-cudaError_t launch(const Call& call, const GemvPlan& plan) {
-  if (plan.log_split == 3) return launch<Source, 3, kTokenRows>(call, plan);
-  if (plan.log_split == 2) return launch<Source, 2, kTokenRows>(call, plan);
-  return launch<Source, 1, kTokenRows>(call, plan);
+  return launch_kernel<gemv_kernel<Source, kTokenRows>>(config, call, call.task, stages,
+                                                        plan.log_split);
 }
 
 template <class Source>
@@ -376,15 +301,12 @@ cudaError_t launch(const Call& call, const GemvPlan& plan) {
 
 cudaError_t gemv(const Call& call, const GemvPlan& plan) {
   const bitlinear_cuda_task& task = call.task;
-  const int64_t tokens = task.M / bitlinear_rows_per_token(task.act_bits);
-  // Of a token, that all threads quantise at a time.
-  const int64_t values = kConsumers / (tokens > 2 ? 4 : tokens) * kGroup;
-  if (bitlinear_is_plain(&task.prologue) &&
-      (task.residual == nullptr || task.K > kGemvPrologueGroups * values)) {
+  if (bitlinear_is_plain(&task.prologue)) {
     return dispatch_dtype(
         task.x_dtype, [&](auto zero) { return launch<PlainSource<decltype(zero)>>(call, plan); });
   }
-  return task.K <= values ? launch<FusedSource<1>>(call, plan) : launch<FusedSource<2>>(call, plan);
+  return task.x_dtype == BITLINEAR_F32 ? launch<FusedSource<true>>(call, plan)
+                                       : launch<FusedSource<false>>(call, plan);
 }
 
 }  // namespace cuda

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(32 * (kFused ? kPrologueWarps : kQuantizerWarp
   const auto load = [&](int k) -> Values {
     if constexpr (kFused) {
       const int dtype = dtype_of<X>();
-      RawGroup a, b;
+      RawGroup<> a, b;
       load_raw(a, row, dtype, k, K - k, aligned);
       if (is_gate) load_raw(b, row + K, dtype, k, K - k, aligned);
       return apply_gate(prologue.activation, a, b, dtype);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(32 * (kFused ? kPrologueWarps : kQuantizerWarp
     }
   };
   const auto normalize_at = [&](FloatGroup& values, int k) {
-    RawGroup weights;
+    RawGroup<> weights;
     load_raw(weights, prologue.norm_weight, prologue.norm_dtype, k, K - k, aligned);
     normalize(values, weights, prologue.norm_dtype, factor);
   };
