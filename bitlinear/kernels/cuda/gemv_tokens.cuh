@@ -53,7 +53,7 @@ __device__ inline void compute_now(T& value) {
 }
 
 // What the quantiser reads: x in its dtype. A source is constructed before the predecessor has
-// ended. While the loads of x are in flight, load() calls load_rows() for other loads.
+// ended. load() also calls load_rows(), which starts the loads of the epilogue.
 template <class X>
 struct PlainSource {
   static constexpr bool kFused = false, kWide = sizeof(X) == 4;
