@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,9 @@ class LinearGroup(nn.Module):
 
     Shape:
         Input ``(..., K)``; with an activation ``(..., 2 K)``: two halves ``a`` and ``b``, of which
-        the norm or the layers read ``activation(a) * b``. Output ``(..., N)`` of each layer.
+        the norm or the layers read ``activation(a) * b``. Or the two halves as a pair of tensors
+        ``(..., K)``, such as the outputs of another group, which are not copied. Output
+        ``(..., N)`` of each layer.
 
     Raises:
         TypeError: A layer is not an ``nn.Linear``, or the norm is not a module.
@@ -86,11 +88,14 @@ class LinearGroup(nn.Module):
         if norm is not None:
             why_not_norm(norm)  # It examines a new class, which an older torch.compile cannot do.
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor | tuple[Tensor, Tensor], residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         """Apply the layers.
 
         Args:
-            x: fp32, fp16 or bf16, shape ``(..., K)``; with an activation ``(..., 2 K)``.
+            x: fp32, fp16 or bf16, shape ``(..., K)``; with an activation ``(..., 2 K)``, or two
+                tensors ``(..., K)``.
             residual: Added to the outputs: fp32, fp16 or bf16, in the shape of all outputs side by
                 side, ``(..., N_0 + N_1 + ...)``. Or None.
 
@@ -103,6 +108,8 @@ class LinearGroup(nn.Module):
                 :func:`bitlinear.arguments.check_fused_linear`.
         """
         names, modules = self._names, self._modules
+        if isinstance(x, (tuple, list)):
+            x = self._join(x)
         output = fused_products(self, names, x, modules[_NORM], self.activation, residual)
         if output is not None:
             layers: list[Any] = [modules[name] for name in names]
@@ -120,6 +127,15 @@ class LinearGroup(nn.Module):
             output = residual + output
             widths = [each.shape[-1] for each in outputs]
         return output if len(names) == 1 else output.split(widths, dim=-1)
+
+    def _join(self, halves: Sequence[Tensor]) -> Tensor:
+        if self.activation is None or len(halves) != 2:
+            raise TypeError(
+                f"x must be a tensor, or with an activation a pair of tensors, but it is a "
+                f"{type(halves).__name__} of {len(halves)}, and the activation is "
+                f"{self.activation!r}"
+            )
+        return _side_by_side(*halves)
 
     def _call_layers(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.activation is not None:
@@ -145,3 +161,21 @@ class LinearGroup(nn.Module):
     def extra_repr(self) -> str:
         """The activation, if there is one."""
         return "" if self.activation is None else f"activation={self.activation!r}"
+
+
+def _side_by_side(a: Tensor, b: Tensor) -> Tensor:
+    """``cat([a, b], -1)``; without a copy if ``b`` follows ``a`` in each row of one tensor."""
+    if (
+        type(a) is type(b) is Tensor
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+        and a.shape == b.shape
+        and a.dim() > 1
+        and a.dtype == b.dtype
+        and a.stride() == b.stride()
+        and a.stride(-1) == 1
+        and a.data_ptr() + a.shape[-1] * a.element_size() == b.data_ptr()
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    ):
+        return a.as_strided((*a.shape[:-1], 2 * a.shape[-1]), a.stride())
+    return torch.cat([a, b], dim=-1)

@@ -11,7 +11,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 import bitlinear
-from bitlinear import BitLinear, LinearGroup
+from bitlinear import BitLinear, LinearGroup, linear_group
 from bitlinear.prologue import apply_prologue
 from tests import oracle
 from tests.calls import Calls
@@ -110,6 +110,38 @@ def test_a_group_is_one_product(count, norm, activation, with_residual, bias):
     other = called_one_by_one(group, x, residual)
     assert (side_by_side(outputs) - other).norm() <= 1e-2 * other.norm()
     assert (side_by_side(outputs) - other).abs().median() <= 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 3), (1, 1)])
+@pytest.mark.parametrize("deployed", [True, False])
+def test_halves_of_one_tensor_are_not_copied(shape, deployed, monkeypatch):
+    group = make_group(2, activation="silu")
+    if not deployed:
+        for layer in layers_of(group):
+            layer.undeploy()
+    both = torch.randn(*shape, 2 * K)
+    halves = both.split(K, dim=-1)
+    wanted = group(both)
+    oracle.assert_same_bits(side_by_side(group(halves)), side_by_side(wanted))
+    apart = tuple(half.clone() for half in halves)
+    oracle.assert_same_bits(side_by_side(group(apart)), side_by_side(wanted))
+    oracle.assert_same_bits(
+        side_by_side(group(halves[::-1])), side_by_side(group(torch.cat(halves[::-1], -1)))
+    )
+    monkeypatch.setattr(linear_group.torch, "cat", None)  # Nothing is copied:
+    joined = linear_group._side_by_side(*halves)
+    assert joined.data_ptr() == both.data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3)])
+def test_halves_get_gradients(shape):
+    group = make_group(2, activation="relu2")
+    both = torch.randn(*shape, 2 * K, requires_grad=True)
+    grads = [
+        torch.autograd.grad(side_by_side(group(x)).square().sum(), both)[0]
+        for x in (both, both.split(K, dim=-1))
+    ]
+    oracle.assert_same_bits(*grads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -391,6 +423,11 @@ def test_wrong_arguments():
         LinearGroup({"q": BitLinear(4, 4)}, activation="gelu")
     with pytest.raises(TypeError, match="norm must be a module or None, but it is a float"):
         LinearGroup({"q": BitLinear(4, 4)}, norm=1e-6)
+    pair = (torch.randn(3, K), torch.randn(3, K))
+    with pytest.raises(TypeError, match="but it is a tuple of 2, and the activation is None"):
+        make_group()(pair)
+    with pytest.raises(TypeError, match="but it is a tuple of 3, and the activation is 'silu'"):
+        make_group(activation="silu")((*pair, pair[0]))
     group = make_group()
     for _ in range(2):
         with pytest.raises(ValueError, match=r"shape of the output, \[3, 28\], but it has"):
