@@ -68,6 +68,19 @@ def test_named_files_exist(document):
         assert name in names or name in ("config.json", "meta.json"), name
 
 
+def write_checkpoint(folder):
+    """Write a small packed model and its tokenizer, in place of one that would be downloaded."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from scripts import sample_checkpoints
+
+    folder.mkdir(parents=True)
+    sample_checkpoints.write_bitnet(sample_checkpoints.ternary_llama(), folder)
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
 @documents
 def test_python_examples_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -78,6 +91,8 @@ def test_python_examples_run(document, tmp_path, monkeypatch):
     for block in blocks:
         if "from transformers" in block and importlib.util.find_spec("transformers") is None:
             continue  # an extra, which needs a newer Python than the package
+        for name in re.findall(r'"(microsoft/[\w.-]+)"', block):
+            write_checkpoint(tmp_path / name)  # from_pretrained takes a folder of this name
         exec(compile(block, str(document), "exec"), namespace)
 
 

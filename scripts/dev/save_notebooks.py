@@ -23,7 +23,7 @@ with tools.importing("dev"):
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 NOTEBOOKS = tuple(
-    SCRIPTS / f"{name}.ipynb" for name in ("quickstart", "bring_your_model", "char_lm")
+    SCRIPTS / f"{name}.ipynb" for name in ("quickstart", "generate", "bring_your_model", "char_lm")
 )
 # Each cell has this long, in seconds.
 TIMEOUT = 900

@@ -58,6 +58,22 @@ def test_the_quickstart_runs(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_model_generates_before_and_after_conversion(tmp_path):
+    for module in ("transformers", "gguf"):
+        pytest.importorskip(module)
+    notebook = nbformat.read(SCRIPTS / "generate.ipynb", as_version=4)
+    set_parameters(notebook, "new_tokens, rounds = 2, 1")
+    save_notebooks.run(notebook, tmp_path)
+    outputs = list(map(text_of, outputs_of(notebook)))
+    assert "True" in outputs  # the tokens of both ways to generate are the same
+    weights, rates = (text for text in outputs if "nn.Linear, bf16" in text)
+    megabytes = {name: float(m) for name, m in re.findall(r"^(.*?) {2,}([\d.]+) MB", weights, re.M)}
+    assert megabytes["BitLinear, int8 head"] < megabytes["BitLinear"]
+    assert megabytes["BitLinear"] < megabytes["nn.Linear, bf16"]
+    assert all(f"\n{name}  " in rates for name in megabytes)
+
+
+@pytest.mark.slow
 def test_every_format_is_loaded(tmp_path):
     for module in ("transformers", "gguf", "peft"):
         pytest.importorskip(module)

@@ -22,10 +22,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from packaging.version import Version
 
-if int(transformers.__version__.split(".")[0]) < 5:  # Its from_pretrained works in another way.
+if Version(transformers.__version__) < Version("5.24"):  # The argument of caches has another name.
     raise ImportError(
-        f"bitlinear needs transformers 5.23 or later, but this is {transformers.__version__}: "
+        f"bitlinear needs transformers 5.24 or later, but this is {transformers.__version__}: "
         f"upgrade it with pip install -U transformers"
     )
 

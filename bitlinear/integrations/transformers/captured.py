@@ -7,8 +7,6 @@ import functools
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.distributed.fsdp import is_fsdp_managed_module
@@ -26,12 +24,6 @@ from .report_reader import Reader
 from .small_kernels import compiling
 from .step_cache import stepping, why_no_steps
 from .token_choice import TokenChoice
-
-if Version(transformers.__version__) < Version("5.24"):  # Caches have another name there.
-    raise ImportError(
-        f"generate needs transformers 5.24 or later, but this is {transformers.__version__}: "
-        f"upgrade it with pip install -U transformers"
-    )
 
 # A cache that is made here has room for a multiple of so many tokens, so that sizes repeat and
 # kernels of attention read aligned rows of masks.

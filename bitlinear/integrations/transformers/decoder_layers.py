@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -46,7 +45,6 @@ class FusedDecoderLayer(nn.Module):
     _attention_class: type[nn.Module]
     _mlp_class: type[nn.Module]
     _activations: dict[type[nn.Module], str]
-    _cache_name: str
     _sliding_window: Callable[[Any], dict[str, Any]]
 
     def forward(
@@ -60,7 +58,7 @@ class FusedDecoderLayer(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """Compute the layer, with the arguments and the result of transformers."""
-        if "past_key_values" in kwargs:  # the name of the cache before transformers 5.24
+        if "past_key_values" in kwargs:  # deprecated, as in transformers
             cache = kwargs.pop("past_key_values")
         kwargs.update(position_ids=position_ids, use_cache=use_cache)
         hidden_states = self._attend(
@@ -83,7 +81,7 @@ class FusedDecoderLayer(nn.Module):
                 hidden_states=norm(residual),
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
-                **{self._cache_name: cache},
+                cache=cache,
                 **kwargs,
             )
             return residual + cast(Tensor, output)
@@ -262,7 +260,6 @@ def _make_class(family: str) -> type[FusedDecoderLayer]:
     prefix, sliding_window = _FAMILIES[family]
     modeling = importlib.import_module(_modeling_name(family))
     base = getattr(modeling, f"{prefix}DecoderLayer")
-    has_cache = "cache" in inspect.signature(base.forward).parameters
     attributes = {
         "__module__": __name__,
         # pickle looks for this name; accelerate and FSDP look for __name__, which stays the same.
@@ -277,7 +274,6 @@ def _make_class(family: str) -> type[FusedDecoderLayer]:
             SiLUActivation: "silu",
             ReLUSquaredActivation: "relu2",
         },
-        "_cache_name": "cache" if has_cache else "past_key_values",
         "_sliding_window": staticmethod(sliding_window),
     }
     return type(base.__name__, (FusedDecoderLayer, base), attributes)

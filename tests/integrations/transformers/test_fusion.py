@@ -174,7 +174,7 @@ def test_padding_caches_and_recorded_outputs(implementation):
     layer, plain = decoder_layers(fused_model)[0], decoder_layers(model)[0]
     x = torch.randn(2, 9, 64)
     position = model.model.rotary_emb(x, torch.arange(9)[None])
-    name = "past_key_values"  # of transformers 5.23
+    name = "past_key_values"  # deprecated
     cache = transformers.DynamicCache()
     actual = layer(x, position_embeddings=position, **{name: cache})
     assert_close(actual, plain(x, position_embeddings=position))

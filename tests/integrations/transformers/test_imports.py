@@ -81,9 +81,10 @@ def test_a_process_without_bitlinear_gets_a_warning(tmp_path):
     assert "Unknown quantization type, got bitlinear" in stderr
 
 
-def test_an_old_version_raises(monkeypatch):
+@pytest.mark.parametrize("version", ["4.57.1", "5.23.0"])
+def test_an_old_version_raises(version, monkeypatch):
     # The first import of this file used another module object: transformers replaces its own.
-    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     monkeypatch.delitem(sys.modules, "bitlinear.integrations.transformers")
-    with pytest.raises(ImportError, match=r"transformers 5\.23 or later, but this is 4\.57\.1"):
+    with pytest.raises(ImportError, match=f"transformers 5.24 or later, but this is {version}"):
         importlib.import_module("bitlinear.integrations.transformers")
