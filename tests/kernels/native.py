@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -68,18 +69,22 @@ def compile_variant(
     *arguments: str,
     directory: Path = DIRECTORY,
     driver: Path = DRIVER,
+    driver_arguments: Sequence[str] = (),
 ) -> None:
     """Compile the kernel alone (``-c``), or link kernel, self-test and driver to a program.
 
-    Kernel and self-test have the flags of the variant; the driver is compiled without those for
-    instruction sets, once for all variants.
+    Kernel and self-test have the flags of the variant and ``arguments``; the driver is compiled
+    without those for instruction sets and with ``driver_arguments``, once for all variants.
     """
     command = _compile_command(compiler, variant)
-    sources = [directory / variant.sources[0]]
+    kernel, *self_test = [directory / source for source in variant.sources]
+    sources = [kernel]
     if "-c" not in arguments:
-        sources = [directory / source for source in variant.sources]
         shared_flags = [flag for flag in variant.cflags if not flag.startswith("-m")]
-        sources.append(_compile_driver(driver, *command, *shared_flags, *arguments))
+        built = _compile_driver(driver, *command, *shared_flags, *driver_arguments)
+        # A linker takes the first definition of an inline function. The reference is that of the
+        # driver: under sanitizers, one with their checks would take most of the time.
+        sources += [built, *self_test]
     command += [*variant.cflags, f"-I{directory}", *arguments]
     _run([*command, *map(str, sources), "-o", str(output)])
 

@@ -59,6 +59,14 @@ def test_driver_under_sanitizers(variant, compiled_driver):
     check(*runner, driver, *(["quick"] if runner else []), env=NO_LEAK_DETECTOR if runner else None)
 
 
+def test_the_driver_itself_under_sanitizers(tmp_path):
+    """Above, only the kernels have the checks, and what they get from the heap."""
+    variant = next(variant for variant in VARIANTS if variant.name == "scalar")
+    driver = tmp_path / "driver"
+    compile_variant("g++", variant, driver, *SANITIZE, driver_arguments=SANITIZE)
+    check(driver, "quick")
+
+
 @pytest.mark.parametrize("flag", ["-Os", "-fno-inline"])
 def test_amx_does_not_depend_on_inlining(flag, compiled_driver):
     """GCC does not declare which memory AMX instructions read, and drops stores before them."""
