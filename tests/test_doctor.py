@@ -350,6 +350,7 @@ def test_a_setting_that_means_nothing_is_one_line(warm: Path, variable: str) -> 
     assert line.startswith(f"bitlinear: {variable}='nonsense' ")
 
 
+@pytest.mark.slow
 def test_looking_does_not_compile(tmp_path: Path) -> None:
     root = tmp_path / "cache"
     done = run("--no-build", BITLINEAR_CACHE_DIR=str(root))
@@ -402,6 +403,7 @@ def test_rebuilding_forgets_and_compiles(warm: Path) -> None:
     assert "-ffp-contract=off" in done.stdout  # the commands
 
 
+@pytest.mark.slow
 def test_an_option_that_does_not_exist_compiles_nothing(tmp_path: Path) -> None:
     """Neither an unknown one nor the beginning of one."""
     done = run("--no-b", BITLINEAR_CACHE_DIR=str(tmp_path / "cache"))
@@ -443,6 +445,7 @@ def test_nothing_is_deleted_that_cannot_be_compiled_again(warm: Path) -> None:
     assert artifacts.entries(warm)
 
 
+@pytest.mark.slow
 def test_prebuilding_nonsense_is_one_line(warm: Path) -> None:
     done = run("--prebuild", "avx3", "--prebuild", "scalar", BITLINEAR_CACHE_DIR=str(warm))
     assert (done.returncode, done.stdout) == (2, "")

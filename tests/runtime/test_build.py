@@ -165,6 +165,7 @@ def test_a_kernel_in_the_cache_serves_if_a_better_one_cannot_be_built_now(
     assert "Too many open files" in loaded.verdicts[0].reason
 
 
+@pytest.mark.slow
 def test_a_child_that_is_killed(
     fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

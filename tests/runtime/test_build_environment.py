@@ -28,6 +28,7 @@ from tests.runtime.stand_ins import (
 AWKWARD = "a b $HOME 'ä' \"q\" $"
 
 
+@pytest.mark.slow
 def test_awkward_paths(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache, the sources, the temporary directory and a directory of sys.path."""
     awkward = tmp_path / AWKWARD

@@ -30,6 +30,7 @@ def run(script: str, **environment: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_deleted_from_sys_modules_and_reloaded(warm: dict[str, str]) -> None:
     """Earlier layers and later ones work, whatever the garbage collector has done."""
     errors = run(

@@ -117,6 +117,7 @@ if __name__ == "__main__":
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_activate_switches_the_operator(ready: Path, tmp_path: Path) -> None:
     sources = stand_ins(tmp_path / "sources", ("good", "good", "mismatch"))
     imported = sources.load()
@@ -139,6 +140,7 @@ def test_activate_switches_the_operator(ready: Path, tmp_path: Path) -> None:
 # --- Damage --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_damaged_artifacts_are_built_again(
     ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def gpus(fresh: Path, compiled_beside_gpus: Path, monkeypatch: pytest.MonkeyPatc
 CPU_ONLY = {"kernel0": "cached", "operator": "cached"}
 
 
+@pytest.mark.slow
 def test_cuda_is_built_beside_the_rest_and_found_again(
     fresh: Path,
     tmp_path: Path,

@@ -291,6 +291,7 @@ def test_nothing_can_be_written_to_stderr(tmp_path: Path, kind: str) -> None:
     assert run.stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_a_warning_that_is_an_error_leaves_a_package_that_can_be_imported(tmp_path: Path) -> None:
     run = python(
         """
