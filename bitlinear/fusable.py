@@ -23,8 +23,9 @@ _FORWARD, _FORWARD_PRE, _BACKWARD, _BACKWARD_PRE = (
     for kind in ("forward", "forward_pre", "backward", "backward_pre")
 )
 
-# The attribute of a norm that holds its eps, for each class of norms; "" for another class.
-_EPS_NAMES: dict[type, str] = {nn.RMSNorm: "eps"}
+# The attribute of a norm that holds its eps, for each class of norms and its forward, which can be
+# replaced; "" for another class.
+_EPS_NAMES: dict[tuple[type, Any], str] = {(nn.RMSNorm, nn.RMSNorm.forward): "eps"}
 
 
 def fused_products(
@@ -63,7 +64,7 @@ def fused_products(
     norm_eps = 0.0
     if norm is not None:
         norm_weight = norm._parameters["weight"]
-        norm_eps = getattr(norm, _EPS_NAMES[type(norm)])
+        norm_eps = getattr(norm, _eps_name(type(norm)))
         if norm_weight.dtype != x.dtype:
             return None
     if residual is not None and residual.dtype != output_dtype(x):
@@ -167,15 +168,12 @@ def why_not_norm(norm: nn.Module) -> str:
 
 def _eps_name(kind: type) -> str:
     """The attribute that holds the eps of an RMSNorm of this class; ``""`` for another class."""
-    name = _EPS_NAMES.get(kind)
+    key = (kind, getattr(kind, "forward", None))
+    name = _EPS_NAMES.get(key)
     if name is None:
-        name = _EPS_NAMES[kind] = _find_eps_name(kind)
+        is_plain = same_computation(key[1], _rms_norm_forward)
+        name = _EPS_NAMES[key] = "variance_epsilon" if is_plain else ""
     return name
-
-
-def _find_eps_name(kind: type) -> str:
-    forward: Any = getattr(kind, "forward", None)
-    return "variance_epsilon" if same_computation(forward, _rms_norm_forward) else ""
 
 
 def same_computation(one: Any, other: Any) -> bool:

@@ -87,19 +87,24 @@ def generate(
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise TypeError(
             f"generate takes a PreTrainedModel that can generate, but this is a "
-            f"{type(model).__name__}: pass the model inside, for example "
-            f"peft_model.get_base_model()"
+            f"{type(model).__name__}: call its own generate, or pass the model inside if that "
+            f"computes the same, as peft_model.get_base_model() does with LoRA"
         )
-    for name in ("assistant_model", "custom_generate", "synced_gpus"):
-        if kwargs.get(name):
+    for name in ("assistant_model", "custom_generate", "synced_gpus", "token_healing"):
+        if kwargs.pop(name, None):
             raise ValueError(f"{name} cannot be captured: {_ELSEWHERE}")
+    if kwargs.get("cache_implementation") not in (None, "static"):
+        raise ValueError(
+            f"cache_implementation={kwargs['cache_implementation']!r} cannot be captured: "
+            f"{_ELSEWHERE}"
+        )
     if model.generation_config.stop_strings is not None:
         raise ValueError(
             f"model.generation_config.stop_strings is {model.generation_config.stop_strings!r}: "
             f"set it to None, and pass stop_strings to this call"
         )
-    if stop_strings is None and generation_config is not None:
-        stop_strings = generation_config.stop_strings
+    if generation_config is not None and generation_config.stop_strings is not None:
+        stop_strings = stop_strings or generation_config.stop_strings
         generation_config = copy.deepcopy(generation_config)
         generation_config.stop_strings = None
     if stop_strings is not None:
@@ -110,9 +115,9 @@ def generate(
     result: Tensor | GenerateDecoderOnlyOutput = model.generate(
         inputs,
         generation_config,
-        streamer=streamer,
         stopping_criteria=stopping_criteria,
-        # transformers withholds streamer and tokenizer from a function that it gets here.
+        # transformers withholds streamer and tokenizer from a function that it gets here. It would
+        # give the prompts to the streamer before the call is checked.
         custom_generate=functools.partial(_decode, streamer=streamer),
         **kwargs,
     )
@@ -138,6 +143,8 @@ def _decode(
     length = _prompt_length(input_ids, config, model_kwargs)
     cache = _static_cache(model, config, model_kwargs, length + choice.limit - 1)
     model_kwargs["cache"] = cache
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
 
     outputs = model._prefill(input_ids, config, model_kwargs)
     choice(outputs.logits[:, -1])

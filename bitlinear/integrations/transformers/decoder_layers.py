@@ -26,6 +26,9 @@ _DOWN = ("down_proj",)
 _RECORDERS = "transformers.utils.output_capturing"
 
 
+_Kind = tuple[type[nn.Module], Any]
+
+
 class FusedDecoderLayer(nn.Module):
     """The forward pass of a decoder layer, with four products.
 
@@ -42,9 +45,11 @@ class FusedDecoderLayer(nn.Module):
     # Set by each subclass.
     unfused_class: type[nn.Module]
     _modeling: Any  # the module of the model in transformers
-    _attention_class: type[nn.Module]
-    _mlp_class: type[nn.Module]
-    _activations: dict[type[nn.Module], str]
+    # Classes with their forward, which a library can replace.
+    _unfused: _Kind
+    _attention: _Kind
+    _mlp: _Kind
+    _activations: dict[_Kind, str]
     _sliding_window: Callable[[Any], dict[str, Any]]
 
     def forward(
@@ -60,6 +65,14 @@ class FusedDecoderLayer(nn.Module):
         """Compute the layer, with the arguments and the result of transformers."""
         if "past_key_values" in kwargs:  # deprecated, as in transformers
             cache = kwargs.pop("past_key_values")
+        if self._why_layer_called():
+            unfused: Any = self.unfused_class.forward
+            output: Tensor = unfused(
+                *(self, hidden_states, attention_mask, position_ids, cache, use_cache),
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            return output
         kwargs.update(position_ids=position_ids, use_cache=use_cache)
         hidden_states = self._attend(
             hidden_states, attention_mask, cache, position_embeddings, kwargs
@@ -105,9 +118,7 @@ class FusedDecoderLayer(nn.Module):
             q, k, v = store(rotate, q, k, v, *position_embeddings)
         else:
             if together is not None:
-                together = rotate_together(
-                    rotate, modeling.rotate_half, together, *position_embeddings
-                )
+                together = rotate_together(rotate, together, *position_embeddings)
             if together is None:
                 q, k = rotate(q, k, *position_embeddings)
             else:
@@ -162,24 +173,33 @@ class FusedDecoderLayer(nn.Module):
 
     def _activation(self, module: Any) -> str | None:
         """The name of a gate's activation; None if it cannot be a part of a product."""
-        return None if module is None or why_called(module) else self._activations.get(type(module))
+        return (
+            None if module is None or why_called(module) else self._activations.get(_kind(module))
+        )
+
+    def _why_layer_called(self) -> str:
+        if self.unfused_class.forward is self._unfused[1]:
+            return ""
+        return f"the forward of {self.unfused_class.__name__} was replaced"
 
     def _why_attention_called(self) -> str:
         attention: Any = self._modules["self_attn"]
-        if type(attention) is not self._attention_class:
-            return f"self_attn is a {type(attention).__name__}"
+        if _kind(attention) != self._attention:
+            return _why_other("self_attn", attention, self._attention)
         reason = why_called(attention, _RECORDERS)
         return f"self_attn {reason}" if reason else ""
 
     def _why_mlp_called(self) -> str:
         mlp: Any = self._modules["mlp"]
-        if type(mlp) is not self._mlp_class:
-            return f"mlp is a {type(mlp).__name__}"
+        if _kind(mlp) != self._mlp:
+            return _why_other("mlp", mlp, self._mlp)
         reason = why_called(mlp)
         return f"mlp {reason}" if reason else ""
 
     def why_not_fused(self) -> list[str]:
         """Why products of this layer are not fused: one reason each; empty if all are."""
+        if self._why_layer_called():
+            return [self._why_layer_called()]
         modules: Any = self._modules
         attention, mlp = modules["self_attn"], modules["mlp"]
         reasons = [self._why_attention_called(), self._why_mlp_called()]
@@ -197,6 +217,27 @@ class FusedDecoderLayer(nn.Module):
 
     def _get_name(self) -> str:
         return type(self).__qualname__
+
+
+def _kind(module: nn.Module) -> _Kind:
+    return type(module), type(module).forward
+
+
+def _why_other(name: str, module: nn.Module, known: _Kind) -> str:
+    kind = type(module).__name__
+    if type(module) is known[0]:
+        return f"the forward of {kind} was replaced"
+    return f"{name} is a {kind}"
+
+
+def _known_kind(cls: type[nn.Module]) -> _Kind:
+    """A class of transformers with its own forward; with None if it was replaced already."""
+    forward: Any = cls.forward
+    is_own = (forward.__module__, forward.__qualname__) == (
+        cls.__module__,
+        f"{cls.__qualname__}.forward",
+    )
+    return cls, forward if is_own else None
 
 
 def _step_store(cache: Any, index: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
@@ -267,12 +308,13 @@ def _make_class(family: str) -> type[FusedDecoderLayer]:
         "__doc__": FusedDecoderLayer.__doc__,
         "unfused_class": base,
         "_modeling": modeling,
-        "_attention_class": getattr(modeling, f"{prefix}Attention"),
-        "_mlp_class": getattr(modeling, f"{prefix}MLP"),
+        "_unfused": _known_kind(base),
+        "_attention": _known_kind(getattr(modeling, f"{prefix}Attention")),
+        "_mlp": _known_kind(getattr(modeling, f"{prefix}MLP")),
         "_activations": {
-            nn.SiLU: "silu",
-            SiLUActivation: "silu",
-            ReLUSquaredActivation: "relu2",
+            _known_kind(nn.SiLU): "silu",
+            _known_kind(SiLUActivation): "silu",
+            _known_kind(ReLUSquaredActivation): "relu2",
         },
         "_sliding_window": staticmethod(sliding_window),
     }

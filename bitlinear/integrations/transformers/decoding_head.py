@@ -31,6 +31,8 @@ class DecodingHead(nn.Linear):
             and self.bias is None
             and weight.dtype == rows.dtype == torch.bfloat16
             and (type(rows), type(weight)) == (Tensor, nn.Parameter)
+            and not torch.is_autocast_enabled("cpu")  # torch.mv ignores it
+            and not torch.jit.is_tracing()
         ):
             output = torch.mv(weight, rows[0])
         else:

@@ -11,11 +11,11 @@ from torch import Tensor
 from ...fusable import same_computation
 
 
-def rotate_together(rotate: Callable[..., Any], rotate_half: Any, x: Tensor, *angles: Any) -> Any:
+def rotate_together(rotate: Callable[..., Any], x: Tensor, *angles: Any) -> Any:
     """Rotate heads of queries and of keys in one tensor.
 
     Args:
-        rotate, rotate_half: ``apply_rotary_pos_emb`` and ``rotate_half`` of the model.
+        rotate: ``apply_rotary_pos_emb`` of the model.
         x: ``(batch, heads, tokens, head_dim)``.
         angles: The cosines and the sines, ``(batch, tokens, head_dim)``.
 
@@ -23,11 +23,11 @@ def rotate_together(rotate: Callable[..., Any], rotate_half: Any, x: Tensor, *an
         The rotated heads, the same bits as of ``rotate``; None if ``rotate`` is not the function
         of Llama in transformers.
     """
-    key = (rotate, rotate_half)
+    key = (rotate, getattr(rotate, "__globals__", {}).get("rotate_half"))
     is_known = _is_known.get(key)
     if is_known is None:
         is_known = same_computation(rotate, _rotate_of_llama)
-        is_known = is_known and same_computation(rotate_half, _rotate_half_of_llama)
+        is_known = is_known and same_computation(key[1], _rotate_half_of_llama)
         _is_known[key] = is_known
     if not is_known:
         return None

@@ -60,7 +60,8 @@ class TokenChoice:
         self._ids, self._processors = ids, processors
         self.do_sample = bool(config.do_sample)
         lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
-        self.limit = min([config.max_length, *lengths]) - ids.shape[1]
+        # As in transformers, a criterion that is fulfilled already counts after one token.
+        self.limit = max(1, min([config.max_length, *lengths]) - ids.shape[1])
         eos = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
         self._eos = torch.cat([t.to(ids.device).reshape(-1) for t in eos]) if eos else None
         known = (MaxLengthCriteria, EosTokenCriteria)

@@ -328,7 +328,7 @@ def test_what_is_refused_computes_nothing(model, case):
 def test_models_that_are_refused(model):
     with pytest.raises(ValueError, match="only decoder-only models"):
         generate(make_encoder_decoder(), IDS, max_new_tokens=2)
-    with pytest.raises(TypeError, match=r"a Sequential: pass the model inside"):
+    with pytest.raises(TypeError, match="a Sequential: call its own generate, or pass"):
         generate(nn.Sequential(model), IDS)
     with pytest.raises(TypeError, match=r"that can generate, but this is a LlamaModel"):
         generate(model.model, IDS)
@@ -378,3 +378,28 @@ def test_a_cache_is_whole_after_an_error(model):
 
 
 INITIALIZED = {"device", "batch_size", "num_heads", "v_head_dim", "k_head_dim"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 2},
+        {"use_cache": False},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        {"cache_implementation": "paged"},
+        {"token_healing": True},
+    ],
+)
+def test_a_streamer_gets_nothing_of_a_refused_call(model, settings):
+    recorder = Recorder()
+    with pytest.raises(ValueError, match=r"call model\.generate instead"):
+        generate(model, IDS[:1], streamer=recorder, max_new_tokens=2, **settings)
+    assert vars(recorder) == vars(Recorder())
+
+
+def test_a_criterion_that_the_prompt_fulfils_ends_after_one_token(model):
+    criteria = transformers.StoppingCriteriaList([transformers.MaxLengthCriteria(3)])
+    settings = {"max_new_tokens": 70, "stopping_criteria": criteria}
+    assert torch.equal(
+        generate(model, IDS, **settings), model.generate(IDS, do_sample=False, **settings)
+    )

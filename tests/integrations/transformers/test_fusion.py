@@ -284,6 +284,40 @@ def test_a_change_counts_from_the_next_call_on(kind):
     assert not decoder_layers(fused_model)[1].why_not_fused()
 
 
+@pytest.mark.parametrize("kind", ["Attention", "MLP", "DecoderLayer", "RMSNorm", "SiLU"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_forward_replaced_on_a_class_counts(kind, is_first, monkeypatch):
+    model = make()
+    owners = {
+        "Attention": model.model.layers[0].self_attn,
+        "MLP": model.model.layers[0].mlp,
+        "DecoderLayer": model.model.layers[0],
+        "RMSNorm": model.model.norm,
+        "SiLU": model.model.layers[0].mlp.act_fn,
+    }
+    cls = type(owners[kind])
+    forward, calls = cls.forward, []
+
+    def changed(self, *args, **kwargs):
+        calls.append(self)
+        output = forward(self, *args, **kwargs)
+        return (output[0] / 2, *output[1:]) if isinstance(output, tuple) else output / 2
+
+    fused_model = copy.deepcopy(model)
+    module._make_class.cache_clear()
+    if not is_first:
+        logits(fuse(fused_model))
+    monkeypatch.setattr(cls, "forward", changed)
+    try:
+        wanted = logits(model)
+        count = len(calls)
+        assert count
+        assert_close(logits(fuse(fused_model) if is_first else fused_model), wanted)
+        assert len(calls) == 2 * count
+    finally:
+        module._make_class.cache_clear()
+
+
 def test_a_hook_of_all_modules_sees_every_layer():
     model, seen = fuse(make()), set()
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.add(m))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import types
 
 import pytest
 import torch
@@ -22,17 +23,13 @@ def test_it_gives_the_bits_of_transformers(family, dtype):
     x = torch.randn(2, 5, 3, 16).to(dtype)
     cos, sin = torch.randn(2, 2, 3, 16).to(dtype)
     rotate = model.apply_rotary_pos_emb
-    together = rotation.rotate_together(rotate, model.rotate_half, x, cos, sin)
+    together = rotation.rotate_together(rotate, x, cos, sin)
     oracle.assert_same_bits(together, torch.cat(rotate(x[:, :3], x[:, 3:], cos, sin), dim=1))
 
 
-def other_default(q, k, cos, sin, unsqueeze_dim=2):
-    """As in transformers."""
-    cos = cos.unsqueeze(unsqueeze_dim)
-    sin = sin.unsqueeze(unsqueeze_dim)
-    q_embed = (q * cos) + (rotation.rotate_half(q) * sin)
-    k_embed = (k * cos) + (rotation.rotate_half(k) * sin)
-    return q_embed, k_embed
+def with_globals(function, defaults=(1,), **names):
+    """The function of Llama with other global names or defaults."""
+    return types.FunctionType(function.__code__, {"torch": torch, **names}, None, defaults)
 
 
 def other_half(x):
@@ -42,18 +39,22 @@ def other_half(x):
     return torch.cat((x2, -x1), dim=-1)
 
 
+llama, half = rotation._rotate_of_llama, rotation.rotate_half
+
+
 @pytest.mark.parametrize(
-    ("rotate", "rotate_half"),
+    ("rotate", "is_known"),
     [
-        (other_default, rotation.rotate_half),
-        (rotation._rotate_of_llama, other_half),
-        (lambda q, k, cos, sin: (q, k), rotation.rotate_half),
-        (torch.nn.Identity(), rotation.rotate_half),
+        (llama, True),
+        (with_globals(llama, rotate_half=half), True),
+        (with_globals(llama, (2,), rotate_half=half), False),
+        (with_globals(llama, rotate_half=other_half), False),
+        (with_globals(llama), False),
+        (lambda q, k, cos, sin: (q, k), False),
+        (torch.nn.Identity(), False),
     ],
 )
-def test_another_function_is_not_replaced(rotate, rotate_half):
+def test_another_function_is_not_replaced(rotate, is_known):
     x = torch.randn(1, 2, 3, 4)
-    angles = torch.ones(1, 3, 4), torch.zeros(1, 3, 4)
-    known = rotation.rotate_together(rotation._rotate_of_llama, rotation.rotate_half, x, *angles)
-    assert known is not None
-    assert rotation.rotate_together(rotate, rotate_half, x, *angles) is None
+    together = rotation.rotate_together(rotate, x, torch.ones(1, 3, 4), torch.zeros(1, 3, 4))
+    assert (together is not None) == is_known
