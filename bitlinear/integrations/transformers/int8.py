@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...autograd import Function
 from ...packing import enumerate_chunks
 from ...quantize import HIGH_WEIGHT, quantize_activations, split_activations
 from .small_kernels import call
@@ -117,12 +118,11 @@ class Int8Table(nn.Module):
         return f"{self.values.shape[0]}, {self.values.shape[1]}"
 
 
-class _Product(torch.autograd.Function):
+class _Product(Function):
     """``x @ (values * scales).T`` with the gradient of ``x``; the table is a constant."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-        ctx.save_for_backward(values, scales)
+    def forward(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
         is_one_token = x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(x) == 1
         if is_one_token and x.shape[1] % 64 == 0:
             # With more tokens or another dtype this operator is slower than a float product. It
@@ -134,6 +134,10 @@ class _Product(torch.autograd.Function):
         product = _integer_product if _has_integer_product(values) else _expanded_product
         parts = [call(product, part, values, scales) for part in x.split(_BLOCK_TOKENS)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Int8Embedding(nn.Module):
+class _Int8Module(nn.Module):
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__} has int8 weights in its table, and no weight of floating "
+                f"point: resize or change the embeddings of a model before quantize_head"
+            )
+        return super().__getattr__(name)
+
+
+class Int8Embedding(_Int8Module):
     """Embedding whose rows are int8 with a scale each; see :class:`Int8Table`.
 
     It has no parameter. Indices of int32 or int64 in any shape; the output has the shape
@@ -32,7 +42,7 @@ class Int8Embedding(nn.Module):
         return self.table.lookup(input)
 
 
-class Int8Head(nn.Module):
+class Int8Head(_Int8Module):
     """Linear layer with int8 weights, one scale per output feature; see :class:`Int8Table`.
 
     ``y = x @ (values * scales).T + bias``, in the dtype of ``x``, for ``x`` of shape ``(..., K)``.

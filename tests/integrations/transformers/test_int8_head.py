@@ -144,6 +144,28 @@ def test_the_gradient_of_the_input_and_of_the_bias(dtype, tokens):
     oracle.assert_same_bits(head(x.detach()), plain + head.bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transforms_of_torch_func(dtype):
+    head = quantize_head(make_llama().to(dtype)).lm_head
+    x = torch.randn(3, 32, dtype=dtype, requires_grad=True)
+    wanted = torch.autograd.grad(head(x).square().sum(), x)[0]
+    actual = torch.func.grad(lambda x: head(x).square().sum())(x.detach())
+    oracle.assert_same_bits(actual, wanted)
+    oracle.assert_same_bits(
+        torch.vmap(head)(x[:, None]), torch.stack([head(t) for t in x[:, None]])
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_needs_a_weight_gets_an_explanation(tied):
+    model = quantize_head(make_llama(tie_word_embeddings=tied))
+    with pytest.raises(AttributeError, match="resize or change the embeddings"):
+        model.resize_token_embeddings(5)
+    assert not hasattr(model.lm_head, "weight")
+    with pytest.raises(AttributeError, match="no attribute 'wait'"):
+        _ = model.lm_head.wait
+
+
 def test_autocast():
     table = table_of(torch.randn(6, 8))
     x = torch.randn(2, 8)
