@@ -17,6 +17,10 @@ class DecodingHead(nn.Linear):
 
     Rows are multiplied as a matrix. (``F.linear`` of torch 2.13 on a CPU copies a weight that needs
     no gradient, if the input is one token cut out of a longer sequence.)
+
+    Tools that look for the class ``nn.Linear`` itself do not find it: ``quantize_dynamic`` leaves
+    it in floating point, and ``torch.fx`` and ``torch.jit.script`` cannot read it. For them, give
+    the class back: ``model.lm_head.__class__ = nn.Linear``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
