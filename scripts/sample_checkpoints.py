@@ -105,7 +105,7 @@ def write_random_bitnet(folder: Path) -> Path:
     config = models.make_config("small", layers=4)
     model = models.packed(models.random_embedding(config, "cpu"), config)
     state = dict(model.state_dict())
-    del state["lm_head.weight"]  # that of the embedding
+    del state["lm_head.weight"]  # The embedding has the same tensor.
     write(model, folder, state, {"quant_method": "bitnet", "linear_class": "bitlinear"})
     return folder
 

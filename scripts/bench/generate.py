@@ -12,8 +12,8 @@ first token of a call does not count, as it contains the set-up of the call. The
 the cache of a model of torch are random. **Captured decode** (NVIDIA GPU only): the same by
 ``bitlinear.integrations.transformers.generate``, which replays a CUDA graph, from the token on in
 whose step the graph was captured. Loading, tokenizing and sampling are not timed: the next token is
-the most likely one. Memory is that of a process that does nothing but load one contestant and
-generate 2 tokens after 128.
+the most likely one. Memory is measured in a process that only loads one contestant and generates
+2 tokens after 128.
 
 llama.cpp is timed through the package llama-cpp-python, if it is installed (``pip install
 llama-cpp-python`` compiles it for minutes, for the instructions of this machine). Its settings are

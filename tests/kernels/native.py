@@ -82,8 +82,8 @@ def compile_variant(
     if "-c" not in arguments:
         shared_flags = [flag for flag in variant.cflags if not flag.startswith("-m")]
         built = _compile_driver(driver, *command, *shared_flags, *driver_arguments)
-        # A linker takes the first definition of an inline function. The reference is that of the
-        # driver: under sanitizers, one with their checks would take most of the time.
+        # A linker takes the first definition of an inline function. The driver comes first, because
+        # its reference has no checks of sanitizers, which would take most of the time.
         sources += [built, *self_test]
     command += [*variant.cflags, f"-I{directory}", *arguments]
     _run([*command, *map(str, sources), "-o", str(output)])

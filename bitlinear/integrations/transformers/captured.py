@@ -51,9 +51,9 @@ def generate(
     while the next step runs already. On a CPU the same loop runs without capture.
 
     The cache is a ``StaticCache``: one that the caller passes (``cache``), or a new one with room
-    for ``max_length`` tokens, with ``cache_implementation="static"`` or without. The tokens are
-    those of ``model.generate`` with a static cache that is not compiled; for sampling too, from
-    the same seed.
+    for ``max_length`` tokens, with ``cache_implementation="static"`` or without.
+    The call returns the same tokens as ``model.generate`` with a static cache that is not compiled;
+    for sampling too, from the same seed.
 
     On a GPU the rotation of queries and keys in fused decoder layers, the product of an int8 head
     and the choice are compiled when they first run, with the same roundings; it takes 8 s.

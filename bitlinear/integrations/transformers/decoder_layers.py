@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...fusable import fused_products, why_called, why_not_fused
 from ...prologue import ACTIVATIONS
-from .rotation import rotate_together
+from .rotation import rotate_heads
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _OUT = ("o_proj",)
@@ -117,12 +117,7 @@ class FusedDecoderLayer(nn.Module):
         if store is not None:
             q, k, v = store(rotate, q, k, v, *position_embeddings)
         else:
-            if together is not None:
-                together = rotate_together(rotate, together, *position_embeddings)
-            if together is None:
-                q, k = rotate(q, k, *position_embeddings)
-            else:
-                q, k = together.split(heads[:2], dim=1)
+            q, k = rotate_heads(rotate, q, k, together, *position_embeddings)
             if cache is not None:
                 k, v = cache.update(k, v, attention.layer_idx, kwargs=kwargs)
         attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -173,9 +168,9 @@ class FusedDecoderLayer(nn.Module):
 
     def _activation(self, module: Any) -> str | None:
         """The name of a gate's activation; None if it cannot be a part of a product."""
-        return (
-            None if module is None or why_called(module) else self._activations.get(_kind(module))
-        )
+        if module is None or why_called(module):
+            return None
+        return self._activations.get(_kind(module))
 
     def _why_layer_called(self) -> str:
         if self.unfused_class.forward is self._unfused[1]:

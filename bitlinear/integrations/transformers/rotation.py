@@ -11,6 +11,16 @@ from torch import Tensor
 from ...fusable import same_computation
 
 
+def rotate_heads(
+    rotate: Callable[..., Any], q: Tensor, k: Tensor, together: Tensor | None, *angles: Any
+) -> Any:
+    """Apply ``rotate`` to queries and keys; ``together`` is one tensor of both, or None."""
+    rotated = None if together is None else rotate_together(rotate, together, *angles)
+    if rotated is None:
+        return rotate(q, k, *angles)
+    return rotated.split([q.shape[1], k.shape[1]], dim=1)
+
+
 def rotate_together(rotate: Callable[..., Any], x: Tensor, *angles: Any) -> Any:
     """Rotate heads of queries and of keys in one tensor.
 

@@ -192,7 +192,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   mine.locate(task, n_begin + minimum(static_cast<int>(threadIdx.x), rows - 1));
   const int g = lane / 4, tig = lane % 4;
   const int group = warp >> log_split;
-  // If the warps of a group have unequal shares, those of the next group balance them.
+  // Every second group numbers its warps backwards: if their shares are unequal, it balances the
+  // load.
   const int member = (warp ^ (group % 2 ? split - 1 : 0)) & (split - 1);
   const int sum_pitch = tile_rows + 4;  // of the partial sums
   int32_t* const my_sums =
