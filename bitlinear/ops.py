@@ -22,6 +22,12 @@ from .arguments import (
     check_linear,
     raise_unsupported_layout,
 )
+from .head_products import (
+    fake_bf16_product,
+    fake_int8_product,
+    reference_bf16_product,
+    reference_int8_product,
+)
 from .prologue import apply_prologue
 from .quantize import (
     INTEGER_DTYPES,
@@ -47,6 +53,8 @@ SCHEMAS = (
     "ScalarType? dtype=None) -> Tensor",
     "quantize_activations(Tensor x, float eps=1e-6, int act_bits=8) -> (Tensor, Tensor)",
     "expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
+    "int8_product(Tensor q, Tensor s_x, Tensor w, Tensor w_scale, ScalarType dtype) -> Tensor",
+    "bf16_product(Tensor x, Tensor w) -> Tensor",
 )
 
 # Dispatch keys of tensors without strides. If none of ours is registered for them, torch raises an
@@ -57,6 +65,14 @@ _UNSUPPORTED_KEYS = (
 )
 
 _REGISTRATIONS = "_bitlinear_registrations"
+
+
+_state = {"has_cpu_kernels": False}
+
+
+def has_cpu_kernels() -> bool:
+    """Whether the operators run compiled code on the CPU."""
+    return _state["has_cpu_kernels"]
 
 
 def unregister() -> None:
@@ -79,6 +95,7 @@ def register(compiled: bool) -> None:
     library = torch.library.Library("bitlinear", "FRAGMENT")
     # The registrations last as long as this object.
     setattr(torch.library, _REGISTRATIONS, library)
+    _state["has_cpu_kernels"] = compiled
     pt2 = (torch.Tag.pt2_compliant_tag,)
 
     if not compiled:
@@ -91,6 +108,8 @@ def register(compiled: bool) -> None:
         "expand_weight": (_fake_expand_weight, reference_expand_weight),
         "quantize_activations": (_fake_quantize_activations, quantize_activations),
         "expand_activations": (_fake_expand_activations, reference_expand_activations),
+        "int8_product": (fake_int8_product, reference_int8_product),
+        "bf16_product": (fake_bf16_product, reference_bf16_product),
     }
     for name, (fake, reference) in implementations.items():
         torch.library.register_fake(f"bitlinear::{name}", fake, lib=library)

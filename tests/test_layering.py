@@ -19,6 +19,7 @@ ORDER = [
     "messages",
     "arguments",
     "integrations",
+    "head_products",
     "ops",
     "autograd",
     "deployed",

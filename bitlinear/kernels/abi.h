@@ -6,7 +6,7 @@
 
 #include "portability.h"
 
-#define BITLINEAR_ABI_VERSION 7
+#define BITLINEAR_ABI_VERSION 8
 
 // Sums are int32. The codes of the most significant plane of a packed byte are 64 times too large
 // (see gemv.h), so |acc| <= 127 * 2 * 64 * K / 4, which is below 2^31 for K < 528,000.
@@ -102,6 +102,18 @@ struct bitlinear_kernel_table {
   // As quantize_row, but q[0:K] has the order of x, and holds int8 or int16.
   void (*quantize_in_order)(const void* x, int dtype, int64_t K, float eps, int64_t act_bits,
                             void* q, float* s_x);
+
+  // The functions below are for the head of a model: y[n], for `rows` rows of K weights, and one
+  // token in the order of torch.
+  //
+  // Weights of int8 with a scale each row, and an activation of 16 bits: the exact sum of
+  // w[n, k] * q[k], in fp32, times (s_x * s_w[n]).
+  void (*int8_rows)(const int8_t* w, int64_t rows, int64_t K, const int16_t* q, float s_x,
+                    const float* s_w, void* y, int y_dtype);
+  // Weights of bf16: the sum of w[n, k] * x[k] in fp32. Each operation is rounded on its own, in an
+  // order that depends on K alone (head.h).
+  void (*bf16_rows)(const uint16_t* w, int64_t rows, int64_t K, const float* x, void* y,
+                    int y_dtype);
 };
 
 // An odd number of cache lines. Rows a power of two apart would compete for the same cache sets.

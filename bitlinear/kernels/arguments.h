@@ -256,6 +256,37 @@ inline void check_quantized(const at::Tensor& q, const at::Tensor& s_x, at::Scal
   check_output_dtype(dtype);
 }
 
+// The same conditions and messages as reference_int8_product in head_products.py.
+inline void check_int8_product(const at::Tensor& q, const at::Tensor& s_x, const at::Tensor& w,
+                               const at::Tensor& w_scale, at::ScalarType dtype) {
+  check_quantized(q, s_x, dtype);
+  TORCH_CHECK_TYPE(q.scalar_type() == at::ScalarType::Short,
+                   "bitlinear: q must be int16, but it is ", dtype_name(q.scalar_type()),
+                   ": quantise with act_bits = 16");
+  TORCH_CHECK_VALUE(w.scalar_type() == at::ScalarType::Char && w.dim() == 2 &&
+                        w.size(1) == q.size(-1) && w.device() == q.device(),
+                    "bitlinear: w must be int8, of shape (N, ", q.size(-1), "), on ", q.device(),
+                    ", but it is ", dtype_name(w.scalar_type()), " of shape ", w.sizes(), " on ",
+                    w.device());
+  TORCH_CHECK_VALUE(w_scale.scalar_type() == at::ScalarType::Float && w_scale.dim() == 2 &&
+                        w_scale.size(0) == w.size(0) && w_scale.size(1) == 1 &&
+                        w_scale.device() == q.device(),
+                    "bitlinear: w_scale must be float32, of shape (", w.size(0), ", 1), on ",
+                    q.device(), ", but it is ", dtype_name(w_scale.scalar_type()), " of shape ",
+                    w_scale.sizes(), " on ", w_scale.device());
+}
+
+// The same conditions and messages as reference_bf16_product in head_products.py.
+inline void check_bf16_product(const at::Tensor& x, const at::Tensor& w) {
+  TORCH_CHECK_VALUE(
+      x.scalar_type() == at::ScalarType::BFloat16 && w.scalar_type() == at::ScalarType::BFloat16 &&
+          w.dim() == 2 && x.dim() > 0 && x.size(-1) == w.size(1) && x.device() == w.device(),
+      "bitlinear: x must be bfloat16, of shape (..., K), and w bfloat16, of shape (N, K) on the "
+      "same device, but they are ",
+      dtype_name(x.scalar_type()), " of shape ", x.sizes(), " on ", x.device(), " and ",
+      dtype_name(w.scalar_type()), " of shape ", w.sizes(), " on ", w.device());
+}
+
 inline void check_tokens(const at::Tensor& x, double eps, int64_t act_bits) {
   check_act_bits(act_bits);
   check_eps(eps, act_bits);

@@ -384,6 +384,71 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
   return "";
 }
 
+// Checks the functions for the head of a model: c.N rows of int8 and of bf16. Returns "" or the
+// first difference.
+inline std::string check_head(const bitlinear_kernel_table& kernels, const Case& c, uint64_t seed) {
+  Random random{seed * 2654435761u + 2};
+  const bool is_largest = c.data == Data::kLargestSums;
+  const float special = c.data == Data::kNonFinite ? NAN : 0.0f;
+  const auto integer = [&](int32_t largest) {
+    if (is_largest) return largest;
+    const int32_t value = static_cast<int32_t>(random.next() % (2 * largest + 1)) - largest;
+    return c.data == Data::kZero ? 0 : value;
+  };
+  std::vector<int8_t> w(static_cast<size_t>(c.N * c.K));
+  std::vector<int16_t> q(static_cast<size_t>(c.K));
+  std::vector<float> s_w(static_cast<size_t>(c.N)), x(static_cast<size_t>(c.K));
+  Buffer halves(BITLINEAR_BF16, c.N * c.K);
+  const float size = c.data == Data::kSubnormal ? 0x1p-64f : 1.0f;  // of products, its square
+  for (int64_t i = 0; i < c.N * c.K; ++i) {
+    w[i] = static_cast<int8_t>(integer(127));
+    halves.set(i, random.uniform() * size);
+  }
+  for (int64_t k = 0; k < c.K; ++k) {
+    q[k] = static_cast<int16_t>(integer(32385));
+    x[k] = random.uniform() * size;
+  }
+  x[random.next() % c.K] += special;
+  for (float& scale : s_w) scale = 0.01f + fabsf(random.uniform());
+  const float s_x = 0.003f + special;
+
+  Buffer y(c.dtype, c.N), z(c.dtype, c.N), want(c.dtype, 1);
+  {
+    const SubnormalScope scope(c.flushes_subnormals ? Subnormals::kFlush : Subnormals::kPreserve);
+    kernels.int8_rows(w.data(), c.N, c.K, q.data(), s_x, s_w.data(), y.data(), c.dtype);
+    kernels.bf16_rows(reinterpret_cast<const uint16_t*>(halves.data()), c.N, c.K, x.data(),
+                      z.data(), c.dtype);
+  }
+  for (int64_t n = 0; n < c.N; ++n) {
+    int64_t sum = 0;
+    float sums[64] = {};
+    for (int64_t k = 0; k < c.K; ++k) {
+      sum += int64_t{w[n * c.K + k]} * q[k];
+      // Volatile: contraction would merge the two roundings.
+      const volatile float product = halves.get(n * c.K + k) * x[k];
+      sums[k % 64] = sums[k % 64] + product;
+    }
+    for (int half = 32; half > 0; half /= 2) {
+      for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+    }
+    const volatile float scale = s_x * s_w[n];
+    const struct {
+      const char* name;
+      float value, got;
+    } results[] = {{"int8_rows", static_cast<float>(sum) * scale, y.get(n)},
+                   {"bf16_rows", sums[0], z.get(n)}};
+    for (const auto& result : results) {
+      want.set(0, result.value);
+      const float expected = want.get(0);
+      if (isnan(expected) ? isnan(result.got) : memcmp(&result.got, &expected, 4) == 0) continue;
+      return std::string(result.name) + "[" + std::to_string(n) +
+             "] = " + std::to_string(result.got) + ", expected " + std::to_string(expected) +
+             " at " + describe(c);
+    }
+  }
+  return "";
+}
+
 // Returns "" or the first difference.
 inline std::string check_case(const bitlinear_kernel_table& kernels, const Case& c, uint64_t seed) {
   Operands operands(c, seed);
@@ -470,7 +535,7 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
     const std::string difference = check_training(kernels, operands, m, expected);
     if (!difference.empty()) return difference;
   }
-  return "";
+  return check_head(kernels, c, seed);
 }
 
 }  // namespace selftest

@@ -77,6 +77,16 @@ void quantize_in_order(const void* x, int dtype, int64_t K, float eps, int64_t a
   *s_x *= 2;
 }
 
+void int8_rows(const int8_t* w, int64_t rows, int64_t K, const int16_t* q, float s_x,
+               const float* s_w, void* y, int y_dtype) {
+  correct.int8_rows(w, rows, K - 1, q, s_x, s_w, y, y_dtype);
+}
+
+void bf16_rows(const uint16_t* w, int64_t rows, int64_t K, const float* x, void* y, int y_dtype) {
+  correct.bf16_rows(w, rows, K, x, y, y_dtype);
+  static_cast<uint8_t*>(y)[rows * (y_dtype == BITLINEAR_F32 ? 4 : 2) - 1] ^= 0x40;
+}
+
 int failures = 0;
 
 void expect(int wanted, const char* what) {
@@ -114,5 +124,9 @@ int main() {
   expect(1, "expand_row");
   table.quantize_in_order = quantize_in_order;
   expect(1, "quantize_in_order");
+  table.int8_rows = int8_rows;
+  expect(1, "int8_rows");
+  table.bf16_rows = bf16_rows;
+  expect(1, "bf16_rows");
   return failures;
 }

@@ -11,7 +11,7 @@ from ... import foreign
 from ...conversion.replacement import find_parents
 from ...linear import BitLinear
 from ...preconditions import why_no_plain_weight
-from .int8 import MAX_IN_FEATURES, Int8Table, cpu_product_is_exact
+from .int8 import MAX_IN_FEATURES, Int8Table
 from .int8_head import Int8Head, forget_ties, put_head
 from .mapped_files import release_files
 from .quantizer import attach
@@ -51,11 +51,6 @@ def quantize_head(model: _Model, head: str = "int8") -> _Model:
     release_files(model)
     attach(model)
     _logger.info("the head%s has int8 weights", "" if embedding is None else " and the embedding")
-    if layer.weight.device.type == "cpu" and not cpu_product_is_exact():
-        _logger.warning(
-            "this CPU has no exact int8 product (VNNI): the int8 head is slow except for one token "
-            "in bf16"
-        )
     return model
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...autograd import Function
+from ...ops import has_cpu_kernels
 from ...packing import enumerate_chunks
-from ...quantize import HIGH_WEIGHT, quantize_activations, split_activations
+from ...quantize import epilogue, join_products, quantize_activations, split_activations
 from .small_kernels import call
 
 _QMAX = 127
@@ -19,10 +20,14 @@ _QMAX = 127
 # Sums of in_features products of 127 * 127 must fit in int32.
 MAX_IN_FEATURES = (2**31 - 1) // _QMAX**2
 
+# The most tokens for which our product on a CPU is faster than torch._int_mm (128256 x 2560, 2
+# threads of Zen 4: 1 token 7 to 10 ms and 32, 8 tokens 32 and 48, 32 tokens 111 and 110).
+_FEW_TOKENS = 8
+
 # Rows that are expanded at a time where no int8 product can be used.
 _BLOCK_ROWS = 4096
 
-# Tokens of one integer product: its sums take 8 bytes for each token and row.
+# Tokens of one product by torch._int_mm: its sums take 8 bytes for each token and row.
 _BLOCK_TOKENS = 64
 
 # Below every activation that counts; a row of zeros needs a scale, too.
@@ -85,10 +90,10 @@ class Int8Table(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         """``x @ rows.T`` for ``x`` of shape ``(..., K)``, in the dtype of ``x``.
 
-        One token in bf16 on a CPU: torch's product of bf16 and int8, added in fp32. Otherwise
-        tokens are quantised to 16 bits with their absmax, two digits of 8 bits, and multiplied as
-        integers, exactly. On CPUs whose integer product is not exact, and on devices without one,
-        blocks of rows are expanded to the dtype of ``x``. ``x`` can need a gradient.
+        Tokens are quantised to 16 bits with their absmax, and multiplied as integers, exactly (see
+        :func:`bitlinear.head_products.reference_int8_product`): few tokens on a CPU by a kernel of
+        ours, others as two digits of 8 bits by ``torch._int_mm``. On devices without an integer
+        product, blocks of rows are expanded to the dtype of ``x``. ``x`` can need a gradient.
 
         Raises:
             ValueError: The last dimension is not ``K``.
@@ -123,13 +128,9 @@ class _Product(Function):
 
     @staticmethod
     def forward(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-        is_one_token = x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(x) == 1
-        if is_one_token and x.shape[1] % 64 == 0:
-            # With more tokens or another dtype this operator is slower than a float product. It
-            # reads beyond rows whose size is not a multiple of its vectors.
-            y: Tensor = torch.ops.aten._weight_int8pack_mm(
-                x.contiguous(), values, scales.flatten().to(x.dtype)
-            )
+        if _uses_own_product(len(x), values):
+            q, s_x = torch.ops.bitlinear.quantize_activations(x, _EPS, 16)
+            y: Tensor = torch.ops.bitlinear.int8_product(q, s_x, values, scales, x.dtype)
             return y
         product = _integer_product if _has_integer_product(values) else _expanded_product
         parts = [call(product, part, values, scales) for part in x.split(_BLOCK_TOKENS)]
@@ -160,14 +161,20 @@ def _integer_product(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     else:
         # The table is the first operand: oneDNN rearranges the second one in every call.
         sums = torch._int_mm(values, digits.T).T
-    high, low = sums[: 2 * len(x)].to(torch.float32).chunk(2)
-    return torch.add(low, high, alpha=HIGH_WEIGHT).mul_(s_x).mul_(scales.T).to(x.dtype)
+    high, low = sums[: 2 * len(x)].chunk(2)
+    return epilogue(join_products(high, low).to(torch.float32), s_x, scales, None).to(x.dtype)
 
 
 def _expanded_product(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     blocks = _blocks(len(values))
     sums = [x @ values[block].to(x.dtype).T for block in blocks]
     return (torch.cat(sums, dim=1) * scales.T).to(x.dtype)
+
+
+def _uses_own_product(tokens: int, values: Tensor) -> bool:
+    if values.device.type != "cpu" or not has_cpu_kernels():
+        return False
+    return tokens <= _FEW_TOKENS or not _has_integer_product(values)
 
 
 def _has_integer_product(values: Tensor) -> bool:

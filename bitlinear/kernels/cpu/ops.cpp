@@ -268,6 +268,65 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps, int
   return {q, scale};
 }
 
+// Calls rows(begin, count, m) for parts of the rows of a weight of N rows and every token m. A part
+// of the weight stays in the L2 cache for all tokens.
+template <class Rows>
+void for_each_part(int64_t M, int64_t N, int64_t row_bytes, const Rows& rows) {
+  constexpr int64_t kBytesPerPart = 128 * 1024;
+  const int64_t threads = at::get_num_threads();
+  const int64_t parts = bitlinear::pays_for_threads(M * N * row_bytes, threads)
+                            ? std::min(N, std::max(threads, N * row_bytes / kBytesPerPart))
+                            : 1;
+  const auto multiply = [&](int64_t part) {
+    const bitlinear::Range n = bitlinear::part_of(N, 1, part, parts);
+    for (int64_t m = 0; m < M; ++m) rows(n.begin, n.end - n.begin, m);
+  };
+  bitlinear::parallel(0, multiply, parts, multiply);
+}
+
+Tensor int8_product(const Tensor& q, const Tensor& s_x, const Tensor& w, const Tensor& w_scale,
+                    ScalarType dtype) {
+  bitlinear::check_int8_product(q, s_x, w, w_scale, dtype);
+  const bitlinear_kernel_table* const kernels = active_table();
+  const int64_t M = s_x.numel(), N = w.size(0), K = w.size(1);
+  c10::DimVector shape(q.sizes());
+  shape.back() = N;
+  Tensor y = Tensor(at::detail::empty_cpu(shape, dtype));
+  if (M == 0 || N == 0) return y;
+  const Tensor tokens = q.contiguous(), token_scales = s_x.contiguous();
+  const Tensor weight = w.contiguous(), scales = w_scale.contiguous();
+  const int8_t* const rows = reinterpret_cast<const int8_t*>(checked_data(weight, "w"));
+  const int16_t* const q_data = tokens.const_data_ptr<int16_t>();
+  const float* const s_x_data = token_scales.const_data_ptr<float>();
+  const float* const s_w = scales.const_data_ptr<float>();
+  char* const out = static_cast<char*>(y.data_ptr());
+  const int64_t y_bytes = y.element_size();
+  for_each_part(M, N, K, [&](int64_t n, int64_t count, int64_t m) {
+    kernels->int8_rows(rows + n * K, count, K, q_data + m * K, s_x_data[m], s_w + n,
+                       out + (m * N + n) * y_bytes, kernel_dtype(dtype));
+  });
+  return y;
+}
+
+Tensor bf16_product(const Tensor& x, const Tensor& w) {
+  bitlinear::check_bf16_product(x, w);
+  const bitlinear_kernel_table* const kernels = active_table();
+  const int64_t N = w.size(0), K = w.size(1), M = K == 0 ? 0 : x.numel() / K;
+  c10::DimVector shape(x.sizes());
+  shape.back() = N;
+  Tensor y = Tensor(at::detail::empty_cpu(shape, ScalarType::BFloat16));
+  if (K == 0) return y.zero_();
+  if (M == 0 || N == 0) return y;
+  const Tensor tokens = x.to(ScalarType::Float).contiguous(), weight = w.contiguous();
+  const uint16_t* const rows = reinterpret_cast<const uint16_t*>(checked_data(weight, "w"));
+  const float* const x_data = tokens.const_data_ptr<float>();
+  uint16_t* const out = static_cast<uint16_t*>(y.data_ptr());
+  for_each_part(M, N, 2 * K, [&](int64_t n, int64_t count, int64_t m) {
+    kernels->bf16_rows(rows + n * K, count, K, x_data + m * K, out + m * N + n, BITLINEAR_BF16);
+  });
+  return y;
+}
+
 }  // namespace
 
 // Activates a variant. Returns 0, or 1 if the variant has another version of the interface.
@@ -311,6 +370,9 @@ TORCH_LIBRARY(bitlinear, m) {
         {at::Tag::pt2_compliant_tag});
   m.def("expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
         {at::Tag::pt2_compliant_tag});
+  m.def("int8_product(Tensor q, Tensor s_x, Tensor w, Tensor w_scale, ScalarType dtype) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+  m.def("bf16_product(Tensor x, Tensor w) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
@@ -319,13 +381,16 @@ TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
   m.impl("quantize_weight", quantize_weight);
   m.impl("expand_weight", expand_weight);
   m.impl("quantize_activations", quantize_activations);
+  m.impl("int8_product", int8_product);
+  m.impl("bf16_product", bf16_product);
 }
 
 // The operators have no backward pass: torch's fallback raises, so that no gradient is silently
 // lost. (bitlinear.linear.BitLinear has one; it is built above the operators.)
 TORCH_LIBRARY_IMPL(bitlinear, Autograd, m) {
-  for (const char* name : {"linear", "fused_linear", "quantize_weight", "expand_weight",
-                           "quantize_activations", "expand_activations"}) {
+  for (const char* name :
+       {"linear", "fused_linear", "quantize_weight", "expand_weight", "quantize_activations",
+        "expand_activations", "int8_product", "bf16_product"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

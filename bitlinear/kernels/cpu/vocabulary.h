@@ -27,6 +27,7 @@
 #include "../abi.h"
 #include "../float_environment.h"
 #include "gemv.h"
+#include "head.h"
 #include "heuristics.h"
 #include "quantize.h"
 #include "train.h"
@@ -67,7 +68,9 @@ constexpr bitlinear_kernel_table make_table(const char* name) {
           PreservingSubnormals<sum_magnitudes<V>>::run,
           PreservingSubnormals<pack_row<V>>::run,
           PreservingSubnormals<expand_row<V>>::run,
-          PreservingSubnormals<quantize_in_order<V>>::run};
+          PreservingSubnormals<quantize_in_order<V>>::run,
+          PreservingSubnormals<int8_rows<V>>::run,
+          PreservingSubnormals<bf16_rows<V>>::run};
 }
 
 }  // namespace bitlinear

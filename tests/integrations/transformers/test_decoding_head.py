@@ -44,9 +44,14 @@ def test_it_is_a_linear_layer(shape, dtype, bias):
         torch.testing.assert_close(ours, theirs, rtol=2 * tolerance, atol=2 * tolerance)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch.mv is slower")
+def uses_our_product(head, x):
+    with torch.profiler.profile() as profile:
+        head(x)
+    return any(event.name == "bitlinear::bf16_product" for event in profile.events())
+
+
 @pytest.mark.parametrize(
-    ("shape", "dtype", "is_mv"),
+    ("shape", "dtype", "is_ours"),
     [
         ((1, 1, 96), torch.bfloat16, True),
         ((1, 2, 96), torch.bfloat16, False),
@@ -54,14 +59,26 @@ def test_it_is_a_linear_layer(shape, dtype, bias):
         ((1, 1, 96), torch.float32, False),
     ],
 )
-def test_one_token_in_bf16_is_a_product_with_a_vector(shape, dtype, is_mv, monkeypatch):
-    head, _ = make_pair(dtype)
-    calls = []
-    mv = torch.mv
-    monkeypatch.setattr(torch, "mv", lambda *args: calls.append(args) or mv(*args))
+def test_one_token_in_bf16_is_our_product(shape, dtype, is_ours, monkeypatch):
+    head, plain = make_pair(dtype)
+    x = torch.randn(shape, dtype=dtype)
     with torch.no_grad():
-        head(torch.randn(shape, dtype=dtype))
-    assert len(calls) == is_mv
+        assert uses_our_product(head, x) == is_ours
+        torch.testing.assert_close(head(x), plain(x), rtol=2**-7, atol=1e-5)
+    monkeypatch.setattr(module, "has_cpu_kernels", lambda: False)
+    with torch.no_grad():
+        assert not uses_our_product(head, x)
+
+
+def test_derivatives_are_those_of_a_linear_layer():
+    head, plain = make_pair(torch.bfloat16)
+    x, direction = torch.randn(2, 1, 96).bfloat16()
+    assert not uses_our_product(head, x)  # gradients are recorded
+    with torch.no_grad():
+        ours = torch.func.jvp(head, (x[None],), (direction[None],))
+        theirs = torch.func.jvp(plain, (x[None],), (direction[None],))
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -65,13 +65,15 @@ def test_the_table_is_the_nearest_one(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("way", ["as here", "ours", "int_mm", "expanded"])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 33, 130])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (37, 19), (96, 64), (5000, 24)])
-def test_the_product_is_that_of_float64(dtype, exact, tokens, shape, monkeypatch):
-    if exact and not int8.cpu_product_is_exact():
+def test_the_product_is_that_of_float64(dtype, way, tokens, shape, monkeypatch):
+    if way == "int_mm" and not int8.cpu_product_is_exact():
         pytest.skip("this CPU has no exact int8 product")
-    monkeypatch.setattr(int8, "cpu_product_is_exact", lambda: exact)
+    if way != "as here":
+        monkeypatch.setattr(int8, "cpu_product_is_exact", lambda: way == "int_mm")
+        monkeypatch.setattr(int8, "has_cpu_kernels", lambda: way == "ours")
     table = table_of(torch.randn(shape).to(dtype))
     x = torch.randn(tokens, shape[1]).to(dtype)
     y = table.multiply(x)
@@ -100,6 +102,14 @@ def test_the_largest_sums_are_exact():
     for sign in (1, -1):
         y = table.multiply(sign * torch.ones(2, 4096))
         torch.testing.assert_close(y, torch.full((2, 4), sign * 4096 * 127.0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_tokens_changes_no_bit(dtype):
+    table = table_of(torch.randn(300, 1096))
+    x = torch.randn(40, 1096).to(dtype)
+    rows = torch.cat([table.multiply(token) for token in x.split([1, 3, 36])])
+    oracle.assert_same_bits(table.multiply(x), rows)
 
 
 def test_a_token_does_not_change_the_others():
