@@ -22,6 +22,7 @@ from .arguments import (
     check_linear,
     raise_unsupported_layout,
 )
+from .decode_attention import fake_decode_attention, reference_decode_attention
 from .head_products import (
     fake_bf16_product,
     fake_int8_product,
@@ -55,6 +56,8 @@ SCHEMAS = (
     "expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
     "int8_product(Tensor q, Tensor s_x, Tensor w, Tensor w_scale, ScalarType dtype) -> Tensor",
     "bf16_product(Tensor x, Tensor w) -> Tensor",
+    "decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
+    "int length, float scale, Tensor? mask=None) -> Tensor",
 )
 
 # Dispatch keys of tensors without strides. If none of ours is registered for them, torch raises an
@@ -110,6 +113,7 @@ def register(compiled: bool) -> None:
         "expand_activations": (_fake_expand_activations, reference_expand_activations),
         "int8_product": (fake_int8_product, reference_int8_product),
         "bf16_product": (fake_bf16_product, reference_bf16_product),
+        "decode_attention": (fake_decode_attention, reference_decode_attention),
     }
     for name, (fake, reference) in implementations.items():
         torch.library.register_fake(f"bitlinear::{name}", fake, lib=library)

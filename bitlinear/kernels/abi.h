@@ -71,6 +71,25 @@ struct bitlinear_costs {
   int64_t per_token;
 };
 
+// The largest head, and the most keys, of a part of the attention.
+#define BITLINEAR_MAX_HEAD 256
+#define BITLINEAR_ATTENTION_TOKENS 128
+
+// A part of the attention of one token, in bf16: queries that share keys, and some of the keys.
+struct bitlinear_attention {
+  const uint16_t* q;  // (rows, head_size)
+  int64_t rows;
+  int64_t head_size;       // a multiple of 16
+  const uint16_t* keys;    // (count, head_size)
+  const uint16_t* values;  // (count, head_size)
+  int64_t count;
+  const uint8_t* mask;  // (count,), 0 at keys that do not count; or null
+  float scale;
+  // Results, for each query: the largest score, the sum of exp(score - largest), and the values
+  // (head_size) times these weights.
+  float *largest, *sums, *totals;
+};
+
 struct bitlinear_kernel_table {
   uint32_t abi_version;
   const char* name;
@@ -114,6 +133,15 @@ struct bitlinear_kernel_table {
   // order that depends on K alone (head.h).
   void (*bf16_rows)(const uint16_t* w, int64_t rows, int64_t K, const float* x, void* y,
                     int y_dtype);
+
+  // The functions below are for the attention of one token in bf16.
+  //
+  // y = x * cos + rotate_half(x) * sin for heads of D values; cos and sin have D.
+  void (*rotate_heads)(const uint16_t* x, int64_t heads, int64_t D, const uint16_t* cos,
+                       const uint16_t* sin, uint16_t* y);
+  void (*attend)(const bitlinear_attention* part);
+  // y[0:head_size] of one query, from all parts of its keys.
+  void (*join_parts)(const bitlinear_attention* parts, int64_t count, int64_t row, uint16_t* y);
 };
 
 // An odd number of cache lines. Rows a power of two apart would compete for the same cache sets.

@@ -87,6 +87,22 @@ void bf16_rows(const uint16_t* w, int64_t rows, int64_t K, const float* x, void*
   static_cast<uint8_t*>(y)[rows * (y_dtype == BITLINEAR_F32 ? 4 : 2) - 1] ^= 0x40;
 }
 
+void rotate_heads(const uint16_t* x, int64_t heads, int64_t D, const uint16_t* cos,
+                  const uint16_t* sin, uint16_t* y) {
+  correct.rotate_heads(x, heads, D, cos, sin, y);
+  y[heads * D - 1] ^= 1;
+}
+
+void attend(const bitlinear_attention* part) {
+  correct.attend(part);
+  part->sums[part->rows - 1] *= 1.02f;
+  part->totals[0] *= 1.02f;
+}
+
+void join_parts(const bitlinear_attention* parts, int64_t count, int64_t row, uint16_t* y) {
+  correct.join_parts(parts, count > 1 ? count - 1 : 1, row, y);
+}
+
 int failures = 0;
 
 void expect(int wanted, const char* what) {
@@ -128,5 +144,11 @@ int main() {
   expect(1, "int8_rows");
   table.bf16_rows = bf16_rows;
   expect(1, "bf16_rows");
+  table.rotate_heads = rotate_heads;
+  expect(1, "rotate_heads");
+  table.attend = attend;
+  expect(1, "attend");
+  table.join_parts = join_parts;
+  expect(1, "join_parts");
   return failures;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,26 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = map(_Room.append, self._rooms, new)
         return self.keys, self.values
 
+    def append_with(self, write: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor | None:
+        """Append a token that ``write`` puts into the larger tensors itself.
+
+        Args:
+            write: Gets the tensors of keys and of values, ``(batch, heads, capacity, head_dim)``,
+                and the position of the token. If it raises, nothing is appended.
+
+        Returns:
+            The result of ``write``; None if there is no token yet, or no room behind the last one,
+            or none that may be written. :meth:`update` then serves.
+        """
+        if self._rooms is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        keys, values = self._rooms
+        if not (keys.has_behind(self.keys, 1) and values.has_behind(self.values, 1)):
+            return None
+        result = write(keys.tensor.data, values.tensor.data, keys.used)
+        self.keys, self.values = keys.take(1), values.take(1)
+        return result
+
     def reset(self) -> None:
         """Remove all tokens."""
         self._rooms = None
@@ -90,24 +111,32 @@ class _Room:
         if self.used:
             self.tensor[:, :, : self.used] = old
 
-    def takes(self, old: Tensor, new: Tensor) -> bool:
-        """Whether ``old`` is all that has been written here, and ``new`` fits behind it."""
+    def has_behind(self, old: Tensor, tokens: int) -> bool:
+        """Whether ``old`` is all that has been written here, with room behind it."""
         batch, heads, capacity, head_dim = self.tensor.shape
         return (
             old.shape == (batch, heads, self.used, head_dim)
             and old.data_ptr() == self.tensor.data_ptr()
             and old.stride() == self.tensor.stride()
-            and new.shape[:2] == (batch, heads)
-            and self.used + new.shape[-2] <= capacity
+            and self.used + tokens <= capacity
             # A tensor made in inference mode can be written only there.
             and (torch.is_inference_mode_enabled() or not self.tensor.is_inference())
         )
 
+    def takes(self, old: Tensor, new: Tensor) -> bool:
+        """Whether ``new`` can be written behind ``old``, which is all that is here."""
+        return new.shape[:2] == self.tensor.shape[:2] and self.has_behind(old, new.shape[-2])
+
     def append(self, new: Tensor) -> Tensor:
         """Write tokens; return all."""
-        first, self.used = self.used, self.used + new.shape[-2]
+        first = self.used
         # .data: the write must not mark older views as changed for autograd; they are not.
-        self.tensor.data[:, :, first : self.used] = new
+        self.tensor.data[:, :, first : first + new.shape[-2]] = new
+        return self.take(new.shape[-2])
+
+    def take(self, tokens: int) -> Tensor:
+        """Count tokens that have been written; return all."""
+        self.used += tokens
         return self.tensor[:, :, : self.used]
 
 

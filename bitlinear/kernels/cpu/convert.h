@@ -34,6 +34,18 @@ inline uint16_t bf16_from_float(float x) {
   return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
 }
 
+// Adds the upper half of the lanes to the lower half, until one is left. (A loop over the halves
+// would go through memory.)
+template <int kLanes>
+inline float add_halves(float* lanes) {
+  if constexpr (kLanes == 1) {
+    return lanes[0];
+  } else {
+    for (int j = 0; j < kLanes / 2; ++j) lanes[j] += lanes[j + kLanes / 2];
+    return add_halves<kLanes / 2>(lanes);
+  }
+}
+
 // The floats x[begin : begin + count] of any input dtype. fp32 values are returned in place; others
 // are converted into `buffer`.
 template <class V>

@@ -31,8 +31,7 @@ inline int64_t dot_int8(const int8_t* w, const int16_t* q, int64_t K) {
   return sum + dot(k, K - k);
 }
 
-// Lane j adds the products of k = j, j + 64, ...; then the upper half of the lanes is added to the
-// lower half, until one is left.
+// Lane j adds the products of k = j, j + 64, ...
 inline float dot_bf16(const uint16_t* w, const float* x, int64_t K) {
   constexpr int kLanes = 64;
   float lanes[kLanes] = {};
@@ -43,10 +42,7 @@ inline float dot_bf16(const uint16_t* w, const float* x, int64_t K) {
   float sums[kLanes];  // a copy: `lanes` stays in registers
   memcpy(sums, lanes, sizeof(sums));
   for (int64_t j = 0; j < K - k; ++j) sums[j] += float_from_bf16(w[k + j]) * x[k + j];
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
-  }
-  return sums[0];
+  return add_halves<kLanes>(sums);
 }
 
 // y[n] = product(n), rounded to the dtype of y.

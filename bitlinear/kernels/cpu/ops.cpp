@@ -38,6 +38,7 @@ const bitlinear_kernel_table* active_table() {
   return table;
 }
 
+constexpr int64_t kAttentionTokens = BITLINEAR_ATTENTION_TOKENS;
 constexpr int64_t kAlignment = 64;  // of torch's allocations, of cache lines and of vectors
 
 // The scratch memory of one call: on the stack if it is small, as for one token.
@@ -327,6 +328,79 @@ Tensor bf16_product(const Tensor& x, const Tensor& w) {
   return y;
 }
 
+Tensor decode_attention(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& keys,
+                        const Tensor& values, int64_t length, double scale,
+                        const std::optional<Tensor>& mask) {
+  bitlinear::check_decode_attention(qkv, cos, sin, keys, values, length, mask);
+  const bitlinear_kernel_table* const kernels = active_table();
+  const int64_t B = keys.size(0), G = keys.size(1), D = keys.size(3);
+  const int64_t H = qkv.size(1) / D - 2 * G, R = H / G;
+  const int64_t count = length + 1, chunks = bitlinear::ceil_div(count, kAttentionTokens);
+  Tensor y = Tensor(at::detail::empty_cpu({B, H * D}, ScalarType::BFloat16));
+  if (y.numel() == 0) return y;
+  const auto data = [](const Tensor& tensor, const char* name) {
+    return reinterpret_cast<const uint16_t*>(checked_data(tensor, name));
+  };
+  const Tensor rows = qkv.contiguous(), cosines = cos.contiguous(), sines = sin.contiguous();
+  const Tensor visible = mask.has_value() ? mask->contiguous() : Tensor();
+  const uint16_t* const x = data(rows, "qkv");
+  const uint16_t* const cos_data = data(cosines, "cos");
+  const uint16_t* const sin_data = data(sines, "sin");
+  uint16_t* const key_data = static_cast<uint16_t*>(keys.data_ptr());
+  uint16_t* const value_data = static_cast<uint16_t*>(values.data_ptr());
+  uint16_t* const out = static_cast<uint16_t*>(y.data_ptr());
+
+  // Each part has its queries, rotated, and its results.
+  const int64_t parts = B * G * chunks;
+  const int64_t floats = R * (D + 2), part_bytes = floats * int64_t{sizeof(float)} + R * D * 2;
+  Scratch scratch(parts * (part_bytes + int64_t{sizeof(bitlinear_attention)}));
+  auto* const tasks = reinterpret_cast<bitlinear_attention*>(scratch.data());
+  char* const memory = reinterpret_cast<char*>(tasks + parts);
+  const auto attend = [&](int64_t part) {
+    const int64_t first = part % chunks * kAttentionTokens;
+    const int64_t g = part / chunks % G, b = part / chunks / G;
+    float* const results = reinterpret_cast<float*>(memory + part * part_bytes);
+    uint16_t* const q = reinterpret_cast<uint16_t*>(results + floats);
+    const uint16_t* const token = x + b * (H + 2 * G) * D;
+    const int64_t angle = cosines.size(0) == 1 ? 0 : b * D;
+    uint16_t* const key = key_data + b * keys.stride(0) + g * keys.stride(1);
+    uint16_t* const value = value_data + b * values.stride(0) + g * values.stride(1);
+    kernels->rotate_heads(token + g * R * D, R, D, cos_data + angle, sin_data + angle, q);
+    if (first + kAttentionTokens >= count) {  // the new token is one of its keys
+      kernels->rotate_heads(token + (H + g) * D, 1, D, cos_data + angle, sin_data + angle,
+                            key + length * D);
+      memcpy(value + length * D, token + (H + G + g) * D, static_cast<size_t>(D) * 2);
+    }
+    bitlinear_attention& task = tasks[part];
+    task.q = q;
+    task.rows = R;
+    task.head_size = D;
+    task.keys = key + first * D;
+    task.values = value + first * D;
+    task.count = std::min(kAttentionTokens, count - first);
+    task.mask = nullptr;
+    if (visible.defined()) {
+      task.mask = static_cast<const uint8_t*>(visible.const_data_ptr()) + first +
+                  (visible.size(0) == 1 ? 0 : b * count);
+    }
+    task.scale = static_cast<float>(scale);
+    task.totals = results;
+    task.largest = results + R * D;
+    task.sums = task.largest + R;
+    kernels->attend(&task);
+  };
+  const auto join = [&](int64_t head) {
+    kernels->join_parts(tasks + head / R * chunks, chunks, head % R, out + head * D);
+  };
+  if (bitlinear::pays_for_threads(B * G * count * D * 4, at::get_num_threads())) {
+    bitlinear::parallel(parts, attend, B * H, join);
+  } else {
+    bitlinear::run_parts(parts, attend);
+    bitlinear::run_parts(B * H, join);
+  }
+  return y;
+}
+
 }  // namespace
 
 // Activates a variant. Returns 0, or 1 if the variant has another version of the interface.
@@ -373,6 +447,10 @@ TORCH_LIBRARY(bitlinear, m) {
   m.def("int8_product(Tensor q, Tensor s_x, Tensor w, Tensor w_scale, ScalarType dtype) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def("bf16_product(Tensor x, Tensor w) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def(
+      "decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
+      "int length, float scale, Tensor? mask=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
@@ -383,6 +461,7 @@ TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
   m.impl("quantize_activations", quantize_activations);
   m.impl("int8_product", int8_product);
   m.impl("bf16_product", bf16_product);
+  m.impl("decode_attention", decode_attention);
 }
 
 // The operators have no backward pass: torch's fallback raises, so that no gradient is silently
@@ -390,7 +469,7 @@ TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
 TORCH_LIBRARY_IMPL(bitlinear, Autograd, m) {
   for (const char* name :
        {"linear", "fused_linear", "quantize_weight", "expand_weight", "quantize_activations",
-        "expand_activations", "int8_product", "bf16_product"}) {
+        "expand_activations", "int8_product", "bf16_product", "decode_attention"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -26,6 +26,7 @@
 
 #include "../abi.h"
 #include "../float_environment.h"
+#include "attention.h"
 #include "gemv.h"
 #include "head.h"
 #include "heuristics.h"
@@ -70,7 +71,10 @@ constexpr bitlinear_kernel_table make_table(const char* name) {
           PreservingSubnormals<expand_row<V>>::run,
           PreservingSubnormals<quantize_in_order<V>>::run,
           PreservingSubnormals<int8_rows<V>>::run,
-          PreservingSubnormals<bf16_rows<V>>::run};
+          PreservingSubnormals<bf16_rows<V>>::run,
+          PreservingSubnormals<rotate_heads>::run,
+          PreservingSubnormals<attend>::run,
+          PreservingSubnormals<join_parts>::run};
 }
 
 }  // namespace bitlinear

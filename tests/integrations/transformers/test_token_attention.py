@@ -1,0 +1,168 @@
+"""Fused models whose new tokens take one operator for their attention."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from bitlinear.integrations.transformers import fuse, token_attention
+from bitlinear.integrations.transformers.decoding import speed_up_decoding
+from tests import oracle
+from tests.calls import Calls
+from tests.integrations.transformers.checkpoints import IDS, transformers
+from tests.integrations.transformers.test_fusion import generate, make
+
+operator = torch.ops.bitlinear.decode_attention.default
+LAYERS = 2
+
+
+def make_fused(family="Llama", **kwargs):
+    torch.manual_seed(0)
+    model = fuse(make(family, **kwargs).bfloat16())
+    speed_up_decoding(model)
+    return model
+
+
+def decode(model, steps=4, mask=None):
+    """The logits of new tokens after a prompt, and the cache."""
+    cache = transformers.DynamicCache(config=model.config)
+    logits = [model(IDS, attention_mask=mask, cache=cache).logits[:, -1:]]
+    for step in range(steps):
+        if mask is not None:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        ids = IDS[:, step : step + 1]
+        logits.append(model(ids, attention_mask=mask, cache=cache).logits)
+    return torch.cat(logits, dim=1), cache
+
+
+def in_steps(monkeypatch, *args, **kwargs):
+    """As ``decode``, without the operator."""
+    with monkeypatch.context() as patch, Calls(operator) as calls:
+        patch.setattr(token_attention, "has_cpu_kernels", lambda: False)
+        result = decode(*args, **kwargs)
+    assert calls.count == 0
+    return result
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["BitNet", "Llama", "Mistral", "Qwen2"])
+def test_new_tokens_take_the_operator(family, padded, mode, monkeypatch):
+    kwargs = {"sliding_window": None} if family == "Mistral" else {}
+    model = make_fused(family, **kwargs)
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = not padded
+    with mode():
+        with Calls(operator) as calls:
+            ours, cache = decode(model, 5, mask)
+        theirs, other = in_steps(monkeypatch, model, 5, mask)
+    assert calls.count == 5 * LAYERS
+    exact = copy.deepcopy(model).float()
+    with torch.no_grad():
+        wanted, _ = decode(exact, 5, mask)
+    # Both round to bf16 elsewhere; which of the two is nearer to fp32 is chance.
+    assert (ours - wanted).norm() <= 1.4 * (theirs - wanted).norm()
+    first = cache.layers[0], other.layers[0]  # of later layers the input differs
+    oracle.assert_same_bits(first[0].values, first[1].values)
+    oracle.assert_same_bits(first[0].keys, first[1].keys)
+    assert cache.get_seq_length() == other.get_seq_length() == IDS.shape[1] + 5
+
+
+def test_it_generates_the_same_tokens(monkeypatch):
+    model = make_fused("BitNet")
+    with Calls(operator) as calls:
+        tokens = generate(model)
+    assert calls.count > 0
+    monkeypatch.setattr(token_attention, "has_cpu_kernels", lambda: False)
+    assert torch.equal(generate(model), tokens)
+
+
+def test_the_cache_grows_when_it_is_full():
+    model = make_fused()
+    with torch.no_grad(), Calls(operator) as calls:
+        cache = decode(model, 2)[1]
+        room = cache.layers[0]._rooms[0].tensor.shape[2]
+        for _ in range(room - cache.get_seq_length() + 3):
+            model(IDS[:, :1], cache=cache)
+    assert cache.layers[0]._rooms[0].tensor.shape[2] > room
+    assert cache.get_seq_length() == room + 3
+    assert calls.count == (room + 3 - IDS.shape[1] - 1) * LAYERS
+
+
+def test_a_copy_of_the_cache_and_an_older_view_keep_their_tokens():
+    model = make_fused()
+    with torch.no_grad():
+        cache = decode(model, 2)[1]
+        branch = copy.copy(cache)
+        branch.layers = [copy.copy(layer) for layer in cache.layers]
+        view, before = cache.layers[1].keys, cache.layers[1].keys.clone()
+        one = model(IDS[:, :1], cache=cache).logits
+        model(IDS[:, 5:6], cache=branch)
+        oracle.assert_same_bits(view, before)
+        again = decode(model, 2)[1]
+        oracle.assert_same_bits(model(IDS[:, :1], cache=again).logits, one)
+        for layer, other in zip(cache.layers, again.layers):
+            oracle.assert_same_bits(layer.keys, other.keys)
+        assert not torch.equal(branch.layers[0].keys[:, :, -1], cache.layers[0].keys[:, :, -1])
+
+
+def add_hook(model):
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: None)
+
+
+def use(name):
+    return lambda model: model.set_attn_implementation(name)
+
+
+OTHERS = {
+    "sdpa": (use("sdpa"), {}, LAYERS),
+    "eager": (use("eager"), {}, LAYERS),
+    "fp32": (nn.Module.float, {}, LAYERS),
+    "fp16": (nn.Module.half, {}, LAYERS),
+    "a hook": (add_hook, {}, 1),
+    "output_attentions": (use("eager"), {"output_attentions": True}, LAYERS),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_everything_else_goes_in_steps(case):
+    change, kwargs, without = OTHERS[case]
+    model = make_fused()
+    change(model)
+    with torch.no_grad(), Calls(operator) as calls:
+        cache = decode(model, 2)[1]
+        before = calls.count
+        output = model(IDS[:, :1], cache=cache, **kwargs)
+    assert output.logits.isfinite().all()
+    assert calls.count - before == LAYERS - without
+
+
+@pytest.mark.parametrize(
+    ("family", "kwargs"),
+    [
+        ("Qwen3", {}),
+        ("Llama", {"head_dim": 24}),
+        ("Mistral", {"sliding_window": 4}),
+        ("Llama", {"head_dim": 272, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    ],
+)
+def test_models_that_it_cannot_compute_go_in_steps(family, kwargs):
+    model = make_fused(family, **kwargs)
+    with torch.no_grad(), Calls(operator) as calls:
+        assert decode(model)[0].isfinite().all()
+    assert calls.count == 0
+
+
+def test_gradients_and_several_tokens_go_in_steps():
+    model = make_fused()
+    with torch.no_grad(), Calls(operator) as calls:
+        cache = decode(model, 1)[1]
+        assert calls.count == LAYERS
+        model(IDS[:, :2], cache=cache)
+    model(IDS[:, :1], cache=cache).logits.sum().backward()
+    assert calls.count == LAYERS
