@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_any
 
 from . import packing
+from .attend import fake_attend, reference_attend
 from .arguments import (
     ACTIVATION_DTYPES,
     check_act_bits,
@@ -22,7 +23,6 @@ from .arguments import (
     check_linear,
     raise_unsupported_layout,
 )
-from .decode_attention import fake_decode_attention, reference_decode_attention
 from .head_products import (
     fake_bf16_product,
     fake_int8_product,
@@ -56,8 +56,9 @@ SCHEMAS = (
     "expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
     "int8_product(Tensor q, Tensor s_x, Tensor w, Tensor w_scale, ScalarType dtype) -> Tensor",
     "bf16_product(Tensor x, Tensor w) -> Tensor",
-    "decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
-    "int length, float scale, Tensor? mask=None) -> Tensor",
+    "attend(Tensor query, Tensor(a!) keys, Tensor(b!) values, Tensor? mask, float scale, "
+    "Tensor? position=None, Tensor? new_key=None, Tensor? new_value=None, Tensor? cos=None, "
+    "Tensor? sin=None) -> Tensor",
 )
 
 # Dispatch keys of tensors without strides. If none of ours is registered for them, torch raises an
@@ -113,7 +114,7 @@ def register(compiled: bool) -> None:
         "expand_activations": (_fake_expand_activations, reference_expand_activations),
         "int8_product": (fake_int8_product, reference_int8_product),
         "bf16_product": (fake_bf16_product, reference_bf16_product),
-        "decode_attention": (fake_decode_attention, reference_decode_attention),
+        "attend": (fake_attend, reference_attend),
     }
     for name, (fake, reference) in implementations.items():
         torch.library.register_fake(f"bitlinear::{name}", fake, lib=library)

@@ -287,53 +287,55 @@ inline void check_bf16_product(const at::Tensor& x, const at::Tensor& w) {
       dtype_name(w.scalar_type()), " of shape ", w.sizes(), " on ", w.device());
 }
 
-// The same conditions and messages as reference_decode_attention in decode_attention.py.
-inline void check_decode_attention(const at::Tensor& qkv, const at::Tensor& cos,
-                                   const at::Tensor& sin, const at::Tensor& keys,
-                                   const at::Tensor& values, int64_t length,
-                                   const std::optional<at::Tensor>& mask) {
-  for (const at::Tensor* const tensor : {&qkv, &cos, &sin, &keys, &values}) {
-    TORCH_CHECK_TYPE(tensor->scalar_type() == at::ScalarType::BFloat16,
-                     "bitlinear: qkv, cos, sin, keys and values must be bfloat16, but one is ",
-                     dtype_name(tensor->scalar_type()));
-    TORCH_CHECK_VALUE(tensor->device() == qkv.device(),
-                      "bitlinear: all tensors must be on one device, but qkv is on ", qkv.device(),
-                      " and another one is on ", tensor->device());
-  }
-  const auto is_cache = [](const at::Tensor& cache) {
-    return cache.dim() == 4 && cache.stride(3) == 1 && cache.stride(2) == cache.size(3);
+inline void check_like(const at::Tensor& query, const char* name, const at::Tensor& tensor,
+                       at::ScalarType dtype, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == dtype && tensor.sizes() == shape &&
+                        tensor.device() == query.device(),
+                    "bitlinear: ", name, " must be ", dtype_name(dtype), ", of shape ", shape,
+                    ", on ", query.device(), ", but it is ", dtype_name(tensor.scalar_type()),
+                    " of shape ", tensor.sizes(), " on ", tensor.device());
+}
+
+// The same conditions and messages as reference_attend in attend.py.
+inline void check_attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+                         const std::optional<at::Tensor>& mask,
+                         const std::optional<at::Tensor>& position,
+                         const std::optional<at::Tensor>& new_key,
+                         const std::optional<at::Tensor>& new_value,
+                         const std::optional<at::Tensor>& cos,
+                         const std::optional<at::Tensor>& sin) {
+  const at::ScalarType dtype = query.scalar_type();
+  TORCH_CHECK_VALUE(kernel_dtype(dtype) >= 0 && query.dim() == 4 && query.size(2) == 1,
+                    "bitlinear: query must be float32, float16 or bfloat16, of shape (batch, "
+                    "heads, 1, size), but it is ",
+                    dtype_name(dtype), " of shape ", query.sizes());
+  const int64_t batch = query.size(0), heads = query.size(1), size = query.size(3);
+  TORCH_CHECK_VALUE(keys.dim() == 4 && keys.size(1) > 0 && heads % keys.size(1) == 0,
+                    "bitlinear: keys must have shape (", batch, ", key heads, length, ", size,
+                    "), ", heads, " heads a multiple of the key heads, but they have shape ",
+                    keys.sizes());
+  const int64_t groups = keys.size(1), length = keys.size(2);
+  check_like(query, "keys", keys, dtype, {batch, groups, length, size});
+  check_like(query, "values", values, dtype, {batch, groups, length, size});
+  const auto batch_of = [=](const at::Tensor& tensor) {
+    return tensor.dim() > 0 && tensor.size(0) == 1 ? int64_t{1} : batch;
   };
-  TORCH_CHECK_VALUE(is_cache(keys) && is_cache(values) && keys.sizes() == values.sizes(),
-                    "bitlinear: keys and values must have one shape, (batch, key heads, capacity, "
-                    "head size), and the tokens of a head one behind the other, but they have "
-                    "shapes ",
-                    keys.sizes(), " and ", values.sizes(), " and strides ", keys.strides(), " and ",
-                    values.strides());
-  const int64_t batch = keys.size(0), groups = keys.size(1), size = keys.size(3);
-  TORCH_CHECK_VALUE(size >= 16 && size <= BITLINEAR_MAX_HEAD && size % 16 == 0,
-                    "bitlinear: the head size must be a multiple of 16, at most ",
-                    BITLINEAR_MAX_HEAD, ", but it is ", size);
-  TORCH_CHECK_VALUE(length >= 0 && length < keys.size(2),
-                    "bitlinear: length must be at least 0 and below the capacity of the keys, ",
-                    keys.size(2), ", but it is ", length);
-  TORCH_CHECK_VALUE(qkv.dim() == 2 && qkv.size(0) == batch && groups > 0 &&
-                        qkv.size(1) % (groups * size) == 0 && qkv.size(1) >= 3 * groups * size,
-                    "bitlinear: qkv must have shape (", batch, ", heads * ", size,
-                    "), with a multiple of ", groups, " query heads and ", 2 * groups,
-                    " heads of keys and values, but it has shape ", qkv.sizes());
-  TORCH_CHECK_VALUE(cos.dim() == 2 && (cos.size(0) == 1 || cos.size(0) == batch) &&
-                        cos.size(1) == size && sin.sizes() == cos.sizes(),
-                    "bitlinear: cos and sin must have shape (1, ", size, ") or (", batch, ", ",
-                    size, "), but they have shapes ", cos.sizes(), " and ", sin.sizes());
   if (mask.has_value()) {
-    TORCH_CHECK_VALUE(mask->scalar_type() == at::ScalarType::Bool && mask->dim() == 2 &&
-                          (mask->size(0) == 1 || mask->size(0) == batch) &&
-                          mask->size(1) == length + 1 && mask->device() == qkv.device(),
-                      "bitlinear: mask must be bool, of shape (1, ", length + 1, ") or (", batch,
-                      ", ", length + 1, "), on ", qkv.device(), ", but it is ",
-                      dtype_name(mask->scalar_type()), " of shape ", mask->sizes(), " on ",
-                      mask->device());
+    const bool is_bool = mask->scalar_type() == at::ScalarType::Bool;
+    check_like(query, "mask", *mask, is_bool ? at::ScalarType::Bool : dtype,
+               {batch_of(*mask), 1, 1, length});
   }
+  if (position.has_value()) check_like(query, "position", *position, at::ScalarType::Long, {1});
+  const int given = new_key.has_value() + new_value.has_value() + cos.has_value() + sin.has_value();
+  TORCH_CHECK_VALUE((given == 4 && length > 0) || (given == 0 && !position.has_value()),
+                    "bitlinear: new_key, new_value, cos and sin come together, and a position with "
+                    "them, for at least one key, but ",
+                    given, " of them are given for ", length, " keys");
+  if (given == 0) return;
+  check_like(query, "new_key", *new_key, dtype, {batch, groups, 1, size});
+  check_like(query, "new_value", *new_value, dtype, {batch, groups, 1, size});
+  check_like(query, "cos", *cos, dtype, {batch_of(*cos), 1, size});
+  check_like(query, "sin", *sin, dtype, {batch_of(*cos), 1, size});
 }
 
 inline void check_tokens(const at::Tensor& x, double eps, int64_t act_bits) {

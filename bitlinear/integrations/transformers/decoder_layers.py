@@ -51,7 +51,6 @@ class FusedDecoderLayer(nn.Module):
     _mlp: _Kind
     _activations: dict[_Kind, str]
     _sliding_window: Callable[[Any], dict[str, Any]]
-    _attend_one_token: Callable[..., Tensor | None]
 
     def forward(
         self,
@@ -99,46 +98,18 @@ class FusedDecoderLayer(nn.Module):
                 **kwargs,
             )
             return residual + cast(Tensor, output)
-        layers = attention._modules
-        kwargs = {**self._sliding_window(attention), **kwargs}
-        qkv = fused_products(attention, _QKV, residual, norm)
-        output = weights = None
-        if qkv is not None and "q_norm" not in layers:
-            rotate = self._modeling.apply_rotary_pos_emb
-            output = self._attend_one_token(
-                *(attention, qkv, rotate, position_embeddings, attention_mask, cache, kwargs)
-            )
-        if output is None:
-            x = norm(residual) if qkv is None else None
-            output, weights = self._attend_in_steps(
-                attention, x, qkv, attention_mask, cache, position_embeddings, kwargs
-            )
-        for record in attention._forward_hooks.values():  # see _RECORDERS
-            record(attention, (), (None, weights))
-        output = output.reshape(*residual.shape[:-1], -1)
-        return self._project(attention, _OUT, output, layers.get("attn_sub_norm"), residual)
-
-    def _attend_in_steps(
-        self,
-        attention: Any,
-        x: Any,
-        qkv: Tensor | None,
-        attention_mask: Any,
-        cache: Any,
-        position_embeddings: Any,
-        kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Any]:
-        """What transformers does between the products; ``qkv`` is theirs of ``x``, or None."""
         modeling, layers = self._modeling, attention._modules
+        shape = (*residual.shape[:-1], -1, attention.head_dim)
+        output = fused_products(attention, _QKV, residual, norm)
         together = None  # queries and keys in one tensor
-        if qkv is None:
-            shape = (*x.shape[:-1], -1, attention.head_dim)
+        if output is None:
+            x = norm(residual)
             q, k, v = (layers[name](x).view(shape).transpose(1, 2) for name in _QKV)
         else:
             heads = [layers[name].out_features // attention.head_dim for name in _QKV]
-            qkv = qkv.view(*qkv.shape[:-1], -1, attention.head_dim).transpose(1, 2)
-            q, k, v = qkv.split(heads, dim=1)
-            together = qkv[:, : -heads[2]]
+            output = output.view(shape).transpose(1, 2)
+            q, k, v = output.split(heads, dim=1)
+            together = output[:, : -heads[2]]
         if "q_norm" in layers:  # Qwen3: over each head
             q, k, together = layers["q_norm"](q), layers["k_norm"](k), None
         rotate = modeling.apply_rotary_pos_emb
@@ -157,9 +128,13 @@ class FusedDecoderLayer(nn.Module):
             *(q, k, v, attention_mask),
             dropout=attention.attention_dropout if attention.training else 0.0,
             scaling=attention.scaling,
+            **self._sliding_window(attention),
             **kwargs,
         )
-        return output, weights
+        for record in attention._forward_hooks.values():  # see _RECORDERS
+            record(attention, (), (None, weights))
+        output = output.reshape(*shape[:-2], -1)
+        return self._project(attention, _OUT, output, layers.get("attn_sub_norm"), residual)
 
     def _apply_mlp(self, residual: Tensor) -> Tensor:
         mlp: Any = self._modules["mlp"]
@@ -318,8 +293,6 @@ def _make_class(family: str) -> type[FusedDecoderLayer]:
     """Make the fused class of a family when it is first needed: its module takes long to import."""
     from transformers.activations import ReLUSquaredActivation, SiLUActivation
 
-    from .token_attention import attend_one_token
-
     prefix, sliding_window = _FAMILIES[family]
     modeling = importlib.import_module(_modeling_name(family))
     base = getattr(modeling, f"{prefix}DecoderLayer")
@@ -339,6 +312,5 @@ def _make_class(family: str) -> type[FusedDecoderLayer]:
             _known_kind(ReLUSquaredActivation): "relu2",
         },
         "_sliding_window": staticmethod(sliding_window),
-        "_attend_one_token": staticmethod(attend_one_token),
     }
     return type(base.__name__, (FusedDecoderLayer, base), attributes)

@@ -3,10 +3,9 @@
 // Bound: memory; keys and values are read once. Each key and value is converted to fp32 once for
 // all queries that share it; then a query takes two multiply-adds per element. All sums are fp32.
 // The loops are plain, with one vector of lanes whose order is fixed: every variant gives the same
-// bits. Two cores of Zen 4, 20
-// heads of 128, 5 key heads: 30 us at 128 keys (sdpa 63, without the rotation and the cache), 245
-// at 2048 (sdpa 640; reading them at 40 GB/s takes 131). A third of a part's time are the sums
-// across lanes and the exponentials.
+// bits. Two cores of Zen 4, 20 heads of 128, 5 key heads: 30 us at 128 keys (sdpa 63, without the
+// rotation and the cache), 245 at 2048 (sdpa 640; reading them at 40 GB/s takes 131). A third of the
+// time are the sums across lanes and the exponentials.
 #pragma once
 
 #include <math.h>

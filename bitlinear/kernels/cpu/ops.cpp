@@ -27,6 +27,7 @@ namespace {
 using at::ScalarType;
 using at::Tensor;
 using bitlinear::checked_data;
+using bitlinear::dtype_name;
 using bitlinear::kernel_dtype;
 
 std::atomic<const bitlinear_kernel_table*> active_kernels{nullptr};
@@ -328,60 +329,89 @@ Tensor bf16_product(const Tensor& x, const Tensor& w) {
   return y;
 }
 
-Tensor decode_attention(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& keys,
-                        const Tensor& values, int64_t length, double scale,
-                        const std::optional<Tensor>& mask) {
-  bitlinear::check_decode_attention(qkv, cos, sin, keys, values, length, mask);
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
+              const OptionalTensor& mask, double scale, const OptionalTensor& position,
+              const OptionalTensor& new_key, const OptionalTensor& new_value,
+              const OptionalTensor& cos, const OptionalTensor& sin) {
+  bitlinear::check_attend(query, keys, values, mask, position, new_key, new_value, cos, sin);
+  const int64_t B = keys.size(0), G = keys.size(1), L = keys.size(2), D = keys.size(3);
+  const int64_t H = query.size(1), R = H / G;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      query.scalar_type() == ScalarType::BFloat16 && D > 0 && D <= BITLINEAR_MAX_HEAD &&
+          D % 16 == 0 && !(mask.has_value() && mask->scalar_type() != ScalarType::Bool),
+      "bitlinear: on a CPU, attend computes bfloat16, with a mask of bool and a size that is a "
+      "multiple of 16 of at most ",
+      BITLINEAR_MAX_HEAD, ", but query is ", dtype_name(query.scalar_type()), " of shape ",
+      query.sizes());
+  for (const Tensor* const tensor : {&keys, &values}) {
+    TORCH_CHECK_NOT_IMPLEMENTED(L == 0 || (tensor->stride(3) == 1 && tensor->stride(2) == D),
+                                "bitlinear: on a CPU, the tokens of a head must lie one behind the "
+                                "other in keys and values, but strides are ",
+                                tensor->strides());
+  }
+  const bool is_new = new_key.has_value();
+  const int64_t at = position.has_value() ? *position->const_data_ptr<int64_t>() : L - 1;
+  TORCH_CHECK_VALUE(!is_new || (at >= 0 && at < L), "bitlinear: position must be between 0 and ",
+                    L - 1, ", but it is ", at);
   const bitlinear_kernel_table* const kernels = active_table();
-  const int64_t B = keys.size(0), G = keys.size(1), D = keys.size(3);
-  const int64_t H = qkv.size(1) / D - 2 * G, R = H / G;
-  const int64_t count = length + 1, chunks = bitlinear::ceil_div(count, kAttentionTokens);
-  Tensor y = Tensor(at::detail::empty_cpu({B, H * D}, ScalarType::BFloat16));
+  Tensor y = Tensor(at::detail::empty_cpu({B, 1, H, D}, ScalarType::BFloat16));
   if (y.numel() == 0) return y;
+  if (L == 0) return y.zero_();
+
   const auto data = [](const Tensor& tensor, const char* name) {
     return reinterpret_cast<const uint16_t*>(checked_data(tensor, name));
   };
-  const Tensor rows = qkv.contiguous(), cosines = cos.contiguous(), sines = sin.contiguous();
-  const Tensor visible = mask.has_value() ? mask->contiguous() : Tensor();
-  const uint16_t* const x = data(rows, "qkv");
-  const uint16_t* const cos_data = data(cosines, "cos");
-  const uint16_t* const sin_data = data(sines, "sin");
-  uint16_t* const key_data = static_cast<uint16_t*>(keys.data_ptr());
-  uint16_t* const value_data = static_cast<uint16_t*>(values.data_ptr());
+  const Tensor q = query.contiguous();
+  const uint16_t* const q_data = data(q, "query");
+  Tensor k, v, cosines, sines, visible;
+  const uint16_t *k_data = nullptr, *v_data = nullptr, *cos_data = nullptr, *sin_data = nullptr;
+  if (is_new) {
+    k = new_key->contiguous(), v = new_value->contiguous();
+    cosines = cos->contiguous(), sines = sin->contiguous();
+    k_data = data(k, "new_key"), v_data = data(v, "new_value");
+    cos_data = data(cosines, "cos"), sin_data = data(sines, "sin");
+  }
+  if (mask.has_value()) visible = mask->contiguous();
+  uint16_t* const all_keys = static_cast<uint16_t*>(keys.data_ptr());
+  uint16_t* const all_values = static_cast<uint16_t*>(values.data_ptr());
   uint16_t* const out = static_cast<uint16_t*>(y.data_ptr());
 
-  // Each part has its queries, rotated, and its results.
-  const int64_t parts = B * G * chunks;
+  // Each part has its results and its queries, rotated.
+  const int64_t chunks = bitlinear::ceil_div(L, kAttentionTokens), parts = B * G * chunks;
   const int64_t floats = R * (D + 2), part_bytes = floats * int64_t{sizeof(float)} + R * D * 2;
   Scratch scratch(parts * (part_bytes + int64_t{sizeof(bitlinear_attention)}));
   auto* const tasks = reinterpret_cast<bitlinear_attention*>(scratch.data());
   char* const memory = reinterpret_cast<char*>(tasks + parts);
-  const auto attend = [&](int64_t part) {
-    const int64_t first = part % chunks * kAttentionTokens;
-    const int64_t g = part / chunks % G, b = part / chunks / G;
+  const auto compute_part = [&](int64_t part) {
+    const int64_t chunk = part % chunks, head = part / chunks, b = head / G, g = head % G;
+    const int64_t first = chunk * kAttentionTokens;
+    uint16_t* const key = all_keys + b * keys.stride(0) + g * keys.stride(1);
+    uint16_t* const value = all_values + b * values.stride(0) + g * values.stride(1);
     float* const results = reinterpret_cast<float*>(memory + part * part_bytes);
-    uint16_t* const q = reinterpret_cast<uint16_t*>(results + floats);
-    const uint16_t* const token = x + b * (H + 2 * G) * D;
-    const int64_t angle = cosines.size(0) == 1 ? 0 : b * D;
-    uint16_t* const key = key_data + b * keys.stride(0) + g * keys.stride(1);
-    uint16_t* const value = value_data + b * values.stride(0) + g * values.stride(1);
-    kernels->rotate_heads(token + g * R * D, R, D, cos_data + angle, sin_data + angle, q);
-    if (first + kAttentionTokens >= count) {  // the new token is one of its keys
-      kernels->rotate_heads(token + (H + g) * D, 1, D, cos_data + angle, sin_data + angle,
-                            key + length * D);
-      memcpy(value + length * D, token + (H + G + g) * D, static_cast<size_t>(D) * 2);
-    }
     bitlinear_attention& task = tasks[part];
-    task.q = q;
+    task.q = q_data + head * R * D;
+    if (is_new) {
+      uint16_t* const rotated = reinterpret_cast<uint16_t*>(results + floats);
+      const int64_t angle = cosines.size(0) == 1 ? 0 : b * D;
+      kernels->rotate_heads(task.q, R, D, cos_data + angle, sin_data + angle, rotated);
+      task.q = rotated;
+      if (at / kAttentionTokens == chunk) {
+        kernels->rotate_heads(k_data + head * D, 1, D, cos_data + angle, sin_data + angle,
+                              key + at * D);
+        memcpy(value + at * D, v_data + head * D, static_cast<size_t>(D) * 2);
+      }
+    }
     task.rows = R;
     task.head_size = D;
     task.keys = key + first * D;
     task.values = value + first * D;
-    task.count = std::min(kAttentionTokens, count - first);
+    task.count = std::min(kAttentionTokens, L - first);
     task.mask = nullptr;
     if (visible.defined()) {
       task.mask = static_cast<const uint8_t*>(visible.const_data_ptr()) + first +
-                  (visible.size(0) == 1 ? 0 : b * count);
+                  (visible.size(0) == 1 ? 0 : b * L);
     }
     task.scale = static_cast<float>(scale);
     task.totals = results;
@@ -389,13 +419,13 @@ Tensor decode_attention(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
     task.sums = task.largest + R;
     kernels->attend(&task);
   };
-  const auto join = [&](int64_t head) {
-    kernels->join_parts(tasks + head / R * chunks, chunks, head % R, out + head * D);
+  const auto join = [&](int64_t row) {
+    kernels->join_parts(tasks + row / R * chunks, chunks, row % R, out + row * D);
   };
-  if (bitlinear::pays_for_threads(B * G * count * D * 4, at::get_num_threads())) {
-    bitlinear::parallel(parts, attend, B * H, join);
+  if (bitlinear::pays_for_threads(B * G * L * D * 4, at::get_num_threads())) {
+    bitlinear::parallel(parts, compute_part, B * H, join);
   } else {
-    bitlinear::run_parts(parts, attend);
+    bitlinear::run_parts(parts, compute_part);
     bitlinear::run_parts(B * H, join);
   }
   return y;
@@ -448,8 +478,9 @@ TORCH_LIBRARY(bitlinear, m) {
         {at::Tag::pt2_compliant_tag});
   m.def("bf16_product(Tensor x, Tensor w) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def(
-      "decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
-      "int length, float scale, Tensor? mask=None) -> Tensor",
+      "attend(Tensor query, Tensor(a!) keys, Tensor(b!) values, Tensor? mask, float scale, "
+      "Tensor? position=None, Tensor? new_key=None, Tensor? new_value=None, Tensor? cos=None, "
+      "Tensor? sin=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -461,7 +492,7 @@ TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
   m.impl("quantize_activations", quantize_activations);
   m.impl("int8_product", int8_product);
   m.impl("bf16_product", bf16_product);
-  m.impl("decode_attention", decode_attention);
+  m.impl("attend", attend);
 }
 
 // The operators have no backward pass: torch's fallback raises, so that no gradient is silently
@@ -469,7 +500,7 @@ TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
 TORCH_LIBRARY_IMPL(bitlinear, Autograd, m) {
   for (const char* name :
        {"linear", "fused_linear", "quantize_weight", "expand_weight", "quantize_activations",
-        "expand_activations", "int8_product", "bf16_product", "decode_attention"}) {
+        "expand_activations", "int8_product", "bf16_product", "attend"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }
