@@ -192,6 +192,7 @@ CUDA = CudaLibrary(
         "cuda/small_layer.cu",
         "cuda/small_batch.cu",
         "cuda/gemv.cu",
+        "cuda/attention.cu",
         "cuda/mma.cu",
         "cuda/dp4a.cu",
         "cuda/quantize.cu",

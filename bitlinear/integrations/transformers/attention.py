@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +17,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from .layers import pretrained_models
+from .rotation import is_rotation_of_llama
 
 ATTENTION = "bitlinear_sdpa"
 """The name of :func:`attention` for ``model.set_attn_implementation``."""
+
+# Heads of our kernel, and how many of a query share one of a key.
+_KERNEL_HEADS, _KERNEL_GROUP = (64, 128), 8
 
 # The longest head of cuDNN's kernel.
 _CUDNN_HEAD = 128
@@ -43,8 +49,9 @@ def attention(
     ``sdpa`` (root mean square; the largest error is up to 2.7 times); with a mask, in bf16 and in
     fp16 it is the same.
 
-    On a GPU from Hopper on, in 16 bits and with a mask, cuDNN's kernel for grouped queries divides
-    the keys among blocks. It is torch's scaled_dot_product_attention in all cases.
+    On a GPU from Hopper on, in 16 bits and with a mask, a kernel of its own computes heads of 64 or
+    128 (``kernels/cuda/attention.cu``), and cuDNN's kernel for grouped queries others. Everything
+    else is torch's scaled_dot_product_attention.
 
     Args:
         module: The attention module.
@@ -58,6 +65,9 @@ def attention(
         The result, shape ``(batch, tokens, heads, head_dim)``, and None.
     """
     is_one = _is_one_token(query, key, attention_mask, dropout, kwargs)
+    if is_one and _kernel_serves(query, key, value, attention_mask):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return torch.ops.bitlinear.attend(query, key, value, attention_mask, scale), None
     if is_one and _cudnn_is_faster(query, value, attention_mask):
         y = scaled_dot_product_attention(
             query, key, value, attention_mask, scale=scaling, enable_gqa=True
@@ -72,6 +82,48 @@ def attention(
     rows = query.reshape(batch, key.shape[1], -1, head_dim)
     y = scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
     return y.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+def rotate_and_attend(
+    rotate: Callable[..., Any],
+    rows: tuple[Tensor, Tensor, Tensor],
+    angles: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, Tensor, Tensor],
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Rotate a query and a key, write the key and its value into a cache, and attend to the cache.
+
+    The same bits as of ``rotate`` and :func:`attention`, in one kernel.
+
+    Args:
+        rotate: ``apply_rotary_pos_emb`` of the model.
+        rows: The query, ``(batch, heads, 1, head_dim)``, the key and the value.
+        angles: The cosines and the sines, as for ``rotate``.
+        cache: All keys, all values, and the position where the new ones go: int64, ``(1,)``.
+        attention_mask, dropout, scaling, kwargs: As for :func:`attention`.
+
+    Returns:
+        The result of :func:`attention`; None if the kernel cannot compute it, and nothing is
+        written.
+    """
+    query, keys = rows[0], cache[0]
+    if not (
+        _is_one_token(query, keys, attention_mask, dropout, kwargs)
+        and _kernel_serves(query, keys, cache[1], attention_mask)
+        and is_rotation_of_llama(rotate)
+        and all(t.dtype == query.dtype and t.is_contiguous() for t in angles)
+        and all(t.shape[1:] == (1, query.shape[-1]) for t in angles)
+    ):
+        return None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    all_keys, all_values, position = cache
+    result: Tensor = torch.ops.bitlinear.attend(
+        *(query, all_keys, all_values, attention_mask, scale), position, *rows[1:], *angles
+    )
+    return result
 
 
 def select_attention(model: PreTrainedModel) -> None:
@@ -100,8 +152,34 @@ def _is_one_token(
     )
 
 
+def _kernel_serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether ``torch.ops.bitlinear.attend`` computes this; see ``kernels/cuda/attention.cu``."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] in _KERNEL_HEADS
+        and query.shape[1] <= _KERNEL_GROUP * key.shape[1]
+        and mask is not None
+        and mask.shape[-1] == key.shape[2]
+        and mask.dtype in (torch.bool, query.dtype)
+        and key.shape == value.shape
+        and key.stride(2) == value.stride(2) == key.shape[-1]
+        and (type(query), type(key), type(value), type(mask)) == (Tensor,) * 4
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cuda")
+        and _has_kernel(query.device)
+    )
+
+
+@functools.cache
+def _has_kernel(device: torch.device) -> bool:
+    is_compiled = hasattr(torch.ops.bitlinear, "attend")
+    return is_compiled and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _cudnn_is_faster(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether torch chooses cuDNN for grouped queries, and nothing else is faster.
+    """Whether torch chooses cuDNN for grouped queries, and nothing else of torch is faster.
 
     H100, bf16, 20 heads of 128, 5 key heads, us by the tokens in the cache (192, 2112) with a mask
     of numbers: 6.3, 10.3; as rows of one product 10.5, 48.7; flash attention of all keys, without

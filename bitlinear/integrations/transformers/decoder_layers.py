@@ -113,24 +113,28 @@ class FusedDecoderLayer(nn.Module):
         if "q_norm" in layers:  # Qwen3: over each head
             q, k, together = layers["q_norm"](q), layers["k_norm"](k), None
         rotate = modeling.apply_rotary_pos_emb
-        store = _step_store(cache, attention.layer_idx)
-        if store is not None:
-            q, k, v = store(rotate, q, k, v, *position_embeddings)
+        attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
+            attention.config._attn_implementation, modeling.eager_attention_forward
+        )
+        settings = {
+            "dropout": attention.attention_dropout if attention.training else 0.0,
+            "scaling": attention.scaling,
+            **self._sliding_window(attention),
+            **kwargs,
+        }
+        step = _step_layer(cache, attention.layer_idx)
+        output = weights = None
+        if step is not None:
+            rows = (q, k, v, *position_embeddings)
+            output = step.rotate_and_attend(attend, rotate, *rows, attention_mask, **settings)
+            if output is None:
+                q, k, v = step.rotate_and_update(rotate, *rows)
         else:
             q, k = rotate_heads(rotate, q, k, together, *position_embeddings)
             if cache is not None:
                 k, v = cache.update(k, v, attention.layer_idx, kwargs=kwargs)
-        attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(
-            attention.config._attn_implementation, modeling.eager_attention_forward
-        )
-        output, weights = attend(
-            attention,
-            *(q, k, v, attention_mask),
-            dropout=attention.attention_dropout if attention.training else 0.0,
-            scaling=attention.scaling,
-            **self._sliding_window(attention),
-            **kwargs,
-        )
+        if output is None:
+            output, weights = attend(attention, q, k, v, attention_mask, **settings)
         for record in attention._forward_hooks.values():  # see _RECORDERS
             record(attention, (), (None, weights))
         output = output.reshape(*shape[:-2], -1)
@@ -235,10 +239,11 @@ def _known_kind(cls: type[nn.Module]) -> _Kind:
     return cls, forward if is_own else None
 
 
-def _step_store(cache: Any, index: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
-    """``rotate_and_update`` of the layer of a cache, if it is a ``StepLayer``."""
+def _step_layer(cache: Any, index: int) -> Any:
+    """The layer of a cache if it is a ``StepLayer``, else None."""
     layers = getattr(cache, "layers", ())
-    return getattr(layers[index], "rotate_and_update", None) if index < len(layers) else None
+    layer = layers[index] if index < len(layers) else None
+    return layer if hasattr(layer, "rotate_and_attend") else None
 
 
 def _no_window(attention: Any) -> dict[str, Any]:

@@ -33,18 +33,23 @@ def rotate_together(rotate: Callable[..., Any], x: Tensor, *angles: Any) -> Any:
         The rotated heads, the same bits as of ``rotate``; None if ``rotate`` is not the function
         of Llama in transformers.
     """
+    if not is_rotation_of_llama(rotate):
+        return None
+    cos, sin = (angle.unsqueeze(1) for angle in angles)
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def is_rotation_of_llama(rotate: Callable[..., Any]) -> bool:
+    """Whether ``rotate`` computes what ``apply_rotary_pos_emb`` of Llama in transformers does."""
     key = (rotate, getattr(rotate, "__globals__", {}).get("rotate_half"))
     is_known = _is_known.get(key)
     if is_known is None:
         is_known = same_computation(rotate, _rotate_of_llama)
         is_known = is_known and same_computation(key[1], _rotate_half_of_llama)
         _is_known[key] = is_known
-    if not is_known:
-        return None
-    cos, sin = (angle.unsqueeze(1) for angle in angles)
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return is_known
 
 
 # A model has one pair of functions, and a library that replaces them another one.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
+from .attention import attention, rotate_and_attend
 from .small_kernels import call, rotate_and_store
 
 
@@ -38,6 +39,19 @@ class StepLayer(StaticLayer):  # type: ignore[misc]
         cache = (self.keys, self.values, self.position)
         q = call(rotate_and_store, rotate, q, k, v, cos, sin, *cache)
         return q, self.keys, self.values
+
+    def rotate_and_attend(
+        self, attend: Callable[..., Any], rotate: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor | None:
+        """:func:`.attention.rotate_and_attend` with this cache, if the model uses that attention.
+
+        ``args``: the query, the key, the value, the cosines, the sines and the mask.
+        """
+        if attend is not attention:
+            return None
+        q, k, v, cos, sin, mask = args
+        cache = (self.keys, self.values, self.position)
+        return rotate_and_attend(rotate, (q, k, v), (cos, sin), cache, mask, **kwargs)
 
     def get_seq_length(self) -> Tensor:
         """The number of tokens, a tensor without dimensions, as in ``StaticLayer``."""

@@ -18,6 +18,37 @@ __device__ inline void mma_u8s8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint3
 #endif
 }
 
+// c += a * b for 16 rows of 16 values and 8 columns, of the type Half. A lane holds the values 2 t,
+// 2 t + 1, 2 t + 8 and 2 t + 9 (t = lane % 4) of rows l and l + 8 (l = lane / 4) of a, and of
+// column l of b. Any order of k is valid if a and b have the same.
+template <class Half>
+__device__ inline void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same<Half, __half>::value) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+#endif
+}
+
+// Transposes 8 x 8 values of 16 bits, of which a lane holds two neighbours of a row: 2 t and 2 t +
+// 1 of row l.
+__device__ inline uint32_t transpose_halves(uint32_t pair) {
+  uint32_t transposed = pair;
+#if __CUDA_ARCH__ >= 750
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+#endif
+  return transposed;
+}
+
 // Stores the sums of parts of 16 rows and 8 columns. `first` is the address of this lane's first
 // sum: row lane / 4 and column lane % 4 * 2 of the first part. Columns are kPitch apart.
 template <int kPitch, int kRowParts, int kColumnParts>

@@ -83,5 +83,27 @@ __device__ inline void copy_bulk(void* shared, const void* global, uint32_t byte
       : "memory");
 }
 
+// Waits for all threads of the blocks of a cluster.
+__device__ inline void sync_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.aligned;\n"
+      "barrier.cluster.wait.aligned;\n" ::
+          : "memory");
+}
+
+// Reads, in the shared memory of block `rank` of this cluster, the address that `p` has in this
+// block.
+__device__ inline float load_remote(const float* p, int rank) {
+  float v;
+  asm volatile(
+      "{\n.reg .u32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.f32 %0, [remote];\n}\n"
+      : "=f"(v)
+      : "r"(shared_address(p)), "r"(rank)
+      : "memory");
+  return v;
+}
+
 }  // namespace cuda
 }  // namespace bitlinear

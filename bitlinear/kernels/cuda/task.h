@@ -36,6 +36,30 @@ struct bitlinear_cuda_task {
   int w_prefetchable;
 };
 
+// Attention of one query token for each sequence. The last dimension of each array is contiguous,
+// its rows start at multiples of 16 bytes, and its other strides count values.
+struct bitlinear_cuda_attention {
+  int dtype;  // BITLINEAR_F16 or BITLINEAR_BF16
+  int64_t batch, heads, key_heads, head_dim, length;
+  const void* query;  // (batch, heads, head_dim)
+  int64_t query_strides[2];
+  void *key, *value;  // (batch, key_heads, length, head_dim); rows are contiguous
+  int64_t key_strides[2], value_strides[2];
+  // (batch, length): numbers to add to the scores, or bool, true where a token takes part.
+  const void* mask;
+  int64_t mask_stride;
+  int mask_is_bool;
+  float scale;
+  void* output;  // (batch, heads, head_dim), contiguous
+  // Not null: query and the new key are rotated first, and the new key and value are written to
+  // this position of all keys and values.
+  const int64_t* position;
+  const void *new_key, *new_value;  // (batch, key_heads, head_dim)
+  int64_t new_key_strides[2], new_value_strides[2];
+  const void *cosine, *sine;  // (batch, head_dim)
+  int64_t angle_stride;       // of both
+};
+
 // The kernels that compute a product. supports() in heuristics.h says for which shapes.
 enum bitlinear_cuda_kernel {
   BITLINEAR_CUDA_AUTO = 0,         // the choice of heuristics.h
@@ -84,6 +108,9 @@ const char* bitlinear_cuda_expand_activations(const void* q, int64_t act_bits, c
 const char* bitlinear_cuda_find_invalid_byte(const uint8_t* packed, int64_t N, int64_t K,
                                              int64_t* position, uint8_t* byte, void* workspace,
                                              void* stream);
+// Queues the attention on the stream of the current device (sm_90 and later). head_dim is 64 or
+// 128, and at most 8 query heads share a key head.
+const char* bitlinear_cuda_attend(const bitlinear_cuda_attention* attention, void* stream);
 // Compares every kernel that the device can run with the reference in ../selftest.h. Returns 0 if
 // all bits are equal; 1 with the first difference; 2 with the reason if the device cannot be used.
 int bitlinear_cuda_selftest(int device, char* message, int64_t message_size);

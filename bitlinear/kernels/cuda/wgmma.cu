@@ -129,13 +129,6 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-__device__ inline void sync_cluster() {
-  asm volatile(
-      "barrier.cluster.arrive.aligned;\n"
-      "barrier.cluster.wait.aligned;\n" ::
-          : "memory");
-}
-
 // Reads, in the shared memory of block `rank` of this cluster, the address that `p` has in this
 // block.
 __device__ inline int4 load_remote(const int32_t* p, int rank) {

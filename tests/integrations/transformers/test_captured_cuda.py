@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -19,7 +21,10 @@ from tests.integrations.transformers.test_captured import IDS as CPU_IDS
 
 from bitlinear.integrations.transformers import decode_step, fuse, generate  # isort: skip
 from bitlinear.integrations.transformers import quantize_head, small_kernels  # isort: skip
-from bitlinear.integrations.transformers.attention import attention  # isort: skip
+from bitlinear.integrations.transformers.attention import (  # isort: skip
+    attention,
+    rotate_and_attend,
+)
 from bitlinear.integrations.transformers.decoding import speed_up_decoding  # isort: skip
 
 pytestmark = [
@@ -34,10 +39,12 @@ def _compile():
         yield
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "bfloat16-kernel"])
 def model(request):
+    """In bfloat16 with heads of another size than those of our kernel of attention, and of its."""
+    dtype, _, kernel = request.param.partition("-")
     torch.manual_seed(0)
-    made = make_llama().to("cuda", request.param).eval()
+    made = make_llama(head_dim=64 if kernel else 8).to("cuda", getattr(torch, dtype)).eval()
     made = fuse(bitlinear.deploy(bitlinear.convert(made)))
     speed_up_decoding(made)
     return made
@@ -116,7 +123,7 @@ def use_eager(model):
     model.set_attn_implementation("eager")
 
 
-@pytest.mark.parametrize("model", [torch.float32], indirect=True, ids=str)
+@pytest.mark.parametrize("model", ["float32"], indirect=True)
 def test_a_compiled_model(model):
     config = transformers.CompileConfig(fullgraph=True, dynamic=False)
     tokens = ours(model, IDS, compile_config=config, **SETTINGS)
@@ -141,6 +148,9 @@ def test_a_step_that_waits_for_the_gpu_cannot_be_captured(model):
         (torch.bfloat16, "bool", 1, 20, 5, 192, 128),
         (torch.bfloat16, "numbers", 16, 20, 5, 2112, 128),
         (torch.float16, "numbers", 3, 4, 4, 701, 64),
+        (torch.bfloat16, "bool", 2, 16, 2, 257, 64),
+        (torch.float16, "bool", 1, 24, 8, 2049, 128),
+        (torch.float16, "numbers", 2, 18, 2, 300, 64),  # nine heads share a key head
         (torch.bfloat16, "bool", 16, 6, 1, 9, 24),
         (torch.bfloat16, "numbers", 2, 4, 2, 64, 256),
         (torch.float32, "bool", 3, 8, 2, 64, 32),
@@ -165,6 +175,70 @@ def test_attention_of_one_token(dtype, kind, batch, heads, key_heads, length, he
     assert got.shape == (batch, 1, heads, head_dim)
     tolerance = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(got.transpose(1, 2).double(), wanted, atol=tolerance, rtol=0)
+
+
+ROTATE = transformers.models.llama.modeling_llama.apply_rotary_pos_emb
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "key_heads", "length", "head_dim"),
+    [(1, 20, 5, 192, 128), (3, 8, 1, 2112, 64), (2, 4, 4, 21, 128), (16, 20, 5, 1100, 128)],
+)
+@torch.no_grad()
+def test_one_kernel_has_the_bits_of_its_parts(dtype, batch, heads, key_heads, length, head_dim):
+    """Of the rotation, the copy to the cache and the attention, with any length of the cache."""
+    rows = torch.randn(batch, 1, heads + 2 * key_heads, head_dim, device="cuda", dtype=dtype)
+    q, k, v = rows.transpose(1, 2).split([heads, key_heads, key_heads], dim=1)
+    cos, sin = torch.randn(2, batch, 1, head_dim, device="cuda", dtype=dtype)
+    shape = (batch, key_heads, length, head_dim)
+    keys, values = torch.randn(2, *shape, device="cuda", dtype=dtype)
+    layer = torch.nn.Module()
+    layer.num_key_value_groups = heads // key_heads
+    for position in {0, 15, 16, length // 2, length - 1}:
+        index = torch.tensor([position], device="cuda")
+        visible = torch.arange(length, device="cuda") <= position
+        visible = visible.repeat(batch, 1)[:, None, None]
+        visible[0, ..., :position] &= torch.rand(position, device="cuda") < 0.8
+        additive = torch.zeros(visible.shape, device="cuda", dtype=dtype)
+        additive.masked_fill_(~visible, -torch.inf)
+        cache = (keys.clone(), values.clone(), index)
+        got = rotate_and_attend(ROTATE, (q, k, v), (cos, sin), cache, additive, scaling=0.1)
+        rotated, new_key = ROTATE(q, k, cos, sin)
+        keys.index_copy_(2, index, new_key)
+        values.index_copy_(2, index, v)
+        assert torch.equal(cache[0], keys)
+        assert torch.equal(cache[1], values)
+        wanted, _ = attention(layer, rotated, keys, values, visible, scaling=0.1)
+        assert torch.equal(got, wanted)
+        longer = [torch.nn.functional.pad(t, (0, 0, 0, 300)) for t in (keys, values)]
+        mask = torch.nn.functional.pad(visible, (0, 300))
+        assert torch.equal(attention(layer, rotated, *longer, mask, scaling=0.1)[0], wanted)
+
+
+@torch.no_grad()
+def test_what_the_kernel_cannot_compute_writes_nothing():
+    keys, values = torch.zeros(2, 1, 2, 8, 64, device="cuda", dtype=torch.bfloat16)
+    q, k, v = torch.ones(3, 1, 2, 1, 64, device="cuda", dtype=torch.bfloat16)
+    cos, sin = torch.ones(2, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
+    mask = torch.ones(1, 1, 1, 8, device="cuda", dtype=torch.bool)
+    cache = (keys, values, torch.tensor([3], device="cuda"))
+    rows, angles = (q, k, v), (cos, sin)
+    cannot = [
+        (functools.partial(ROTATE), rows, angles, cache, mask),
+        (ROTATE, rows, angles, cache, None),
+        (ROTATE, rows, (cos.float(), sin.float()), cache, mask),
+        (ROTATE, rows, angles, cache, mask.float()),
+        (ROTATE, (q[..., :32], k[..., :32], v[..., :32]), angles, cache, mask),
+    ]
+    assert [rotate_and_attend(*arguments) for arguments in cannot] == [None] * len(cannot)
+    assert not keys.any()
+    assert rotate_and_attend(ROTATE, rows, angles, cache, mask) is not None
+    assert keys.any()
+    with pytest.raises(ValueError, match="mask must be"):
+        torch.ops.bitlinear.attend(q, keys, values, mask[..., :7], 1.0)
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        torch.ops.bitlinear.attend(q.repeat(1, 1, 1, 2)[..., ::2], keys, values, mask, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

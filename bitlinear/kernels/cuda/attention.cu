@@ -1,0 +1,370 @@
+// Attention of one query token for each sequence (sm_90 and later), between two products of a
+// decoder's layer. In a step of a captured model it also rotates queries and the new key, and
+// writes the new key and value into the cache.
+//
+// A block, or a cluster of eight if there are many keys, has the query heads that share a key head.
+// Each warp takes 16 keys at a time and keeps a maximum, a sum and an output of its own; the block
+// joins those of its warps, the cluster those of its blocks. Scores are key fragments times query
+// fragments of mma.m16n8k16, eight heads wide; outputs are value fragments times probabilities. A
+// lane loads 16 bytes of a row at a time directly into fragments: the order of k that results is
+// the same for both operands.
+//
+// Numerics: scores, maximum, sums and outputs in fp32; probabilities are rounded to 16 bits before
+// they are multiplied with values, as in other kernels of attention. The rotation rounds to 16 bits
+// where apply_rotary_pos_emb does. A key that is masked by -inf counts nothing, and 16 of them are
+// not read: a longer cache gives the same bits.
+//
+// Bound: latency. Before the predecessor has ended, the keys and values are prefetched into L2. The
+// mask can change until then, so it serves as a hint only, and is read again.
+#include "ampere.cuh"
+#include "hopper.cuh"
+#include "launch.cuh"
+
+namespace bitlinear {
+namespace cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kWarpKeys = 16;
+constexpr int kMaxHeads = 8;   // that share a key head
+constexpr int kMaxSplits = 8;  // blocks of a cluster
+// The blocks of a cluster take turns, so where a key is computed does not depend on the length of
+// the cache. Two rounds of the warps of a block are as fast as two blocks.
+constexpr int kRoundKeys = kWarps * kWarpKeys;
+constexpr int kRounds = 2;
+constexpr int kBlockKeys = kRounds * kRoundKeys;
+constexpr float kLog2E = 1.44269504f;
+
+// Of a warp or of a block: the maximum of the scores, and the sum of exp2(score - maximum).
+struct Softmax {
+  float maximum, sum;
+};
+
+template <class Half>
+__device__ inline float low_half(uint32_t pair) {
+  if constexpr (std::is_same<Half, __half>::value) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(pair & 0xFFFF)));
+  } else {
+    return __uint_as_float(pair << 16);
+  }
+}
+template <class Half>
+__device__ inline uint32_t pack_halves(float low, float high) {
+  const Half halves[2] = {from_float<Half>(low), from_float<Half>(high)};
+  uint32_t pair;
+  memcpy(&pair, halves, sizeof(pair));
+  return pair;
+}
+template <class Half>
+__device__ inline float rounded(float value) {
+  return to_float(from_float<Half>(value));
+}
+
+// Values d and d + kDim / 2 of a row, rotated with the roundings of apply_rotary_pos_emb.
+template <class Half, int kDim>
+__device__ inline void rotate(Half (&pair)[2], const Half* cosine, const Half* sine, int d) {
+  const auto combine = [&](float x, float other, int i) {
+    const float product = rounded<Half>(__fmul_rn(x, to_float(cosine[i])));
+    return from_float<Half>(__fadd_rn(product, rounded<Half>(__fmul_rn(other, to_float(sine[i])))));
+  };
+  const float first = to_float(pair[0]), second = to_float(pair[1]);
+  pair[0] = combine(first, -second, d);
+  pair[1] = combine(second, first, d + kDim / 2);
+}
+
+// The part of a row of kDim values that a lane has for a product along the row: 16 bytes at value
+// 8 (lane % 4), and again every 32 values.
+template <int kDim>
+struct RowPart {
+  static constexpr int kVectors = kDim / 32;
+  uint4 vectors[kVectors];
+
+  __device__ void load(const void* row, int lane) {
+    const uint4* const source = static_cast<const uint4*>(row) + lane % 4;
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) vectors[j] = source[4 * j];
+  }
+};
+
+// What a lane adds to the score of a key, times log2(e); -inf beyond the end. It can be read before
+// the predecessor has ended, so not through L1, which would keep it.
+template <class Half>
+__device__ inline float mask_of(const bitlinear_cuda_attention& task, int key) {
+  if (key >= task.length) return -INFINITY;
+  const int64_t i = blockIdx.z * task.mask_stride + key;
+  if (task.mask_is_bool) {
+    return __ldcg(static_cast<const unsigned char*>(task.mask) + i) ? 0.0f : -INFINITY;
+  }
+  return low_half<Half>(__ldcg(static_cast<const unsigned short*>(task.mask) + i)) * kLog2E;
+}
+
+template <class Half>
+__device__ inline const Half* row_at(const void* array, const int64_t (&strides)[2], int64_t head) {
+  return static_cast<const Half*>(array) + blockIdx.z * strides[0] + head * strides[1];
+}
+
+template <class Half, int kDim>
+__global__ void __launch_bounds__(kThreads, 2)
+    attention_kernel(const __grid_constant__ bitlinear_cuda_attention task) {
+#if __CUDA_ARCH__ >= 900
+  using Part = RowPart<kDim>;
+  constexpr int kTiles = kDim / 16;  // of an output
+  constexpr int kValueVectors = kDim / 64;
+  extern __shared__ __align__(16) float outputs[];  // of the warps, then of the block
+  __shared__ Softmax states[kWarps + 1][kMaxHeads];
+  __shared__ __align__(16) Half rows[kMaxHeads + 2][kDim];  // queries, the new key and value
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int g = lane / 4, tig = lane % 4;
+  const int heads = static_cast<int>(task.heads / task.key_heads);
+  const int splits = static_cast<int>(gridDim.x), split = static_cast<int>(blockIdx.x);
+  const int length = static_cast<int>(task.length);
+  const auto first_key = [&](int round) {
+    return (round / kRounds * splits + split) * kBlockKeys + round % kRounds * kRoundKeys +
+           warp * kWarpKeys;
+  };
+  Half* const keys = const_cast<Half*>(row_at<Half>(task.key, task.key_strides, blockIdx.y));
+  Half* const values = const_cast<Half*>(row_at<Half>(task.value, task.value_strides, blockIdx.y));
+  const auto is_visible = [](float mask) { return mask != -INFINITY; };
+
+  allow_successor();
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const int key = first_key(round) + lane / 2;
+    if (key < length && is_visible(mask_of<Half>(task, key))) {
+      constexpr int kSecond = kDim * sizeof(Half) / 2;  // a row has one line or two
+      prefetch_line(reinterpret_cast<const char*>(keys + int64_t{key} * kDim) + lane % 2 * kSecond);
+      prefetch_line(reinterpret_cast<const char*>(values + int64_t{key} * kDim) +
+                    lane % 2 * kSecond);
+    }
+  }
+  wait_for_predecessor();
+
+  const bool has_new = task.position != nullptr;
+  const int position = has_new ? static_cast<int>(*task.position) : -1;
+  float masks[2];
+  Part low, high;  // of keys g and g + 8
+  uint4 v[4][kValueVectors];
+  const auto value_key = [&](int i) { return 2 * tig + i % 2 + 8 * (i / 2); };
+  const auto load_value = [&](uint4(&to)[kValueVectors], const Half* row) {
+#pragma unroll
+    for (int h = 0; h < kValueVectors; ++h) to[h] = reinterpret_cast<const uint4*>(row)[g + 8 * h];
+  };
+  // Loads what 16 keys need; false if none of them counts.
+  const auto load = [&](int begin) {
+    masks[0] = mask_of<Half>(task, begin + g);
+    masks[1] = mask_of<Half>(task, begin + g + 8);
+    const bool is_new = position >= begin && position < begin + kWarpKeys;
+    if (!is_new && !__any_sync(~0u, is_visible(masks[0]) || is_visible(masks[1]))) return false;
+    const auto row_of = [&](int key) { return int64_t{minimum(begin + key, length - 1)} * kDim; };
+    low.load(keys + row_of(g), lane);
+    high.load(keys + row_of(g + 8), lane);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load_value(v[i], values + row_of(value_key(i)));
+    return true;
+  };
+  bool counts = load(first_key(0));
+
+  // The block rotates the queries and the new key while the first keys arrive. One block writes.
+  const bool writes = has_new && position < length && position / kBlockKeys % splits == split;
+  for (int i = threadIdx.x; i < (heads + 2 * has_new) * (kDim / 2); i += kThreads) {
+    const int row = i / (kDim / 2), d = i % (kDim / 2);
+    const Half* const from =
+        row < heads    ? row_at<Half>(task.query, task.query_strides, blockIdx.y * heads + row)
+        : row == heads ? row_at<Half>(task.new_key, task.new_key_strides, blockIdx.y)
+                       : row_at<Half>(task.new_value, task.new_value_strides, blockIdx.y);
+    Half pair[2] = {from[d], from[d + kDim / 2]};
+    if (has_new && row <= heads) {
+      const int64_t angles = blockIdx.z * task.angle_stride;
+      rotate<Half, kDim>(pair, static_cast<const Half*>(task.cosine) + angles,
+                         static_cast<const Half*>(task.sine) + angles, d);
+    }
+    rows[row][d] = pair[0];
+    rows[row][d + kDim / 2] = pair[1];
+    if (writes && row >= heads) {
+      Half* const to = (row == heads ? keys : values) + int64_t{position} * kDim;
+      to[d] = pair[0];
+      to[d + kDim / 2] = pair[1];
+    }
+  }
+  __syncthreads();
+
+  // A lane has the scores of keys g and g + 8 for heads 2 tig and 2 tig + 1.
+  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  float output[kTiles][4] = {};
+  for (int round = 0; first_key(round) < length; ++round) {
+    const int begin = first_key(round);
+    if (round > 0) counts = load(begin);
+    if (!counts) continue;
+    const int new_row = position - begin;
+    if (new_row >= 0 && new_row < kWarpKeys) {
+      if (new_row == g) low.load(rows[heads], lane);
+      if (new_row == g + 8) high.load(rows[heads], lane);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (new_row == value_key(i)) load_value(v[i], rows[heads + 1]);
+      }
+    }
+    Part query;
+    query.load(rows[g < heads ? g : 0], lane);  // columns beyond the last head are dropped
+    float scores[4] = {};
+#pragma unroll
+    for (int j = 0; j < Part::kVectors; ++j) {
+      const uint4 a = low.vectors[j], b = high.vectors[j], q = query.vectors[j];
+      mma_half<Half>(scores, a.x, b.x, a.y, b.y, q.x, q.y);
+      mma_half<Half>(scores, a.z, b.z, a.w, b.w, q.z, q.w);
+    }
+    float factors[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float largest = maximum[h];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float& score = scores[2 * r + h];
+        score = score * (task.scale * kLog2E) + masks[r];
+        largest = fmaxf(largest, score);
+      }
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+      }
+      const float base = is_visible(largest) ? largest : 0.0f;
+      factors[h] = exp2f(maximum[h] - base);
+      maximum[h] = largest;
+      sum[h] *= factors[h];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        scores[2 * r + h] = exp2f(scores[2 * r + h] - base);
+        sum[h] += scores[2 * r + h];
+      }
+    }
+    const uint32_t p0 = transpose_halves(pack_halves<Half>(scores[0], scores[1]));
+    const uint32_t p1 = transpose_halves(pack_halves<Half>(scores[2], scores[3]));
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      // Value t of the row, and value t + kTiles, of four keys.
+      const auto pair = [&](int first, int value) {
+        const uint32_t a = (&v[first][value / 8].x)[value % 8 / 2];
+        const uint32_t b = (&v[first + 1][value / 8].x)[value % 8 / 2];
+        return __byte_perm(a, b, value % 2 ? 0x7632 : 0x5410);
+      };
+#pragma unroll
+      for (int i = 0; i < 4; ++i) output[t][i] *= factors[i % 2];
+      mma_half<Half>(output[t], pair(0, t), pair(0, t + kTiles), pair(2, t), pair(2, t + kTiles),
+                     p0, p1);
+    }
+  }
+
+  // Join the warps. A lane has values 8 g to 8 g + 7 (and 64 more) of heads 2 tig and 2 tig + 1.
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) sum[h] += __shfl_xor_sync(~0u, sum[h], step);
+    const int head = 2 * tig + h;
+    if (head >= heads) continue;
+    if (g == 0) states[warp][head] = {maximum[h], sum[h]};
+    float* const row = outputs + (warp * heads + head) * kDim;
+#pragma unroll
+    for (int value = 0; value < kDim / 8; value += 4) {
+      const auto at = [&](int i) {
+        return value + i < kTiles ? output[value + i][h] : output[value + i - kTiles][2 + h];
+      };
+      *reinterpret_cast<float4*>(row + value / 8 * 64 + 8 * g + value % 8) =
+          make_float4(at(0), at(1), at(2), at(3));
+    }
+  }
+  __syncthreads();
+  // Adds the outputs of `count` parts, whose states and outputs the functions return.
+  const auto join = [](int count, const auto& state_of, const auto& output_of, Softmax* joined) {
+    *joined = {-INFINITY, 0.0f};
+    for (int i = 0; i < count; ++i) joined->maximum = fmaxf(joined->maximum, state_of(i).maximum);
+    float result = 0.0f;
+    for (int i = 0; i < count; ++i) {
+      const Softmax state = state_of(i);
+      const float weight = exp2f(state.maximum - joined->maximum);
+      if (!(weight > 0.0f)) continue;
+      joined->sum += weight * state.sum;
+      result += weight * output_of(i);
+    }
+    return result;
+  };
+  const int count = heads * kDim;
+  Half* const y = static_cast<Half*>(task.output) +
+                  (blockIdx.z * task.heads + int64_t{blockIdx.y} * heads) * kDim;
+  float* const block_output = outputs + kWarps * count;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    Softmax joined;
+    const float result = join(
+        kWarps, [&](int w) { return states[w][i / kDim]; },
+        [&](int w) { return outputs[w * count + i]; }, &joined);
+    if (splits == 1) {
+      y[i] = from_float<Half>(__fdiv_rn(result, joined.sum));
+    } else {
+      block_output[i] = result;
+      if (i % kDim == 0) states[kWarps][i / kDim] = joined;
+    }
+  }
+  if (splits == 1) return;
+  sync_cluster();
+  for (int i = split * kThreads + threadIdx.x; i < count; i += splits * kThreads) {
+    Softmax joined;
+    const float result = join(
+        splits,
+        [&](int s) {
+          const Softmax& state = states[kWarps][i / kDim];
+          return Softmax{load_remote(&state.maximum, s), load_remote(&state.sum, s)};
+        },
+        [&](int s) { return load_remote(block_output + i, s); }, &joined);
+    y[i] = from_float<Half>(__fdiv_rn(result, joined.sum));
+  }
+  sync_cluster();  // no block may leave while others read its sums
+#endif
+}
+
+template <class Half, int kDim>
+cudaError_t launch(const bitlinear_cuda_attention& task, const Call& call) {
+  // As many blocks as keep all multiprocessors busy, if the keys are more than one block takes.
+  int splits = task.length > kBlockKeys ? kMaxSplits : 1;
+  while (splits > 1 && task.batch * task.key_heads * splits > 4 * call.device.multiprocessors) {
+    splits /= 2;
+  }
+  const int64_t heads = task.heads / task.key_heads;
+  LaunchConfig config = {dim3(static_cast<unsigned>(splits), static_cast<unsigned>(task.key_heads),
+                              static_cast<unsigned>(task.batch)),
+                         kThreads,
+                         static_cast<int>((kWarps + 1) * heads * kDim * int64_t{sizeof(float)})};
+  config.cluster = splits;
+  return launch_kernel<attention_kernel<Half, kDim>>(config, call, task);
+}
+
+template <class Half>
+cudaError_t launch(const bitlinear_cuda_attention& task, const Call& call) {
+  return task.head_dim == 64 ? launch<Half, 64>(task, call) : launch<Half, 128>(task, call);
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace bitlinear
+
+BITLINEAR_EXPORT const char* bitlinear_cuda_attend(const bitlinear_cuda_attention* attention,
+                                                   void* stream) {
+  using namespace bitlinear::cuda;
+  if (attention->batch == 0) return nullptr;
+  Device device;
+  const cudaError_t error = current_device(&device);
+  if (error != cudaSuccess) return report(error);
+  if (device.capability < 90) return "no kernel was compiled for this GPU";
+  if (attention->head_dim != 64 && attention->head_dim != 128) return "head_dim must be 64 or 128";
+  if (attention->heads > kMaxHeads * attention->key_heads) {
+    return "at most 8 query heads can share a key head";
+  }
+  if (attention->batch > 65535 || attention->key_heads > 65535 || attention->length > 1 << 30) {
+    return "batch and key heads must be less than 65536, and the keys at most 2^30";
+  }
+  bitlinear_cuda_task none = {};
+  none.w_prefetchable = 1;  // the kernel reads nothing but hints before its predecessor has ended
+  const Call call = {none, device, static_cast<cudaStream_t>(stream)};
+  return report(attention->dtype == BITLINEAR_F16 ? launch<__half>(*attention, call)
+                                                  : launch<__nv_bfloat16>(*attention, call));
+}
