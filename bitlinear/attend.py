@@ -106,7 +106,7 @@ def _check(
     position: Tensor | None,
     new: Sequence[Tensor | None],
 ) -> None:
-    """Raise the errors of :func:`reference_attend`; ``check_attend`` in arguments.h has the same."""
+    """Raise the errors of :func:`reference_attend`; arguments.h has the same."""
     dtype = query.dtype
     if dtype not in ACTIVATION_DTYPES or query.dim() != 4 or query.shape[2] != 1:
         raise ValueError(

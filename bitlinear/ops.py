@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_any
 
 from . import packing
-from .attend import fake_attend, reference_attend
 from .arguments import (
     ACTIVATION_DTYPES,
     check_act_bits,
@@ -23,6 +22,7 @@ from .arguments import (
     check_linear,
     raise_unsupported_layout,
 )
+from .attend import fake_attend, reference_attend
 from .head_products import (
     fake_bf16_product,
     fake_int8_product,

@@ -7,173 +7,219 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitlinear.decode_attention import reference_decode_attention
+from bitlinear.attend import reference_attend
 from tests import oracle
 
-decode_attention = torch.ops.bitlinear.decode_attention
+attend = torch.ops.bitlinear.attend
 
 
-def make(batch=2, heads=4, groups=2, size=16, capacity=20, seed=0):
+def make(batch=2, heads=4, groups=2, size=16, length=20, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator).bfloat16()
 
-    qkv = draw(batch, (heads + 2 * groups) * size)
-    cos, sin = draw(2, batch, size)
-    keys, values = draw(2, batch, groups, capacity, size)
-    return qkv, cos, sin, keys, values
+    rows = draw(batch, 1, heads + 2 * groups, size).transpose(1, 2)
+    query, key, value = rows.split([heads, groups, groups], dim=1)
+    keys, values = draw(2, batch, groups, length, size)
+    return query, keys, values, (key, value, *draw(2, batch, 1, size))
 
 
-def in_float64(qkv, keys, values, count, scale, mask):
-    """The attention with a cache that has the new token; queries are rotated."""
+def in_float64(query, keys, values, scale, mask):
+    """The attention of a rotated query."""
     batch, groups, _, size = keys.shape
-    q = qkv.double().view(batch, groups, -1, size)
-    k, v = keys[:, :, :count].double(), values[:, :, :count].double()
-    scores = q @ k.transpose(2, 3) * scale
+    q = query.double().reshape(batch, groups, -1, size)
+    scores = q @ keys.double().transpose(2, 3) * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-    return (scores.softmax(-1).nan_to_num() @ v).reshape(batch, -1)
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1).nan_to_num() @ values.double()).reshape(batch, 1, -1, size)
 
 
-@given(
-    batch=st.integers(1, 3),
-    groups=st.integers(1, 3),
-    shared=st.integers(1, 9),
-    size=st.sampled_from([16, 48, 64, 128, 256]),
-    length=st.sampled_from([0, 1, 15, 16, 126, 127, 128, 300]),
-    mask=st.sampled_from([None, "one", "each"]),
-    seed=st.integers(0, 999),
-)
-def test_it_rotates_appends_and_attends(batch, groups, shared, size, length, mask, seed):
-    heads, scale = groups * shared, size**-0.5
-    qkv, cos, sin, keys, values = make(batch, heads, groups, size, length + 3, seed)
-    if mask is not None:
-        mask = torch.rand(1 if mask == "one" else batch, length + 1) < 0.7
-        mask[:, 0] = mask[:, 0] & (length % 2 == 0)  # for one key: none is seen
-    before = (keys.clone(), values.clone())
-    theirs = [keys.clone(), values.clone()]
-    y = decode_attention(qkv, cos, sin, keys, values, length, scale, mask)
-    reference = reference_decode_attention(qkv, cos, sin, *theirs, length, scale, mask)
-    assert (y.shape, y.dtype) == ((batch, heads * size), torch.bfloat16)
+def is_near(y, exact):
+    return ((y - exact).abs() <= exact.abs() / 256 + 2e-5).all()
+
+
+SHAPES = {
+    "batch": st.integers(1, 3),
+    "groups": st.integers(1, 3),
+    "shared": st.integers(1, 9),
+    "size": st.sampled_from([16, 48, 64, 128, 256]),
+    "length": st.sampled_from([1, 2, 15, 16, 17, 127, 128, 129, 300]),
+    "mask": st.sampled_from([None, "one", "each"]),
+    "seed": st.integers(0, 999),
+}
+
+
+def make_mask(kind, batch, length):
+    if kind is None:
+        return None
+    mask = torch.rand(1 if kind == "one" else batch, 1, 1, length) < 0.7
+    mask[0, ..., 0] &= length % 2 == 0  # with one key, there is none that counts
+    return mask
+
+
+@given(**SHAPES)
+def test_it_attends(batch, groups, shared, size, length, mask, seed):
+    query, keys, values, _ = make(batch, groups * shared, groups, size, length, seed)
+    mask = make_mask(mask, batch, length)
+    y = attend(query, keys, values, mask, size**-0.5)
+    assert (y.shape, y.dtype) == ((batch, 1, groups * shared, size), torch.bfloat16)
+    exact = in_float64(query, keys, values, size**-0.5, mask)
+    assert is_near(y, exact)
+    assert is_near(reference_attend(query, keys, values, mask, size**-0.5), exact)
+
+
+@given(**SHAPES, place=st.sampled_from([None, 0.0, 0.5, 1.0]))
+def test_it_rotates_and_writes_first(batch, groups, shared, size, length, mask, seed, place):
+    query, keys, values, new = make(batch, groups * shared, groups, size, length, seed)
+    mask = make_mask(mask, batch, length)
+    position = None if place is None else torch.tensor([int(place * (length - 1))])
+    at = length - 1 if position is None else position.item()
+    before = keys.clone(), values.clone()
+    theirs = keys.clone(), values.clone()
+    y = attend(query, keys, values, mask, 0.3, position, *new)
+    reference = reference_attend(query, *theirs, mask, 0.3, position, *new)
     for ours, other, old in zip((keys, values), theirs, before):
         oracle.assert_same_bits(ours, other)
-        rest = torch.arange(length + 3) != length
+        rest = torch.arange(length) != at
         oracle.assert_same_bits(ours[:, :, rest], old[:, :, rest])
-    x = qkv.view(batch, -1, size)[:, :heads]
-    first, second = x.chunk(2, dim=-1)
-    q = x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-    exact = in_float64(q, keys, values, length + 1, scale, mask)
-    for result in (y, reference):
-        assert ((result - exact).abs() <= exact.abs() / 256 + 2e-5).all()
+    cos, sin = (angle[:, None] for angle in new[2:])
+    first, second = query.chunk(2, dim=-1)
+    rotated = query * cos + torch.cat((-second, first), dim=-1) * sin
+    exact = in_float64(rotated, keys, values, 0.3, mask)
+    assert is_near(y, exact)
+    assert is_near(reference, exact)
+    oracle.assert_same_bits(attend(rotated, keys, values, mask, 0.3), y)
 
 
 def test_one_rotation_for_all():
-    qkv, cos, sin, keys, values = make()
-    cos, sin = cos[:1], sin[:1]
-    each = [t.expand(2, -1) for t in (cos, sin)]
-    ours = decode_attention(qkv, cos, sin, keys.clone(), values.clone(), 5, 0.3)
-    oracle.assert_same_bits(ours, decode_attention(qkv, *each, keys, values, 5, 0.3))
+    query, keys, values, (key, value, cos, sin) = make()
+    one = [t[:1] for t in (cos, sin)]
+    each = [t.expand(2, -1, -1) for t in one]
+    ours = attend(query, keys.clone(), values.clone(), None, 0.3, None, key, value, *one)
+    wanted = attend(query, keys, values, None, 0.3, None, key, value, *each)
+    oracle.assert_same_bits(ours, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_reference_takes_other_dtypes_and_masks(dtype):
+    query, keys, values = (t.to(dtype) for t in make()[:3])
+    shown = make_mask("each", 2, 20)
+    numbers = torch.zeros(shown.shape, dtype=dtype).masked_fill(~shown, -torch.inf)
+    exact = in_float64(query, keys, values, 0.3, shown)
+    for mask in (shown, numbers):
+        assert is_near(reference_attend(query, keys, values, mask, 0.3), exact)
 
 
 def test_values_that_are_not_finite_stay_in_their_sequence():
-    qkv, cos, sin, keys, values = make()
-    qkv[0, 0] = float("nan")
-    y = decode_attention(qkv, cos, sin, keys, values, 7, 0.3).view(2, 4, 16)
+    query, keys, values, new = make()
+    query[0, 0, 0, 0] = float("nan")
+    y = attend(query, keys, values, None, 0.3, None, *new)[:, 0]
     assert y[0, 0].isnan().all()
     assert y[0, 1:].isfinite().all()
     assert y[1].isfinite().all()
     keys[1, 1, 3, 2] = float("inf")
-    y = decode_attention(qkv, cos, sin, keys, values, 7, 0.3).view(2, 4, 16)
-    assert y[1, :2].isfinite().all()
+    assert attend(query, keys, values, None, 0.3, None, *new)[1, 0, :2].isfinite().all()
 
 
 def test_views_and_threads():
-    qkv, cos, sin, keys, values = make(2, 20, 5, 128, 700)
-    room = torch.zeros(2, 7, 900, 128, dtype=torch.bfloat16)[:, 1:6, :700]
+    query, keys, values, new = make(2, 20, 5, 128, 640)
+    room = torch.zeros(2, 7, 900, 128, dtype=torch.bfloat16)[:, 1:6, :640]
     results = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for strided in (False, True):
-                k = room.copy_(keys) if strided else keys
-                x = qkv.T.contiguous().T if strided else qkv
-                results.append(decode_attention(x, cos, sin, k, values, 640, 0.1))
+                k = room.copy_(keys) if strided else keys.clone()
+                q = query if strided else query.contiguous()
+                results.append(attend(q, k, values.clone(), None, 0.1, None, *new))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
         oracle.assert_same_bits(result, results[0])
 
 
-def test_no_sequence():
-    qkv, cos, sin, keys, values = (t[:0] for t in make())
-    assert decode_attention(qkv, cos, sin, keys, values, 3, 0.1).shape == (0, 64)
+@pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0)])
+def test_nothing_to_attend_to(batch, length):
+    query, keys, values, _ = make(length=length)
+    y = attend(query[:batch], keys[:batch], values[:batch], None, 0.1)
+    assert y.shape == (batch, 1, 4, 16)
+    assert not y.any()
 
 
 def test_the_operator_is_what_torch_expects():
-    for mask in (None, torch.ones(2, 8, dtype=torch.bool)):
-        torch.library.opcheck(decode_attention.default, (*make(), 7, 0.3, mask))
+    query, keys, values, new = make()
+    mask = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    for rest in ((None, 0.3), (mask, 0.3), (mask, 0.3, torch.tensor([3]), *new)):
+        torch.library.opcheck(attend.default, (query, keys, values, *rest))
 
 
-QKV, COS, SIN, KEYS, VALUES = make()
-MASK = torch.ones(2, 8, dtype=torch.bool)
+QUERY, KEYS, VALUES, NEW = make()
+MASK = torch.ones(2, 1, 1, 20, dtype=torch.bool)
 WRONG = {
-    "dtype": ({"qkv": QKV.float()}, TypeError, "must be bfloat16, but one is float32"),
-    "sizes": (
-        {"values": VALUES[..., :8].clone()},
-        ValueError,
-        "keys and values must have one shape",
-    ),
-    "order": ({"keys": KEYS.transpose(1, 2)}, ValueError, "one behind the other"),
-    "head": (
-        {"keys": KEYS[..., :8].clone(), "values": VALUES[..., :8].clone()},
-        ValueError,
-        "a multiple of 16, at most 256, but it is 8",
-    ),
-    "length": ({"length": 20}, ValueError, "below the capacity of the keys, 20, but it is 20"),
-    "negative": ({"length": -1}, ValueError, "at least 0"),
-    "heads": ({"qkv": QKV[:, :-16]}, ValueError, r"\(2, heads \* 16\).* shape \[2, 112\]"),
-    "batch": ({"qkv": QKV[:1]}, ValueError, r"but it has shape \[1, 128\]"),
-    "cos": ({"cos": COS[:, :8], "sin": SIN[:, :8]}, ValueError, r"\(1, 16\) or \(2, 16\)"),
-    "sin": ({"sin": SIN[:1]}, ValueError, r"have shapes \[2, 16\] and \[1, 16\]"),
-    "mask": ({"mask": MASK[:, :7]}, ValueError, r"bool, of shape \(1, 8\) or \(2, 8\)"),
-    "mask of numbers": ({"mask": MASK.float()}, ValueError, "but it is float32"),
+    "dtype": ({"query": QUERY.double()}, "query must be float32.*but it is float64"),
+    "tokens": ({"query": QUERY.expand(-1, -1, 2, -1)}, r"of shape \[2, 4, 2, 16\]"),
+    "heads": ({"query": QUERY[:, :3]}, "3 heads a multiple of the key heads"),
+    "keys": ({"keys": KEYS.float()}, "keys must be bfloat16.*but it is float32"),
+    "values": ({"values": VALUES[:, :, :5]}, r"values must be .*of shape \[2, 2, 20, 16\]"),
+    "mask": ({"mask": MASK[..., :7]}, r"mask must be bool, of shape \[2, 1, 1, 20\]"),
+    "number": ({"mask": MASK.float()}, "mask must be bfloat16.*but it is float32"),
+    "position": ({"position": torch.tensor(3)}, r"position must be int64, of shape \[1\]"),
+    "together": ({"new_value": None}, "come together.*but 3 of them are given"),
+    "alone": (dict.fromkeys(("new_key", "new_value", "cos", "sin")), "but 0 of them"),
+    "new key": ({"new_key": NEW[0][:, :1]}, r"new_key must be .*of shape \[2, 2, 1, 16\]"),
+    "cos": ({"cos": NEW[2][..., :8]}, r"cos must be .*of shape \[2, 1, 16\]"),
+    "sin": ({"sin": NEW[3][:1]}, r"sin must be .*of shape \[2, 1, 16\]"),
 }
+
+
+def arguments_of(changes):
+    names = ("new_key", "new_value", "cos", "sin")
+    tensors = {"query": QUERY, "keys": KEYS, "values": VALUES, "mask": MASK, "scale": 0.3}
+    return {**tensors, "position": torch.tensor([3]), **dict(zip(names, NEW)), **changes}
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_errors_are_the_same_everywhere(case):
-    changes, error, message = WRONG[case]
-    given_arguments = {
-        "qkv": QKV,
-        "cos": COS,
-        "sin": SIN,
-        "keys": KEYS,
-        "values": VALUES,
-        "length": 7,
-        "scale": 0.3,
-        "mask": MASK,
-        **changes,
-    }
+    changes, message = WRONG[case]
+    arguments = arguments_of(changes)
     on_meta = {
         name: value.to("meta") if isinstance(value, torch.Tensor) else value
-        for name, value in given_arguments.items()
+        for name, value in arguments.items()
     }
     before = KEYS.clone()
     texts = []
-    for function, arguments in (
-        (decode_attention, given_arguments),
-        (reference_decode_attention, given_arguments),
-        (decode_attention, on_meta),
+    for function, given_arguments in (
+        (attend, arguments),
+        (reference_attend, arguments),
+        (attend, on_meta),
     ):
-        with pytest.raises(error, match=message) as caught:
-            function(**arguments)
+        with pytest.raises(ValueError, match=message) as caught:
+            function(**given_arguments)
         texts.append(str(caught.value).split("\n")[0].replace("on meta", "on cpu"))
     assert len(set(texts)) == 1
     oracle.assert_same_bits(KEYS, before)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"position": torch.tensor([20])}, ValueError, "between 0 and 19, but it is 20"),
+        ({"position": torch.tensor([-1])}, ValueError, "between 0 and 19, but it is -1"),
+        ({"mask": MASK.bfloat16()}, NotImplementedError, "a mask of bool"),
+        (
+            {"keys": KEYS.transpose(2, 3).contiguous().transpose(2, 3)},
+            NotImplementedError,
+            "one behind the other",
+        ),
+    ],
+)
+def test_what_the_kernel_of_the_cpu_cannot_compute(changes, error, message):
+    with pytest.raises(error, match=message):
+        attend(**arguments_of(changes))
+
+
 def test_tensors_on_two_devices():
-    with pytest.raises(ValueError, match="qkv is on cpu and another one is on meta"):
-        reference_decode_attention(QKV, COS, SIN, KEYS.to("meta"), VALUES, 7, 0.3)
+    with pytest.raises(ValueError, match=r"keys must be .* on cpu, but it is .* on meta"):
+        reference_attend(QUERY, KEYS.to("meta"), VALUES, None, 0.3)

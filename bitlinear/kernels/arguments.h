@@ -289,11 +289,11 @@ inline void check_bf16_product(const at::Tensor& x, const at::Tensor& w) {
 
 inline void check_like(const at::Tensor& query, const char* name, const at::Tensor& tensor,
                        at::ScalarType dtype, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(tensor.scalar_type() == dtype && tensor.sizes() == shape &&
-                        tensor.device() == query.device(),
-                    "bitlinear: ", name, " must be ", dtype_name(dtype), ", of shape ", shape,
-                    ", on ", query.device(), ", but it is ", dtype_name(tensor.scalar_type()),
-                    " of shape ", tensor.sizes(), " on ", tensor.device());
+  TORCH_CHECK_VALUE(
+      tensor.scalar_type() == dtype && tensor.sizes() == shape && tensor.device() == query.device(),
+      "bitlinear: ", name, " must be ", dtype_name(dtype), ", of shape ", shape, ", on ",
+      query.device(), ", but it is ", dtype_name(tensor.scalar_type()), " of shape ",
+      tensor.sizes(), " on ", tensor.device());
 }
 
 // The same conditions and messages as reference_attend in attend.py.

@@ -16,14 +16,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
+from ...attend import HEAD_UNIT, MAX_HEAD
+from ...deployed import is_transformed
+from ...ops import has_cpu_kernels
 from .layers import pretrained_models
 from .rotation import is_rotation_of_llama
 
 ATTENTION = "bitlinear_sdpa"
 """The name of :func:`attention` for ``model.set_attn_implementation``."""
 
-# Heads of our kernel, and how many of a query share one of a key.
-_KERNEL_HEADS, _KERNEL_GROUP = (64, 128), 8
+# On a GPU, the sizes of heads that our kernel computes, and how many can share one of a key.
+_CUDA_HEADS, _CUDA_GROUP = (64, 128), 8
 
 # The longest head of cuDNN's kernel.
 _CUDNN_HEAD = 128
@@ -44,14 +47,13 @@ def attention(
 ) -> tuple[Tensor, None]:
     """``sdpa`` of transformers; faster for one query token.
 
-    On a CPU, the query heads that share a key head are then the rows of one product, so that each
-    key and value is read once. In fp32 without a mask its rounding error is 1.2 times that of
-    ``sdpa`` (root mean square; the largest error is up to 2.7 times); with a mask, in bf16 and in
-    fp16 it is the same.
-
-    On a GPU from Hopper on, in 16 bits and with a mask, a kernel of its own computes heads of 64 or
-    128 (``kernels/cuda/attention.cu``), and cuDNN's kernel for grouped queries others. Everything
-    else is torch's scaled_dot_product_attention.
+    Where nothing records a gradient, ``torch.ops.bitlinear.attend`` computes it: on a CPU in bf16,
+    on a GPU from Hopper on in 16 bits with a mask, for heads of 64 and 128. Everything else is
+    torch's scaled_dot_product_attention: on a CPU the query heads that share a key head are then
+    the rows of one product, so that each key and value is read once. In fp32 without a mask its
+    rounding error is 1.2 times that of ``sdpa`` (root mean square; the largest error is up to 2.7
+    times); with a mask, in bf16 and in fp16 it is not larger. On a GPU from Hopper on, in 16 bits
+    with a mask, cuDNN computes other heads.
 
     Args:
         module: The attention module.
@@ -88,7 +90,7 @@ def rotate_and_attend(
     rotate: Callable[..., Any],
     rows: tuple[Tensor, Tensor, Tensor],
     angles: tuple[Tensor, Tensor],
-    cache: tuple[Tensor, Tensor, Tensor],
+    cache: tuple[Tensor, Tensor, Tensor | None],
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -102,7 +104,8 @@ def rotate_and_attend(
         rotate: ``apply_rotary_pos_emb`` of the model.
         rows: The query, ``(batch, heads, 1, head_dim)``, the key and the value.
         angles: The cosines and the sines, as for ``rotate``.
-        cache: All keys, all values, and the position where the new ones go: int64, ``(1,)``.
+        cache: All keys, all values, and the position where the new ones go: int64, ``(1,)``, or
+            None for the last one.
         attention_mask, dropout, scaling, kwargs: As for :func:`attention`.
 
     Returns:
@@ -153,29 +156,47 @@ def _is_one_token(
 
 
 def _kernel_serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether ``torch.ops.bitlinear.attend`` computes this; see ``kernels/cuda/attention.cu``."""
+    """Whether ``torch.ops.bitlinear.attend`` has a kernel for this."""
+    supports = {"cpu": _cpu_kernel_supports, "cuda": _cuda_kernel_supports}.get(query.device.type)
     return (
-        query.device.type == "cuda"
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] in _KERNEL_HEADS
-        and query.shape[1] <= _KERNEL_GROUP * key.shape[1]
-        and mask is not None
-        and mask.shape[-1] == key.shape[2]
-        and mask.dtype in (torch.bool, query.dtype)
+        supports is not None
+        and supports(query, key, mask)
+        and (mask is None or (type(mask) is Tensor and mask.shape[-1] == key.shape[2]))
         and key.shape == value.shape
-        and key.stride(2) == value.stride(2) == key.shape[-1]
-        and (type(query), type(key), type(value), type(mask)) == (Tensor,) * 4
+        and key.stride()[2:] == value.stride()[2:] == (key.shape[-1], 1)
+        and (type(query), type(key), type(value)) == (Tensor,) * 3
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cuda")
-        and _has_kernel(query.device)
+        and not torch.is_autocast_enabled(query.device.type)
+        and not is_transformed()
+    )
+
+
+def _cpu_kernel_supports(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    return (
+        key.dtype == query.dtype == torch.bfloat16
+        and query.shape[-1] % HEAD_UNIT == 0
+        and query.shape[-1] <= MAX_HEAD
+        and (mask is None or mask.dtype == torch.bool)
+        and has_cpu_kernels()
+    )
+
+
+def _cuda_kernel_supports(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] in _CUDA_HEADS
+        and query.shape[1] <= _CUDA_GROUP * key.shape[1]
+        and mask is not None
+        and mask.dtype in (torch.bool, query.dtype)
+        and _has_cuda_kernel(query.device)
     )
 
 
 @functools.cache
-def _has_kernel(device: torch.device) -> bool:
-    is_compiled = hasattr(torch.ops.bitlinear, "attend")
-    return is_compiled and torch.cuda.get_device_capability(device) >= (9, 0)
+def _has_cuda_kernel(device: torch.device) -> bool:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("bitlinear::attend", "CUDA")
+    return has_kernel and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _cudnn_is_faster(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
+from .attention import attention, rotate_and_attend
+
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """A ``DynamicLayer`` that keeps room for more tokens, instead of copying all in each call.
@@ -48,25 +50,30 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = map(_Room.append, self._rooms, new)
         return self.keys, self.values
 
-    def append_with(self, write: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor | None:
-        """Append a token that ``write`` puts into the larger tensors itself.
+    def rotate_and_attend(
+        self, attend: Callable[..., Any], rotate: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor | None:
+        """Append one token and attend with it, in one step; None if that is not possible.
 
-        Args:
-            write: Gets the tensors of keys and of values, ``(batch, heads, capacity, head_dim)``,
-                and the position of the token. If it raises, nothing is appended.
-
-        Returns:
-            The result of ``write``; None if there is no token yet, or no room behind the last one,
-            or none that may be written. :meth:`update` then serves.
+        See :func:`.attention.rotate_and_attend`; ``args`` are the query, the key, the value, the
+        cosines, the sines and the mask.
         """
-        if self._rooms is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        q, k, v, cos, sin, mask = args
+        old, new = (self.keys, self.values), (k, v)
+        if (
+            attend is not attention
+            or self._rooms is None
+            or not all(map(_can_append, old, new))
+            or not all(map(_Room.takes, self._rooms, old, new))
+        ):
             return None
-        keys, values = self._rooms
-        if not (keys.has_behind(self.keys, 1) and values.has_behind(self.values, 1)):
-            return None
-        result = write(keys.tensor.data, values.tensor.data, keys.used)
-        self.keys, self.values = keys.take(1), values.take(1)
-        return result
+        # .data: as in _Room.append.
+        keys, values = (room.tensor.data[:, :, : room.used + 1] for room in self._rooms)
+        cache = (keys, values, None)
+        output = rotate_and_attend(rotate, (q, k, v), (cos, sin), cache, mask, **kwargs)
+        if output is not None:
+            self.keys, self.values = (room.take(1) for room in self._rooms)
+        return output
 
     def reset(self) -> None:
         """Remove all tokens."""
@@ -111,21 +118,18 @@ class _Room:
         if self.used:
             self.tensor[:, :, : self.used] = old
 
-    def has_behind(self, old: Tensor, tokens: int) -> bool:
-        """Whether ``old`` is all that has been written here, with room behind it."""
+    def takes(self, old: Tensor, new: Tensor) -> bool:
+        """Whether ``old`` is all that has been written here, and ``new`` fits behind it."""
         batch, heads, capacity, head_dim = self.tensor.shape
         return (
             old.shape == (batch, heads, self.used, head_dim)
             and old.data_ptr() == self.tensor.data_ptr()
             and old.stride() == self.tensor.stride()
-            and self.used + tokens <= capacity
+            and new.shape[:2] == (batch, heads)
+            and self.used + new.shape[-2] <= capacity
             # A tensor made in inference mode can be written only there.
             and (torch.is_inference_mode_enabled() or not self.tensor.is_inference())
         )
-
-    def takes(self, old: Tensor, new: Tensor) -> bool:
-        """Whether ``new`` can be written behind ``old``, which is all that is here."""
-        return new.shape[:2] == self.tensor.shape[:2] and self.has_behind(old, new.shape[-2])
 
     def append(self, new: Tensor) -> Tensor:
         """Write tokens; return all."""

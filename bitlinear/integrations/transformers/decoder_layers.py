@@ -122,18 +122,18 @@ class FusedDecoderLayer(nn.Module):
             **self._sliding_window(attention),
             **kwargs,
         }
-        step = _step_layer(cache, attention.layer_idx)
+        layer = _layer_of(cache, attention.layer_idx)
+        rows = (q, k, v, *position_embeddings)
         output = weights = None
-        if step is not None:
-            rows = (q, k, v, *position_embeddings)
-            output = step.rotate_and_attend(attend, rotate, *rows, attention_mask, **settings)
-            if output is None:
-                q, k, v = step.rotate_and_update(rotate, *rows)
-        else:
-            q, k = rotate_heads(rotate, q, k, together, *position_embeddings)
-            if cache is not None:
-                k, v = cache.update(k, v, attention.layer_idx, kwargs=kwargs)
+        if residual.shape[1] == 1 and hasattr(layer, "rotate_and_attend"):
+            output = layer.rotate_and_attend(attend, rotate, *rows, attention_mask, **settings)
         if output is None:
+            if hasattr(layer, "rotate_and_update"):
+                q, k, v = layer.rotate_and_update(rotate, *rows)
+            else:
+                q, k = rotate_heads(rotate, q, k, together, *position_embeddings)
+                if cache is not None:
+                    k, v = cache.update(k, v, attention.layer_idx, kwargs=kwargs)
             output, weights = attend(attention, q, k, v, attention_mask, **settings)
         for record in attention._forward_hooks.values():  # see _RECORDERS
             record(attention, (), (None, weights))
@@ -239,11 +239,10 @@ def _known_kind(cls: type[nn.Module]) -> _Kind:
     return cls, forward if is_own else None
 
 
-def _step_layer(cache: Any, index: int) -> Any:
-    """The layer of a cache if it is a ``StepLayer``, else None."""
+def _layer_of(cache: Any, index: int) -> Any:
+    """The layer of a cache, such as a ``GrowingLayer`` or a ``StepLayer``; None without one."""
     layers = getattr(cache, "layers", ())
-    layer = layers[index] if index < len(layers) else None
-    return layer if hasattr(layer, "rotate_and_attend") else None
+    return layers[index] if index < len(layers) else None
 
 
 def _no_window(attention: Any) -> dict[str, Any]:

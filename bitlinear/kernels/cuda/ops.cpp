@@ -259,72 +259,58 @@ void take_strides(const Tensor& tensor, const char* name, int64_t (&strides)[2])
   for (int i = 0; i < 2; ++i) strides[i] = tensor.stride(i);
 }
 
-Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask,
-              double scale, const std::optional<Tensor>& position,
-              const std::optional<Tensor>& new_key, const std::optional<Tensor>& new_value,
-              const std::optional<Tensor>& cosine, const std::optional<Tensor>& sine) {
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
+              const OptionalTensor& mask, double scale, const OptionalTensor& position,
+              const OptionalTensor& new_key, const OptionalTensor& new_value,
+              const OptionalTensor& cos, const OptionalTensor& sin) {
+  bitlinear::check_attend(query, keys, values, mask, position, new_key, new_value, cos, sin);
   const c10::cuda::CUDAGuard guard(query.device());
-  const auto check = [&](bool valid, const char* what) {
-    TORCH_CHECK_VALUE(valid, "bitlinear: attend: ", what);
-  };
-  const ScalarType dtype = query.scalar_type();
-  check(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "query must have 16 bits");
-  check(query.dim() == 4 && query.size(2) == 1, "query must be (batch, heads, 1, head_dim)");
   bitlinear_cuda_attention task = {};
-  task.dtype = kernel_dtype(dtype);
+  task.dtype = kernel_dtype(query.scalar_type());
   task.batch = query.size(0);
   task.heads = query.size(1);
   task.head_dim = query.size(3);
-  check(key.dim() == 4, "key must be (batch, key heads, length, head_dim)");
-  task.key_heads = key.size(1);
-  task.length = key.size(2);
-  const auto has = [&](const Tensor& tensor, at::IntArrayRef shape) {
-    return tensor.sizes() == shape && tensor.scalar_type() == dtype &&
-           tensor.device() == query.device();
-  };
-  const at::DimVector all = {task.batch, task.key_heads, task.length, task.head_dim};
-  check(has(key, all) && has(value, all) && key.stride(2) == task.head_dim &&
-            value.stride(2) == task.head_dim,
-        "key and value must have the same shape, and contiguous rows");
-  check(task.key_heads > 0 && task.heads % task.key_heads == 0,
-        "the heads must be a multiple of the key heads");
-  task.mask_is_bool = mask.scalar_type() == ScalarType::Bool;
-  check(mask.dim() == 4 && (mask.size(0) == task.batch || mask.size(0) == 1) && mask.size(1) == 1 &&
-            mask.size(2) == 1 && mask.size(3) == task.length &&
-            (task.length <= 1 || mask.stride(3) == 1) && mask.device() == query.device() &&
-            (task.mask_is_bool || mask.scalar_type() == dtype),
-        "mask must be (batch, 1, 1, length), of bool or of the dtype of query");
+  task.key_heads = keys.size(1);
+  task.length = keys.size(2);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      task.dtype != BITLINEAR_F32 && (task.head_dim == 64 || task.head_dim == 128) &&
+          task.heads <= 8 * task.key_heads && mask.has_value() &&
+          new_key.has_value() == position.has_value() && (task.length <= 1 || mask->stride(3) == 1),
+      "bitlinear: on a GPU, attend computes 16 bits, sizes of 64 and 128, up to 8 heads for each "
+      "key "
+      "head, with a mask, and a new key with its position, but query is ",
+      dtype_name(query.scalar_type()), " of shape ", query.sizes(), " and keys have shape ",
+      keys.sizes());
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      keys.stride(2) == task.head_dim && values.stride(2) == task.head_dim,
+      "bitlinear: on a GPU, the tokens of a head must lie one behind the other in keys and values, "
+      "but strides are ",
+      keys.strides(), " and ", values.strides());
   task.query = query.const_data_ptr();
   take_strides(query, "query", task.query_strides);
-  take_strides(key, "key", task.key_strides);
-  take_strides(value, "value", task.value_strides);
-  task.key = key.data_ptr();
-  task.value = value.data_ptr();
-  task.mask = mask.const_data_ptr();
-  task.mask_stride = mask.size(0) == 1 ? 0 : mask.stride(0);
+  take_strides(keys, "keys", task.key_strides);
+  take_strides(values, "values", task.value_strides);
+  task.key = keys.data_ptr();
+  task.value = values.data_ptr();
+  task.mask = mask->const_data_ptr();
+  task.mask_is_bool = mask->scalar_type() == ScalarType::Bool;
+  task.mask_stride = mask->size(0) == 1 ? 0 : mask->stride(0);
   task.scale = static_cast<float>(scale);
+  Tensor cosines, sines;
   if (position.has_value()) {
-    check(new_key.has_value() && new_value.has_value() && cosine.has_value() && sine.has_value(),
-          "with a position come new_key, new_value, cosine and sine");
-    check(position->scalar_type() == ScalarType::Long && position->numel() == 1 &&
-              position->device() == query.device(),
-          "position must be one int64");
-    const at::DimVector one = {task.batch, task.key_heads, 1, task.head_dim};
-    check(has(*new_key, one) && has(*new_value, one), "new_key and new_value must be one row each");
-    const at::DimVector angles = {cosine->size(0), 1, task.head_dim};
-    check(has(*cosine, angles) && has(*sine, angles) && cosine->is_contiguous() &&
-              sine->is_contiguous() && (angles[0] == 1 || angles[0] == task.batch),
-          "cosine and sine must be (batch, 1, head_dim) or (1, 1, head_dim)");
+    cosines = cos->contiguous(), sines = sin->contiguous();
     task.position = position->const_data_ptr<int64_t>();
     task.new_key = new_key->const_data_ptr();
     task.new_value = new_value->const_data_ptr();
     take_strides(*new_key, "new_key", task.new_key_strides);
     take_strides(*new_value, "new_value", task.new_value_strides);
-    task.cosine = cosine->const_data_ptr();
-    task.sine = sine->const_data_ptr();
-    task.angle_stride = angles[0] == 1 ? 0 : task.head_dim;
+    task.cosine = cosines.const_data_ptr();
+    task.sine = sines.const_data_ptr();
+    task.angle_stride = cosines.size(0) == 1 ? 0 : task.head_dim;
   }
-  Tensor output = empty({task.batch, 1, task.heads, task.head_dim}, dtype, query);
+  Tensor output = empty({task.batch, 1, task.heads, task.head_dim}, query.scalar_type(), query);
   task.output = output.data_ptr();
   const char* const error = bitlinear_cuda_attend(&task, current_stream(query));
   check_launch(error, "attend", query);
@@ -336,14 +322,6 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, const
 // For tests and benchmarks: the operator runs only this kernel of enum bitlinear_cuda_kernel, in
 // every thread; 0 lets heuristics.h choose again. Returns the kernel that was forced before.
 BITLINEAR_EXPORT int bitlinear_cuda_force(int kernel) { return forced_kernel.exchange(kernel); }
-
-// Only CUDA has this operator; see attention.cu. `cos` and `sin` are those of apply_rotary_pos_emb.
-TORCH_LIBRARY_FRAGMENT(bitlinear, m) {
-  m.def(
-      "attend(Tensor query, Tensor(a!) key, Tensor(b!) value, Tensor mask, float scale, "
-      "Tensor? position=None, Tensor? new_key=None, Tensor? new_value=None, Tensor? cos=None, "
-      "Tensor? sin=None) -> Tensor");
-}
 
 TORCH_LIBRARY_IMPL(bitlinear, CUDA, m) {
   m.impl("attend", attend);
