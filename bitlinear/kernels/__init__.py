@@ -105,7 +105,7 @@ def _variant(
 ) -> Variant:
     return Variant(
         name=name,
-        sources=(f"cpu/{name}.cpp", "cpu/selftest.cpp"),
+        sources=(f"cpu/{name}.cpp", "cpu/decode.cpp", "cpu/selftest.cpp"),
         cflags=("-O3", *_COMMON, *isa),
         ldflags=_LDFLAGS,
         arch=arch,

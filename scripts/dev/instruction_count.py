@@ -52,7 +52,8 @@ class Counter:
                 f"-DGEMM={gemm}",
             )
             command = [COMPILER, "-std=c++17", "-static", *variant.cflags, *macros]
-            source = ["-I", DIRECTORY, HERE / "instruction_count.cpp"]
+            others = [DIRECTORY / source for source in variant.sources[1:]]
+            source = ["-I", DIRECTORY, HERE / "instruction_count.cpp", *others]
             subprocess.run([*command, *source, "-o", self.folder / variant.name], check=True)
 
     def executed(self, variant: str, form: str, M: int, N: int, K: int) -> int:

@@ -17,8 +17,8 @@
 namespace bitlinear {
 
 // Each product and the sum are rounded to bf16, as in transformers.
-inline void rotate_heads(const uint16_t* x, int64_t heads, int64_t D, const uint16_t* cos,
-                         const uint16_t* sin, uint16_t* y) {
+void rotate_heads(const uint16_t* x, int64_t heads, int64_t D, const uint16_t* cos,
+                  const uint16_t* sin, uint16_t* y) {
   const int64_t half = D / 2;
   const auto product = [](uint16_t a, uint16_t b) {
     return float_from_bf16(bf16_from_float(float_from_bf16(a) * float_from_bf16(b)));
@@ -129,7 +129,7 @@ void attend_head(const bitlinear_attention& task) {
   for (; row < task.rows; ++row) attend_rows<kSize, 1>(task, row);
 }
 
-inline void attend(const bitlinear_attention* task) {
+void attend(const bitlinear_attention* task) {
   switch (task->head_size) {
     case 64:
       return attend_head<64>(*task);
@@ -141,7 +141,7 @@ inline void attend(const bitlinear_attention* task) {
 }
 
 // y = the average of the values over all parts, in bf16.
-inline void join_parts(const bitlinear_attention* parts, int64_t count, int64_t row, uint16_t* y) {
+void join_parts(const bitlinear_attention* parts, int64_t count, int64_t row, uint16_t* y) {
   const int64_t D = parts[0].head_size;
   float largest = -HUGE_VALF;
   for (int64_t p = 0; p < count; ++p) {

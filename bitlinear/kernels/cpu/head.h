@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "convert.h"
+#include "portable_half.h"
 
 namespace bitlinear {
 
@@ -46,28 +47,26 @@ inline float dot_bf16(const uint16_t* w, const float* x, int64_t K) {
 }
 
 // y[n] = product(n), rounded to the dtype of y.
-template <class V, class Product>
+template <class Product>
 void store_products(int64_t rows, void* y, int y_dtype, const Product& product) {
   for (int64_t n = 0; n < rows; n += kHeadRows) {
     const int64_t count = rows - n < kHeadRows ? rows - n : kHeadRows;
     float buffer[kHeadRows];
     float* const out = y_dtype == BITLINEAR_F32 ? static_cast<float*>(y) + n : buffer;
     for (int64_t i = 0; i < count; ++i) out[i] = product(n + i);
-    if (out == buffer) store_halves<V>(buffer, count, y, y_dtype, n);
+    if (out == buffer) store_halves<PortableHalf>(buffer, count, y, y_dtype, n);
   }
 }
 
-template <class V>
 void int8_rows(const int8_t* w, int64_t rows, int64_t K, const int16_t* q, float s_x,
                const float* s_w, void* y, int y_dtype) {
-  store_products<V>(rows, y, y_dtype, [=](int64_t n) {
+  store_products(rows, y, y_dtype, [=](int64_t n) {
     return static_cast<float>(dot_int8(w + n * K, q, K)) * (s_x * s_w[n]);
   });
 }
 
-template <class V>
 void bf16_rows(const uint16_t* w, int64_t rows, int64_t K, const float* x, void* y, int y_dtype) {
-  store_products<V>(rows, y, y_dtype, [=](int64_t n) { return dot_bf16(w + n * K, x, K); });
+  store_products(rows, y, y_dtype, [=](int64_t n) { return dot_bf16(w + n * K, x, K); });
 }
 
 }  // namespace bitlinear

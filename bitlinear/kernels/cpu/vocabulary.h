@@ -26,9 +26,8 @@
 
 #include "../abi.h"
 #include "../float_environment.h"
-#include "attention.h"
+#include "decode.h"
 #include "gemv.h"
-#include "head.h"
 #include "heuristics.h"
 #include "quantize.h"
 #include "train.h"
@@ -70,8 +69,8 @@ constexpr bitlinear_kernel_table make_table(const char* name) {
           PreservingSubnormals<pack_row<V>>::run,
           PreservingSubnormals<expand_row<V>>::run,
           PreservingSubnormals<quantize_in_order<V>>::run,
-          PreservingSubnormals<int8_rows<V>>::run,
-          PreservingSubnormals<bf16_rows<V>>::run,
+          PreservingSubnormals<int8_rows>::run,
+          PreservingSubnormals<bf16_rows>::run,
           PreservingSubnormals<rotate_heads>::run,
           PreservingSubnormals<attend>::run,
           PreservingSubnormals<join_parts>::run};

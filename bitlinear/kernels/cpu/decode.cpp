@@ -1,0 +1,4 @@
+#include "decode.h"
+
+#include "attention.h"
+#include "head.h"
