@@ -393,7 +393,7 @@ inline std::string check_training(const bitlinear_kernel_table& kernels, const O
 // Checks the functions for the head of a model: up to c.N rows of int8 and of bf16. Returns "" or
 // the first difference.
 inline std::string check_head(const bitlinear_kernel_table& kernels, const Case& c, uint64_t seed) {
-  const int64_t N = c.K < 100 ? c.N : 1 + c.N % 5;  // long rows take long
+  const int64_t N = seed % 16 == 0 && c.K < 100 ? c.N : 1 + c.N % 5;
   Random random{seed * 2654435761u + 2};
   const bool is_largest = c.data == Data::kLargestSums;
   const float special = c.data == Data::kNonFinite ? NAN : 0.0f;
@@ -641,9 +641,9 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
     const std::string difference = check_training(kernels, operands, m, expected);
     if (!difference.empty()) return difference;
   }
+  if (seed % 4 != 0) return "";  // the references below take long
   const std::string difference = check_head(kernels, c, seed);
-  // The reference takes long.
-  return difference.empty() && seed % 4 == 0 ? check_attention(kernels, c, seed) : difference;
+  return difference.empty() ? check_attention(kernels, c, seed) : difference;
 }
 
 }  // namespace selftest
