@@ -102,7 +102,7 @@ def test_a_run_on_a_gpu(tmp_path):
     grid = ["--prefill", "8", "--depths", "4", "--batches", "1", "2", "--device", "cuda"]
     results = run(tmp_path, *grid, "--contestants", "bitlinear", "bf16")
     assert results["skipped"] == []
-    phases = ["prefill", "decode", "captured decode"]
+    phases = ["prefill", "decode", "captured decode", "captured step"]
     assert [cell["phase"] for cell in results["cells"]] == 2 * phases
     for cell in results["cells"]:
         assert all(figures["tokens_per_s"] > 0 for figures in cell["contestants"].values())

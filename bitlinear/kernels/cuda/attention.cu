@@ -24,22 +24,49 @@ namespace bitlinear {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
 constexpr int kWarpKeys = 16;
 constexpr int kMaxHeads = 8;   // that share a key head
 constexpr int kMaxSplits = 8;  // blocks of a cluster
-// The blocks of a cluster take turns, so where a key is computed does not depend on the length of
-// the cache. Two rounds of the warps of a block are as fast as two blocks.
-constexpr int kRoundKeys = kWarps * kWarpKeys;
-constexpr int kRounds = 2;
-constexpr int kBlockKeys = kRounds * kRoundKeys;
+// A block takes so many keys before the next block of the cluster does, in one round of 16 warps or
+// in two of 8. So where a key is computed does not depend on the length of the cache.
+constexpr int kBlockKeys = 256;
+// With more key heads than that (of all sequences) two blocks of 8 warps share a multiprocessor.
+constexpr int64_t kManyHeads = 48;
 constexpr float kLog2E = 1.44269504f;
 
 // Of a warp or of a block: the maximum of the scores, and the sum of exp2(score - maximum).
 struct Softmax {
   float maximum, sum;
 };
+
+__device__ inline float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Joins the outputs of kCount parts. One without keys has the maximum -inf and an output of 0.
+template <int kCount, class StateOf, class OutputOf>
+__device__ inline float join(const StateOf& state_of, const OutputOf& output_of, Softmax* joined) {
+  Softmax states[kCount];
+  float outputs[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) states[i] = state_of(i);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) outputs[i] = output_of(i);
+  *joined = {-INFINITY, 0.0f};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) joined->maximum = fmaxf(joined->maximum, states[i].maximum);
+  const float base = joined->maximum == -INFINITY ? 0.0f : joined->maximum;
+  float result = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const float weight = exp2_of(states[i].maximum - base);
+    joined->sum += weight * states[i].sum;
+    result += weight * outputs[i];
+  }
+  return result;
+}
 
 template <class Half>
 __device__ inline float low_half(uint32_t pair) {
@@ -61,16 +88,16 @@ __device__ inline float rounded(float value) {
   return to_float(from_float<Half>(value));
 }
 
-// Values d and d + kDim / 2 of a row, rotated with the roundings of apply_rotary_pos_emb.
-template <class Half, int kDim>
-__device__ inline void rotate(Half (&pair)[2], const Half* cosine, const Half* sine, int d) {
+// Rotates values d and d + kDim / 2 of a row, with the roundings of apply_rotary_pos_emb.
+template <class Half>
+__device__ inline void rotate(Half (&pair)[2], const Half (&cosine)[2], const Half (&sine)[2]) {
   const auto combine = [&](float x, float other, int i) {
     const float product = rounded<Half>(__fmul_rn(x, to_float(cosine[i])));
     return from_float<Half>(__fadd_rn(product, rounded<Half>(__fmul_rn(other, to_float(sine[i])))));
   };
   const float first = to_float(pair[0]), second = to_float(pair[1]);
-  pair[0] = combine(first, -second, d);
-  pair[1] = combine(second, first, d + kDim / 2);
+  pair[0] = combine(first, -second, 0);
+  pair[1] = combine(second, first, 1);
 }
 
 // The part of a row of kDim values that a lane has for a product along the row: 16 bytes at value
@@ -104,11 +131,13 @@ __device__ inline const Half* row_at(const void* array, const int64_t (&strides)
   return static_cast<const Half*>(array) + blockIdx.z * strides[0] + head * strides[1];
 }
 
-template <class Half, int kDim>
-__global__ void __launch_bounds__(kThreads, 2)
+template <class Half, int kDim, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
     attention_kernel(const __grid_constant__ bitlinear_cuda_attention task) {
 #if __CUDA_ARCH__ >= 900
   using Part = RowPart<kDim>;
+  constexpr int kThreads = 32 * kWarps;
+  constexpr int kRoundKeys = kWarps * kWarpKeys, kRounds = kBlockKeys / kRoundKeys;
   constexpr int kTiles = kDim / 16;  // of an output
   constexpr int kValueVectors = kDim / 64;
   extern __shared__ __align__(16) float outputs[];  // of the warps, then of the block
@@ -129,131 +158,167 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto is_visible = [](float mask) { return mask != -INFINITY; };
 
   allow_successor();
+  bool is_hinted = false;  // that keys of the first round count
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
     const int key = first_key(round) + lane / 2;
-    if (key < length && is_visible(mask_of<Half>(task, key))) {
-      constexpr int kSecond = kDim * sizeof(Half) / 2;  // a row has one line or two
-      prefetch_line(reinterpret_cast<const char*>(keys + int64_t{key} * kDim) + lane % 2 * kSecond);
-      prefetch_line(reinterpret_cast<const char*>(values + int64_t{key} * kDim) +
-                    lane % 2 * kSecond);
-    }
+    const bool counts = is_visible(mask_of<Half>(task, key));
+    if (round == 0) is_hinted = __any_sync(~0u, counts);
+    if (!counts) continue;
+    constexpr int kSecond = kDim * sizeof(Half) / 2;  // a row has one line or two
+    prefetch_line(reinterpret_cast<const char*>(keys + int64_t{key} * kDim) + lane % 2 * kSecond);
+    prefetch_line(reinterpret_cast<const char*>(values + int64_t{key} * kDim) + lane % 2 * kSecond);
   }
+  // All that needs no data is computed before the wait. The threads share the rows of the queries,
+  // the new key and the new value, two values of a row each.
+  const bool has_new = task.position != nullptr;
+  constexpr int kPairs = kDim / 2;
+  const int d = threadIdx.x % kPairs;
+  const auto row_of_step = [&](int row) {
+    return d + (row < heads ? row_at<Half>(task.query, task.query_strides, blockIdx.y * heads + row)
+                : row == heads ? row_at<Half>(task.new_key, task.new_key_strides, blockIdx.y)
+                               : row_at<Half>(task.new_value, task.new_value_strides, blockIdx.y));
+  };
+  const Half* first_row = row_of_step(threadIdx.x / kPairs);
+  const int64_t angles = blockIdx.z * task.angle_stride + d;
+  const Half* cosines = static_cast<const Half*>(task.cosine) + angles;
+  const Half* sines = static_cast<const Half*>(task.sine) + angles;
+  const int64_t* position_address = task.position;
+  compute_now(first_row);
+  compute_now(cosines);
+  compute_now(sines);
+  compute_now(position_address);
   wait_for_predecessor();
 
-  const bool has_new = task.position != nullptr;
-  const int position = has_new ? static_cast<int>(*task.position) : -1;
-  float masks[2];
-  Part low, high;  // of keys g and g + 8
-  uint4 v[4][kValueVectors];
+  const int position = has_new ? static_cast<int>(*position_address) : -1;
+  float masks[2];  // of keys g and g + 8
+  Part low, high;
+  uint4 v[4][kValueVectors];  // of keys value_key(0) to value_key(3)
   const auto value_key = [&](int i) { return 2 * tig + i % 2 + 8 * (i / 2); };
+  const auto row_of = [&](int key) { return int64_t{minimum(key, length - 1)} * kDim; };
   const auto load_value = [&](uint4(&to)[kValueVectors], const Half* row) {
 #pragma unroll
     for (int h = 0; h < kValueVectors; ++h) to[h] = reinterpret_cast<const uint4*>(row)[g + 8 * h];
   };
-  // Loads what 16 keys need; false if none of them counts.
-  const auto load = [&](int begin) {
+  const auto load_masks = [&](int begin) {
     masks[0] = mask_of<Half>(task, begin + g);
     masks[1] = mask_of<Half>(task, begin + g + 8);
-    const bool is_new = position >= begin && position < begin + kWarpKeys;
-    if (!is_new && !__any_sync(~0u, is_visible(masks[0]) || is_visible(masks[1]))) return false;
-    const auto row_of = [&](int key) { return int64_t{minimum(begin + key, length - 1)} * kDim; };
-    low.load(keys + row_of(g), lane);
-    high.load(keys + row_of(g + 8), lane);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) load_value(v[i], values + row_of(value_key(i)));
-    return true;
   };
-  bool counts = load(first_key(0));
+  const auto load_keys = [&](int begin) {
+    low.load(keys + row_of(begin + g), lane);
+    high.load(keys + row_of(begin + g + 8), lane);
+  };
+  const auto load_values = [&](int begin) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) load_value(v[i], values + row_of(begin + value_key(i)));
+  };
+  const auto is_new = [&](int begin) { return position >= begin && position < begin + kWarpKeys; };
+  const auto counts_at = [&](int begin) {
+    return __any_sync(~0u, is_visible(masks[0]) || is_visible(masks[1])) || is_new(begin);
+  };
+  load_masks(first_key(0));
+  if (is_hinted) {
+    load_keys(first_key(0));
+    load_values(first_key(0));
+  }
 
   // The block rotates the queries and the new key while the first keys arrive. One block writes.
   const bool writes = has_new && position < length && position / kBlockKeys % splits == split;
-  for (int i = threadIdx.x; i < (heads + 2 * has_new) * (kDim / 2); i += kThreads) {
-    const int row = i / (kDim / 2), d = i % (kDim / 2);
+  Half cosine[2], sine[2];
+  if (has_new) {
+    cosine[0] = cosines[0];
+    cosine[1] = cosines[kPairs];
+    sine[0] = sines[0];
+    sine[1] = sines[kPairs];
+  }
+  for (int row = threadIdx.x / kPairs; row < heads + 2 * has_new; row += kThreads / kPairs) {
     const Half* const from =
-        row < heads    ? row_at<Half>(task.query, task.query_strides, blockIdx.y * heads + row)
-        : row == heads ? row_at<Half>(task.new_key, task.new_key_strides, blockIdx.y)
-                       : row_at<Half>(task.new_value, task.new_value_strides, blockIdx.y);
-    Half pair[2] = {from[d], from[d + kDim / 2]};
-    if (has_new && row <= heads) {
-      const int64_t angles = blockIdx.z * task.angle_stride;
-      rotate<Half, kDim>(pair, static_cast<const Half*>(task.cosine) + angles,
-                         static_cast<const Half*>(task.sine) + angles, d);
-    }
+        row == static_cast<int>(threadIdx.x) / kPairs ? first_row : row_of_step(row);
+    Half pair[2] = {from[0], from[kPairs]};
+    if (has_new && row <= heads) rotate<Half>(pair, cosine, sine);
     rows[row][d] = pair[0];
-    rows[row][d + kDim / 2] = pair[1];
+    rows[row][d + kPairs] = pair[1];
     if (writes && row >= heads) {
-      Half* const to = (row == heads ? keys : values) + int64_t{position} * kDim;
-      to[d] = pair[0];
-      to[d + kDim / 2] = pair[1];
+      Half* const to = (row == heads ? keys : values) + int64_t{position} * kDim + d;
+      to[0] = pair[0];
+      to[kPairs] = pair[1];
     }
   }
   __syncthreads();
+
+  bool counts = counts_at(first_key(0));
+  if (counts && !is_hinted) {
+    load_keys(first_key(0));
+    load_values(first_key(0));
+  }
 
   // A lane has the scores of keys g and g + 8 for heads 2 tig and 2 tig + 1.
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
   float output[kTiles][4] = {};
   for (int round = 0; first_key(round) < length; ++round) {
-    const int begin = first_key(round);
-    if (round > 0) counts = load(begin);
-    if (!counts) continue;
-    const int new_row = position - begin;
-    if (new_row >= 0 && new_row < kWarpKeys) {
-      if (new_row == g) low.load(rows[heads], lane);
-      if (new_row == g + 8) high.load(rows[heads], lane);
+    const int begin = first_key(round), next = first_key(round + 1);
+    float scores[4] = {};
+    if (counts) {
+      if (is_new(begin)) {
+        const int key = position - begin;
+        if (key == g) low.load(rows[heads], lane);
+        if (key == g + 8) high.load(rows[heads], lane);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (key == value_key(i)) load_value(v[i], rows[heads + 1]);
+        }
+      }
+      Part query;
+      query.load(rows[g < heads ? g : 0], lane);  // columns beyond the last head are dropped
+#pragma unroll
+      for (int j = 0; j < Part::kVectors; ++j) {
+        const uint4 a = low.vectors[j], b = high.vectors[j], q = query.vectors[j];
+        mma_half<Half>(scores, a.x, b.x, a.y, b.y, q.x, q.y);
+        mma_half<Half>(scores, a.z, b.z, a.w, b.w, q.z, q.w);
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (new_row == value_key(i)) load_value(v[i], rows[heads + 1]);
+        scores[i] = scores[i] * (task.scale * kLog2E) + masks[i / 2];
       }
     }
-    Part query;
-    query.load(rows[g < heads ? g : 0], lane);  // columns beyond the last head are dropped
-    float scores[4] = {};
+    // The next keys arrive meanwhile.
+    load_masks(next);
+    const bool next_counts = counts_at(next);
+    if (next_counts) load_keys(next);
+    if (counts) {
+      float factors[2];
 #pragma unroll
-    for (int j = 0; j < Part::kVectors; ++j) {
-      const uint4 a = low.vectors[j], b = high.vectors[j], q = query.vectors[j];
-      mma_half<Half>(scores, a.x, b.x, a.y, b.y, q.x, q.y);
-      mma_half<Half>(scores, a.z, b.z, a.w, b.w, q.z, q.w);
-    }
-    float factors[2];
+      for (int h = 0; h < 2; ++h) {
+        float largest = fmaxf(maximum[h], fmaxf(scores[h], scores[2 + h]));
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float largest = maximum[h];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float& score = scores[2 * r + h];
-        score = score * (task.scale * kLog2E) + masks[r];
-        largest = fmaxf(largest, score);
+        for (int step = 4; step < 32; step *= 2) {
+          largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+        }
+        const float base = is_visible(largest) ? largest : 0.0f;
+        factors[h] = exp2_of(maximum[h] - base);
+        maximum[h] = largest;
+        scores[h] = exp2_of(scores[h] - base);
+        scores[2 + h] = exp2_of(scores[2 + h] - base);
+        sum[h] = sum[h] * factors[h] + (scores[h] + scores[2 + h]);
       }
+      const uint32_t p0 = transpose_halves(pack_halves<Half>(scores[0], scores[1]));
+      const uint32_t p1 = transpose_halves(pack_halves<Half>(scores[2], scores[3]));
 #pragma unroll
-      for (int step = 4; step < 32; step *= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-      }
-      const float base = is_visible(largest) ? largest : 0.0f;
-      factors[h] = exp2f(maximum[h] - base);
-      maximum[h] = largest;
-      sum[h] *= factors[h];
+      for (int t = 0; t < kTiles; ++t) {
+        // Value t of the row, and value t + kTiles, of four keys.
+        const auto pair = [&](int first, int value) {
+          const uint32_t a = (&v[first][value / 8].x)[value % 8 / 2];
+          const uint32_t b = (&v[first + 1][value / 8].x)[value % 8 / 2];
+          return __byte_perm(a, b, value % 2 ? 0x7632 : 0x5410);
+        };
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        scores[2 * r + h] = exp2f(scores[2 * r + h] - base);
-        sum[h] += scores[2 * r + h];
+        for (int i = 0; i < 4; ++i) output[t][i] *= factors[i % 2];
+        mma_half<Half>(output[t], pair(0, t), pair(0, t + kTiles), pair(2, t), pair(2, t + kTiles),
+                       p0, p1);
       }
     }
-    const uint32_t p0 = transpose_halves(pack_halves<Half>(scores[0], scores[1]));
-    const uint32_t p1 = transpose_halves(pack_halves<Half>(scores[2], scores[3]));
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      // Value t of the row, and value t + kTiles, of four keys.
-      const auto pair = [&](int first, int value) {
-        const uint32_t a = (&v[first][value / 8].x)[value % 8 / 2];
-        const uint32_t b = (&v[first + 1][value / 8].x)[value % 8 / 2];
-        return __byte_perm(a, b, value % 2 ? 0x7632 : 0x5410);
-      };
-#pragma unroll
-      for (int i = 0; i < 4; ++i) output[t][i] *= factors[i % 2];
-      mma_half<Half>(output[t], pair(0, t), pair(0, t + kTiles), pair(2, t), pair(2, t + kTiles),
-                     p0, p1);
-    }
+    if (next_counts) load_values(next);
+    counts = next_counts;
   }
 
   // Join the warps. A lane has values 8 g to 8 g + 7 (and 64 more) of heads 2 tig and 2 tig + 1.
@@ -275,29 +340,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   __syncthreads();
-  // Adds the outputs of `count` parts, whose states and outputs the functions return.
-  const auto join = [](int count, const auto& state_of, const auto& output_of, Softmax* joined) {
-    *joined = {-INFINITY, 0.0f};
-    for (int i = 0; i < count; ++i) joined->maximum = fmaxf(joined->maximum, state_of(i).maximum);
-    float result = 0.0f;
-    for (int i = 0; i < count; ++i) {
-      const Softmax state = state_of(i);
-      const float weight = exp2f(state.maximum - joined->maximum);
-      if (!(weight > 0.0f)) continue;
-      joined->sum += weight * state.sum;
-      result += weight * output_of(i);
-    }
-    return result;
-  };
   const int count = heads * kDim;
   Half* const y = static_cast<Half*>(task.output) +
                   (blockIdx.z * task.heads + int64_t{blockIdx.y} * heads) * kDim;
   float* const block_output = outputs + kWarps * count;
   for (int i = threadIdx.x; i < count; i += kThreads) {
     Softmax joined;
-    const float result = join(
-        kWarps, [&](int w) { return states[w][i / kDim]; },
-        [&](int w) { return outputs[w * count + i]; }, &joined);
+    const float result = join<kWarps>([&](int w) { return states[w][i / kDim]; },
+                                      [&](int w) { return outputs[w * count + i]; }, &joined);
     if (splits == 1) {
       y[i] = from_float<Half>(__fdiv_rn(result, joined.sum));
     } else {
@@ -308,21 +358,27 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (splits == 1) return;
   sync_cluster();
   for (int i = split * kThreads + threadIdx.x; i < count; i += splits * kThreads) {
+    const Softmax& state = states[kWarps][i / kDim];
     Softmax joined;
-    const float result = join(
-        splits,
+    const float result = join<kMaxSplits>(
         [&](int s) {
-          const Softmax& state = states[kWarps][i / kDim];
-          return Softmax{load_remote(&state.maximum, s), load_remote(&state.sum, s)};
+          // All loads are in flight at once.
+          const int rank = minimum(s, splits - 1);
+          const Softmax remote = {load_remote(&state.maximum, rank), load_remote(&state.sum, rank)};
+          return s < splits ? remote : Softmax{-INFINITY, 0.0f};
         },
-        [&](int s) { return load_remote(block_output + i, s); }, &joined);
+        [&](int s) {
+          const float remote = load_remote(block_output + i, minimum(s, splits - 1));
+          return s < splits ? remote : 0.0f;
+        },
+        &joined);
     y[i] = from_float<Half>(__fdiv_rn(result, joined.sum));
   }
   sync_cluster();  // no block may leave while others read its sums
 #endif
 }
 
-template <class Half, int kDim>
+template <class Half, int kDim, int kWarps>
 cudaError_t launch(const bitlinear_cuda_attention& task, const Call& call) {
   // As many blocks as keep all multiprocessors busy, if the keys are more than one block takes.
   int splits = task.length > kBlockKeys ? kMaxSplits : 1;
@@ -332,10 +388,16 @@ cudaError_t launch(const bitlinear_cuda_attention& task, const Call& call) {
   const int64_t heads = task.heads / task.key_heads;
   LaunchConfig config = {dim3(static_cast<unsigned>(splits), static_cast<unsigned>(task.key_heads),
                               static_cast<unsigned>(task.batch)),
-                         kThreads,
+                         32 * kWarps,
                          static_cast<int>((kWarps + 1) * heads * kDim * int64_t{sizeof(float)})};
   config.cluster = splits;
-  return launch_kernel<attention_kernel<Half, kDim>>(config, call, task);
+  return launch_kernel<attention_kernel<Half, kDim, kWarps>>(config, call, task);
+}
+
+template <class Half, int kDim>
+cudaError_t launch(const bitlinear_cuda_attention& task, const Call& call) {
+  return task.batch * task.key_heads > kManyHeads ? launch<Half, kDim, 8>(task, call)
+                                                  : launch<Half, kDim, 16>(task, call);
 }
 
 template <class Half>

@@ -257,6 +257,16 @@ __device__ inline void wait_for_predecessor() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// Computes a value here rather than where it is used, which can be after a wait.
+template <class T>
+__device__ inline void compute_now(T& value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+}
+
 // Prefetches the line at an address into L2. It is safe before the wait: it returns no value,
 // and L2 sees what the predecessor writes later.
 constexpr int kLineBytes = 128;

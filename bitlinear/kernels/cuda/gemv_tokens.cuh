@@ -42,16 +42,6 @@ struct Part {
   }
 };
 
-// Computes a value here rather than where it is used, which can be after a wait.
-template <class T>
-__device__ inline void compute_now(T& value) {
-  if constexpr (sizeof(T) == 8) {
-    asm volatile("" : "+l"(value));
-  } else {
-    asm volatile("" : "+r"(value));
-  }
-}
-
 // What the quantiser reads: x in its dtype. A source is constructed before the predecessor has
 // ended. load() also calls load_rows(), which starts the loads of the epilogue.
 template <class X>

@@ -45,7 +45,7 @@ with tools.importing("bench"):
 with tools.importing("dev"):
     import transformers
 
-PREFILL, DECODE, CAPTURED = "prefill", "decode", "captured decode"
+PREFILL, DECODE, CAPTURED, STEP = "prefill", "decode", "captured decode", "captured step"
 
 # A call of a decoding generates tokens for about so long, but at most so many.
 CALL_SECONDS, CALL_TOKENS = 0.5, 16
@@ -118,7 +118,7 @@ class Setup:
         """All cells, the short ones first."""
         lengths = [(PREFILL, n) for n in self.prefill] + [(DECODE, n) for n in self.depths]
         if self.device.name == "cuda":
-            lengths += [(CAPTURED, n) for n in self.depths]
+            lengths += [(phase, n) for phase in (CAPTURED, STEP) for n in self.depths]
         return [Cell(phase, n, batch) for batch in self.batches for phase, n in lengths]
 
 
@@ -264,10 +264,11 @@ class _Measurement:
                 f"a call would take {passes * seconds:.0f} s, over the limit of "
                 f"{self._setup.limit:g} s"
             )
-        if cell.phase == CAPTURED:
+        if cell.phase in (CAPTURED, STEP):
             if not isinstance(engine, TorchEngine):
                 raise RuntimeError("only models of torch are captured")
-            call = engine.captured_tokens(cell.length, cell.batch, CAPTURED_TOKENS)
+            make = engine.captured_tokens if cell.phase == CAPTURED else engine.captured_steps
+            call = make(cell.length, cell.batch, CAPTURED_TOKENS)
             return timing.Contestant(name, call, repeats=CAPTURED_TOKENS)
         if cell.phase == PREFILL:
             return timing.Contestant(name, engine.first_token(cell.length, cell.batch))

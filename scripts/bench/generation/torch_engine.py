@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import time
 from typing import Any, Callable
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from bitlinear.integrations.transformers import generate as captured_generate
+from bitlinear.integrations.transformers import captured
+from bitlinear.integrations.transformers.decode_step import DecodeStep
 from scripts import tools
 from scripts.bench.generation import models
 
@@ -128,10 +130,37 @@ class TorchEngine:
                 self._tokens(batch, depth + 1),
                 total,
                 stamps,
-                generate=functools.partial(captured_generate, self.model),
+                generate=functools.partial(captured.generate, self.model),
                 cache=cache,
             )
             return stamps.times[-1] - stamps.times[CAPTURE_TOKENS]
+
+        return call
+
+    def captured_steps(self, depth: int, batch: int, count: int) -> Callable[[], float]:
+        """Return a call that replays the graph of a step ``count`` times after ``depth`` tokens.
+
+        It returns the seconds of the replays, which no work of ``generate`` interrupts.
+        """
+        steps: list[DecodeStep] = []
+        positions: list[Tensor] = []
+
+        def make_step(forward: Any, inputs: Any, visible: Any, position: Tensor, *rest: Any) -> Any:
+            steps.append(DecodeStep(forward, inputs, visible, position, *rest))
+            positions.append(position)
+            return steps[-1]
+
+        with mock.patch.object(captured, "DecodeStep", make_step):
+            self.captured_tokens(depth, batch, count)()
+
+        def call() -> float:
+            positions[0].sub_(count)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(count):
+                steps[0]()
+            torch.cuda.synchronize()
+            return time.perf_counter() - start
 
         return call
 
