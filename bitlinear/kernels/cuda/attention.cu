@@ -68,6 +68,11 @@ __device__ inline float join(const StateOf& state_of, const OutputOf& output_of,
   return result;
 }
 
+// 0 if no key counts.
+__device__ inline float average(float total, float sum) {
+  return sum == 0.0f ? 0.0f : __fdiv_rn(total, sum);
+}
+
 template <class Half>
 __device__ inline float low_half(uint32_t pair) {
   if constexpr (std::is_same<Half, __half>::value) {
@@ -349,7 +354,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
     const float result = join<kWarps>([&](int w) { return states[w][i / kDim]; },
                                       [&](int w) { return outputs[w * count + i]; }, &joined);
     if (splits == 1) {
-      y[i] = from_float<Half>(__fdiv_rn(result, joined.sum));
+      y[i] = from_float<Half>(average(result, joined.sum));
     } else {
       block_output[i] = result;
       if (i % kDim == 0) states[kWarps][i / kDim] = joined;
@@ -372,7 +377,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
           return s < splits ? remote : 0.0f;
         },
         &joined);
-    y[i] = from_float<Half>(__fdiv_rn(result, joined.sum));
+    y[i] = from_float<Half>(average(result, joined.sum));
   }
   sync_cluster();  // no block may leave while others read its sums
 #endif
