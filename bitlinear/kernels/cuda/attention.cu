@@ -14,8 +14,13 @@
 // where apply_rotary_pos_emb does. A key that is masked by -inf counts nothing, and 16 of them are
 // not read: a longer cache gives the same bits.
 //
-// Bound: latency. Before the predecessor has ended, the keys and values are prefetched into L2. The
-// mask can change until then, so it serves as a hint only, and is read again.
+// Bound: latency. 20 heads of 128, 5 key heads, bf16, us a call in a graph of 30 on an H100, with
+// 131 and 2051 keys that count: 4.8 and 9.8 for one sequence, 7.9 and 46 for 16 (86 MB, which
+// memory reads in 29). cuDNN takes 6.3 and 10.3 for one, without the three kernels of rotation and
+// cache.
+//
+// Before the predecessor has ended, keys and values are prefetched into L2. The mask can change
+// until then, so it serves as a hint only, and is read again.
 #include "ampere.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"

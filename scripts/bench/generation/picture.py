@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from scripts import tools
 from scripts.bench import charts, machine, report
+from scripts.bench.generation import measure
 from scripts.bench.records import Record
 
 with tools.importing("bench"):
@@ -22,7 +23,8 @@ def draw(results: Record) -> Figure:
     panels = {
         f"{cell['phase']}, {cell['length']} tokens\ntokens/s": _rates(cell)
         for cell in results["cells"]
-        if cell["batch"] == batch
+        # A step alone takes nearly the time of a captured decode.
+        if cell["batch"] == batch and cell["phase"] != measure.STEP
     }
     memory = {
         name: (kind["memory"]["peak_bytes"] / 1e9, f"{kind['memory']['peak_bytes'] / 1e9:.2f}")
@@ -43,10 +45,10 @@ def draw(results: Record) -> Figure:
     figure, axes = charts.canvas(
         f"Generating with a model of {_weights(results)} weights",
         "\n".join("   ·   ".join(parts) for parts in (subtitle, details)),
-        size=(3.2 + 2.2 * len(panels), 2.0 + 0.32 * len(contestants)),
+        size=(3.7 + 2.2 * len(panels), 2.0 + 0.32 * len(contestants)),
         columns=len(panels),
         top=1.65,
-        left=2.9,
+        left=3.4,
         right=0.3,
         bottom=0.2,
         between=0.4,
