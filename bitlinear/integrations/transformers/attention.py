@@ -116,6 +116,7 @@ def rotate_and_attend(
     if not (
         _is_one_token(query, keys, attention_mask, dropout, kwargs)
         and _kernel_serves(query, keys, cache[1], attention_mask)
+        and (cache[2] is not None or query.device.type == "cpu")
         and is_rotation_of_llama(rotate)
         and all(t.dtype == query.dtype and t.is_contiguous() for t in angles)
         and all(t.shape[1:] == (1, query.shape[-1]) for t in angles)
