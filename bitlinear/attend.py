@@ -42,7 +42,8 @@ def reference_attend(
         mask: ``(batch, 1, 1, length)`` or ``(1, 1, 1, length)``: bool, True at keys that count; or
             numbers to add to the scores (not on the CPU). None for all keys.
         scale: Factor of the scores.
-        position: Where the new key and value are written: int64, ``(1,)``; None for the last ones.
+        position: Where the new key and value are written: int64, ``(1,)``; None for the last ones
+            (not on a GPU). Beyond the keys it is an error on a CPU; on a GPU nothing is written.
         new_key: ``(batch, key heads, 1, size)``; it and the query are rotated first. None if the
             query is rotated, and keys and values are complete.
         new_value: As ``new_key``.
@@ -53,7 +54,9 @@ def reference_attend(
         ``(batch, 1, heads, size)``, in the dtype of ``query``.
 
     Raises:
-        ValueError: A dtype, a shape or a device is wrong, or an argument is missing.
+        NotImplementedError: The kernel does not compute this, see above.
+        RuntimeError: Keys or values overlap themselves or each other.
+        ValueError: A dtype, a shape, a device or a position is wrong, or an argument is missing.
     """
     _check(query, keys, values, mask, position, (new_key, new_value, cos, sin))
     batch, groups, length, size = keys.shape

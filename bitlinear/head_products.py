@@ -74,9 +74,8 @@ def reference_bf16_product(x: Tensor, w: Tensor) -> Tensor:
         ValueError: A dtype, a shape or a device is wrong.
     """
     _check_bf16_product(x, w)
-    tokens, weight = (
-        pad(t.to(torch.float32), (0, -t.shape[-1] % _BF16_SUMS)) for t in (x[..., None, :], w)
-    )
+    missing = -w.shape[1] % _BF16_SUMS if w.shape[1] else _BF16_SUMS
+    tokens, weight = (pad(t.to(torch.float32), (0, missing)) for t in (x[..., None, :], w))
     sums = tokens.new_zeros(*x.shape[:-1], w.shape[0], _BF16_SUMS)
     for a, b in zip(tokens.split(_BF16_SUMS, dim=-1), weight.split(_BF16_SUMS, dim=-1)):
         sums = sums + a * b

@@ -140,6 +140,19 @@ def test_views_and_threads():
         oracle.assert_same_bits(result, results[0])
 
 
+def test_no_heads_and_one_key():
+    query, keys, values, (key, value, *angles) = make(length=1)
+    y = attend(query[:, :0], keys, values, None, 0.1, None, key, value, *angles)
+    assert y.shape == (2, 1, 0, 16)
+    oracle.assert_same_bits(values, value.contiguous())
+    rows = torch.randn(2, 1, 5, 16).bfloat16().transpose(1, 2)
+    strided = rows[:, 1:3], rows[:, 3:]  # their tokens have another stride
+    oracle.assert_same_bits(
+        attend(rows[:, :1].expand(-1, 2, -1, -1), *strided, None, 0.1),
+        attend(rows[:, :1].expand(-1, 2, -1, -1), *(t.contiguous() for t in strided), None, 0.1),
+    )
+
+
 @pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0)])
 def test_nothing_to_attend_to(batch, length):
     query, keys, values, _ = make(length=length)
@@ -218,6 +231,56 @@ def test_errors_are_the_same_everywhere(case):
 def test_what_the_kernel_of_the_cpu_cannot_compute(changes, error, message):
     with pytest.raises(error, match=message):
         attend(**arguments_of(changes))
+
+
+@pytest.mark.parametrize("name", ["query", "new_key", "new_value", "cos"])
+def test_operands_in_the_memory_of_the_keys(name):
+    """They are read as they were before the call."""
+    query, keys, values, (key, value, cos, sin) = make(batch=1, heads=1, groups=1, length=300)
+    arguments = {"query": query, "new_key": key, "new_value": value, "cos": cos, "sin": sin}
+    rest = {"mask": None, "scale": 0.3, "position": None}
+    shared = keys[:, :, 299:] if name != "cos" else keys[:, 0, 299:]
+    separate = {**arguments, name: shared.clone()}
+    wanted_keys, wanted_values = keys.clone(), values.clone()
+    wanted = attend(keys=wanted_keys, values=wanted_values, **rest, **separate)
+    y = attend(keys=keys, values=values, **rest, **{**arguments, name: shared})
+    oracle.assert_same_bits(y, wanted)
+    oracle.assert_same_bits(keys, wanted_keys)
+    oracle.assert_same_bits(values, wanted_values)
+
+
+def test_memory_that_would_be_written_twice_is_refused():
+    both = torch.zeros(1296, dtype=torch.bfloat16)
+    shifted = [both[first : first + 1280].view(2, 2, 20, 16) for first in (0, 16)]
+    for changes in (
+        {"values": VALUES[:1].expand(2, -1, -1, -1)},
+        {"keys": shifted[0], "values": shifted[1]},
+    ):
+        with pytest.raises(RuntimeError, match="memory location"):
+            attend(**arguments_of(changes))
+
+
+def test_autograd_learns_of_the_write():
+    query, keys, values, new = make()
+    attend(query, keys, values, None, 0.3)
+    assert keys._version == 0
+    w = torch.ones_like(keys, requires_grad=True)
+    loss = (w * keys).sum()
+    with torch.no_grad():
+        attend(query, keys, values, None, 0.3, None, *new)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["query", "keys", "values", "mask", "new_key", "cos", "position"])
+def test_freed_memory_is_an_error(name):
+    arguments = {
+        key: value.clone() if isinstance(value, torch.Tensor) else value
+        for key, value in arguments_of({}).items()
+    }
+    arguments[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{name} has .* but its storage was freed"):
+        attend(**arguments)
 
 
 def test_tensors_on_two_devices():

@@ -53,7 +53,14 @@ def test_the_largest_int8_sums(sign):
     assert (y == torch.tensor(sign * 127 * 32385 * k, dtype=torch.float64).float()).all()
 
 
-@given(shape=st.sampled_from([(), (1,), (2, 3), (0,)]), n=st.integers(0, 140), k=SIZES)
+@pytest.mark.parametrize(("a", "b"), [(-32768, -128), (32767, -128), (-32768, 127)])
+def test_the_extremes_of_the_types(a, b):
+    q, w = torch.full((1, 1025), a, dtype=torch.int16), torch.full((1, 1025), b, dtype=torch.int8)
+    y = OPS.int8_product(q, torch.ones(1, 1), w, torch.ones(1, 1), torch.float32)
+    assert y.item() == torch.tensor(1025.0 * a * b, dtype=torch.float64).float()
+
+
+@given(shape=st.sampled_from([(), (1,), (2, 3), (0,)]), n=st.integers(0, 140), k=st.just(0) | SIZES)
 def test_bf16_is_added_in_the_specified_order(shape, n, k):
     x, w = torch.randn(*shape, k).bfloat16(), torch.randn(n, k).bfloat16()
     y = OPS.bf16_product(x, w)

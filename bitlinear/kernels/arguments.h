@@ -2,6 +2,7 @@
 // and access to the memory of tensors. Only the two ops.cpp, which include torch, include this.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -360,6 +361,22 @@ inline c10::SmallVector<int64_t, 2> scale_shape(const at::Tensor& weight, int64_
 inline at::Tensor kernel_operand(const at::Tensor& tensor) {
   const at::Tensor operand = tensor.contiguous();
   return kernel_dtype(operand.scalar_type()) < 0 ? operand.to(at::ScalarType::Float) : operand;
+}
+
+// Before keys and values are changed in place: raises RuntimeError if one value would be written
+// twice, and tells autograd, as operators of torch do.
+inline void prepare_write(const at::Tensor& keys, const at::Tensor& values) {
+  at::assert_no_partial_overlap(keys, values);
+  for (const at::Tensor* const written : {&keys, &values}) {
+    at::assert_no_internal_overlap(*written);
+    if (!written->is_inference()) written->unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+// The tensor, or a copy if it shares memory with keys or values, which change before it is read.
+inline at::Tensor unshared(const at::Tensor& tensor, const at::Tensor& keys,
+                           const at::Tensor& values) {
+  return tensor.is_alias_of(keys) || tensor.is_alias_of(values) ? tensor.clone() : tensor;
 }
 
 // The memory of a tensor. Raises ValueError if a framework that shards parameters has freed it.

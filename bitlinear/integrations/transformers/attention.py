@@ -118,7 +118,8 @@ def rotate_and_attend(
         and _kernel_serves(query, keys, cache[1], attention_mask)
         and (cache[2] is not None or query.device.type == "cpu")
         and is_rotation_of_llama(rotate)
-        and all(t.dtype == query.dtype and t.is_contiguous() for t in angles)
+        and all(t.dtype == query.dtype for t in (*rows, *angles))
+        and all(t.is_contiguous() for t in angles)
         and all(t.shape[1:] == (1, query.shape[-1]) for t in angles)
     ):
         return None
@@ -158,24 +159,24 @@ def _is_one_token(
 
 def _kernel_serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether ``torch.ops.bitlinear.attend`` has a kernel for this."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or is_transformed():
+        return False
     supports = {"cpu": _cpu_kernel_supports, "cuda": _cuda_kernel_supports}.get(query.device.type)
     return (
         supports is not None
-        and supports(query, key, mask)
-        and (mask is None or (type(mask) is Tensor and mask.shape[-1] == key.shape[2]))
+        and (type(query), type(key), type(value)) == (Tensor,) * 3
+        and query.dtype == key.dtype == value.dtype
         and key.shape == value.shape
         and key.stride()[2:] == value.stride()[2:] == (key.shape[-1], 1)
-        and (type(query), type(key), type(value)) == (Tensor,) * 3
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and (mask is None or (type(mask) is Tensor and mask.shape[-1] == key.shape[2]))
+        and supports(query, key, mask)
         and not torch.is_autocast_enabled(query.device.type)
-        and not is_transformed()
     )
 
 
 def _cpu_kernel_supports(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
     return (
-        key.dtype == query.dtype == torch.bfloat16
+        query.dtype == torch.bfloat16
         and query.shape[-1] % HEAD_UNIT == 0
         and query.shape[-1] <= MAX_HEAD
         and (mask is None or mask.dtype == torch.bool)
@@ -190,10 +191,12 @@ def _cuda_kernel_supports(query: Tensor, key: Tensor, mask: Tensor | None) -> bo
         and query.shape[1] <= _CUDA_GROUP * key.shape[1]
         and mask is not None
         and mask.dtype in (torch.bool, query.dtype)
+        and mask.stride(-1) == 1
         and _has_cuda_kernel(query.device)
     )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
 def _has_cuda_kernel(device: torch.device) -> bool:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("bitlinear::attend", "CUDA")

@@ -28,7 +28,7 @@ class DecodeStep:
         inputs: What ``prepare_inputs_for_generation`` returns for the first step.
         visible: bool, ``(batch, length of the cache)``: the tokens that the first step attends to.
         position: int64, ``(1,)``: where the step writes into the cache; it is increased.
-        dtype: That of queries and keys.
+        dtype: The dtype of queries and keys.
         choice: Chooses the next token; as a part of the graph if it fits. The step reads the
             tokens that it chose.
 

@@ -51,6 +51,7 @@ class FusedDecoderLayer(nn.Module):
     _mlp: _Kind
     _activations: dict[_Kind, str]
     _sliding_window: Callable[[Any], dict[str, Any]]
+    _cache_update: Any  # of transformers, which a library can replace
 
     def forward(
         self,
@@ -122,7 +123,7 @@ class FusedDecoderLayer(nn.Module):
             **self._sliding_window(attention),
             **kwargs,
         }
-        layer = _layer_of(cache, attention.layer_idx)
+        layer = self._layer_of(cache, attention.layer_idx)
         rows = (q, k, v, *position_embeddings)
         output = weights = None
         if residual.shape[1] == 1 and hasattr(layer, "rotate_and_attend"):
@@ -139,6 +140,13 @@ class FusedDecoderLayer(nn.Module):
             record(attention, (), (None, weights))
         output = output.reshape(*shape[:-2], -1)
         return self._project(attention, _OUT, output, layers.get("attn_sub_norm"), residual)
+
+    def _layer_of(self, cache: Any, index: int) -> Any:
+        """The layer of a cache, or None if it has none, or an ``update`` that must be called."""
+        layers = getattr(cache, "layers", ())
+        if index >= len(layers) or "update" in vars(cache):
+            return None
+        return layers[index] if type(cache).update is self._cache_update else None
 
     def _apply_mlp(self, residual: Tensor) -> Tensor:
         mlp: Any = self._modules["mlp"]
@@ -239,12 +247,6 @@ def _known_kind(cls: type[nn.Module]) -> _Kind:
     return cls, forward if is_own else None
 
 
-def _layer_of(cache: Any, index: int) -> Any:
-    """The layer of a cache, such as a ``GrowingLayer`` or a ``StepLayer``; None without one."""
-    layers = getattr(cache, "layers", ())
-    return layers[index] if index < len(layers) else None
-
-
 def _no_window(attention: Any) -> dict[str, Any]:
     return {}
 
@@ -296,6 +298,7 @@ def _modeling_name(family: str) -> str:
 def _make_class(family: str) -> type[FusedDecoderLayer]:
     """Make the fused class of a family when it is first needed: its module takes long to import."""
     from transformers.activations import ReLUSquaredActivation, SiLUActivation
+    from transformers.cache_utils import Cache
 
     prefix, sliding_window = _FAMILIES[family]
     modeling = importlib.import_module(_modeling_name(family))
@@ -316,5 +319,6 @@ def _make_class(family: str) -> type[FusedDecoderLayer]:
             _known_kind(ReLUSquaredActivation): "relu2",
         },
         "_sliding_window": staticmethod(sliding_window),
+        "_cache_update": Cache.update,
     }
     return type(base.__name__, (FusedDecoderLayer, base), attributes)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...arguments import ACTIVATION_DTYPES
 from ...autograd import Function
 from ...ops import has_cpu_kernels
 from ...packing import enumerate_chunks
@@ -128,7 +129,7 @@ class _Product(Function):
 
     @staticmethod
     def forward(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-        if _uses_own_product(len(x), values):
+        if x.dtype in ACTIVATION_DTYPES and _uses_own_product(len(x), values):
             q, s_x = torch.ops.bitlinear.quantize_activations(x, _EPS, 16)
             y: Tensor = torch.ops.bitlinear.int8_product(q, s_x, values, scales, x.dtype)
             return y

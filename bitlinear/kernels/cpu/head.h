@@ -17,8 +17,8 @@ namespace bitlinear {
 
 constexpr int64_t kHeadRows = 64;  // that are rounded together
 
-// Products whose sum fits int32: 512 * 128 * 32385 < 2^31.
-constexpr int64_t kInt8Chunk = 512;
+// Products whose sum fits int32, of any int8 and int16: 256 * 128 * 32768 = 2^30.
+constexpr int64_t kInt8Chunk = 256;
 
 inline int64_t dot_int8(const int8_t* w, const int16_t* q, int64_t K) {
   const auto dot = [=](int64_t begin, int64_t count) {

@@ -346,36 +346,43 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
       BITLINEAR_MAX_HEAD, ", but query is ", dtype_name(query.scalar_type()), " of shape ",
       query.sizes());
   for (const Tensor* const tensor : {&keys, &values}) {
-    TORCH_CHECK_NOT_IMPLEMENTED(L == 0 || (tensor->stride(3) == 1 && tensor->stride(2) == D),
-                                "bitlinear: on a CPU, the tokens of a head must lie one behind the "
-                                "other in keys and values, but strides are ",
-                                tensor->strides());
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        L == 0 || (tensor->stride(3) == 1 && (L == 1 || tensor->stride(2) == D)),
+        "bitlinear: on a CPU, the tokens of a head must lie one behind the "
+        "other in keys and values, but strides are ",
+        tensor->strides());
   }
   const bool is_new = new_key.has_value();
-  const int64_t at = position.has_value() ? *position->const_data_ptr<int64_t>() : L - 1;
+  if (is_new) bitlinear::prepare_write(keys, values);
+  const int64_t at = position.has_value()
+                         ? *reinterpret_cast<const int64_t*>(checked_data(*position, "position"))
+                         : L - 1;
   TORCH_CHECK_VALUE(!is_new || (at >= 0 && at < L), "bitlinear: position must be between 0 and ",
                     L - 1, ", but it is ", at);
   const bitlinear_kernel_table* const kernels = active_table();
   Tensor y = Tensor(at::detail::empty_cpu({B, 1, H, D}, ScalarType::BFloat16));
-  if (y.numel() == 0) return y;
   if (L == 0) return y.zero_();
 
   const auto data = [](const Tensor& tensor, const char* name) {
     return reinterpret_cast<const uint16_t*>(checked_data(tensor, name));
   };
-  const Tensor q = query.contiguous();
+  const auto operand = [&](const Tensor& tensor) {
+    return (is_new ? bitlinear::unshared(tensor, keys, values) : tensor).contiguous();
+  };
+  const Tensor q = operand(query);
   const uint16_t* const q_data = data(q, "query");
   Tensor k, v, cosines, sines, visible;
   const uint16_t *k_data = nullptr, *v_data = nullptr, *cos_data = nullptr, *sin_data = nullptr;
   if (is_new) {
-    k = new_key->contiguous(), v = new_value->contiguous();
-    cosines = cos->contiguous(), sines = sin->contiguous();
+    k = operand(*new_key), v = operand(*new_value), cosines = operand(*cos), sines = operand(*sin);
     k_data = data(k, "new_key"), v_data = data(v, "new_value");
     cos_data = data(cosines, "cos"), sin_data = data(sines, "sin");
   }
   if (mask.has_value()) visible = mask->contiguous();
-  uint16_t* const all_keys = static_cast<uint16_t*>(keys.data_ptr());
-  uint16_t* const all_values = static_cast<uint16_t*>(values.data_ptr());
+  const uint8_t* const mask_data =
+      visible.defined() ? reinterpret_cast<const uint8_t*>(checked_data(visible, "mask")) : nullptr;
+  uint16_t* const all_keys = const_cast<uint16_t*>(data(keys, "keys"));
+  uint16_t* const all_values = const_cast<uint16_t*>(data(values, "values"));
   uint16_t* const out = static_cast<uint16_t*>(y.data_ptr());
 
   // Each part has its results and its queries, rotated.
@@ -408,11 +415,8 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
     task.keys = key + first * D;
     task.values = value + first * D;
     task.count = std::min(kAttentionTokens, L - first);
-    task.mask = nullptr;
-    if (visible.defined()) {
-      task.mask = static_cast<const uint8_t*>(visible.const_data_ptr()) + first +
-                  (visible.size(0) == 1 ? 0 : b * L);
-    }
+    task.mask =
+        mask_data == nullptr ? nullptr : mask_data + first + (visible.size(0) == 1 ? 0 : b * L);
     task.scale = static_cast<float>(scale);
     task.totals = results;
     task.largest = results + R * D;

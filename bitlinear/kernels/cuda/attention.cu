@@ -200,7 +200,10 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
   compute_now(position_address);
   wait_for_predecessor();
 
-  const int position = has_new ? static_cast<int>(*position_address) : -1;
+  // -1: none, or beyond the cache. (The host cannot know it.)
+  const int64_t given_position = has_new ? *position_address : -1;
+  const int position =
+      given_position >= 0 && given_position < length ? static_cast<int>(given_position) : -1;
   float masks[2];  // of keys g and g + 8
   Part low, high;
   uint4 v[4][kValueVectors];  // of keys value_key(0) to value_key(3)
@@ -233,7 +236,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
   }
 
   // The block rotates the queries and the new key while the first keys arrive. One block writes.
-  const bool writes = has_new && position < length && position / kBlockKeys % splits == split;
+  const bool writes = position >= 0 && position / kBlockKeys % splits == split;
   Half cosine[2], sine[2];
   if (has_new) {
     cosine[0] = cosines[0];

@@ -288,28 +288,33 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
       "bitlinear: on a GPU, the tokens of a head must lie one behind the other in keys and values, "
       "but strides are ",
       keys.strides(), " and ", values.strides());
-  task.query = query.const_data_ptr();
-  take_strides(query, "query", task.query_strides);
-  take_strides(keys, "keys", task.key_strides);
-  take_strides(values, "values", task.value_strides);
   task.key = keys.data_ptr();
   task.value = values.data_ptr();
+  take_strides(keys, "keys", task.key_strides);
+  take_strides(values, "values", task.value_strides);
   task.mask = mask->const_data_ptr();
   task.mask_is_bool = mask->scalar_type() == ScalarType::Bool;
   task.mask_stride = mask->size(0) == 1 ? 0 : mask->stride(0);
   task.scale = static_cast<float>(scale);
-  Tensor cosines, sines;
+  Tensor q = query, k, v, cosines, sines;
   if (position.has_value()) {
-    cosines = cos->contiguous(), sines = sin->contiguous();
+    bitlinear::prepare_write(keys, values);
+    const auto operand = [&](const Tensor& tensor) {
+      return bitlinear::unshared(tensor, keys, values);
+    };
+    q = operand(query), k = operand(*new_key), v = operand(*new_value);
+    cosines = operand(*cos).contiguous(), sines = operand(*sin).contiguous();
     task.position = position->const_data_ptr<int64_t>();
-    task.new_key = new_key->const_data_ptr();
-    task.new_value = new_value->const_data_ptr();
-    take_strides(*new_key, "new_key", task.new_key_strides);
-    take_strides(*new_value, "new_value", task.new_value_strides);
+    task.new_key = k.const_data_ptr();
+    task.new_value = v.const_data_ptr();
+    take_strides(k, "new_key", task.new_key_strides);
+    take_strides(v, "new_value", task.new_value_strides);
     task.cosine = cosines.const_data_ptr();
     task.sine = sines.const_data_ptr();
     task.angle_stride = cosines.size(0) == 1 ? 0 : task.head_dim;
   }
+  task.query = q.const_data_ptr();
+  take_strides(q, "query", task.query_strides);
   Tensor output = empty({task.batch, 1, task.heads, task.head_dim}, query.scalar_type(), query);
   task.output = output.data_ptr();
   const char* const error = bitlinear_cuda_attend(&task, current_stream(query));

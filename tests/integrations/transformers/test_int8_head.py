@@ -25,6 +25,7 @@ from tests.integrations.transformers.models import make_llama, make_t5
 from bitlinear.integrations.transformers import int8, quantize_head  # isort: skip
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+X_DTYPES = [*DTYPES, torch.float64]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def test_the_table_is_the_nearest_one(dtype):
     assert (ratio <= 1 + 2**-7).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", X_DTYPES)
 @pytest.mark.parametrize("way", ["as here", "ours", "int_mm", "expanded"])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 33, 130])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (37, 19), (96, 64), (5000, 24)])

@@ -115,21 +115,20 @@ def use(name):
 
 
 OTHERS = {
-    "sdpa": (use("sdpa"), {}),
-    "eager": (use("eager"), {}),
-    "fp32": (nn.Module.float, {}),
-    "fp16": (nn.Module.half, {}),
-    "output_attentions": (use("eager"), {"output_attentions": True}),
+    "sdpa": use("sdpa"),
+    "eager": use("eager"),
+    "fp32": nn.Module.float,
+    "fp16": nn.Module.half,
 }
 
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_everything_else_goes_in_steps(case):
-    change, kwargs = OTHERS[case]
+    change = OTHERS[case]
     model = make_fused()
     change(model)
     with torch.no_grad(), Calls(operator) as calls:
-        output = model(IDS[:, :1], cache=decode(model, 2)[1], **kwargs)
+        output = model(IDS[:, :1], cache=decode(model, 2)[1])
     assert output.logits.isfinite().all()
     assert calls.count == 0
 
@@ -165,6 +164,17 @@ def test_attention_alone_where_the_rest_goes_in_steps(family, kwargs, change, mo
         theirs, _ = in_steps(monkeypatch, model)
     assert calls.count == 4 * LAYERS
     assert (ours - theirs).norm() <= 0.03 * theirs.norm()
+
+
+def test_a_replaced_update_of_the_cache_is_called():
+    model = make_fused()
+    cache = transformers.DynamicCache(config=model.config)
+    update, seen = cache.update, []
+    cache.update = lambda *args, **kwargs: seen.append(args) or update(*args, **kwargs)
+    with torch.no_grad():
+        for step in range(3):
+            model(IDS[:, step : step + 1], cache=cache)
+    assert len(seen) == 3 * LAYERS
 
 
 def test_gradients_and_several_tokens_go_in_steps():
