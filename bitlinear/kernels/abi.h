@@ -71,7 +71,8 @@ struct bitlinear_costs {
   int64_t per_token;
 };
 
-// The largest head, and the most keys, of a part of the attention.
+// Sizes of heads are multiples of the unit. A part of the attention has a limited number of keys.
+#define BITLINEAR_HEAD_UNIT 16
 #define BITLINEAR_MAX_HEAD 256
 #define BITLINEAR_ATTENTION_TOKENS 128
 
@@ -79,7 +80,7 @@ struct bitlinear_costs {
 struct bitlinear_attention {
   const uint16_t* q;  // (rows, head_size)
   int64_t rows;
-  int64_t head_size;       // a multiple of 16
+  int64_t head_size;
   const uint16_t* keys;    // (count, head_size)
   const uint16_t* values;  // (count, head_size)
   int64_t count;

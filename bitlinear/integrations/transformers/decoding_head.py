@@ -15,8 +15,8 @@ class DecodingHead(nn.Linear):
 
     Where nothing records a gradient, :func:`bitlinear.head_products.reference_bf16_product`
     specifies that product: it adds in fp32, as ``F.linear`` does, in another order. It reads memory
-    at its bandwidth (128256 x 2560, 2 threads of Zen 4: 20 ms, where ``F.linear`` takes 33 and
-    ``torch.mv`` 37; with two tokens 28 and 31).
+    at its bandwidth (128256 x 2560, 2 threads of Zen 4: 19 ms, where ``F.linear`` takes 32 and
+    ``torch.mv`` 36; with two tokens 28 and 31).
 
     Rows are multiplied as a matrix. (``F.linear`` of torch 2.13 on a CPU copies a weight that needs
     no gradient, if the input is one token cut out of a longer sequence.)

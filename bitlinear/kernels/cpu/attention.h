@@ -40,6 +40,7 @@ inline void floats_from_bf16(const uint16_t* x, int64_t count, float* out) {
 }
 
 constexpr int kLanes = 16;
+static_assert(BITLINEAR_HEAD_UNIT % kLanes == 0, "a head must hold whole lanes");
 
 // products[j] = the sum of a[i] * b[i] over i = j, j + kLanes, ..., count a multiple of kLanes.
 inline void multiply_lanes(const float* a, const float* b, int64_t count, float* products) {
@@ -50,8 +51,8 @@ inline void multiply_lanes(const float* a, const float* b, int64_t count, float*
   memcpy(products, lanes, sizeof(lanes));
 }
 
-// sums[t] = the sum of the lanes t of kLanes rows, in pairs. Overwrites the lanes. Across many rows
-// this takes a third of the instructions of one row after the other.
+// Adds the lanes of kLanes rows: sums[t] is the sum of row t. Overwrites the lanes. All rows at
+// once take a third of the instructions of one row after the other.
 inline void add_all_lanes(float (&lanes)[kLanes * kLanes], float* sums) {
   static_assert(kLanes == 16, "four halvings");
   float half[kLanes * kLanes / 2];
@@ -70,20 +71,21 @@ inline void exponentials(float* scores, int64_t count, float* largest, float* su
   for (float& lane : lanes) lane = -HUGE_VALF;
   for (int64_t i = 0; i < filled; i += kLanes) {
     for (int j = 0; j < kLanes; ++j) {
-      lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];  // a NaN comes back below
+      lanes[j] =
+          scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];  // without NaNs, which the sum has
     }
   }
-  float most = lanes[0];
-  for (const float lane : lanes) most = lane > most ? lane : most;
+  float maximum = lanes[0];
+  for (const float lane : lanes) maximum = lane > maximum ? lane : maximum;
   for (float& lane : lanes) lane = 0.0f;
   for (int64_t i = 0; i < filled; i += kLanes) {
     for (int j = 0; j < kLanes; ++j) {
-      const float weight = exp_of(scores[i + j] - most);
+      const float weight = exp_of(scores[i + j] - maximum);
       scores[i + j] = scores[i + j] == -HUGE_VALF ? 0.0f : weight;
       lanes[j] += scores[i + j];
     }
   }
-  *largest = most;
+  *largest = maximum;
   *sum = add_halves<kLanes>(lanes);
 }
 

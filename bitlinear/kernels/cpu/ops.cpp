@@ -340,7 +340,8 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
   const int64_t H = query.size(1), R = H / G;
   TORCH_CHECK_NOT_IMPLEMENTED(
       query.scalar_type() == ScalarType::BFloat16 && D > 0 && D <= BITLINEAR_MAX_HEAD &&
-          D % 16 == 0 && !(mask.has_value() && mask->scalar_type() != ScalarType::Bool),
+          D % BITLINEAR_HEAD_UNIT == 0 &&
+          !(mask.has_value() && mask->scalar_type() != ScalarType::Bool),
       "bitlinear: on a CPU, attend computes bfloat16, with a mask of bool and a size that is a "
       "multiple of 16 of at most ",
       BITLINEAR_MAX_HEAD, ", but query is ", dtype_name(query.scalar_type()), " of shape ",

@@ -281,8 +281,8 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
       "bitlinear: on a GPU, attend computes 16 bits, sizes of 64 and 128, up to 8 heads for each "
       "key "
       "head, with a mask, and a new key with its position, but query is ",
-      dtype_name(query.scalar_type()), " of shape ", query.sizes(), " and keys have shape ",
-      keys.sizes());
+      bitlinear::dtype_name(query.scalar_type()), " of shape ", query.sizes(),
+      " and keys have shape ", keys.sizes());
   TORCH_CHECK_NOT_IMPLEMENTED(
       keys.stride(2) == task.head_dim && values.stride(2) == task.head_dim,
       "bitlinear: on a GPU, the tokens of a head must lie one behind the other in keys and values, "
