@@ -124,7 +124,7 @@ def output_of(*command):
 
 @cases(TARGETS)
 def test_instructions(target, variant, compiled):
-    kernel, _ = compiled(target, variant)
+    kernel, *_ = compiled(target, variant)
     if target.startswith("aarch64"):
         text = output_of("llvm-objdump", "-d", "--triple=aarch64", "--mattr=+v8.6a,+sve", kernel)
     else:
