@@ -4,7 +4,7 @@
 //
 // A block, or a cluster of eight if there are many keys, has the query heads that share a key head.
 // Each warp takes 16 keys at a time and keeps a maximum, a sum and an output of its own; the block
-// joins those of its warps, the cluster those of its blocks. Scores are key fragments times query
+// joins what its warps have, the cluster what its blocks have. Scores are key fragments times query
 // fragments of mma.m16n8k16, eight heads wide; outputs are value fragments times probabilities. A
 // lane loads 16 bytes of a row at a time directly into fragments: the order of k that results is
 // the same for both operands.

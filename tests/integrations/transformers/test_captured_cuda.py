@@ -41,7 +41,7 @@ def _compile():
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "bfloat16-kernel"])
 def model(request):
-    """In bfloat16 with heads of another size than those of our kernel of attention, and of its."""
+    """In bfloat16 with heads of 8, which our kernel of attention does not take, and of 64."""
     dtype, _, kernel = request.param.partition("-")
     torch.manual_seed(0)
     made = make_llama(head_dim=64 if kernel else 8).to("cuda", getattr(torch, dtype)).eval()
