@@ -319,6 +319,6 @@ def _make_class(family: str) -> type[FusedDecoderLayer]:
             _known_kind(ReLUSquaredActivation): "relu2",
         },
         "_sliding_window": staticmethod(sliding_window),
-        "_cache_update": Cache.update,
+        "_cache_update": staticmethod(Cache.update),  # not a method of the layer
     }
     return type(base.__name__, (FusedDecoderLayer, base), attributes)

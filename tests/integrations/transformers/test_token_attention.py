@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from bitlinear.integrations.transformers import attention, fuse, unfuse
+from bitlinear.integrations.transformers import attention, decoder_layers, fuse, unfuse
 from bitlinear.integrations.transformers.decoding import speed_up_decoding
 from tests import oracle
 from tests.calls import Calls
@@ -70,6 +70,17 @@ def test_new_tokens_take_the_operator(family, padded, mode, monkeypatch):
     oracle.assert_same_bits(first[0].values, first[1].values)
     oracle.assert_same_bits(first[0].keys, first[1].keys)
     assert cache.get_seq_length() == other.get_seq_length() == IDS.shape[1] + 5
+
+
+def test_fused_layers_rotate_and_store_in_the_same_step(monkeypatch):
+    model = make_fused()
+    rotate, calls = decoder_layers.rotate_heads, []
+    monkeypatch.setattr(
+        decoder_layers, "rotate_heads", lambda *args: calls.append(args) or rotate(*args)
+    )
+    with torch.no_grad():
+        decode(model, 3)
+    assert len(calls) == LAYERS  # of the prompt
 
 
 def test_it_generates_the_same_tokens(monkeypatch):
