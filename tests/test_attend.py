@@ -229,8 +229,12 @@ def test_errors_are_the_same_everywhere(case):
     ],
 )
 def test_what_the_kernel_of_the_cpu_cannot_compute(changes, error, message):
+    arguments = arguments_of(changes)
+    versions = [arguments[name]._version for name in ("keys", "values")]
     with pytest.raises(error, match=message):
-        attend(**arguments_of(changes))
+        attend(**arguments)
+    # A refused call leaves everything as it was.
+    assert [arguments[name]._version for name in ("keys", "values")] == versions
 
 
 @pytest.mark.parametrize("name", ["query", "new_key", "new_value", "cos"])

@@ -51,9 +51,9 @@ def attention(
     on a GPU from Hopper on in 16 bits with a mask, for heads of 64 and 128. Everything else is
     torch's scaled_dot_product_attention: on a CPU the query heads that share a key head are then
     the rows of one product, so that each key and value is read once. In fp32 without a mask its
-    rounding error is 1.2 times that of ``sdpa`` (root mean square; the largest error is up to 2.7
-    times); with a mask, in bf16 and in fp16 it is not larger. On a GPU from Hopper on, in 16 bits
-    with a mask, cuDNN computes other heads.
+    rounding error is 1.2 times as large as with ``sdpa`` (root mean square; the largest error is up
+    to 2.7 times); with a mask, in bf16 and in fp16 it is not larger. On a GPU from Hopper on, in 16
+    bits with a mask, cuDNN computes other heads.
 
     Args:
         module: The attention module.

@@ -354,7 +354,6 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
         tensor->strides());
   }
   const bool is_new = new_key.has_value();
-  if (is_new) bitlinear::prepare_write(keys, values);
   const int64_t at = position.has_value()
                          ? *reinterpret_cast<const int64_t*>(checked_data(*position, "position"))
                          : L - 1;
@@ -384,6 +383,7 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
       visible.defined() ? reinterpret_cast<const uint8_t*>(checked_data(visible, "mask")) : nullptr;
   uint16_t* const all_keys = const_cast<uint16_t*>(data(keys, "keys"));
   uint16_t* const all_values = const_cast<uint16_t*>(data(values, "values"));
+  if (is_new) bitlinear::prepare_write(keys, values);  // nothing is refused after it
   uint16_t* const out = static_cast<uint16_t*>(y.data_ptr());
 
   // Each part has its results and its queries, rotated.

@@ -298,7 +298,6 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
   task.scale = static_cast<float>(scale);
   Tensor q = query, k, v, cosines, sines;
   if (position.has_value()) {
-    bitlinear::prepare_write(keys, values);
     const auto operand = [&](const Tensor& tensor) {
       return bitlinear::unshared(tensor, keys, values);
     };
@@ -315,6 +314,7 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
   }
   task.query = q.const_data_ptr();
   take_strides(q, "query", task.query_strides);
+  if (position.has_value()) bitlinear::prepare_write(keys, values);  // nothing is refused after it
   Tensor output = empty({task.batch, 1, task.heads, task.head_dim}, query.scalar_type(), query);
   task.output = output.data_ptr();
   const char* const error = bitlinear_cuda_attend(&task, current_stream(query));
