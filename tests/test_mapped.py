@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import struct
-import subprocess
 import sys
 
 import pytest
@@ -20,6 +19,7 @@ from torch import nn
 
 import bitlinear
 from bitlinear import BitLinear, load_deployed
+from tests.memory import linux, output_of
 
 
 class Block(nn.Module):
@@ -78,9 +78,6 @@ def is_mapped(tensor, path):
     start = tensor.untyped_storage().data_ptr()
     stop = start + tensor.untyped_storage().nbytes()
     return any(first <= start and stop <= last for first, last in mapped_ranges(path))
-
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 # --- Round trips ---
@@ -482,12 +479,9 @@ LOAD = """
 import sys
 import torch
 import bitlinear
+from tests.memory import resident, start
 
 small, large, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
-
-def kib(name):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(name + ":"))
 
 def run(path, layers):
     with torch.device("meta"):
@@ -500,11 +494,9 @@ def run(path, layers):
 
 x = torch.randn(1, 8192)
 run(small, 1)  # warm up: code, threads and their stacks
-with open("/proc/self/clear_refs", "w") as refs:
-    refs.write("5")  # reset the peak
-rss, anonymous = kib("VmRSS"), kib("RssAnon")
+rss, anonymous = start(), resident("RssAnon")
 model = run(large, layers)
-print(kib("RssAnon") - anonymous, kib("VmHWM") - rss)
+print(resident("RssAnon") - anonymous, resident("VmHWM") - rss)
 """
 
 
@@ -523,13 +515,7 @@ def test_loading_takes_no_memory_beyond_the_file(layers, tmp_path):
         save_file(state, path)
     file = paths[layers].stat().st_size
     assert file > layers * 2**24
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD, *map(str, paths.values()), str(layers)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    anonymous, peak = (1024 * int(kib) for kib in result.stdout.split())
+    anonymous, peak = map(int, output_of(LOAD, *paths.values(), layers).split())
     print(f"anonymous {anonymous / 2**20:.1f} MB, peak {peak / 2**20:.1f} of {file / 2**20:.1f} MB")
     # The limit is one layer: a few freed temporaries can still be in the heap.
     assert anonymous < 2**24

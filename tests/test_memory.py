@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import bitlinear
+from tests.memory import linux, output_of
 
 
 def test_a_deployed_layer_holds_a_sixteenth():
@@ -29,24 +27,12 @@ def test_the_state_dict_is_as_small(tmp_path):
     assert (tmp_path / "layer.pt").stat().st_size <= 0.065 * 4 * (1024 * 1024 + 1024)
 
 
-# Linux resets the high-water mark of a process that writes 5 to clear_refs. ru_maxrss would start
-# at that of the parent process, gigabytes perhaps.
 SCRIPT = """
 import json
 import torch
 import bitlinear
 from bitlinear import ops
-
-def high_water_mark():
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-
-def growth_of(run):
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before = high_water_mark()
-    run()
-    return high_water_mark() - before
+from tests.memory import growth_of
 
 def layer_of(dtype):
     layer = bitlinear.BitLinear(k, n, bias=False, dtype=dtype, device="meta").to_empty(device="cpu")
@@ -77,26 +63,23 @@ print(json.dumps(growth))
 @pytest.fixture(scope="module")
 def growth():
     """Growth of the memory of a process, in bytes; 17 million weights, 4 MB packed."""
-    if sys.platform != "linux":
-        pytest.skip("reads /proc")
-    # malloc must return large blocks to the system, or a later one would reuse them unseen.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", SCRIPT]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return json.loads(result.stdout)
+    return json.loads(output_of(SCRIPT))
 
 
+@linux
 def test_the_forward_pass_expands_no_weight(growth):
     if not bitlinear.HAS_BITLINEAR:
         pytest.skip("the reference implementation expands a few rows at a time")
     assert growth["forward"] < 2**20
 
 
+@linux
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("function", ["deploy()", "bitlinear.deploy()"])
 def test_deploying_takes_the_packed_weight_and_a_few_megabytes(growth, dtype, function):
     assert 2**21 < growth[f"{function} of torch.{dtype}"] < 2**22 + 2**22
 
 
+@linux
 def test_the_reference_quantiser_takes_a_few_megabytes_more(growth):
     assert growth["the reference"] < 2**22 + 2**24

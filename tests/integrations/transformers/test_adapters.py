@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -19,6 +15,7 @@ from tests.integrations.transformers.checkpoints import (
     logits,
     save_checkpoint,
 )
+from tests.memory import linux, output_of
 
 peft = pytest.importorskip("peft")
 
@@ -76,14 +73,11 @@ def test_lora_trains_on_a_converted_model(dtype, tmp_path):
 
 
 SCRIPT = """
-import json, sys
+import sys
 import peft, torch
 from torch import nn
 import bitlinear
-
-def high_water_mark():
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+from tests.memory import growth_of
 
 def make(kind, size):
     with torch.device("meta"):
@@ -102,24 +96,13 @@ def step(model, size):
     model(x).float().square().mean().backward()
 
 step(make(sys.argv[1], 64), 64)  # code, threads and their stacks
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = high_water_mark()
-step(make(sys.argv[1], 2048), 2048)
-print(json.dumps(high_water_mark() - before))
+print(growth_of(lambda: step(make(sys.argv[1], 2048), 2048)))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@linux
 def test_a_step_takes_less_memory_than_beside_float_weights():
     """The base weights are 64 MiB in bf16 and 8 MiB packed; one at a time is expanded to 8 MiB."""
-    growth = {
-        kind: json.loads(
-            subprocess.run(
-                [sys.executable, "-c", SCRIPT, kind], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        for kind in ("float", "packed")
-    }
+    growth = {kind: int(output_of(SCRIPT, kind)) for kind in ("float", "packed")}
     assert growth["packed"] < growth["float"] - 40 * 2**20, growth

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import mmap
 import os
-import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,10 +20,11 @@ from tests.integrations.transformers.checkpoints import (
     save_checkpoint,
 )
 from tests.integrations.transformers.models import make_llama
+from tests.memory import growth_of, linux
 
 from bitlinear.integrations.transformers import mapped_files, quantize_head  # isort: skip
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = linux
 
 MB = 2**20
 # glibc gives blocks of more than 32 MB back to the system at once.
@@ -47,21 +44,6 @@ def save_int8_model(folder, **sizes):
 @torch.inference_mode()
 def load_and_run(folder):
     load(folder)(IDS, logits_to_keep=1)
-
-
-def growth_of(run):
-    """How many bytes more are resident during a function."""
-    gc.collect()
-    getattr(ctypes.CDLL(None), "malloc_trim", bool)(0)  # what is free, or later calls reuse it
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
-
-
-def resident(name):
-    match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(match[1]) * 1024
 
 
 @pytest.fixture(scope="module")
