@@ -58,7 +58,9 @@ class Driver {
 
   // What training needs of as many rows.
   void check_training(int64_t M, int64_t K, Data data) {
-    const Case c = next_case(M, 1, K, data, cases_ % 4 < 2 ? 8 : 16);
+    Case c = next_case(M, 1, K, data, cases_ % 4 < 2 ? 8 : 16);
+    c.activation = BITLINEAR_NO_GATE;  // training quantises x as it is
+    c.norm = false;
     const Placement placement = cases_ % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
     record(kTraining, bitlinear::cuda::check_training(c, cases_, placement, stream_));
   }
