@@ -63,7 +63,12 @@ def reference_attend(
     if new_key is not None:
         assert new_value is not None
         at = torch.tensor([length - 1], device=keys.device) if position is None else position
+        if at.device.type == "cpu" and not 0 <= at < length:
+            raise ValueError(
+                f"bitlinear: position must be between 0 and {length - 1}, but it is {int(at)}"
+            )
         query, new_key = (_rotate(x, cos, sin) for x in (query, new_key))
+        new_value = new_value.clone()  # it can lie in the memory of the keys
         keys.index_copy_(2, at, new_key)
         values.index_copy_(2, at, new_value)
     q = query.reshape(batch, groups, query.shape[1] // groups, size).to(torch.float32)
@@ -74,7 +79,7 @@ def reference_attend(
         scores = scores + mask
     weights = scores.softmax(dim=-1).masked_fill(scores == -torch.inf, 0.0)
     y = weights @ values.to(torch.float32)
-    return y.to(query.dtype).reshape(batch, 1, -1, size)
+    return y.to(query.dtype).reshape(batch, 1, query.shape[1], size)
 
 
 def fake_attend(

@@ -7,10 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bitlinear
 from bitlinear.attend import reference_attend
 from tests import oracle
 
 attend = torch.ops.bitlinear.attend
+compiled = pytest.mark.skipif(not bitlinear.HAS_BITLINEAR, reason="about the compiled operator")
 
 
 def make(batch=2, heads=4, groups=2, size=16, length=20, seed=0):
@@ -156,9 +158,10 @@ def test_no_heads_and_one_key():
 @pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0)])
 def test_nothing_to_attend_to(batch, length):
     query, keys, values, _ = make(length=length)
-    y = attend(query[:batch], keys[:batch], values[:batch], None, 0.1)
-    assert y.shape == (batch, 1, 4, 16)
-    assert not y.any()
+    for function in (attend, reference_attend):
+        y = function(query[:batch], keys[:batch], values[:batch], None, 0.1)
+        assert y.shape == (batch, 1, 4, 16)
+        assert not y.any()
 
 
 def test_the_operator_is_what_torch_expects():
@@ -215,11 +218,10 @@ def test_errors_are_the_same_everywhere(case):
     oracle.assert_same_bits(KEYS, before)
 
 
+@compiled
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"position": torch.tensor([20])}, ValueError, "between 0 and 19, but it is 20"),
-        ({"position": torch.tensor([-1])}, ValueError, "between 0 and 19, but it is -1"),
         ({"mask": MASK.bfloat16()}, NotImplementedError, "a mask of bool"),
         (
             {"keys": KEYS.transpose(2, 3).contiguous().transpose(2, 3)},
@@ -237,8 +239,18 @@ def test_what_the_kernel_of_the_cpu_cannot_compute(changes, error, message):
     assert [arguments[name]._version for name in ("keys", "values")] == versions
 
 
+@pytest.mark.parametrize("position", [20, -1])
+def test_a_position_outside_the_cache(position):
+    before = KEYS.clone()
+    for function in (attend, reference_attend):
+        with pytest.raises(ValueError, match=f"between 0 and 19, but it is {position}"):
+            function(**arguments_of({"position": torch.tensor([position])}))
+    oracle.assert_same_bits(KEYS, before)
+
+
+@pytest.mark.parametrize("function", [attend, reference_attend])
 @pytest.mark.parametrize("name", ["query", "new_key", "new_value", "cos"])
-def test_operands_in_the_memory_of_the_keys(name):
+def test_operands_in_the_memory_of_the_keys(name, function):
     """They are read as they were before the call."""
     query, keys, values, (key, value, cos, sin) = make(batch=1, heads=1, groups=1, length=300)
     arguments = {"query": query, "new_key": key, "new_value": value, "cos": cos, "sin": sin}
@@ -246,13 +258,14 @@ def test_operands_in_the_memory_of_the_keys(name):
     shared = keys[:, :, 299:] if name != "cos" else keys[:, 0, 299:]
     separate = {**arguments, name: shared.clone()}
     wanted_keys, wanted_values = keys.clone(), values.clone()
-    wanted = attend(keys=wanted_keys, values=wanted_values, **rest, **separate)
-    y = attend(keys=keys, values=values, **rest, **{**arguments, name: shared})
+    wanted = function(keys=wanted_keys, values=wanted_values, **rest, **separate)
+    y = function(keys=keys, values=values, **rest, **{**arguments, name: shared})
     oracle.assert_same_bits(y, wanted)
     oracle.assert_same_bits(keys, wanted_keys)
     oracle.assert_same_bits(values, wanted_values)
 
 
+@compiled
 def test_memory_that_would_be_written_twice_is_refused():
     both = torch.zeros(1296, dtype=torch.bfloat16)
     shifted = [both[first : first + 1280].view(2, 2, 20, 16) for first in (0, 16)]
@@ -276,6 +289,7 @@ def test_autograd_learns_of_the_write():
         loss.backward()
 
 
+@compiled
 @pytest.mark.parametrize("name", ["query", "keys", "values", "mask", "new_key", "cos", "position"])
 def test_freed_memory_is_an_error(name):
     arguments = {

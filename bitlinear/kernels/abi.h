@@ -1,4 +1,4 @@
-// The C interface of a CPU kernel variant. ops.cpp, selftest.h and the test driver call it. A
+// The C interface of a CPU kernel variant. ops.cpp, the self-test and the native driver call it. A
 // variant includes nothing of torch and starts no thread: it sees pointers and sizes only.
 #pragma once
 
@@ -155,5 +155,5 @@ static inline int64_t bitlinear_q_stride(const bitlinear_kernel_table* kernels, 
 // Exported by every variant's library. Null if the operating system refuses a resource that the
 // variant needs (AMX tiles).
 BITLINEAR_EXPORT const bitlinear_kernel_table* bitlinear_kernels(void);
-// Returns 0 if the variant gives the bits of the reference in selftest.h; else 1 and a message.
+// Returns 0 if the variant gives the bits of the reference in selftest/; else 1 and a message.
 BITLINEAR_EXPORT int bitlinear_selftest(char* message, int64_t message_size);

@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "selftest.h"
+#include "selftest/check.h"
 
 using bitlinear::selftest::Case;
 using bitlinear::selftest::check_case;

@@ -19,6 +19,8 @@
 #include "../arguments.h"
 #include "../checked_weights.h"
 #include "../product.h"
+#include "call.h"
+#include "decode_ops.h"
 #include "heuristics.h"
 #include "parallel.h"
 
@@ -26,46 +28,10 @@ namespace {
 
 using at::ScalarType;
 using at::Tensor;
+using bitlinear::active_table;
 using bitlinear::checked_data;
-using bitlinear::dtype_name;
+using bitlinear::for_each_row;
 using bitlinear::kernel_dtype;
-
-std::atomic<const bitlinear_kernel_table*> active_kernels{nullptr};
-
-const bitlinear_kernel_table* active_table() {
-  const bitlinear_kernel_table* table = active_kernels.load(std::memory_order_acquire);
-  TORCH_CHECK(table != nullptr,
-              "bitlinear: no CPU kernel is active: run python -m bitlinear.doctor");
-  return table;
-}
-
-constexpr int64_t kAttentionTokens = BITLINEAR_ATTENTION_TOKENS;
-constexpr int64_t kAlignment = 64;  // of torch's allocations, of cache lines and of vectors
-
-// The scratch memory of one call: on the stack if it is small, as for one token.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) {
-    if (bytes > int64_t{sizeof(stack_)}) heap_ = at::detail::empty_cpu({bytes}, ScalarType::Byte);
-  }
-  char* data() { return heap_.defined() ? static_cast<char*>(heap_.data_ptr()) : stack_; }
-
- private:
-  alignas(kAlignment) char stack_[16 * 1024];
-  at::TensorBase heap_;
-};
-
-// Calls `row` for each row, on all threads if there is enough work.
-template <class Row>
-void for_each_row(int64_t rows, int64_t columns, const Row& row) {
-  constexpr int64_t kParallelValues = 32 * 1024;
-  const int64_t parts =
-      std::min(rows, rows * columns < kParallelValues ? 1 : int64_t{4} * at::get_num_threads());
-  bitlinear::parallel(0, row, parts, [&](int64_t part) {
-    const bitlinear::Range range = bitlinear::part_of(rows, 1, part, parts);
-    for (int64_t i = range.begin; i < range.end; ++i) row(i);
-  });
-}
 
 // Raises ValueError if the weights hold an invalid code. Weights in checked_weights() are not read.
 void check_codes(const Tensor& w_packed, const uint8_t* rows, int64_t K) {
@@ -102,7 +68,7 @@ Tensor compute(const bitlinear::Product& product) {
   bitlinear::Grid grid = bitlinear::choose_grid(M, N, row_bytes, threads, kernels->costs);
   const int64_t part_size = bitlinear::largest_part(M, kernels->costs.token_unit, grid.tokens);
   const int64_t part_bytes =
-      bitlinear::round_up(kernels->scratch_bytes(part_size, row_bytes), kAlignment);
+      bitlinear::round_up(kernels->scratch_bytes(part_size, row_bytes), bitlinear::kAlignment);
   if (part_bytes == 0 && grid.rows > 1) {  // a GEMV
     grid.rows *=
         bitlinear::choose_pieces(part_size * bitlinear::ceil_div(N, grid.rows) * row_bytes);
@@ -115,7 +81,8 @@ Tensor compute(const bitlinear::Product& product) {
   const int64_t q_stride = bitlinear_q_stride(kernels, K);
   const int64_t q_row_bytes = q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)};
   const int64_t floats = bitlinear_is_plain(&prologue) ? 0 : K * quantize_parts;
-  Scratch scratch(parts * part_bytes + M * q_row_bytes + floats * int64_t{sizeof(float)});
+  bitlinear::Scratch scratch(parts * part_bytes + M * q_row_bytes +
+                             floats * int64_t{sizeof(float)});
   char* const part_scratch = scratch.data();
   int8_t* q = reinterpret_cast<int8_t*>(part_scratch + parts * part_bytes);
   float* s_x = reinterpret_cast<float*>(q + M * q_stride);
@@ -270,178 +237,12 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps, int
   return {q, scale};
 }
 
-// Calls rows(begin, count, m) for parts of the rows of a weight of N rows and every token m. A part
-// of the weight stays in the L2 cache for all tokens.
-template <class Rows>
-void for_each_part(int64_t M, int64_t N, int64_t row_bytes, const Rows& rows) {
-  constexpr int64_t kBytesPerPart = 128 * 1024;
-  const int64_t threads = at::get_num_threads();
-  const int64_t parts = bitlinear::pays_for_threads(M * N * row_bytes, threads)
-                            ? std::min(N, std::max(threads, N * row_bytes / kBytesPerPart))
-                            : 1;
-  const auto multiply = [&](int64_t part) {
-    const bitlinear::Range n = bitlinear::part_of(N, 1, part, parts);
-    for (int64_t m = 0; m < M; ++m) rows(n.begin, n.end - n.begin, m);
-  };
-  bitlinear::parallel(0, multiply, parts, multiply);
-}
-
-Tensor int8_product(const Tensor& q, const Tensor& s_x, const Tensor& w, const Tensor& w_scale,
-                    ScalarType dtype) {
-  bitlinear::check_int8_product(q, s_x, w, w_scale, dtype);
-  const bitlinear_kernel_table* const kernels = active_table();
-  const int64_t M = s_x.numel(), N = w.size(0), K = w.size(1);
-  c10::DimVector shape(q.sizes());
-  shape.back() = N;
-  Tensor y = Tensor(at::detail::empty_cpu(shape, dtype));
-  if (M == 0 || N == 0) return y;
-  const Tensor tokens = q.contiguous(), token_scales = s_x.contiguous();
-  const Tensor weight = w.contiguous(), scales = w_scale.contiguous();
-  const int8_t* const rows = reinterpret_cast<const int8_t*>(checked_data(weight, "w"));
-  const int16_t* const q_data = tokens.const_data_ptr<int16_t>();
-  const float* const s_x_data = token_scales.const_data_ptr<float>();
-  const float* const s_w = scales.const_data_ptr<float>();
-  char* const out = static_cast<char*>(y.data_ptr());
-  const int64_t y_bytes = y.element_size();
-  for_each_part(M, N, K, [&](int64_t n, int64_t count, int64_t m) {
-    kernels->int8_rows(rows + n * K, count, K, q_data + m * K, s_x_data[m], s_w + n,
-                       out + (m * N + n) * y_bytes, kernel_dtype(dtype));
-  });
-  return y;
-}
-
-Tensor bf16_product(const Tensor& x, const Tensor& w) {
-  bitlinear::check_bf16_product(x, w);
-  const bitlinear_kernel_table* const kernels = active_table();
-  const int64_t N = w.size(0), K = w.size(1), M = K == 0 ? 0 : x.numel() / K;
-  c10::DimVector shape(x.sizes());
-  shape.back() = N;
-  Tensor y = Tensor(at::detail::empty_cpu(shape, ScalarType::BFloat16));
-  if (K == 0) return y.zero_();
-  if (M == 0 || N == 0) return y;
-  const Tensor tokens = x.to(ScalarType::Float).contiguous(), weight = w.contiguous();
-  const uint16_t* const rows = reinterpret_cast<const uint16_t*>(checked_data(weight, "w"));
-  const float* const x_data = tokens.const_data_ptr<float>();
-  uint16_t* const out = static_cast<uint16_t*>(y.data_ptr());
-  for_each_part(M, N, 2 * K, [&](int64_t n, int64_t count, int64_t m) {
-    kernels->bf16_rows(rows + n * K, count, K, x_data + m * K, out + m * N + n, BITLINEAR_BF16);
-  });
-  return y;
-}
-
-using OptionalTensor = std::optional<Tensor>;
-
-Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
-              const OptionalTensor& mask, double scale, const OptionalTensor& position,
-              const OptionalTensor& new_key, const OptionalTensor& new_value,
-              const OptionalTensor& cos, const OptionalTensor& sin) {
-  bitlinear::check_attend(query, keys, values, mask, position, new_key, new_value, cos, sin);
-  const int64_t B = keys.size(0), G = keys.size(1), L = keys.size(2), D = keys.size(3);
-  const int64_t H = query.size(1), R = H / G;
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      query.scalar_type() == ScalarType::BFloat16 && D > 0 && D <= BITLINEAR_MAX_HEAD &&
-          D % BITLINEAR_HEAD_UNIT == 0 &&
-          !(mask.has_value() && mask->scalar_type() != ScalarType::Bool),
-      "bitlinear: on a CPU, attend computes bfloat16, with a mask of bool and a size that is a "
-      "multiple of 16 of at most ",
-      BITLINEAR_MAX_HEAD, ", but query is ", dtype_name(query.scalar_type()), " of shape ",
-      query.sizes());
-  for (const Tensor* const tensor : {&keys, &values}) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        L == 0 || (tensor->stride(3) == 1 && (L == 1 || tensor->stride(2) == D)),
-        "bitlinear: on a CPU, the tokens of a head must lie one behind the "
-        "other in keys and values, but strides are ",
-        tensor->strides());
-  }
-  const bool is_new = new_key.has_value();
-  const int64_t at = position.has_value()
-                         ? *reinterpret_cast<const int64_t*>(checked_data(*position, "position"))
-                         : L - 1;
-  TORCH_CHECK_VALUE(!is_new || (at >= 0 && at < L), "bitlinear: position must be between 0 and ",
-                    L - 1, ", but it is ", at);
-  const bitlinear_kernel_table* const kernels = active_table();
-  Tensor y = Tensor(at::detail::empty_cpu({B, 1, H, D}, ScalarType::BFloat16));
-  if (L == 0) return y.zero_();
-
-  const auto data = [](const Tensor& tensor, const char* name) {
-    return reinterpret_cast<const uint16_t*>(checked_data(tensor, name));
-  };
-  const auto operand = [&](const Tensor& tensor) {
-    return (is_new ? bitlinear::unshared(tensor, keys, values) : tensor).contiguous();
-  };
-  const Tensor q = operand(query);
-  const uint16_t* const q_data = data(q, "query");
-  Tensor k, v, cosines, sines, visible;
-  const uint16_t *k_data = nullptr, *v_data = nullptr, *cos_data = nullptr, *sin_data = nullptr;
-  if (is_new) {
-    k = operand(*new_key), v = operand(*new_value), cosines = operand(*cos), sines = operand(*sin);
-    k_data = data(k, "new_key"), v_data = data(v, "new_value");
-    cos_data = data(cosines, "cos"), sin_data = data(sines, "sin");
-  }
-  if (mask.has_value()) visible = mask->contiguous();
-  const uint8_t* const mask_data =
-      visible.defined() ? reinterpret_cast<const uint8_t*>(checked_data(visible, "mask")) : nullptr;
-  uint16_t* const all_keys = const_cast<uint16_t*>(data(keys, "keys"));
-  uint16_t* const all_values = const_cast<uint16_t*>(data(values, "values"));
-  if (is_new) bitlinear::prepare_write(keys, values);  // nothing is refused after it
-  uint16_t* const out = static_cast<uint16_t*>(y.data_ptr());
-
-  // Each part has its results and its queries, rotated.
-  const int64_t chunks = bitlinear::ceil_div(L, kAttentionTokens), parts = B * G * chunks;
-  const int64_t floats = R * (D + 2), part_bytes = floats * int64_t{sizeof(float)} + R * D * 2;
-  Scratch scratch(parts * (part_bytes + int64_t{sizeof(bitlinear_attention)}));
-  auto* const tasks = reinterpret_cast<bitlinear_attention*>(scratch.data());
-  char* const memory = reinterpret_cast<char*>(tasks + parts);
-  const auto compute_part = [&](int64_t part) {
-    const int64_t chunk = part % chunks, head = part / chunks, b = head / G, g = head % G;
-    const int64_t first = chunk * kAttentionTokens;
-    uint16_t* const key = all_keys + b * keys.stride(0) + g * keys.stride(1);
-    uint16_t* const value = all_values + b * values.stride(0) + g * values.stride(1);
-    float* const results = reinterpret_cast<float*>(memory + part * part_bytes);
-    bitlinear_attention& task = tasks[part];
-    task.q = q_data + head * R * D;
-    if (is_new) {
-      uint16_t* const rotated = reinterpret_cast<uint16_t*>(results + floats);
-      const int64_t angle = cosines.size(0) == 1 ? 0 : b * D;
-      kernels->rotate_heads(task.q, R, D, cos_data + angle, sin_data + angle, rotated);
-      task.q = rotated;
-      if (at / kAttentionTokens == chunk) {
-        kernels->rotate_heads(k_data + head * D, 1, D, cos_data + angle, sin_data + angle,
-                              key + at * D);
-        memcpy(value + at * D, v_data + head * D, static_cast<size_t>(D) * 2);
-      }
-    }
-    task.rows = R;
-    task.head_size = D;
-    task.keys = key + first * D;
-    task.values = value + first * D;
-    task.count = std::min(kAttentionTokens, L - first);
-    task.mask =
-        mask_data == nullptr ? nullptr : mask_data + first + (visible.size(0) == 1 ? 0 : b * L);
-    task.scale = static_cast<float>(scale);
-    task.totals = results;
-    task.largest = results + R * D;
-    task.sums = task.largest + R;
-    kernels->attend(&task);
-  };
-  const auto join = [&](int64_t row) {
-    kernels->join_parts(tasks + row / R * chunks, chunks, row % R, out + row * D);
-  };
-  if (bitlinear::pays_for_threads(B * G * L * D * 4, at::get_num_threads())) {
-    bitlinear::parallel(parts, compute_part, B * H, join);
-  } else {
-    bitlinear::run_parts(parts, compute_part);
-    bitlinear::run_parts(B * H, join);
-  }
-  return y;
-}
-
 }  // namespace
 
 // Activates a variant. Returns 0, or 1 if the variant has another version of the interface.
 BITLINEAR_EXPORT int bitlinear_use_kernels(const bitlinear_kernel_table* kernels) {
   if (kernels == nullptr || kernels->abi_version != BITLINEAR_ABI_VERSION) return 1;
-  active_kernels.store(kernels, std::memory_order_release);
+  bitlinear::active_kernels.store(kernels, std::memory_order_release);
   return 0;
 }
 
@@ -495,9 +296,9 @@ TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
   m.impl("quantize_weight", quantize_weight);
   m.impl("expand_weight", expand_weight);
   m.impl("quantize_activations", quantize_activations);
-  m.impl("int8_product", int8_product);
-  m.impl("bf16_product", bf16_product);
-  m.impl("attend", attend);
+  m.impl("int8_product", bitlinear::int8_product);
+  m.impl("bf16_product", bitlinear::bf16_product);
+  m.impl("attend", bitlinear::attend);
 }
 
 // The operators have no backward pass: torch's fallback raises, so that no gradient is silently

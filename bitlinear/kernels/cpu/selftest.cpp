@@ -1,6 +1,6 @@
 // The self-test of a variant, which runs in the process that built it, before the variant is used:
 // over 100 small cases in some 100 milliseconds.
-#include "../selftest.h"
+#include "../selftest/check.h"
 
 #include <stdio.h>
 

@@ -1,4 +1,4 @@
-// Compares a CUDA kernel with the reference in ../selftest.h. selftest.cu runs some hundred cases
+// Compares a CUDA kernel with the reference in ../selftest. selftest.cu runs some hundred cases
 // after every build, the native driver in tests/ runs thousands. Every array is a device allocation
 // of exactly the promised size, so compute-sanitizer sees each byte that is read or written beyond
 // it. Guard bytes around y and behind the workspace are checked in every run.
@@ -8,7 +8,7 @@
 
 #include <memory>
 
-#include "../selftest.h"
+#include "../selftest/check.h"
 #include "heuristics.h"
 #include "task.h"
 

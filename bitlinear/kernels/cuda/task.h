@@ -111,7 +111,7 @@ const char* bitlinear_cuda_find_invalid_byte(const uint8_t* packed, int64_t N, i
 // Queues the attention on the stream of the current device (sm_90 and later). head_dim is 64 or
 // 128, and at most 8 query heads share a key head.
 const char* bitlinear_cuda_attend(const bitlinear_cuda_attention* attention, void* stream);
-// Compares every kernel that the device can run with the reference in ../selftest.h. Returns 0 if
+// Compares every kernel that the device can run with the reference in ../selftest. Returns 0 if
 // all bits are equal; 1 with the first difference; 2 with the reason if the device cannot be used.
 int bitlinear_cuda_selftest(int device, char* message, int64_t message_size);
 }
