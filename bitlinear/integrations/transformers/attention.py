@@ -20,7 +20,7 @@ from ...attend import HEAD_UNIT, MAX_HEAD
 from ...deployed import is_transformed
 from ...ops import has_cpu_kernels
 from .layers import pretrained_models
-from .rotation import is_rotation_of_llama
+from .rotation import NewToken, is_rotation_of_llama
 
 ATTENTION = "bitlinear_sdpa"
 """The name of :func:`attention` for ``model.set_attn_implementation``."""
@@ -87,23 +87,21 @@ def attention(
 
 
 def rotate_and_attend(
-    rotate: Callable[..., Any],
-    rows: tuple[Tensor, Tensor, Tensor],
-    angles: tuple[Tensor, Tensor],
+    attend: Callable[..., Any],
+    token: NewToken,
     cache: tuple[Tensor, Tensor, Tensor | None],
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Rotate a query and a key, write the key and its value into a cache, and attend to the cache.
+    """Rotate a token, write its key and value into a cache, and attend to the cache.
 
-    The same bits as of ``rotate`` and :func:`attention`, in one kernel.
+    The same bits as of ``token.rotate`` and :func:`attention`, in one kernel.
 
     Args:
-        rotate: ``apply_rotary_pos_emb`` of the model.
-        rows: The query, ``(batch, heads, 1, head_dim)``, the key and the value.
-        angles: The cosines and the sines, as for ``rotate``.
+        attend: The attention of the model: only :func:`attention` has such a kernel.
+        token: The query, the key and the value.
         cache: All keys, all values, and the position where the new ones go: int64, ``(1,)``, or
             None for the last one.
         attention_mask, dropout, scaling, kwargs: As for :func:`attention`.
@@ -112,21 +110,22 @@ def rotate_and_attend(
         The result of :func:`attention`; None if the kernel cannot compute it, and nothing is
         written.
     """
-    query, keys = rows[0], cache[0]
+    query, (all_keys, all_values, position) = token.query, cache
+    tensors, angles = token[1:], token[-2:]
     if not (
-        _is_one_token(query, keys, attention_mask, dropout, kwargs)
-        and _kernel_serves(query, keys, cache[1], attention_mask)
-        and (cache[2] is not None or query.device.type == "cpu")
-        and is_rotation_of_llama(rotate)
-        and all(t.dtype == query.dtype for t in (*rows, *angles))
+        attend is attention
+        and _is_one_token(query, all_keys, attention_mask, dropout, kwargs)
+        and _kernel_serves(query, all_keys, all_values, attention_mask)
+        and (position is not None or query.device.type == "cpu")
+        and is_rotation_of_llama(token.rotate)
+        and all(t.dtype == query.dtype for t in tensors)
         and all(t.is_contiguous() for t in angles)
         and all(t.shape[1:] == (1, query.shape[-1]) for t in angles)
     ):
         return None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    all_keys, all_values, position = cache
     result: Tensor = torch.ops.bitlinear.attend(
-        *(query, all_keys, all_values, attention_mask, scale), position, *rows[1:], *angles
+        *(query, all_keys, all_values, attention_mask, scale), position, *tensors[1:]
     )
     return result
 

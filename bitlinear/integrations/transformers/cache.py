@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from .attention import attention, rotate_and_attend
+from .attention import rotate_and_attend
+from .rotation import NewToken
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -51,26 +52,22 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def rotate_and_attend(
-        self, attend: Callable[..., Any], rotate: Callable[..., Any], *args: Any, **kwargs: Any
+        self, attend: Callable[..., Any], token: NewToken, mask: Tensor | None, **kwargs: Any
     ) -> Tensor | None:
         """Append one token and attend with it, in one step; None if that is not possible.
 
-        See :func:`.attention.rotate_and_attend`; ``args`` are the query, the key, the value, the
-        cosines, the sines and the mask.
+        See :func:`.attention.rotate_and_attend`.
         """
-        q, k, v, cos, sin, mask = args
-        old, new = (self.keys, self.values), (k, v)
+        old, new = (self.keys, self.values), (token.key, token.value)
         if (
-            attend is not attention
-            or self._rooms is None
+            self._rooms is None
             or not all(map(_can_append, old, new))
             or not all(map(_Room.takes, self._rooms, old, new))
         ):
             return None
         # .data: as in _Room.append.
         keys, values = (room.tensor.data[:, :, : room.used + 1] for room in self._rooms)
-        cache = (keys, values, None)
-        output = rotate_and_attend(rotate, (q, k, v), (cos, sin), cache, mask, **kwargs)
+        output = rotate_and_attend(attend, token, (keys, values, None), mask, **kwargs)
         if output is not None:
             self.keys, self.values = (room.take(1) for room in self._rooms)
         return output

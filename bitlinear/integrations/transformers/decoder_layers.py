@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...fusable import fused_products, why_called, why_not_fused
 from ...prologue import ACTIVATIONS
-from .rotation import rotate_heads
+from .rotation import NewToken, rotate_heads
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _OUT = ("o_proj",)
@@ -124,13 +124,13 @@ class FusedDecoderLayer(nn.Module):
             **kwargs,
         }
         layer = self._layer_of(cache, attention.layer_idx)
-        rows = (q, k, v, *position_embeddings)
+        token = NewToken(rotate, q, k, v, *position_embeddings)
         output = weights = None
         if residual.shape[1] == 1 and hasattr(layer, "rotate_and_attend"):
-            output = layer.rotate_and_attend(attend, rotate, *rows, attention_mask, **settings)
+            output = layer.rotate_and_attend(attend, token, attention_mask, **settings)
         if output is None:
             if hasattr(layer, "rotate_and_update"):
-                q, k, v = layer.rotate_and_update(rotate, *rows)
+                q, k, v = layer.rotate_and_update(token)
             else:
                 q, k = rotate_heads(rotate, q, k, together, *position_embeddings)
                 if cache is not None:

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...fusable import same_computation
+
+
+class NewToken(NamedTuple):
+    """What a layer has computed for one token of each sequence, before the rotation.
+
+    Attributes:
+        rotate: ``apply_rotary_pos_emb`` of the model.
+        query: ``(batch, heads, 1, head_dim)``.
+        key, value: ``(batch, key heads, 1, head_dim)``.
+        cos, sin: The angles, as ``rotate`` takes them.
+    """
+
+    rotate: Callable[..., Any]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cos: Tensor
+    sin: Tensor
 
 
 def rotate_heads(

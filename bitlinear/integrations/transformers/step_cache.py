@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from .attention import attention, rotate_and_attend
+from .attention import rotate_and_attend
+from .rotation import NewToken
 from .small_kernels import call, rotate_and_store
 
 
@@ -32,26 +33,18 @@ class StepLayer(StaticLayer):  # type: ignore[misc]
         self.values.index_copy_(2, self.position, value_states)
         return self.keys, self.values
 
-    def rotate_and_update(
-        self, rotate: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def rotate_and_update(self, token: NewToken) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate queries and keys and write one token; return queries, all keys, all values."""
         cache = (self.keys, self.values, self.position)
-        q = call(rotate_and_store, rotate, q, k, v, cos, sin, *cache)
+        q = call(rotate_and_store, *token, *cache)
         return q, self.keys, self.values
 
     def rotate_and_attend(
-        self, attend: Callable[..., Any], rotate: Callable[..., Any], *args: Any, **kwargs: Any
+        self, attend: Callable[..., Any], token: NewToken, mask: Tensor | None, **kwargs: Any
     ) -> Tensor | None:
-        """:func:`.attention.rotate_and_attend` with this cache, if the model uses that attention.
-
-        ``args``: the query, the key, the value, the cosines, the sines and the mask.
-        """
-        if attend is not attention:
-            return None
-        q, k, v, cos, sin, mask = args
+        """:func:`.attention.rotate_and_attend` with this cache."""
         cache = (self.keys, self.values, self.position)
-        return rotate_and_attend(rotate, (q, k, v), (cos, sin), cache, mask, **kwargs)
+        return rotate_and_attend(attend, token, cache, mask, **kwargs)
 
     def get_seq_length(self) -> Tensor:
         """The number of tokens, a tensor without dimensions, as in ``StaticLayer``."""

@@ -26,6 +26,7 @@ from bitlinear.integrations.transformers.attention import (  # isort: skip
     rotate_and_attend,
 )
 from bitlinear.integrations.transformers.decoding import speed_up_decoding  # isort: skip
+from bitlinear.integrations.transformers.rotation import NewToken  # isort: skip
 
 pytestmark = [
     pytest.mark.cuda,
@@ -203,7 +204,8 @@ def test_one_kernel_has_the_bits_of_its_parts(dtype, batch, heads, key_heads, le
         additive = torch.zeros(visible.shape, device="cuda", dtype=dtype)
         additive.masked_fill_(~visible, -torch.inf)
         cache = (keys.clone(), values.clone(), index)
-        got = rotate_and_attend(ROTATE, (q, k, v), (cos, sin), cache, additive, scaling=0.1)
+        token = NewToken(ROTATE, q, k, v, cos, sin)
+        got = rotate_and_attend(attention, token, cache, additive, scaling=0.1)
         rotated, new_key = ROTATE(q, k, cos, sin)
         keys.index_copy_(2, index, new_key)
         values.index_copy_(2, index, v)
@@ -221,19 +223,21 @@ def test_what_the_kernel_cannot_compute_writes_nothing():
     keys, values = torch.zeros(2, 1, 2, 8, 64, device="cuda", dtype=torch.bfloat16)
     q, k, v = torch.ones(3, 1, 2, 1, 64, device="cuda", dtype=torch.bfloat16)
     cos, sin = torch.ones(2, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
+    token = NewToken(ROTATE, q, k, v, cos, sin)
     mask = torch.ones(1, 1, 1, 8, device="cuda", dtype=torch.bool)
     cache = (keys, values, torch.tensor([3], device="cuda"))
-    rows, angles = (q, k, v), (cos, sin)
     cannot = [
-        (functools.partial(ROTATE), rows, angles, cache, mask),
-        (ROTATE, rows, angles, cache, None),
-        (ROTATE, rows, (cos.float(), sin.float()), cache, mask),
-        (ROTATE, rows, angles, cache, mask.float()),
-        (ROTATE, (q[..., :32], k[..., :32], v[..., :32]), angles, cache, mask),
+        (functools.partial(attention), token, mask),
+        (attention, token._replace(rotate=functools.partial(ROTATE)), mask),
+        (attention, token, None),
+        (attention, token._replace(cos=cos.float(), sin=sin.float()), mask),
+        (attention, token, mask.float()),
+        (attention, NewToken(ROTATE, *(x[..., :32] for x in token[1:])), mask),
     ]
-    assert [rotate_and_attend(*arguments) for arguments in cannot] == [None] * len(cannot)
+    got = [rotate_and_attend(attend, new, cache, shown) for attend, new, shown in cannot]
+    assert got == [None] * len(cannot)
     assert not keys.any()
-    assert rotate_and_attend(ROTATE, rows, angles, cache, mask) is not None
+    assert rotate_and_attend(attention, token, cache, mask) is not None
     assert keys.any()
     with pytest.raises(ValueError, match="mask must be"):
         torch.ops.bitlinear.attend(q, keys, values, mask[..., :7], 1.0)
