@@ -59,11 +59,11 @@ class DecodeStep:
             self._inputs["position_ids"] = self._position_ids = self._position_ids.clone()
         mask = inputs.get("attention_mask")
         if isinstance(mask, dict):  # by the type of the layer
-            new = {kind: _additive(value, visible, dtype) for kind, value in mask.items()}
+            new = {kind: _changing_mask(value, visible, dtype) for kind, value in mask.items()}
             self._masks = list(new.values())
             self._inputs["attention_mask"] = new
         else:
-            self._inputs["attention_mask"] = _additive(mask, visible, dtype)
+            self._inputs["attention_mask"] = _changing_mask(mask, visible, dtype)
             self._masks = [self._inputs["attention_mask"]]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_warm = False
@@ -89,7 +89,7 @@ class DecodeStep:
 
     def _run(self) -> None:
         for mask in self._masks:
-            mask.index_fill_(-1, self._position, 0)
+            mask.index_fill_(-1, self._position, mask.dtype == torch.bool)  # True, or add 0
         self._logits = self._forward(**self._inputs).logits[:, -1]
         if self._choice.fits_graph:
             self._choice(self._logits)
@@ -121,9 +121,11 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _additive(mask: Any, visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add to scores, ``(batch, 1, 1, length)``; it can be changed in place."""
-    batch, length = visible.shape
+def _changing_mask(mask: Any, visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask of a model, ``(batch, 1, 1, length)``, in memory of its own.
+
+    On a GPU it is one to add to scores, with which cuDNN is faster than with bool.
+    """
     wanted = visible[:, None, None]
     seen = mask
     if _is_tensor(mask) and mask.dtype != torch.bool:
@@ -134,7 +136,9 @@ def _additive(mask: Any, visible: Tensor, dtype: torch.dtype) -> Tensor:
             "one that can be captured: call model.generate, or set_attn_implementation('sdpa') "
             "before"
         )
-    additive = torch.zeros(batch, 1, 1, length, dtype=dtype, device=visible.device)
+    if mask.dtype == torch.bool and not mask.is_cuda:
+        return wanted.clone()
+    additive = torch.zeros(wanted.shape, dtype=dtype, device=visible.device)
     return additive.masked_fill_(~wanted, -torch.inf)
 
 

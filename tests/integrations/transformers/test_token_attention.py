@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from bitlinear.integrations.transformers import attention, decoder_layers, fuse, unfuse
+from bitlinear.integrations.transformers import attention, captured, decoder_layers, fuse, unfuse
 from bitlinear.integrations.transformers.decoding import speed_up_decoding
 from tests import oracle
 from tests.calls import Calls
@@ -90,6 +90,22 @@ def test_it_generates_the_same_tokens(monkeypatch):
     assert calls.count > 0
     monkeypatch.setattr(attention, "has_cpu_kernels", lambda: False)
     assert torch.equal(generate(model), tokens)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["BitNet", "Mistral"])
+def test_so_do_the_steps_of_our_generate(family, padded):
+    model = make_fused(family, **({"sliding_window": None} if family == "Mistral" else {}))
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = not padded
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    with Calls(operator) as calls:
+        tokens = captured.generate(model, IDS, **settings, pad_token_id=0)
+    assert calls.count == 5 * LAYERS
+    wanted = model.generate(
+        IDS, **settings, pad_token_id=0, cache_implementation="static", disable_compile=True
+    )
+    assert torch.equal(tokens, wanted)
 
 
 def test_the_cache_grows_when_it_is_full():
