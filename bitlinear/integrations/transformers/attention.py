@@ -195,7 +195,6 @@ def _cuda_kernel_supports(query: Tensor, key: Tensor, mask: Tensor | None) -> bo
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
 def _has_cuda_kernel(device: torch.device) -> bool:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("bitlinear::attend", "CUDA")

@@ -186,12 +186,16 @@ def _has_integer_product(values: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def cpu_product_is_exact() -> bool:
     """Whether ``torch._int_mm`` is exact on this CPU.
 
     oneDNN adds pairs of products in 16 bits on x86 CPUs without VNNI, and saturates.
     """
+    return _try_cpu_product()  # torch.compile would trace a cached function itself
+
+
+@functools.cache
+def _try_cpu_product() -> bool:
     ones = torch.full((64, 64), _QMAX, dtype=torch.int8)
     return all(
         bool((torch._int_mm(ones, sign * ones[:columns].T) == sign * 64 * _QMAX**2).all())

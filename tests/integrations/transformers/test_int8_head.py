@@ -113,6 +113,27 @@ def test_the_number_of_tokens_changes_no_bit(dtype):
     oracle.assert_same_bits(table.multiply(x), rows)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("way", ["as here", "expanded"])
+def test_compile(dynamic, way, monkeypatch):
+    """Whichever number of tokens comes first."""
+    if way == "expanded":
+        monkeypatch.setattr(int8, "cpu_product_is_exact", lambda: False)
+        monkeypatch.setattr(int8, "has_cpu_kernels", lambda: False)
+    table = table_of(torch.randn(96, 64).bfloat16())
+    for sizes in ([9, 1, 40], [1, 2, 17]):
+        int8._try_cpu_product.cache_clear()
+        torch.compiler.reset()
+        compiled = torch.compile(
+            table.multiply, fullgraph=True, dynamic=dynamic, backend="aot_eager"
+        )
+        for tokens in sizes:
+            x = torch.randn(tokens, 64).bfloat16()
+            wanted = table.multiply(x)
+            with torch.compiler.set_stance("default"):
+                oracle.assert_same_bits(compiled(x), wanted)
+
+
 def test_a_token_does_not_change_the_others():
     table = table_of(torch.randn(64, 32))
     x = torch.randn(5, 32)
