@@ -30,6 +30,7 @@ _WRITES = (
     Tensor.untyped_storage,
     *(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad")),
 )
+_SETS_REQUIRES_GRAD = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _READS = (Tensor.tolist, Tensor.__dlpack__)
 _NUMPY_READS = (Tensor.numpy, Tensor.__array__)
 
@@ -96,6 +97,8 @@ class PackedWeight(Tensor):
                 _raise_read_only()
             if isinstance(weight, PackedWeight) and weight._lookup is not None:
                 return weight._lookup(ids)
+        if func in _SETS_REQUIRES_GRAD and not _requires_grad_argument(*args, **kwargs):
+            return args[0]  # it has no gradient
         if func in _WRITES:
             _raise_read_only()
         if func in _READS:
@@ -142,6 +145,11 @@ def _embedding_arguments(
 ) -> tuple[Any, Any, Any]:
     """The arguments of ``F.embedding`` that matter for a weight without gradients."""
     return input, weight, max_norm
+
+
+def _requires_grad_argument(weight: Any, requires_grad: bool = True) -> bool:
+    """What the method and the setter of ``requires_grad`` set."""
+    return requires_grad
 
 
 def _holds_packed_weight(value: Any) -> bool:

@@ -22,14 +22,12 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from .decode_step import DecodeStep
 from .report_reader import Reader
 from .small_kernels import compiling
-from .step_cache import stepping, why_no_steps
+from .step_cache import ELSEWHERE, make_cache, stepping, why_no_steps
 from .token_choice import TokenChoice
 
 # A cache that is made here has room for a multiple of so many tokens, so that sizes repeat and
 # kernels of attention read aligned rows of masks.
 _ROUND_UP = 64
-
-_ELSEWHERE = "call model.generate instead, without capture"
 
 
 def generate(
@@ -51,7 +49,9 @@ def generate(
     while the next step runs already. On a CPU the same loop runs without capture.
 
     The cache is a ``StaticCache``: one that the caller passes (``cache``), or a new one with room
-    for ``max_length`` tokens, with ``cache_implementation="static"`` or without.
+    for the tokens of this call, with ``cache_implementation="static"`` or without. Before a chat of
+    several calls, make one with room for all of them: ``StaticCache(config=model.config,
+    max_cache_len=4096)``.
     The call returns the same tokens as ``model.generate`` with a static cache that is not compiled;
     for sampling too, from the same seed.
 
@@ -92,11 +92,11 @@ def generate(
         )
     for name in ("assistant_model", "custom_generate", "synced_gpus", "token_healing"):
         if kwargs.pop(name, None):
-            raise ValueError(f"{name} cannot be captured: {_ELSEWHERE}")
+            raise ValueError(f"{name} cannot be captured: {ELSEWHERE}")
     if kwargs.get("cache_implementation") not in (None, "static"):
         raise ValueError(
             f"cache_implementation={kwargs['cache_implementation']!r} cannot be captured: "
-            f"{_ELSEWHERE}"
+            f"{ELSEWHERE}"
         )
     if model.generation_config.stop_strings is not None:
         raise ValueError(
@@ -138,10 +138,10 @@ def _decode(
     config = generation_config
     reason = _why_not(model, input_ids, config, model_kwargs)
     if reason:
-        raise ValueError(f"{reason}: {_ELSEWHERE}")
+        raise ValueError(f"{reason}: {ELSEWHERE}")
     choice = TokenChoice(input_ids, logits_processor, stopping_criteria, config)
     length = _prompt_length(input_ids, config, model_kwargs)
-    cache = _static_cache(model, config, model_kwargs, length + choice.limit - 1)
+    cache = _static_cache(model, model_kwargs, len(input_ids), length + choice.limit - 1)
     model_kwargs["cache"] = cache
     if streamer is not None:
         streamer.put(input_ids.cpu())
@@ -202,7 +202,7 @@ def _why_not(
             f"captured; all must be on one device"
         )
     if model_kwargs.get("cache") is None:
-        return "a model without a cache cannot be captured"
+        return "a model without a cache (use_cache is False) cannot be captured"
     return ""
 
 
@@ -220,20 +220,16 @@ def _prompt_length(
     return length if mask_length == length else length + int(model_kwargs["cache"].get_seq_length())
 
 
-def _static_cache(
-    model: Any, config: GenerationConfig, model_kwargs: dict[str, Any], length: int
-) -> StaticCache:
+def _static_cache(model: Any, model_kwargs: dict[str, Any], batch: int, length: int) -> StaticCache:
     """The cache of the call, or a static one in place of the empty one that ``generate`` made."""
     cache = model_kwargs["cache"]
     is_callers = getattr(cache, "_is_user_defined", False)
     if type(cache) is DynamicCache and not is_callers and not cache.offloading:
-        cache = StaticCache(
-            config=model.config.get_text_config(decoder=True),
-            max_cache_len=-(-length // _ROUND_UP) * _ROUND_UP,
-        )
-    reason = why_no_steps(cache, length)
+        room = -(-length // _ROUND_UP) * _ROUND_UP
+        cache = make_cache(model.config.get_text_config(decoder=True), room, length)
+    reason = why_no_steps(cache, batch, length)
     if reason:
-        raise ValueError(f"{reason}: {_ELSEWHERE}, or pass another cache")
+        raise ValueError(reason)
     return cache
 
 

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import StaticCache, StaticLayer
+from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 from .attention import rotate_and_attend
 from .rotation import NewToken
 from .small_kernels import call, rotate_and_store
+
+ELSEWHERE = "call model.generate instead, without capture"
+"""The remedy for what cannot be captured."""
 
 
 class StepLayer(StaticLayer):  # type: ignore[misc]
@@ -51,18 +54,51 @@ class StepLayer(StaticLayer):  # type: ignore[misc]
         return self.position.squeeze(0)
 
 
-def why_no_steps(cache: Any, length: int) -> str:
-    """Why :func:`stepping` cannot use a cache for ``length`` tokens; empty if it can."""
+def make_cache(config: Any, room: int, length: int) -> StaticCache:
+    """A cache with room for ``room`` tokens, of which the call can need ``length``.
+
+    Windows that hold all tokens of the call do not slide.
+    """
+    cache = StaticCache(config=config, max_cache_len=room)
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is StaticSlidingWindowLayer and layer.max_cache_len >= length:
+            cache.layers[index] = StaticLayer(max_cache_len=room)
+    return cache
+
+
+def why_no_steps(cache: Any, batch: int, length: int) -> str:
+    """Why :func:`stepping` cannot use a cache, and the remedy; empty if it can.
+
+    Args:
+        cache: Of the caller, or from :func:`make_cache`.
+        batch: The number of sequences.
+        length: The most tokens of each that the cache must hold.
+    """
     if type(cache) is not StaticCache:
-        return f"the cache is a {type(cache).__name__}, but only a StaticCache can be captured"
+        return (
+            f"the cache is a {type(cache).__name__}, but only a StaticCache can be captured: pass "
+            f"one or none, or {ELSEWHERE}"
+        )
     if cache.offloading:
-        return "the cache is offloaded"
-    others = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
-    if others:
-        return f"the cache has layers of the class {', '.join(sorted(others))}"
-    room = min(layer.max_cache_len for layer in cache.layers)
-    if room < length:
-        return f"the cache holds {room} tokens, but the call can need {length}"
+        return f"the cache is offloaded: {ELSEWHERE}"
+    for layer in cache.layers:
+        if type(layer) is StaticSlidingWindowLayer:
+            return (
+                f"the cache has a window of {layer.max_cache_len} tokens that slides, but the call "
+                f"can need {length}: pass no cache if they fit into the window, or {ELSEWHERE}"
+            )
+        if type(layer) is not StaticLayer:
+            return f"the cache has a layer of the class {type(layer).__name__}: {ELSEWHERE}"
+        if layer.max_cache_len < length:
+            return (
+                f"the cache holds {layer.max_cache_len} tokens, but the call can need {length}: "
+                f"begin with a StaticCache whose max_cache_len is at least {length}"
+            )
+        if layer.is_initialized and layer.keys.shape[0] != batch:
+            return (
+                f"the cache holds {layer.keys.shape[0]} sequences, but the inputs are {batch}: "
+                f"pass another cache"
+            )
     return ""
 
 

@@ -40,11 +40,17 @@ def make_qwen3():  # Its masks are by the type of the layer; its keys have norms
     return fuse(bitlinear.deploy(bitlinear.convert(model)))
 
 
+def make_mistral(window=40):
+    config = transformers.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=window)
+    return transformers.MistralForCausalLM(config).eval()
+
+
 MAKERS = {
     "ours": make_ours,
     "qwen3": make_qwen3,
     "llama": make_llama,
     "gpt2": make_gpt2,  # It has learned positions.
+    "window": make_mistral,  # It holds all tokens of the calls, but not the room of the cache.
     "eager": lambda: make_llama(attn_implementation="eager"),
 }
 
@@ -299,13 +305,27 @@ REFUSED = {
         lambda model: {"output_hidden_states": True, "return_dict_in_generate": True},
         "output_hidden_states cannot be captured",
     ),
-    "no cache": (lambda model: {"use_cache": False}, "without a cache cannot be captured"),
+    "no cache": (
+        lambda model: {"use_cache": False},
+        r"without a cache \(use_cache is False\) cannot be captured",
+    ),
     "offloaded": (lambda model: {"cache_implementation": "offloaded"}, "'offloaded' cannot be"),
     "dynamic": (lambda model: {"cache": transformers.DynamicCache()}, "a DynamicCache, but only"),
-    "small": (lambda model: {"cache": small_cache(model)}, "holds 19 tokens, but the call can"),
+    "small": (
+        lambda model: {"cache": small_cache(model)},
+        r"holds 19 tokens, but the call can need (\d+): begin with .* max_cache_len is at least \1",
+    ),
     "window": (
         lambda model: {"cache": sliding_cache(model)},
-        "layers of the class StaticSlidingWindowLayer",
+        "a window of 8 tokens that slides, but the call can need",
+    ),
+    "layer": (
+        lambda model: {"cache": other_cache(model)},
+        "layer of the class LinearAttentionLayer",
+    ),
+    "batch": (
+        lambda model: {"cache": used_cache(model)},
+        "holds 2 sequences, but the inputs are 3",
     ),
 }
 
@@ -316,16 +336,32 @@ def sliding_cache(model):
     return cache
 
 
+def other_cache(model):
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    cache.layers[1] = transformers.cache_utils.LinearAttentionLayer()
+    return cache
+
+
+def used_cache(model):
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    for layer in cache.layers:
+        layer.update(*torch.zeros(2, 2, 2, 1, 8))
+    return cache
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused_computes_nothing(model, case):
     kwargs, message = REFUSED[case]
     raises = pytest.raises(ValueError, match=message)
+    settings = kwargs(model)
     with model.register_forward_pre_hook(pytest.fail), raises as error:
-        generate(model, IDS, **SETTINGS, **kwargs(model))
-    assert "call model.generate instead" in str(error.value)
+        generate(model, IDS, **SETTINGS, **settings)
+    assert case in ("small", "batch") or "call model.generate instead" in str(error.value)
 
 
 def test_models_that_are_refused(model):
+    with pytest.raises(ValueError, match=r"window of 16 .* can need 20: .* call model.generate"):
+        generate(make_mistral(window=16), IDS, **SETTINGS)
     with pytest.raises(ValueError, match="only decoder-only models"):
         generate(make_encoder_decoder(), IDS, max_new_tokens=2)
     with pytest.raises(TypeError, match="a Sequential: call its own generate, or pass"):
