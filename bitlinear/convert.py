@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import integrations
+from . import foreign, integrations
 from .arguments import check_quant_type, check_strength
 from .conversion import coverage, references
 from .conversion.exclusion import DEFAULT_EXCLUDE, Exclusion
@@ -99,6 +99,7 @@ def convert(
             [name for name, module in model.named_modules() if coverage.has_matrix(module)],
         ),
         _why_incomplete(model, layers, exclusion, convertibility.adapters),
+        _describe_bitnet_layers(model),
     ]
     disable_fast_paths(model)
     for layer in layers:
@@ -239,12 +240,25 @@ def check_model(model: Any, function: str) -> None:
 
 def _warn_without_layers(model: nn.Module, function: str) -> None:
     if not any(isinstance(module, TernaryLayer) for module in model.modules()):
+        is_bitnet = any(foreign.is_bitnet(module) for module in model.modules())
+        remedy = foreign.CONVERT_BITNET if is_bitnet else "bitlinear.convert(model)"
         warnings.warn(
-            f"{function}() did nothing: this {type(model).__name__} has no BitLinear inside; call "
-            f"bitlinear.convert(model) first",
+            f"{function}() did nothing: this {type(model).__name__} has no BitLinear of this "
+            f"package inside; call {remedy} first",
             UserWarning,
             stacklevel=3,
         )
+
+
+def _describe_bitnet_layers(model: nn.Module) -> str:
+    """The message of a warning about BitNet layers of transformers, or ``""``."""
+    count = sum(foreign.is_bitnet(module) for module in model.modules())
+    if not count:
+        return ""
+    return (
+        f"{count} layers are BitNet layers of transformers, which stay as they are: "
+        f"{foreign.CONVERT_BITNET} converts them"
+    )
 
 
 def _describe_stale_references(paths: list[str]) -> str:

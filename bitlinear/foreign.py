@@ -17,6 +17,7 @@ _EQUIVALENT_SUBCLASSES = (
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
     ("bitlinear.integrations.transformers.decoding_head", "DecodingHead"),
 )
+_BITNET = [("transformers.integrations.bitnet", name) for name in ("BitLinear", "AutoBitLinear")]
 # It computes addmm(bias, input, weight), with a weight of shape (K, N).
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 
@@ -44,6 +45,16 @@ def is_conv1d(module: object) -> bool:
     return conv1d is not None and isinstance(module, conv1d)
 
 
+def is_bitnet(module: object) -> bool:
+    """Whether it is a layer of transformers' BitNet models."""
+    classes = [cls for cls in (_loaded_class(*path) for path in _BITNET) if cls is not None]
+    return isinstance(module, tuple(classes))
+
+
+CONVERT_BITNET = "bitlinear.integrations.transformers.convert(model)"
+"""What converts models with layers that are :func:`is_bitnet`."""
+
+
 def why_not_linear(module: nn.Module) -> str:
     """Why a module might not compute the same as ``F.linear``, or ``""``.
 
@@ -52,6 +63,8 @@ def why_not_linear(module: nn.Module) -> str:
     and the state of ``nn.Linear``. The same holds for subclasses of ``Conv1D``, of ``FalconLinear``
     and of our ``DecodingHead``.
     """
+    if is_bitnet(module):
+        return f"it is the {type(module).__name__} of transformers: call {CONVERT_BITNET}"
     return _why_changed(module, set(_linear_classes()), "nn.Linear")
 
 

@@ -95,7 +95,7 @@ def test_the_package_exports_convert_and_deploy():
     "function", [deploy, lambda m: bitlinear.set_quantization_strength(m, 0.5)]
 )
 def test_a_model_without_layers_warns(function):
-    with pytest.warns(UserWarning, match=r"did nothing: this Sequential has no BitLinear inside"):
+    with pytest.warns(UserWarning, match="did nothing: this Sequential has no BitLinear of"):
         function(nn.Sequential(nn.Linear(4, 4)))
 
 

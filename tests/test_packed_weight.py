@@ -261,6 +261,24 @@ def test_writing_raises(write):
     assert torch.equal(layer(x), y)
 
 
+def test_what_changes_nothing_is_no_write():
+    """PEFT freezes base weights, in this way for AdaLoRA."""
+    weight = deployed().weight
+    weight.requires_grad = False
+    assert weight.requires_grad_(False) is weight
+    assert not weight.requires_grad
+
+
+def test_a_deployed_layer_warns_where_it_should_be_trained():
+    layer = deployed()
+    with pytest.warns(UserWarning, match=r"deployed, so its weight cannot be trained: call undepl"):
+        assert layer.requires_grad_() is layer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.requires_grad_(False)
+        assert layer.undeploy().requires_grad_().weight.requires_grad
+
+
 def test_the_memory_of_its_values_is_read_only():
     with pytest.warns(UserWarning, match="dequantised"):
         array = deployed().weight.numpy()

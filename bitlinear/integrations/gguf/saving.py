@@ -128,7 +128,12 @@ def _tensors(model: nn.Module) -> tuple[list[tuple[str, Tensor, nn.Module]], lis
     """
     found: list[tuple[str, Tensor, nn.Module]] = []
     problems = []
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    embedding = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    if embedding is None:
+        raise ValueError(
+            "the embedding of this model has no floating-point weight: save the model before "
+            "quantize_head, which leaves int8 weights"
+        )
     for prefix, module in model.named_modules(remove_duplicate=False):
         transient = module._non_persistent_buffers_set
         own = {**module._parameters, **module._buffers}

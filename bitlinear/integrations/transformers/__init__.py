@@ -43,6 +43,7 @@ from .quantizer import BitLinearQuantizer, attach
 
 if TYPE_CHECKING:
     from .captured import generate
+    from .decoding import speed_up_decoding
 
 __all__ = [
     "BitLinearConfig",
@@ -54,16 +55,21 @@ __all__ = [
     "generate",
     "quantize_head",
     "repack",
+    "speed_up_decoding",
     "unfuse",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import :func:`generate` when it is needed: it needs more of transformers."""
+    """Import what needs more of transformers when it is needed."""
     if name == "generate":
         from .captured import generate
 
         return generate
+    if name == "speed_up_decoding":
+        from .decoding import speed_up_decoding
+
+        return speed_up_decoding
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

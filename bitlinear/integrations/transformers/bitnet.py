@@ -100,7 +100,10 @@ def convert(
         )
     if not layers:
         if any(layer.is_deployed for layer in bitlinear_layers(model).values()):
-            raise ValueError(f"this {type(model).__name__} is converted already")
+            raise ValueError(
+                f"this {type(model).__name__} is converted already: quantize_head(model) and "
+                f"fuse(model) do the rest of what convert does"
+            )
         raise ValueError(
             f"this {type(model).__name__} has no BitNet layer: for nn.Linear layers use "
             f"bitlinear.convert, or bitlinear.pack if their weights are ternary already; for "

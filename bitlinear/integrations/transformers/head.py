@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
@@ -70,13 +72,18 @@ def find_head(model: nn.Module, head: str) -> tuple[nn.Linear, nn.Embedding | No
         )
     layer: Any = model.get_output_embeddings()
     if isinstance(layer, Int8Head):
-        raise ValueError(f"the head of this {type(model).__name__} is int8 already")
+        raise ValueError(
+            f"the head of this {type(model).__name__} is int8 already: leave head=None, or do not "
+            f"call quantize_head again"
+        )
     if layer is None:
         raise ValueError(f"this {type(model).__name__} has no head: use the model with a head")
     if isinstance(layer, BitLinear):
         reason = "it is a BitLinear, whose weights are ternary: exclude it from the conversion"
     else:
         reason = foreign.why_not_linear(layer) or why_no_plain_weight(layer)
+    if not reason and _reads_weight(model, layer):
+        reason = f"the code of {type(model).__name__} reads its weight, besides calling it"
     if not reason and foreign.is_conv1d(layer):
         reason = "it is a Conv1D"
     if not reason and layer.weight.is_meta:
@@ -88,6 +95,16 @@ def find_head(model: nn.Module, head: str) -> tuple[nn.Linear, nn.Embedding | No
     if reason:
         raise ValueError(f"the head cannot be quantised: {reason}")
     return layer, _tied_embedding(model, layer)
+
+
+def _reads_weight(model: PreTrainedModel, layer: nn.Linear) -> bool:
+    """Whether the code of a model has an expression for the weight of its head."""
+    try:
+        source = inspect.getsource(sys.modules[type(model).__module__])
+    except (OSError, TypeError):  # no file: a model that is defined in a notebook, say
+        return False
+    names = {name.rpartition(".")[2] for name, child in model.named_modules() if child is layer}
+    return any(f"self.{name}.weight" in source for name in names)
 
 
 def _tied_embedding(model: PreTrainedModel, layer: nn.Linear) -> nn.Embedding | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
 from ...conversion.replacement import CALL_HOOKS, find_parents, set_child
+from ...messages import warn
 from .int8 import Int8Table
 from .layers import pretrained_models
 
@@ -14,14 +15,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_Module = TypeVar("_Module", bound="_Int8Module")
+
+
 class _Int8Module(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
             raise AttributeError(
                 f"{type(self).__name__} has int8 weights in its table, and no weight of floating "
-                f"point: resize or change the embeddings of a model before quantize_head"
+                f"point: what reads or changes the weight (gguf.save, a resize of the embeddings) "
+                f"has to come before quantize_head"
             )
         return super().__getattr__(name)
+
+    def requires_grad_(self: _Module, requires_grad: bool = True) -> _Module:
+        """Set whether the bias needs a gradient; warn that the weight cannot be trained.
+
+        PEFT calls it for ``modules_to_save``.
+        """
+        if requires_grad:
+            warn(f"the weights of this {type(self).__name__} are int8, so they cannot be trained")
+        return super().requires_grad_(requires_grad)
 
 
 class Int8Embedding(_Int8Module):

@@ -49,11 +49,13 @@ def attach(model: _Model) -> _Model:
         quantizer = getattr(inner, "hf_quantizer", None)
         if quantizer is not None and not isinstance(quantizer, BitLinearQuantizer):
             _logger.warning(
-                "this %s is quantised by transformers, with %s, and also has deployed BitLinear "
-                "layers: from_pretrained cannot load the files that save_pretrained writes of it; "
-                "save its state_dict instead",
+                "this %s is quantised by transformers, with %s, and also has layers of bitlinear: "
+                "from_pretrained cannot load the files that save_pretrained writes of it; %s",
                 type(inner).__name__,
                 type(quantizer).__name__,
+                f"call {foreign.CONVERT_BITNET} before you save it"
+                if any(foreign.is_bitnet(module) for module in inner.modules())
+                else "save its state_dict instead",
             )
             continue
         # is_quantized stays False: if it is set, float(), half() and Trainer raise.

@@ -12,7 +12,7 @@ from torch.nn.utils import prune as prune_weights
 
 import bitlinear
 from bitlinear import BitLinear, packing
-from bitlinear.integrations.transformers import fuse
+from bitlinear.integrations.transformers import fuse, quantize_head
 from bitlinear.integrations.transformers.decoding import speed_up_decoding
 from tests import oracle
 from tests.integrations.gguf.files import gguf, integration
@@ -258,6 +258,18 @@ def test_layers_and_tensors_of_other_kinds_are_refused(tmp_path):
     model.model.layers[1].mlp.extra = nn.Linear(4, 4)
     model.model.norm.double()
     message = r"(?s)up_proj is a Other.*mlp\.extra\.weight: llama.cpp has no.*norm\.weight is .*64"
+    assert_refused(model, tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("tied", "message"),
+    [
+        (True, "no floating-point weight: save the model before quantize_head"),
+        (False, r"lm_head\.table is a Int8Table with values, scales, which a file cannot hold"),
+    ],
+)
+def test_int8_heads_are_refused(tied, message, tmp_path):
+    model = quantize_head(deploy(make("qwen3", tie_word_embeddings=tied)))
     assert_refused(model, tmp_path, message)
 
 

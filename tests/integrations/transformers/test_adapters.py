@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitlinear.integrations.transformers import fuse, unfuse
+from bitlinear.integrations.transformers import fuse, quantize_head, unfuse
 from tests import oracle
 from tests.integrations.transformers.checkpoints import (
     IDS,
@@ -70,6 +70,36 @@ def test_lora_trains_on_a_converted_model(dtype, tmp_path):
     for name, layer in layers(again.base_model.model).items():
         key = name.replace(".base_layer", "")
         oracle.assert_same_bits(layer.w_packed, before[f"{key}.w_packed"])
+
+
+OTHERS = {
+    "dora": lambda: peft.LoraConfig(r=4, use_dora=True, target_modules=TARGETS),
+    "ada": lambda: peft.AdaLoraConfig(init_r=4, total_step=9, target_modules=TARGETS),
+    "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the weight of a deployed BitLinear was dequantised")
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_adapters_train(name, tmp_path):
+    base = converted(tmp_path)
+    before = base.state_dict()["model.layers.0.self_attn.q_proj.w_packed"].clone()
+    config = OTHERS[name]()
+    config.task_type = "CAUSAL_LM"
+    losses = train(peft.get_peft_model(base, config), steps=8)
+    assert losses[-1] < losses[0]
+    layer = base.model.layers[0].self_attn.q_proj.get_base_layer()
+    oracle.assert_same_bits(layer.w_packed, before)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize(("module", "words"), [("lm_head", "are int8"), ("q_proj", "is deployed")])
+def test_a_copy_that_cannot_be_trained_is_warned_of(module, words, tmp_path):
+    base = quantize_head(converted(tmp_path))
+    config = peft.LoraConfig(target_modules=["v_proj"], modules_to_save=[module])
+    with pytest.warns(UserWarning, match=f"{words}, so .* cannot be trained"):
+        peft.get_peft_model(base, config)
 
 
 SCRIPT = """

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import bitlinear
 from bitlinear.integrations import checkpoints
 from bitlinear.integrations.transformers.decoding_head import DecodingHead
 from tests import oracle
@@ -162,3 +163,16 @@ def test_a_converted_model_takes_less_memory(kind, bits, tmp_path):
     weights = sum(layer.in_features * layer.out_features for layer in layers(model).values())
     # A scale takes 2 bytes before and 4 after.
     assert state_bytes(model) == before - weights * bits // 8 + weights // 4 + 2 * 14
+
+
+@pytest.mark.parametrize("kind", ["bitlinear", "online"])
+def test_functions_for_other_models_name_the_right_one(kind, tmp_path):
+    """``bitlinear.convert`` is for ``nn.Linear``; nothing of a packed layer is in sight of it."""
+    save_checkpoint(tmp_path, kind)
+    model = load(tmp_path)
+    remedy = r"bitlinear\.integrations\.transformers\.convert\(model\)"
+    with pytest.warns(UserWarning, match=rf"14 layers are BitNet layers .*{remedy}"):
+        bitlinear.convert(model)
+    with pytest.warns(UserWarning, match=rf"no BitLinear of this package.*{remedy}"):
+        bitlinear.deploy(model)
+    convert(model)

@@ -191,7 +191,7 @@ def test_transforms_of_torch_func(dtype):
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_needs_a_weight_gets_an_explanation(tied):
     model = quantize_head(make_llama(tie_word_embeddings=tied))
-    with pytest.raises(AttributeError, match="resize or change the embeddings"):
+    with pytest.raises(AttributeError, match=r"\(gguf.save, a resize of the embeddings\) has to"):
         model.resize_token_embeddings(5)
     assert not hasattr(model.lm_head, "weight")
     with pytest.raises(AttributeError, match="no attribute 'wait'"):
@@ -335,11 +335,24 @@ def fill_nan(model):
         model.lm_head.weight[3, 3] = float("nan")
 
 
+class Reader(transformers.LlamaForCausalLM):
+    """As Mamba, whose code reads the dtype of its head."""
+
+    def forward(self, input_ids, **kwargs):
+        hidden = self.model(input_ids).last_hidden_state
+        return self.lm_head(hidden.to(self.lm_head.weight.dtype))
+
+
+def make_reader():
+    return Reader(make_llama().config)
+
+
 REFUSED = {
     "unknown": (make_llama, {"head": "int4"}, "None or one of int8, but it is 'int4'"),
     "no model": (lambda: nn.Linear(2, 3), {}, "needs a PreTrainedModel"),
     "no head": (lambda: make_llama().model, {}, "LlamaModel has no head"),
-    "twice": (lambda: quantize_head(make_llama()), {}, "int8 already"),
+    "twice": (lambda: quantize_head(make_llama()), {}, "int8 already: leave head=None"),
+    "read": (make_reader, {}, "the code of Reader reads its weight, besides calling it"),
     "nan": (lambda: with_head(fill_nan), {}, "NaN or infinite"),
     "bitlinear": (
         lambda: with_head(lambda m: setattr(m, "lm_head", bitlinear.BitLinear(32, 99))),
