@@ -42,7 +42,8 @@ from scripts.bench.generation.measure import Setup
 
 # Seconds of a cell, by device.
 BUDGETS = {"cpu": 20.0, "cuda": 3.0}
-INTERRUPTED = 130
+# Exit codes.
+INTERRUPTED, NOTHING_RAN = 130, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if setup.json is not None:
         records.write(setup.json, results)
     print(report.render(results))
+    if results["complete"] and not any(cell["contestants"] for cell in results["cells"]):
+        code = NOTHING_RAN
     return code
 
 
@@ -72,9 +75,13 @@ def _parse(argv: Sequence[str] | None) -> Setup:
     add("--shape", choices=models.SHAPES, default="2b", help="default: 2b, BitNet-b1.58-2B-4T")
     add("--layers", type=parse_count, metavar="N", help="another number of layers")
     add("--contestants", nargs="+", choices=KINDS, metavar="NAME", help=f"of {', '.join(KINDS)}")
-    add("--prefill", nargs="*", type=parse_count, metavar="N", default=[128, 1024])
-    add("--depths", nargs="*", type=parse_count, metavar="N", default=[128, 2048])
-    add("--batches", nargs="+", type=parse_count, metavar="N", default=[1, 4, 16])
+    for name, nargs, default, meaning in (
+        ("--prefill", "*", [128, 1024], "lengths of prompts"),
+        ("--depths", "*", [128, 2048], "numbers of tokens in the cache when a decode begins"),
+        ("--batches", "+", [1, 4, 16], "numbers of sequences"),
+    ):
+        text = f"{meaning} (default: {' '.join(map(str, default))})"
+        add(name, nargs=nargs, type=parse_count, metavar="N", default=default, help=text)
     add("--device", choices=DEVICES, default="cpu")
     add("--threads", type=parse_count, default=torch.get_num_threads(), help="default: torch's")
     budgets = ", ".join(f"{budget:g} on {name}" for name, budget in BUDGETS.items())

@@ -46,12 +46,10 @@ def no_peaks(monkeypatch):
     monkeypatch.setattr(measure, "measure_peaks", lambda *_: Peaks(1, {1 << 20: 1e9}, {}))
 
 
-def run(tmp_path, *arguments, memory=("--no-memory",)):
+def run(tmp_path, *arguments, memory=("--no-memory",), code=0):
     path = tmp_path / "results.json"
-    code = generate.main(
-        ["--shape", "tiny", "--budget", "0.02", *memory, "--json", str(path), *arguments]
-    )
-    assert code == 0
+    options = ["--shape", "tiny", "--budget", "0.02", *memory, "--json", str(path), *arguments]
+    assert generate.main(options) == code
     return json.loads(path.read_text())
 
 
@@ -132,7 +130,8 @@ def test_the_figures_are_those_of_the_calls(no_peaks, tmp_path, monkeypatch):
 
 
 def test_a_call_over_the_limit_is_left_out(no_peaks, tmp_path):
-    results = run(tmp_path, *ONE_CELL, "--contestants", "bf16", "--limit", "1e-6")
+    arguments = [*ONE_CELL, "--contestants", "bf16", "--limit", "1e-6"]
+    results = run(tmp_path, *arguments, code=generate.NOTHING_RAN)
     assert results["cells"][0]["contestants"] == {}
     assert "over the limit of 1e-06 s" in results["skipped"][0]["reason"]
 

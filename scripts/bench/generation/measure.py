@@ -172,9 +172,10 @@ class _Measurement:
         measured = measure_peaks(self._setup.device, self._setup.threads)
         self._results["read"] = records.peaks_record(measured)["read"]
         names = self._setup.contestants
+        has_memory = self._setup.with_memory and memory.STATUS.exists()
         stages = [
             # Memory first, as long as this process leaves the machine's to others.
-            *((f"memory of {n}", partial(self._measure_memory, n)) for n in names),
+            *((f"memory of {n}", partial(self._measure_memory, n)) for n in names if has_memory),
             *((f"making {n}", partial(self._make, n)) for n in names),
             *((c.title, partial(self._measure_cell, c, measured)) for c in self._setup.cells),
             *((f"parts of {n}", partial(self._measure_parts, n)) for n in names),
@@ -197,8 +198,6 @@ class _Measurement:
 
     def _measure_memory(self, name: str) -> None:
         setup, kind = self._setup, KINDS[name]
-        if not setup.with_memory or not memory.STATUS.exists():
-            return
         made = {"name": name, "shape": setup.shape, "layers": setup.layers}
         try:
             with tempfile.TemporaryDirectory() as folder:
