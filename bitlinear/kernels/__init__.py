@@ -188,7 +188,8 @@ CUDA = CudaLibrary(
     name="cuda",
     sources=(
         "cuda/ops.cpp",
-        "cuda/wgmma.cu",  # slowest to compile first
+        "cuda/wgmma_fused.cu",  # slowest to compile first
+        "cuda/wgmma.cu",
         "cuda/small_layer.cu",
         "cuda/small_batch.cu",
         "cuda/gemv.cu",

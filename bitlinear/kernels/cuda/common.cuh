@@ -195,24 +195,21 @@ __device__ inline int64_t row_of_tile(const bitlinear_cuda_task& task, int tile)
   return first;
 }
 
-// Scale and bias of row n of all. The bias is in its dtype, so that no thread waits for the load
-// before it needs the value; -0, which changes no value, where there is none.
+// Scale and bias of a row of a weight. The bias is in its dtype, so that no thread waits for the
+// load before it needs the value; -0, which changes no value, where there is none.
 struct RowScale {
   float s_w;
   uint32_t bias_bits;
 
   RowScale() = default;
-  __device__ RowScale(const bitlinear_cuda_task& task, int64_t n) {
-    const bitlinear_cuda_weight& weight = weight_at(task, n);
-    const int64_t row = n - weight.begin;
+  __device__ RowScale(const bitlinear_cuda_weight& weight, int64_t row) {
     s_w = weight.s_w[row * weight.s_w_stride];
     // Without a bias, any address will do: a branch would wait for the loads.
     const bool has_bias = weight.bias != nullptr;
     bias_bits = load_bits(has_bias ? weight.bias : weight.s_w,
                           has_bias ? weight.bias_dtype : BITLINEAR_F32, has_bias ? row : 0);
   }
-  __device__ float bias(const bitlinear_cuda_task& task, int64_t n) const {
-    const bitlinear_cuda_weight& weight = weight_at(task, n);
+  __device__ float bias(const bitlinear_cuda_weight& weight) const {
     return weight.bias == nullptr ? -0.0f : float_from_bits(bias_bits, weight.bias_dtype);
   }
 };

@@ -34,9 +34,10 @@ __device__ inline void add_products(const uint4& packed, const uint4 (&planes)[4
 template <int kTokenRows>
 __device__ inline void store(const bitlinear_cuda_task& task, const Activations& activations,
                              int64_t m, int64_t n, const int32_t (&codes)[kTokenRows]) {
-  const RowScale scale(task, n);
+  const bitlinear_cuda_weight& weight = weight_at(task, n);
+  const RowScale scale(weight, n - weight.begin);
   float value = dequantize(codes, activations.q_sum + m, activations.s_x[m], scale.s_w);
-  value = __fadd_rn(value, scale.bias(task, n));
+  value = __fadd_rn(value, scale.bias(weight));
   const int64_t index = m / kTokenRows * task.N + n;
   if (task.residual != nullptr) {
     value = __fadd_rn(value, load_as_float(task.residual, task.residual_dtype, index));

@@ -25,30 +25,32 @@ struct TileRows {
   RowScale scales[4];
 
   TileRows() = default;
-  __device__ TileRows(const bitlinear_cuda_task& task, int64_t n_begin, int thread)
+  __device__ TileRows(const bitlinear_cuda_weight& weight, int64_t n_begin, int thread)
       : row(thread % kGroups * 4), group(thread / kGroups) {
     n = n_begin + row;
-    const int64_t end = weight_at(task, n_begin).end;
-    count = static_cast<int>(minimum<int64_t>(4, end - n));
+    count = static_cast<int>(minimum<int64_t>(4, weight.end - n));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) scales[i] = RowScale(task, minimum(n + i, end - 1));
+    for (int i = 0; i < 4; ++i) {
+      scales[i] = RowScale(weight, minimum(n + i, weight.end - 1) - weight.begin);
+    }
   }
 };
 
-// Writes some tokens of a tile that begins with row m of q. load_codes(token, row) returns the sums
-// of a row of q of the tile with four rows of weights from `row` on; s_x and q_sum belong to the
-// rows of q. A thread reads kBatch tokens before it stores the first one, because the compiler
-// moves no load across a store.
-template <int kBatch = 4, int kRows, int kThreads, class LoadCodes>
+// Writes some tokens of a tile of a weight that begins with row m of q. load_codes(token, row)
+// returns the sums of a row of q of the tile with four rows of weights from `row` on; s_x and q_sum
+// belong to the rows of q. A thread reads kBatch tokens before it stores the first one, because the
+// compiler moves no load across a store.
+template <int kBatch = 4, bool kTakesResidual = true, int kRows, int kThreads, class LoadCodes>
 __device__ inline void write_tile(const bitlinear_cuda_task& task,
+                                  const bitlinear_cuda_weight& weight,
                                   const TileRows<kRows, kThreads>& rows, int64_t m,
                                   const TokenRange& tokens, const float* s_x, const int32_t* q_sum,
                                   const LoadCodes& load_codes) {
   if (rows.count <= 0) return;
   float bias[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bias[i] = rows.scales[i].bias(task, rows.n);
-  const bool has_residual = task.residual != nullptr;
+  for (int i = 0; i < 4; ++i) bias[i] = rows.scales[i].bias(weight);
+  const bool has_residual = kTakesResidual && task.residual != nullptr;
   const int step = tokens.step * (kThreads / rows.kGroups);
   const int64_t pitch = step * task.N;
 

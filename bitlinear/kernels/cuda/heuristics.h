@@ -351,7 +351,7 @@ constexpr bool prefers_small_layer(const Device& device, const Shape& shape) {
 
 // The fastest kernel that supports the shape; BITLINEAR_CUDA_AUTO if none does.
 constexpr int choose_kernel(const Device& device, const Shape& shape) {
-  // With more than 16 tokens and several tiles of rows per block, wgmma.cu fetches the activations
+  // With more than 16 tokens and several tiles of rows per block, wgmma fetches the activations
   // fewer times.
   const bool is_small = shape.M <= 16 || shape.N <= int64_t{64} * device.multiprocessors;
   for (const int kernel :

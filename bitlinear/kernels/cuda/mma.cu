@@ -289,7 +289,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
 
   __syncthreads();
   const Position<Tile> end_position(task, reread_block_index(), reread_thread_index());
-  const TileRows<Tile::kRows, kThreads> rows(task, end_position.n, threadIdx.x);
+  const bitlinear_cuda_weight& weight = weight_at(task, end_position.n);
+  const TileRows<Tile::kRows, kThreads> rows(weight, end_position.n, threadIdx.x);
   int32_t* const codes = reinterpret_cast<int32_t*>(shared);
   int32_t* const thread_codes =
       codes +
@@ -307,7 +308,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
     }
     return sum;
   };
-  write_tile(task, rows, end_position.m, {0, 1, end_position.tokens}, s_x, q_sum, load_codes);
+  write_tile(task, weight, rows, end_position.m, {0, 1, end_position.tokens}, s_x, q_sum,
+             load_codes);
 }
 
 template <class Tile, bool kAligned>

@@ -135,7 +135,8 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
     RowScale scale = {};
     uint32_t residual[T::kTokensOfThread];
     if (row < left) {
-      scale = RowScale(task, n);
+      const bitlinear_cuda_weight& weight = weight_at(task, n);
+      scale = RowScale(weight, n - weight.begin);
       if (task.residual != nullptr) {
         const int step = token_rows_of(task);
 #pragma unroll
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
     store_sums<T::kPitch>(partial + (warp * T::kTokens + 2 * tig) * T::kPitch + g, sums);
     sync_leading_threads<kConsumers>();
     if (row < left) {
-      const float bias = scale.bias(task, n);
+      const float bias = scale.bias(weight_at(task, n));
       with_token_rows(task, [&](auto token_rows) {
         constexpr int kTokenRows = decltype(token_rows)::value;
         with_dtype(task.y_dtype, [&](auto zero) {

@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
       quantize_tokens<kTokenRows>(task, x, tokens / kTokenRows, q, absmaxes, q_sum);
     });
   });
-  const TileRows<T::kRows, kThreads> rows(task, n, static_cast<int>(threadIdx.x));
+  const bitlinear_cuda_weight& weight = task.weights[0];
+  const TileRows<T::kRows, kThreads> rows(weight, n, static_cast<int>(threadIdx.x));
   wait_for_copies<0>();
   __syncthreads();
 
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
   __syncthreads();
   constexpr int kTokensOfThread = T::kTokens * T::kRows / 4 / kThreads;
   constexpr int kBatch = kTokensOfThread < 4 ? kTokensOfThread : 4;
-  write_tile<kBatch>(task, rows, m, {0, 1, tokens}, s_x, q_sum, [&](int token, int row) {
+  write_tile<kBatch>(task, weight, rows, m, {0, 1, tokens}, s_x, q_sum, [&](int token, int row) {
     return *reinterpret_cast<const int4*>(codes + token * T::kPitch + row);
   });
 }

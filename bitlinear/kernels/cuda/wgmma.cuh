@@ -1,0 +1,533 @@
+// y = epilogue(q @ w^T) for many tokens on sm_90a, by warpgroup matrix multiplication.
+//
+// The weights are the operand in registers. As in the GEMV, lanes load packed bytes directly into
+// the fragments; here they are shifted and masked, because one accumulator serves all planes. So
+// weights never pass through shared memory. The activations do: one thread copies a tile of tokens
+// at a time, which the quantiser has stored in the order of the tensor cores. One or two warpgroups
+// multiply. They store the sums of a tile in shared memory and continue with the block's next tile,
+// while two warps write y from the sums. If there are fewer tiles than multiprocessors, the blocks
+// of a cluster share a tile along K and add their sums through distributed shared memory.
+//
+// A block over time (t: tile; s: slice of 256 values of k; -> time):
+//
+//   copier      |q t0s0|q t0s1|q t0s2|q t1s0|q t1s1|...                      1 thread
+//   consumers          |mma t0s0|mma t0s1|mma t0s2|store t0|mma t1s0|...     1 or 2 warpgroups
+//   their loads |w t0s0|w t0s1|w t0s2|w t1s0|w t1s1|...                      into registers
+//   storers                                                |write y of t0|   2 warps
+//
+//   full[stage]    copier -> consumers: the activations of a stage have arrived
+//   empty[stage]   consumers -> copier: no product reads the stage any more
+//   sums_full      consumers -> storers: the sums of a tile are in shared memory
+//   sums_empty     storers -> consumers: y is written, the sums can be overwritten
+//
+// The consumers themselves write the last tile of a block, after the sum over the cluster.
+//
+// Bound for many tokens: the tensor cores. 8192 x 8192 with M = 4096 is 550 G operations, 278 us at
+// the peak of an H100. It takes 330 us there (1670 Top/s), after 37 us for the quantiser, which is
+// bound by its 100 MB. In turns with cuBLAS, which heats the chip, quantiser and product together
+// take 438 us. Per 256 values of k, a tile of 256 x 128 needs 2050 to 2150 cycles, of which the
+// tensor cores are busy for 2048; meanwhile it fetches 32 KB of activations and 16 KB of weights,
+// 24 bytes per cycle. More tokens and fewer rows would fetch more, because a weight has a quarter
+// of the bytes. Between two tiles the tensor cores wait for 2500 cycles: 1200 store the sums, the
+// rest passes until the next product runs. The last tile of a block is written 4000 cycles after
+// its sums are ready.
+//
+// Bound for few tokens: a product of a warpgroup takes 70 cycles, where the tensor cores need 8 to
+// 32, because reading its fragment from registers takes about 50. 1024 x 1024 with M = 64 takes 4.6
+// us: 1.4 for the quantiser, 0.7 until its results arrive, 1.2 for the products, 0.8 for the end of
+// the tile, the rest for the launches.
+//
+// Tiles of 96 tokens are for sizes that tiles of 128 tokens divide badly: 2560 x 6912 with M = 1024
+// takes 42.8 us in 80 tiles of 256 x 128 on 132 multiprocessors, and 35.3 us in 110 tiles of 256 x
+// 96.
+//
+// 168 registers (176 in tiles of 64 rows, 184 if fused), no spills, 228 KB of shared memory: one
+// block fills a multiprocessor. By the profiler the tensor cores are busy in 90 % of the cycles of
+// 8192 x 8192 with M = 4096, at 1.2 instructions per cycle, and in 73 % of 4096 x 4096 with M =
+// 1024.
+//
+// Each tile has two instances, in files of their own so that they compile side by side: wgmma.cu
+// for a single weight without a residual, and wgmma_fused.cu for all else, whose lookups of weights
+// and whose residuals take time and registers.
+#pragma once
+
+#include "epilogue.cuh"
+#include "hopper.cuh"
+#include "launch.cuh"
+
+namespace bitlinear {
+namespace cuda {
+namespace {
+
+constexpr int kStorers = 64;  // threads of the warpgroup that does not multiply
+
+template <int kTokens>
+struct Wgmma;
+
+// clang-format off
+template <>
+struct Wgmma<32> {
+  static __device__ void run(int32_t (&d)[16], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "{%16, %17, %18, %19}, %20, add;\n}\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+template <>
+struct Wgmma<64> {
+  static __device__ void run(int32_t (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, add;\n}\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+template <>
+struct Wgmma<96> {
+  static __device__ void run(int32_t (&d)[48], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n96k32.s32.u8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+        "{%48, %49, %50, %51}, %52, add;\n}\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]), "+r"(d[32]), "+r"(d[33]), "+r"(d[34]), "+r"(d[35]), "+r"(d[36]), "+r"(d[37]), "+r"(d[38]), "+r"(d[39]), "+r"(d[40]), "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+template <>
+struct Wgmma<128> {
+  static __device__ void run(int32_t (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+        "{%64, %65, %66, %67}, %68, add;\n}\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]), "+r"(d[32]), "+r"(d[33]), "+r"(d[34]), "+r"(d[35]), "+r"(d[36]), "+r"(d[37]), "+r"(d[38]), "+r"(d[39]), "+r"(d[40]), "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47]), "+r"(d[48]), "+r"(d[49]), "+r"(d[50]), "+r"(d[51]), "+r"(d[52]), "+r"(d[53]), "+r"(d[54]), "+r"(d[55]), "+r"(d[56]), "+r"(d[57]), "+r"(d[58]), "+r"(d[59]), "+r"(d[60]), "+r"(d[61]), "+r"(d[62]), "+r"(d[63])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+// clang-format on
+
+// Makes the compiler write the register before the following instructions.
+__device__ inline void fence_operand(uint32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
+// Set the number of registers of each thread of this warpgroup from here on.
+template <int kRegisters>
+__device__ inline void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Reads, in the shared memory of block `rank` of this cluster, the address that `p` has in this
+// block.
+__device__ inline int4 load_remote(const int32_t* p, int rank) {
+  int4 v;
+  asm volatile(
+      "{\n.reg .u32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [remote];\n}\n"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "r"(shared_address(p)), "r"(rank)
+      : "memory");
+  return v;
+}
+
+// The descriptor of the operand at `address`: rows of 128 bytes in atoms of 8, swizzled.
+__device__ inline uint64_t make_descriptor(uint32_t address) {
+  constexpr uint64_t kAtomBytes = 1024;
+  return uint64_t{(address & 0x3FFFFu) >> 4} | uint64_t{1} << 16 | (kAtomBytes >> 4) << 32 |
+         uint64_t{1} << 62;
+}
+
+// A tile, and the block that computes it: one or two warpgroups that multiply, each with one or two
+// blocks of 64 rows, and one warpgroup that copies and stores.
+template <int kWarpgroups, int kRowBlocks, int kTileTokens, bool kIsFused>
+struct Tile {
+  static constexpr bool kFused = kIsFused;  // for several weights, or with a residual
+  static constexpr int kBlocks = kRowBlocks, kTokens = kTileTokens;
+  static constexpr int kRows = 64 * kRowBlocks * kWarpgroups;
+  static constexpr int kConsumers = 128 * kWarpgroups;
+  static constexpr int kThreads = kConsumers + 128;
+  static constexpr int kStageBytes = kTokens * kSliceValues;
+  static constexpr int kSumBytes = kTokens * kRows * 4;
+  static constexpr int kStageBudget = 224 * 1024 - kSumBytes;  // bytes for stages
+  static constexpr int kStages = kStageBudget / kStageBytes < 8 ? kStageBudget / kStageBytes : 8;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kSumBytes + 1024;
+  // Slices of weights in flight, in registers.
+  static constexpr int kPrefetched = kTokens == 32 ? 4 : kRowBlocks == 1 ? 2 : 1;
+  // A product that adds to the same sums as the previous one waits for it. With few tokens the wait
+  // is long, so even and odd steps have their own sums.
+  static constexpr int kAccumulatorSets = kTokens < 128 && kRowBlocks == 1 ? 2 : 1;
+  // Steps in flight, each with its own fragments.
+  static constexpr int kDepth = kRowBlocks == 1 ? 4 : 2;
+  // It has no registers for what the end of the last tile needs.
+  static constexpr bool kIsLargest = kFused && kRows == 256 && kTokens == 128;
+  // Two warpgroups that multiply need registers of the third. Registers per thread, after the
+  // change:
+  static constexpr bool kReallocatesRegisters = kWarpgroups == 2;
+  static constexpr int kProducerRegisters = kFused ? 104 : 72;
+  static constexpr int kConsumerRegisters = kFused ? 200 : 216;
+
+  // The index of the sum of a row and a token. A warp writes 8 rows for every other of 8 tokens at
+  // a time: the exclusive or spreads them over the banks, and keeps groups of four rows contiguous.
+  static __device__ int sum_index(int token, int row) {
+    return token * kRows + (row ^ (token & 6) * 4);
+  }
+};
+
+// The work of a block: its part of K, in every step-th tile from first_tile on.
+template <class T>
+struct Share {
+  const bitlinear_cuda_task& task_;
+  int tiles, row_tiles_, first_tile, step;
+  int slice_begin, slice_end;
+
+  __device__ Share(const bitlinear_cuda_task& task, int splits)
+      : task_(task),
+        row_tiles_(T::kFused ? row_tiles<T::kRows>(task)
+                             : static_cast<int>(ceil_div<int64_t>(task.N, T::kRows))),
+        first_tile(static_cast<int>(blockIdx.x) / splits),
+        step(static_cast<int>(gridDim.x) / splits) {
+    tiles = row_tiles_ * static_cast<int>(ceil_div<int64_t>(task.M, T::kTokens));
+    const int slices = static_cast<int>(ceil_div<int64_t>(task.K, kSliceValues));
+    const int split = static_cast<int>(blockIdx.x) % splits;
+    slice_begin = slices * split / splits;
+    slice_end = slices * (split + 1) / splits;
+  }
+  __device__ int64_t row_of(int tile) const {
+    const int row_tile = tile % row_tiles_;
+    return T::kFused ? row_of_tile<T::kRows>(task_, row_tile) : int64_t{row_tile} * T::kRows;
+  }
+  __device__ const bitlinear_cuda_weight& weight_of(int tile) const {
+    return T::kFused ? weight_at(task_, row_of(tile)) : task_.weights[0];
+  }
+  __device__ int64_t token_of(int tile) const { return int64_t{tile / row_tiles_} * T::kTokens; }
+  __device__ bool is_last(int tile) const { return tile + step >= tiles; }
+};
+
+// The packed bytes that a thread reads of a slice: rows g and g + 8 of each block of 64 rows.
+template <int kRowBlocks>
+struct Weights {
+  uint4 low[kRowBlocks], high[kRowBlocks];
+};
+
+// Reads a thread's weights slice by slice, one tile after the other. Each tile is padded with zeros
+// to a multiple of kPrefetched slices.
+template <class T>
+class WeightReader {
+ public:
+  __device__ WeightReader(const bitlinear_cuda_task& task, const Share<T>& share)
+      : task_(task), share_(share), row_bytes_((task.K + 3) / 4) {
+    start_tile(share.first_tile);
+  }
+  __device__ Weights<T::kBlocks> read() {
+    const int64_t offset = int64_t{slice_} * kSliceBytes + 16 * (threadIdx.x % 4);
+    const int64_t end = tile_ < share_.tiles && slice_ < share_.slice_end ? row_bytes_ : 0;
+    Weights<T::kBlocks> weights;
+#pragma unroll
+    for (int r = 0; r < T::kBlocks; ++r) {
+      weights.low[r] = load_chunk<true>(low_[r], offset, end);
+      weights.high[r] = load_chunk<true>(high_[r], offset, end);
+    }
+    if (++slice_ >= share_.slice_end && (slice_ - share_.slice_begin) % T::kPrefetched == 0) {
+      start_tile(tile_ + share_.step);
+    }
+    return weights;
+  }
+  // The first of this thread's rows in a tile.
+  static __device__ int first_row() {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+    return warp / 4 * (64 * T::kBlocks) + warp % 4 * 16 + g;
+  }
+
+ private:
+  __device__ void start_tile(int tile) {
+    tile_ = tile;
+    slice_ = share_.slice_begin;
+    const bitlinear_cuda_weight& weight = share_.weight_of(tile);
+    const int64_t first = share_.row_of(tile) - weight.begin + first_row();
+    const int64_t last = weight.end - weight.begin - 1;
+#pragma unroll
+    for (int r = 0; r < T::kBlocks; ++r) {
+      // Rows beyond the last one are computed from it, and not stored.
+      low_[r] = weight.w + minimum(first + 64 * r, last) * row_bytes_;
+      high_[r] = weight.w + minimum(first + 64 * r + 8, last) * row_bytes_;
+    }
+  }
+
+  const bitlinear_cuda_task& task_;
+  const Share<T>& share_;
+  int64_t row_bytes_;
+  int tile_, slice_;
+  const uint8_t* low_[T::kBlocks];
+  const uint8_t* high_[T::kBlocks];
+};
+
+// Adds the sums of the other blocks of the cluster to this block's sums, for every splits-th
+// token, with all of its rows of q.
+template <class T>
+__device__ inline void add_cluster_sums(const TileRows<T::kRows, T::kConsumers>& rows,
+                                        int32_t* sums, int split, int splits, int token_rows) {
+  const int step = T::kConsumers / rows.kGroups;
+#pragma unroll 4
+  for (int i = rows.group; i < T::kTokens / splits; i += step) {
+    const int token = (i / token_rows * splits + split) * token_rows + i % token_rows;
+    int32_t* const sum_of_rows = sums + T::sum_index(token, rows.row);
+    int4 sum = *reinterpret_cast<int4*>(sum_of_rows);
+    for (int rank = 0; rank < splits; ++rank) {
+      if (rank != split) sum = add(sum, load_remote(sum_of_rows, rank));
+    }
+    *reinterpret_cast<int4*>(sum_of_rows) = sum;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1)
+    wgmma_kernel(const __grid_constant__ bitlinear_cuda_task task,
+                 const __grid_constant__ Activations activations, int splits) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kTokens = T::kTokens, kBlocks = T::kBlocks, kConsumers = T::kConsumers;
+  extern __shared__ uint8_t dynamic[];
+  __shared__ Barrier full[T::kStages], empty[T::kStages], sums_full, sums_empty;
+  __shared__ float s_x[kTokens];
+  __shared__ int32_t q_sum[kTokens];
+  uint8_t* const stages = dynamic + (1024 - shared_address(dynamic) % 1024) % 1024;
+  int32_t* const sums_out = reinterpret_cast<int32_t*>(stages + T::kStages * T::kStageBytes);
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const Share<T> share(task, splits);
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < T::kStages; ++s) {
+      full[s].init(1);
+      empty[s].init(kConsumers / 32);
+    }
+    sums_full.init(kConsumers);
+    sums_empty.init(kStorers);
+    publish_barriers();
+  }
+  __syncthreads();
+  allow_successor();
+
+  // Writes a tile of y, or every step-th of its tokens.
+  const auto write = [&](const auto& rows, int tile, int first, int step) {
+    const int64_t m = share.token_of(tile);
+    const int tokens = static_cast<int>(minimum<int64_t>(task.M - m, kTokens));
+    const auto load_sums = [&](int token, int row) {
+      return *reinterpret_cast<const int4*>(sums_out + T::sum_index(token, row));
+    };
+    write_tile<4, T::kFused>(task, share.weight_of(tile), rows, m, {first, step, tokens}, s_x,
+                             q_sum, load_sums);
+  };
+
+  if (warp >= kConsumers / 32) {
+    if constexpr (T::kReallocatesRegisters) shrink_registers<T::kProducerRegisters>();
+    wait_for_predecessor();
+    const int thread = static_cast<int>(threadIdx.x) - kConsumers;
+    if (thread == 0) {
+      RingPosition ring(T::kStages);
+      for (int tile = share.first_tile; tile < share.tiles; tile += share.step) {
+        const int64_t group = share.token_of(tile) / 8;
+        for (int slice = share.slice_begin; slice < share.slice_end; ++slice, ring.advance()) {
+          Barrier& barrier = full[ring.stage];
+          empty[ring.stage].wait(ring.parity ^ 1);
+          barrier.arrive_expecting(T::kStageBytes);
+          for (int half = 0; half < 2; ++half) {
+            const int8_t* q =
+                activations.q +
+                ((2 * int64_t{slice} + half) * activations.token_groups + group) * 1024;
+            copy_bulk(stages + ring.stage * T::kStageBytes + half * (T::kStageBytes / 2), q,
+                      T::kStageBytes / 2, barrier);
+          }
+        }
+      }
+    } else if (thread >= 32 && thread < 32 + kStorers) {
+      uint32_t parity = 0;
+      for (int tile = share.first_tile; !share.is_last(tile); tile += share.step, parity ^= 1) {
+        const TileRows<T::kRows, kStorers> rows(share.weight_of(tile), share.row_of(tile),
+                                                thread - 32);
+        sums_full.wait(parity);
+        write(rows, tile, 0, 1);
+        sums_empty.arrive();
+      }
+    }
+    return;
+  }
+
+  if constexpr (T::kReallocatesRegisters) grow_registers<T::kConsumerRegisters>();
+  WeightReader<T> reader(task, share);
+  Weights<kBlocks> prefetched[T::kPrefetched];
+#pragma unroll
+  for (auto& weights : prefetched) weights = reader.read();
+  wait_for_predecessor();
+
+  const int last =
+      share.first_tile + (share.tiles - 1 - share.first_tile) / share.step * share.step;
+  using Rows = TileRows<T::kRows, kConsumers>;
+  Rows rows;
+  if (!T::kIsLargest) rows = Rows(share.weight_of(last), share.row_of(last), threadIdx.x);
+  RingPosition ring(T::kStages);
+  uint32_t parity = 1;
+  for (int tile = share.first_tile; tile < share.tiles; tile += share.step, parity ^= 1) {
+    // Scale and sum of one token, for the end of the tile.
+    const int64_t m = share.token_of(tile) + threadIdx.x;
+    const float token_scale = activations.s_x[minimum(m, task.M - 1)];
+    const int32_t token_sum = activations.q_sum[minimum(m, task.M - 1)];
+
+    int32_t sums[kBlocks * T::kAccumulatorSets][kTokens / 2];
+#pragma unroll
+    for (auto& kind : sums) {
+#pragma unroll
+      for (int32_t& sum : kind) sum = 0;
+    }
+    int previous = -1;
+    uint32_t a[T::kDepth][kBlocks][4];
+    for (int first = share.slice_begin; first < share.slice_end; first += T::kPrefetched) {
+#pragma unroll
+      for (int ahead = 0; ahead < T::kPrefetched; ++ahead) {
+        const Weights<kBlocks> weights = prefetched[ahead];
+        prefetched[ahead] = reader.read();
+        if (first + ahead >= share.slice_end) continue;
+        full[ring.stage].wait(ring.parity);
+        const uint32_t base = shared_address(stages + ring.stage * T::kStageBytes);
+#pragma unroll
+        for (int step = 0; step < 8; ++step) {
+          const int p = step / 2, j = step % 2;
+#pragma unroll
+          for (int r = 0; r < kBlocks; ++r) {
+            const uint4& low = weights.low[r];
+            const uint4& high = weights.high[r];
+            uint32_t (&fragment)[4] = a[step % T::kDepth][r];
+            fragment[0] = (j == 0 ? low.x : low.z) >> 2 * p & 0x03030303u;
+            fragment[1] = (j == 0 ? high.x : high.z) >> 2 * p & 0x03030303u;
+            fragment[2] = (j == 0 ? low.y : low.w) >> 2 * p & 0x03030303u;
+            fragment[3] = (j == 0 ? high.y : high.w) >> 2 * p & 0x03030303u;
+#pragma unroll
+            for (uint32_t& word : fragment) fence_operand(word);
+          }
+          const uint64_t b =
+              make_descriptor(base + p / 2 * (T::kStageBytes / 2) + p % 2 * 64 + j * 32);
+          wgmma_fence();
+#pragma unroll
+          for (int r = 0; r < kBlocks; ++r) {
+            Wgmma<kTokens>::run(sums[r * T::kAccumulatorSets + step % T::kAccumulatorSets],
+                                a[step % T::kDepth][r], b);
+          }
+          wgmma_commit();
+          wgmma_wait<T::kDepth - 1>();
+          // No step of the previous stage is in flight any more.
+          if (step == T::kDepth - 2 && previous >= 0 && lane == 0) empty[previous].arrive();
+        }
+        previous = ring.stage;
+        ring.advance();
+      }
+    }
+    wgmma_wait<0>();
+    if (lane == 0) empty[previous].arrive();
+
+    sums_empty.wait(parity);
+    const int my_row = reader.first_row(), tig = lane % 4;
+#pragma unroll
+    for (int r = 0; r < kBlocks; ++r) {
+#pragma unroll
+      for (int i = 0; i < kTokens / 2; ++i) {
+        const int token = i / 4 * 8 + 2 * tig + i % 2;
+        int32_t sum = sums[r * T::kAccumulatorSets][i];
+        if constexpr (T::kAccumulatorSets == 2) sum += sums[r * T::kAccumulatorSets + 1][i];
+        sums_out[T::sum_index(token, my_row + 64 * r + i % 4 / 2 * 8)] = sum;
+      }
+    }
+    if (threadIdx.x < kTokens) {
+      s_x[threadIdx.x] = token_scale;
+      q_sum[threadIdx.x] = token_sum;
+    }
+    if (!share.is_last(tile)) sums_full.arrive();
+  }
+
+  if (T::kIsLargest) rows = Rows(share.weight_of(last), share.row_of(last), threadIdx.x);
+  // All consumers write the last tile. Each block of a cluster writes its share of the tokens.
+  const int split = static_cast<int>(blockIdx.x) % splits;
+  if (splits > 1) {
+    sync_cluster();
+    add_cluster_sums<T>(rows, sums_out, split, splits, task.act_bits == 8 ? 1 : 2);
+    sync_cluster();  // no block may leave while others read its sums
+  } else {
+    sync_leading_threads<kConsumers>();
+  }
+  write(rows, last, split, splits);
+#endif
+}
+
+template <class T>
+LaunchConfig launch_config(int64_t blocks, int splits) {
+  return {dim3(static_cast<unsigned>(blocks)), T::kThreads, T::kSharedBytes, splits};
+}
+
+template <class T>
+cudaError_t launch(const Call& call, const Activations& q, int splits) {
+  const bitlinear_cuda_task& task = call.task;
+  int64_t tiles = row_tiles<T::kRows>(task) * ceil_div<int64_t>(task.M, T::kTokens);
+  // A block computes one tile after the other; a cluster only one.
+  if (splits == 1) tiles = minimum<int64_t>(tiles, call.device.multiprocessors);
+  return launch_kernel<wgmma_kernel<T>>(launch_config<T>(tiles * splits, splits), call, task, q,
+                                        splits);
+}
+
+// Queried once per device, tile and number of splits.
+template <class T>
+bool runs_clusters(const Device& device, int splits) {
+  enum Answer { kUnknown, kYes, kNo };
+  static std::atomic<int> answers[kCachedDevices][9];
+  const auto query = [&] {
+    return has_room_for_cluster<wgmma_kernel<T>>(launch_config<T>(splits, splits), device);
+  };
+  if (device.index >= kCachedDevices) return query();
+  std::atomic<int>& answer = answers[device.index][splits];
+  if (answer.load() == kUnknown) answer.store(query() ? kYes : kNo);
+  return answer.load() == kYes;
+}
+
+// Calls `f` with the tile of a plan.
+template <bool kFused, class Result, class F>
+Result with_tile(const WgmmaPlan& plan, Result unknown, const F& f) {
+  const auto matches = [&](int rows, int tokens) {
+    return plan.rows == rows && plan.tokens == tokens;
+  };
+  if (matches(64, 32)) return f(Tile<1, 1, 32, kFused>{});
+  if (matches(64, 64)) return f(Tile<1, 1, 64, kFused>{});
+  if (matches(128, 32)) return f(Tile<2, 1, 32, kFused>{});
+  if (matches(128, 64)) return f(Tile<2, 1, 64, kFused>{});
+  if (matches(128, 96)) return f(Tile<2, 1, 96, kFused>{});
+  if (matches(128, 128)) return f(Tile<2, 1, 128, kFused>{});
+  if (matches(256, 96)) return f(Tile<2, 2, 96, kFused>{});
+  if (matches(256, 128)) return f(Tile<2, 2, 128, kFused>{});
+  return unknown;
+}
+
+template <bool kFused>
+cudaError_t launch(const Call& call, const Activations& q, const WgmmaPlan& plan) {
+  return with_tile<kFused>(plan, cudaErrorInvalidValue,
+                           [&](auto tile) { return launch<decltype(tile)>(call, q, plan.splits); });
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace bitlinear
