@@ -86,6 +86,9 @@ class Packable(nn.Module):
         super().__setstate__(saved)  # type: ignore[no-untyped-call]
         if self.is_deployed:  # Layers of version 0.2 did not say it.
             self._group_size = group_size_of(self.w_scale)
+            for name, buffer in self._buffers.items():  # of a copy made in inference mode
+                if buffer is not None:
+                    self._buffers[name] = state.as_buffer_of_copies(buffer)
         ties.register(self)
 
     # --- The weight as an attribute ---
@@ -99,6 +102,8 @@ class Packable(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and "w_packed" in self.__dict__.get("_buffers", ()):
             raise AttributeError(_WEIGHT_IS_PACKED)
+        if type(value) is Tensor and name in self.__dict__.get("_buffers", ()):
+            value = state.as_buffer(value)
         super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -198,6 +203,9 @@ class Packable(nn.Module):
             tensor = state.as_buffer(new if new.dtype == old.dtype else old.to(new.device))
             for layer in sharing:
                 layer._buffers[name] = tensor
+        bias = self._buffers.get("bias")
+        if bias is not None:
+            self._buffers["bias"] = state.as_buffer(bias)
         return self
 
     # --- States ---

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import packing
 from .arguments import QUANT_TYPES, WEIGHT_TYPES, group_size_of
@@ -164,6 +165,19 @@ def as_buffer(tensor: Tensor) -> Tensor:
         with torch.inference_mode(False):
             return tensor.clone()
     return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+
+
+def as_buffer_of_copies(tensor: Tensor) -> Tensor:
+    """As :func:`as_buffer`, but layers that share ``tensor`` get one tensor."""
+    if not tensor.is_inference():
+        return tensor
+    if tensor not in _copied:
+        _copied[tensor] = as_buffer(tensor)
+    return _copied[tensor]
+
+
+# The inference tensors of layers that are being copied or unpickled live as long as that takes.
+_copied: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
 
 def _check_version(metadata: dict[str, Any]) -> None:

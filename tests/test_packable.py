@@ -130,6 +130,58 @@ def test_layers_made_without_values():
     assert layer.weight.grad.isfinite().all()
 
 
+def through_file(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def assign(model):
+    for layer in model:
+        for name, tensor in layer.state_dict().items():
+            setattr(layer, name, tensor.clone())
+    return model
+
+
+MADE = {
+    "copy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "file": through_file,
+    "device": lambda model: model.to("meta").to_empty(device="cpu"),
+    "dtype": lambda model: copy.deepcopy(model).bfloat16().float(),
+    "assign": lambda model: assign(copy.deepcopy(model)),
+    "deploy": lambda model: bitlinear.deploy(nn.Sequential(*(BitLinear(20, 6) for _ in range(2)))),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_layers_made_in_inference_mode_have_ordinary_buffers(made):
+    """Calls would check the codes of inference tensors every time, and nothing loads into them."""
+    model = nn.Sequential(deployed(20, 6), deployed(20, 6))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.inference_mode():
+        new = MADE[made](model)
+    assert not any(buffer.is_inference() for buffer in new.buffers())
+    new.load_state_dict(state)
+    fresh = nn.Sequential(deployed(20, 6), deployed(20, 6))
+    fresh.load_state_dict(state)
+    x = torch.randn(4, 20)
+    assert torch.equal(new[1](x), fresh[1](x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_file])
+def test_ties_stay_in_copies_made_in_inference_mode(copied):
+    model = nn.Sequential(BitLinear(20, 6), BitLinear(20, 6))
+    model[1].weight = model[0].weight
+    bitlinear.deploy(model)
+    with torch.inference_mode():
+        new = copied(model)
+    assert new[0].w_packed is new[1].w_packed
+    assert new[0].w_packed is not model[0].w_packed
+    assert new[0].undeploy().weight is new[1].weight
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_deployed_in_inference_mode_is_a_layer_like_any_other(bias):
     layer = BitLinear(20, 6, bias=bias)
