@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .arguments import check_strength
 from .latent_weight import latent_weight
-from .messages import warn
 from .packable import Packable, pack_together
 from .preconditions import GATHER, is_distributed, why_not_deployable
 
@@ -131,18 +130,6 @@ class TernaryLayer(Packable):
             for layer in self._sharing_layers():
                 layer._become_float(weight)
         return self
-
-    def requires_grad_(self: _Layer, requires_grad: bool = True) -> _Layer:
-        """Set whether the parameters need gradients; warn if the weight is none any more.
-
-        PEFT calls it for ``modules_to_save``.
-        """
-        if requires_grad and self.is_deployed:
-            warn(
-                f"this {type(self).__name__} is deployed, so its weight cannot be trained: call "
-                f"undeploy() first"
-            )
-        return super().requires_grad_(requires_grad)
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:

@@ -269,16 +269,6 @@ def test_what_changes_nothing_is_no_write():
     assert not weight.requires_grad
 
 
-def test_a_deployed_layer_warns_where_it_should_be_trained():
-    layer = deployed()
-    with pytest.warns(UserWarning, match=r"deployed, so its weight cannot be trained: call undepl"):
-        assert layer.requires_grad_() is layer
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        layer.requires_grad_(False)
-        assert layer.undeploy().requires_grad_().weight.requires_grad
-
-
 def test_the_memory_of_its_values_is_read_only():
     with pytest.warns(UserWarning, match="dequantised"):
         array = deployed().weight.numpy()

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ...conversion.replacement import CALL_HOOKS, find_parents, set_child
-from ...messages import warn
 from .int8 import Int8Table
 from .layers import pretrained_models
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-_Module = TypeVar("_Module", bound="_Int8Module")
 
 
 class _Int8Module(nn.Module):
@@ -27,15 +23,6 @@ class _Int8Module(nn.Module):
                 f"has to come before quantize_head"
             )
         return super().__getattr__(name)
-
-    def requires_grad_(self: _Module, requires_grad: bool = True) -> _Module:
-        """Set whether the bias needs a gradient; warn that the weight cannot be trained.
-
-        PEFT calls it for ``modules_to_save``.
-        """
-        if requires_grad:
-            warn(f"the weights of this {type(self).__name__} are int8, so they cannot be trained")
-        return super().requires_grad_(requires_grad)
 
 
 class Int8Embedding(_Int8Module):

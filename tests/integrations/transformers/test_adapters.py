@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bitlinear.integrations.transformers import fuse, quantize_head, unfuse
+from bitlinear.integrations.transformers import fuse, unfuse
 from tests import oracle
 from tests.integrations.transformers.checkpoints import (
     IDS,
@@ -91,15 +91,6 @@ def test_other_adapters_train(name, tmp_path):
     assert losses[-1] < losses[0]
     layer = base.model.layers[0].self_attn.q_proj.get_base_layer()
     oracle.assert_same_bits(layer.w_packed, before)
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
-@pytest.mark.parametrize(("module", "words"), [("lm_head", "are int8"), ("q_proj", "is deployed")])
-def test_a_copy_that_cannot_be_trained_is_warned_of(module, words, tmp_path):
-    base = quantize_head(converted(tmp_path))
-    config = peft.LoraConfig(target_modules=["v_proj"], modules_to_save=[module])
-    with pytest.warns(UserWarning, match=f"{words}, so .* cannot be trained"):
-        peft.get_peft_model(base, config)
 
 
 SCRIPT = """
