@@ -81,6 +81,7 @@ def convert(
             half of its weight matrices, stay in floating point and are not excluded. Embeddings of
             tokens and image patches, and weights tied to them, do not count; nor do parameters
             whose first dimension is 1.
+        UserWarning: The model has packed BitNet layers of transformers.
     """
     check_model(model, "convert")
     check_quant_type(quant_type)
@@ -240,19 +241,24 @@ def check_model(model: Any, function: str) -> None:
 
 def _warn_without_layers(model: nn.Module, function: str) -> None:
     if not any(isinstance(module, TernaryLayer) for module in model.modules()):
-        is_bitnet = any(foreign.is_bitnet(module) for module in model.modules())
-        remedy = foreign.CONVERT_BITNET if is_bitnet else "bitlinear.convert(model)"
+        remedy = "call bitlinear.convert(model) first"
+        if any(foreign.is_bitnet(module) for module in model.modules()):
+            remedy = f"its BitNet layers need {foreign.CONVERT_BITNET}, which deploys them"
         warnings.warn(
             f"{function}() did nothing: this {type(model).__name__} has no BitLinear of this "
-            f"package inside; call {remedy} first",
+            f"package inside; {remedy}",
             UserWarning,
             stacklevel=3,
         )
 
 
 def _describe_bitnet_layers(model: nn.Module) -> str:
-    """The message of a warning about BitNet layers of transformers, or ``""``."""
-    count = sum(foreign.is_bitnet(module) for module in model.modules())
+    """The message of a warning about packed layers of transformers, or ``""``.
+
+    They are no linear layers of torch, so that nothing else reports them.
+    """
+    packed = (m for m in model.modules() if foreign.is_bitnet(m) and not foreign.is_linear(m))
+    count = sum(1 for _ in packed)
     if not count:
         return ""
     return (

@@ -52,7 +52,7 @@ def is_bitnet(module: object) -> bool:
 
 
 CONVERT_BITNET = "bitlinear.integrations.transformers.convert(model)"
-"""What converts models with layers that are :func:`is_bitnet`."""
+"""The call that converts BitNet layers of transformers."""
 
 
 def why_not_linear(module: nn.Module) -> str:

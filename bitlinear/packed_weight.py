@@ -148,7 +148,7 @@ def _embedding_arguments(
 
 
 def _requires_grad_argument(weight: Any, requires_grad: bool = True) -> bool:
-    """What the method and the setter of ``requires_grad`` set."""
+    """The new value of ``requires_grad``, by the method or by the setter."""
     return requires_grad
 
 

@@ -16,7 +16,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def output_of(script, *arguments):
-    """What a script prints that measures memory, in a process of its own."""
+    """Run a script that measures memory in a process of its own; return its output."""
     # malloc must return large blocks to the system. By default it learns to keep them, so that
     # what was freed still counts, and what is allocated later does not.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}

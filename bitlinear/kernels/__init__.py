@@ -188,7 +188,7 @@ CUDA = CudaLibrary(
     name="cuda",
     sources=(
         "cuda/ops.cpp",
-        "cuda/wgmma_fused.cu",  # slowest to compile first
+        "cuda/wgmma_general.cu",  # slowest to compile first
         "cuda/wgmma.cu",
         "cuda/small_layer.cu",
         "cuda/small_batch.cu",

@@ -7,6 +7,7 @@ import torch
 
 from bitlinear.attend import reference_attend
 from tests import oracle
+from tests.kernels.test_cuda import compiled
 from tests.test_attend import in_float64, make, make_mask
 
 HOPPER = (9, 0)
@@ -18,6 +19,8 @@ pytestmark = [
         reason="needs an NVIDIA GPU from Hopper on",
     ),
 ]
+
+__all__ = ["compiled"]  # a fixture
 
 attend = torch.ops.bitlinear.attend
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -164,6 +167,7 @@ def test_a_graph_of_steps():
         return y
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     stream.synchronize()
@@ -180,3 +184,4 @@ def test_a_graph_of_steps():
         wanted = attend(query, wanted_keys, wanted_values, visible, 0.3, position(index), *new)
     oracle.assert_same_bits(y.cpu(), wanted.cpu())
     oracle.assert_same_bits(step_keys.cpu(), wanted_keys.cpu())
+    oracle.assert_same_bits(step_values.cpu(), wanted_values.cpu())

@@ -35,10 +35,11 @@ def test_every_source_is_built():
 
 
 def code_of(source):
-    """A source, with the kernel that it has from a header, as wgmma_fused.cu from wgmma.cuh."""
-    header = source.with_name(f"{source.stem.partition('_')[0]}.cuh")
-    code = header.read_text() if header.exists() else ""
-    return source.read_text() + (code if "__global__" in code else "")
+    """A source, with the headers that it includes for their kernels, as wgmma.cu does."""
+    text = source.read_text()
+    names = re.findall(r'#include "(\w+\.cuh)"', text)
+    headers = [source.with_name(name).read_text() for name in names]
+    return text + "".join(code for code in headers if "__global__" in code)
 
 
 def run(*command, timeout=600):

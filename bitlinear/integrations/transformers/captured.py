@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from .decode_step import DecodeStep
 from .report_reader import Reader
 from .small_kernels import compiling
-from .step_cache import ELSEWHERE, make_cache, stepping, why_no_steps
+from .step_cache import USE_GENERATE, make_cache, stepping, why_no_steps
 from .token_choice import TokenChoice
 
 # A cache that is made here has room for a multiple of so many tokens, so that sizes repeat and
@@ -92,11 +92,11 @@ def generate(
         )
     for name in ("assistant_model", "custom_generate", "synced_gpus", "token_healing"):
         if kwargs.pop(name, None):
-            raise ValueError(f"{name} cannot be captured: {ELSEWHERE}")
+            raise ValueError(f"{name} cannot be captured: {USE_GENERATE}")
     if kwargs.get("cache_implementation") not in (None, "static"):
         raise ValueError(
             f"cache_implementation={kwargs['cache_implementation']!r} cannot be captured: "
-            f"{ELSEWHERE}"
+            f"{USE_GENERATE}"
         )
     if model.generation_config.stop_strings is not None:
         raise ValueError(
@@ -138,7 +138,7 @@ def _decode(
     config = generation_config
     reason = _why_not(model, input_ids, config, model_kwargs)
     if reason:
-        raise ValueError(f"{reason}: {ELSEWHERE}")
+        raise ValueError(f"{reason}: {USE_GENERATE}")
     choice = TokenChoice(input_ids, logits_processor, stopping_criteria, config)
     length = _prompt_length(input_ids, config, model_kwargs)
     cache = _static_cache(model, model_kwargs, len(input_ids), length + choice.limit - 1)
@@ -224,7 +224,7 @@ def _static_cache(model: Any, model_kwargs: dict[str, Any], batch: int, length: 
     """The cache of the call, or a static one in place of the empty one that ``generate`` made."""
     cache = model_kwargs["cache"]
     is_callers = getattr(cache, "_is_user_defined", False)
-    if type(cache) is DynamicCache and not is_callers and not cache.offloading:
+    if type(cache) in (DynamicCache, StaticCache) and not is_callers and not cache.offloading:
         room = -(-length // _ROUND_UP) * _ROUND_UP
         cache = make_cache(model.config.get_text_config(decoder=True), room, length)
     reason = why_no_steps(cache, batch, length)

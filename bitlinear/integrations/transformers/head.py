@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import logging
-import sys
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
@@ -98,13 +98,17 @@ def find_head(model: nn.Module, head: str) -> tuple[nn.Linear, nn.Embedding | No
 
 
 def _reads_weight(model: PreTrainedModel, layer: nn.Linear) -> bool:
-    """Whether the code of a model has an expression for the weight of its head."""
-    try:
-        source = inspect.getsource(sys.modules[type(model).__module__])
-    except (OSError, TypeError):  # no file: a model that is defined in a notebook, say
-        return False
+    """Whether a method of a model reads the weight of its head as an attribute."""
     names = {name.rpartition(".")[2] for name, child in model.named_modules() if child is layer}
-    return any(f"self.{name}.weight" in source for name in names)
+    for name in dir(type(model)):
+        method = inspect.unwrap(inspect.getattr_static(type(model), name))
+        if not inspect.isfunction(method):
+            continue
+        steps = [str(step.argval) for step in dis.get_instructions(method)]
+        triples = zip(steps, steps[1:], steps[2:])
+        if any(a == "self" and b in names and c == "weight" for a, b, c in triples):
+            return True
+    return False
 
 
 def _tied_embedding(model: PreTrainedModel, layer: nn.Linear) -> nn.Embedding | None:

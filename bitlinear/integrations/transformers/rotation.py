@@ -12,7 +12,7 @@ from ...fusable import same_computation
 
 
 class NewToken(NamedTuple):
-    """What a layer has computed for one token of each sequence, before the rotation.
+    """The query, key and value of one token of each sequence, before the rotation.
 
     Attributes:
         rotate: ``apply_rotary_pos_emb`` of the model.

@@ -13,7 +13,7 @@ from .attention import rotate_and_attend
 from .rotation import NewToken
 from .small_kernels import call, rotate_and_store
 
-ELSEWHERE = "call model.generate instead, without capture"
+USE_GENERATE = "call model.generate instead, without capture"
 """The remedy for what cannot be captured."""
 
 
@@ -57,12 +57,16 @@ class StepLayer(StaticLayer):  # type: ignore[misc]
 def make_cache(config: Any, room: int, length: int) -> StaticCache:
     """A cache with room for ``room`` tokens, of which the call can need ``length``.
 
-    Windows that hold all tokens of the call do not slide.
+    If all windows of the model hold the tokens of the call, none slides: the cache then has room
+    for the tokens of the shortest window at most.
     """
     cache = StaticCache(config=config, max_cache_len=room)
+    shortest = min(layer.max_cache_len for layer in cache.layers)
+    if shortest < length:
+        return cache
     for index, layer in enumerate(cache.layers):
-        if type(layer) is StaticSlidingWindowLayer and layer.max_cache_len >= length:
-            cache.layers[index] = StaticLayer(max_cache_len=room)
+        if type(layer) in (StaticLayer, StaticSlidingWindowLayer):
+            cache.layers[index] = StaticLayer(max_cache_len=shortest)
     return cache
 
 
@@ -77,18 +81,20 @@ def why_no_steps(cache: Any, batch: int, length: int) -> str:
     if type(cache) is not StaticCache:
         return (
             f"the cache is a {type(cache).__name__}, but only a StaticCache can be captured: pass "
-            f"one or none, or {ELSEWHERE}"
+            f"one or none, or {USE_GENERATE}"
         )
     if cache.offloading:
-        return f"the cache is offloaded: {ELSEWHERE}"
+        return f"the cache is offloaded: {USE_GENERATE}"
     for layer in cache.layers:
-        if type(layer) is StaticSlidingWindowLayer:
+        if type(layer) is StaticSlidingWindowLayer and layer.max_cache_len < length:
             return (
-                f"the cache has a window of {layer.max_cache_len} tokens that slides, but the call "
-                f"can need {length}: pass no cache if they fit into the window, or {ELSEWHERE}"
+                f"the window of the attention has {layer.max_cache_len} tokens, but the call can "
+                f"need {length}: {USE_GENERATE}"
             )
+        if type(layer) is StaticSlidingWindowLayer:
+            return f"the cache has a window that slides: pass no cache, or {USE_GENERATE}"
         if type(layer) is not StaticLayer:
-            return f"the cache has a layer of the class {type(layer).__name__}: {ELSEWHERE}"
+            return f"the cache has a layer of the class {type(layer).__name__}: {USE_GENERATE}"
         if layer.max_cache_len < length:
             return (
                 f"the cache holds {layer.max_cache_len} tokens, but the call can need {length}: "

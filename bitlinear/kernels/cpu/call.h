@@ -1,5 +1,5 @@
-// What every operator on the CPU needs: the active kernel variant, scratch memory, and rows that
-// are divided among threads.
+// Shared by the operators on the CPU: the active kernel variant, scratch memory, and rows that are
+// divided among threads.
 #pragma once
 
 #include <ATen/EmptyTensor.h>

@@ -148,7 +148,7 @@ cudaError_t mma(const Call& call, const Activations& q);
 cudaError_t small_batch(const Call& call, const Activations& q, const SmallBatchPlan& plan);
 cudaError_t small_layer(const Call& call, const SmallLayerPlan& plan);
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan);
-cudaError_t wgmma_fused(const Call& call, const Activations& q, const WgmmaPlan& plan);
+cudaError_t wgmma_general(const Call& call, const Activations& q, const WgmmaPlan& plan);
 // Whether the device runs the clusters of this plan.
 bool wgmma_runs_clusters(const Device& device, const WgmmaPlan& plan);
 

@@ -5,8 +5,8 @@ namespace bitlinear {
 namespace cuda {
 
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan) {
-  const bool is_fused = call.task.weight_count > 1 || call.task.residual != nullptr;
-  return is_fused ? wgmma_fused(call, q, plan) : launch<false>(call, q, plan);
+  const bool is_general = call.task.weight_count > 1 || call.task.residual != nullptr;
+  return is_general ? wgmma_general(call, q, plan) : launch<false>(call, q, plan);
 }
 
 bool wgmma_runs_clusters(const Device& device, const WgmmaPlan& plan) {

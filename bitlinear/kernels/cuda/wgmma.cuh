@@ -41,14 +41,14 @@
 // takes 42.8 us in 80 tiles of 256 x 128 on 132 multiprocessors, and 35.3 us in 110 tiles of 256 x
 // 96.
 //
-// 168 registers (176 in tiles of 64 rows, 184 if fused), no spills, 228 KB of shared memory: one
-// block fills a multiprocessor. By the profiler the tensor cores are busy in 90 % of the cycles of
-// 8192 x 8192 with M = 4096, at 1.2 instructions per cycle, and in 73 % of 4096 x 4096 with M =
-// 1024.
+// 168 registers (176 in tiles of 64 rows, 184 in the general ones), no spills, 228 KB of shared
+// memory: one block fills a multiprocessor. By the profiler the tensor cores are busy in 90 % of
+// the cycles of 8192 x 8192 with M = 4096, at 1.2 instructions per cycle, and in 73 % of 4096 x
+// 4096 with M = 1024.
 //
 // Each tile has two instances, in files of their own so that they compile side by side: wgmma.cu
-// for a single weight without a residual, and wgmma_fused.cu for all else, whose lookups of weights
-// and whose residuals take time and registers.
+// for a single weight without a residual, and wgmma_general.cu for all else, whose lookups of
+// weights and whose residuals take time and registers.
 #pragma once
 
 #include "epilogue.cuh"
@@ -159,9 +159,9 @@ __device__ inline uint64_t make_descriptor(uint32_t address) {
 
 // A tile, and the block that computes it: one or two warpgroups that multiply, each with one or two
 // blocks of 64 rows, and one warpgroup that copies and stores.
-template <int kWarpgroups, int kRowBlocks, int kTileTokens, bool kIsFused>
+template <int kWarpgroups, int kRowBlocks, int kTileTokens, bool kIsGeneralTile>
 struct Tile {
-  static constexpr bool kFused = kIsFused;  // for several weights, or with a residual
+  static constexpr bool kIsGeneral = kIsGeneralTile;  // for several weights, or with a residual
   static constexpr int kBlocks = kRowBlocks, kTokens = kTileTokens;
   static constexpr int kRows = 64 * kRowBlocks * kWarpgroups;
   static constexpr int kConsumers = 128 * kWarpgroups;
@@ -179,12 +179,12 @@ struct Tile {
   // Steps in flight, each with its own fragments.
   static constexpr int kDepth = kRowBlocks == 1 ? 4 : 2;
   // It has no registers for what the end of the last tile needs.
-  static constexpr bool kIsLargest = kFused && kRows == 256 && kTokens == 128;
+  static constexpr bool kLoadsRowsLate = kIsGeneral && kRows == 256 && kTokens == 128;
   // Two warpgroups that multiply need registers of the third. Registers per thread, after the
   // change:
   static constexpr bool kReallocatesRegisters = kWarpgroups == 2;
-  static constexpr int kProducerRegisters = kFused ? 104 : 72;
-  static constexpr int kConsumerRegisters = kFused ? 200 : 216;
+  static constexpr int kProducerRegisters = kIsGeneral ? 104 : 72;
+  static constexpr int kConsumerRegisters = kIsGeneral ? 200 : 216;
 
   // The index of the sum of a row and a token. A warp writes 8 rows for every other of 8 tokens at
   // a time: the exclusive or spreads them over the banks, and keeps groups of four rows contiguous.
@@ -202,8 +202,8 @@ struct Share {
 
   __device__ Share(const bitlinear_cuda_task& task, int splits)
       : task_(task),
-        row_tiles_(T::kFused ? row_tiles<T::kRows>(task)
-                             : static_cast<int>(ceil_div<int64_t>(task.N, T::kRows))),
+        row_tiles_(T::kIsGeneral ? row_tiles<T::kRows>(task)
+                                 : static_cast<int>(ceil_div<int64_t>(task.N, T::kRows))),
         first_tile(static_cast<int>(blockIdx.x) / splits),
         step(static_cast<int>(gridDim.x) / splits) {
     tiles = row_tiles_ * static_cast<int>(ceil_div<int64_t>(task.M, T::kTokens));
@@ -214,10 +214,10 @@ struct Share {
   }
   __device__ int64_t row_of(int tile) const {
     const int row_tile = tile % row_tiles_;
-    return T::kFused ? row_of_tile<T::kRows>(task_, row_tile) : int64_t{row_tile} * T::kRows;
+    return T::kIsGeneral ? row_of_tile<T::kRows>(task_, row_tile) : int64_t{row_tile} * T::kRows;
   }
   __device__ const bitlinear_cuda_weight& weight_of(int tile) const {
-    return T::kFused ? weight_at(task_, row_of(tile)) : task_.weights[0];
+    return T::kIsGeneral ? weight_at(task_, row_of(tile)) : task_.weights[0];
   }
   __device__ int64_t token_of(int tile) const { return int64_t{tile / row_tiles_} * T::kTokens; }
   __device__ bool is_last(int tile) const { return tile + step >= tiles; }
@@ -334,8 +334,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     const auto load_sums = [&](int token, int row) {
       return *reinterpret_cast<const int4*>(sums_out + T::sum_index(token, row));
     };
-    write_tile<4, T::kFused>(task, share.weight_of(tile), rows, m, {first, step, tokens}, s_x,
-                             q_sum, load_sums);
+    write_tile<4, T::kIsGeneral>(task, share.weight_of(tile), rows, m, {first, step, tokens}, s_x,
+                                 q_sum, load_sums);
   };
 
   if (warp >= kConsumers / 32) {
@@ -383,7 +383,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       share.first_tile + (share.tiles - 1 - share.first_tile) / share.step * share.step;
   using Rows = TileRows<T::kRows, kConsumers>;
   Rows rows;
-  if (!T::kIsLargest) rows = Rows(share.weight_of(last), share.row_of(last), threadIdx.x);
+  if (!T::kLoadsRowsLate) rows = Rows(share.weight_of(last), share.row_of(last), threadIdx.x);
   RingPosition ring(T::kStages);
   uint32_t parity = 1;
   for (int tile = share.first_tile; tile < share.tiles; tile += share.step, parity ^= 1) {
@@ -462,7 +462,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (!share.is_last(tile)) sums_full.arrive();
   }
 
-  if (T::kIsLargest) rows = Rows(share.weight_of(last), share.row_of(last), threadIdx.x);
+  if (T::kLoadsRowsLate) rows = Rows(share.weight_of(last), share.row_of(last), threadIdx.x);
   // All consumers write the last tile. Each block of a cluster writes its share of the tokens.
   const int split = static_cast<int>(blockIdx.x) % splits;
   if (splits > 1) {
@@ -506,26 +506,27 @@ bool runs_clusters(const Device& device, int splits) {
 }
 
 // Calls `f` with the tile of a plan.
-template <bool kFused, class Result, class F>
+template <bool kIsGeneral, class Result, class F>
 Result with_tile(const WgmmaPlan& plan, Result unknown, const F& f) {
   const auto matches = [&](int rows, int tokens) {
     return plan.rows == rows && plan.tokens == tokens;
   };
-  if (matches(64, 32)) return f(Tile<1, 1, 32, kFused>{});
-  if (matches(64, 64)) return f(Tile<1, 1, 64, kFused>{});
-  if (matches(128, 32)) return f(Tile<2, 1, 32, kFused>{});
-  if (matches(128, 64)) return f(Tile<2, 1, 64, kFused>{});
-  if (matches(128, 96)) return f(Tile<2, 1, 96, kFused>{});
-  if (matches(128, 128)) return f(Tile<2, 1, 128, kFused>{});
-  if (matches(256, 96)) return f(Tile<2, 2, 96, kFused>{});
-  if (matches(256, 128)) return f(Tile<2, 2, 128, kFused>{});
+  if (matches(64, 32)) return f(Tile<1, 1, 32, kIsGeneral>{});
+  if (matches(64, 64)) return f(Tile<1, 1, 64, kIsGeneral>{});
+  if (matches(128, 32)) return f(Tile<2, 1, 32, kIsGeneral>{});
+  if (matches(128, 64)) return f(Tile<2, 1, 64, kIsGeneral>{});
+  if (matches(128, 96)) return f(Tile<2, 1, 96, kIsGeneral>{});
+  if (matches(128, 128)) return f(Tile<2, 1, 128, kIsGeneral>{});
+  if (matches(256, 96)) return f(Tile<2, 2, 96, kIsGeneral>{});
+  if (matches(256, 128)) return f(Tile<2, 2, 128, kIsGeneral>{});
   return unknown;
 }
 
-template <bool kFused>
+template <bool kIsGeneral>
 cudaError_t launch(const Call& call, const Activations& q, const WgmmaPlan& plan) {
-  return with_tile<kFused>(plan, cudaErrorInvalidValue,
-                           [&](auto tile) { return launch<decltype(tile)>(call, q, plan.splits); });
+  return with_tile<kIsGeneral>(plan, cudaErrorInvalidValue, [&](auto tile) {
+    return launch<decltype(tile)>(call, q, plan.splits);
+  });
 }
 
 }  // namespace

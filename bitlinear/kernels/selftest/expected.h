@@ -1,4 +1,4 @@
-// What a product has to give: the numerics of README.md, in the plainest code.
+// The expected results of a product: the numerics of README.md, in the plainest code.
 #pragma once
 
 #include <math.h>

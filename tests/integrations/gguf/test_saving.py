@@ -261,16 +261,10 @@ def test_layers_and_tensors_of_other_kinds_are_refused(tmp_path):
     assert_refused(model, tmp_path, message)
 
 
-@pytest.mark.parametrize(
-    ("tied", "message"),
-    [
-        (True, "no floating-point weight: save the model before quantize_head"),
-        (False, r"lm_head\.table is a Int8Table with values, scales, which a file cannot hold"),
-    ],
-)
-def test_int8_heads_are_refused(tied, message, tmp_path):
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_heads_are_refused(tied, tmp_path):
     model = quantize_head(deploy(make("qwen3", tie_word_embeddings=tied)))
-    assert_refused(model, tmp_path, message)
+    assert_refused(model, tmp_path, "int8 weights.*: save the model before quantize_head")
 
 
 def test_models_without_values_are_refused(tmp_path):

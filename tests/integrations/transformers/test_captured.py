@@ -317,7 +317,7 @@ REFUSED = {
     ),
     "window": (
         lambda model: {"cache": sliding_cache(model)},
-        "a window of 8 tokens that slides, but the call can need",
+        "the window of the attention has 8 tokens, but the call can need 20",
     ),
     "layer": (
         lambda model: {"cache": other_cache(model)},
@@ -360,8 +360,9 @@ def test_what_is_refused_computes_nothing(model, case):
 
 
 def test_models_that_are_refused(model):
-    with pytest.raises(ValueError, match=r"window of 16 .* can need 20: .* call model.generate"):
-        generate(make_mistral(window=16), IDS, **SETTINGS)
+    for settings in ({}, {"cache_implementation": "static"}):
+        with pytest.raises(ValueError, match=r"has 16 tokens, but .* need 20: call model.generate"):
+            generate(make_mistral(window=16), IDS, **SETTINGS, **settings)
     with pytest.raises(ValueError, match="only decoder-only models"):
         generate(make_encoder_decoder(), IDS, max_new_tokens=2)
     with pytest.raises(TypeError, match="a Sequential: call its own generate, or pass"):
@@ -372,6 +373,22 @@ def test_models_that_are_refused(model):
     wanted.model.layers[1].to("meta")
     with pytest.raises(ValueError, match="inputs on cpu and a model on cpu, meta cannot"):
         generate(wanted, IDS)
+
+
+def test_a_window_is_never_exceeded():
+    """The cache of a call ends with the window, so that no later call attends to more."""
+    model = make_mistral(window=40)
+    settings = {"return_dict_in_generate": True, "pad_token_id": 0}
+    for kind in (None, "static"):
+        out = generate(model, IDS, cache_implementation=kind, max_new_tokens=14, **settings)
+        more = generate(model, out.sequences, cache=out.cache, max_new_tokens=19, **settings)
+        wanted = theirs(model, IDS, pad_token_id=0, max_new_tokens=33)
+        assert torch.equal(more.sequences, wanted)
+        with pytest.raises(ValueError, match="holds 40 tokens, but the call can need"):
+            generate(model, more.sequences, cache=more.cache, max_new_tokens=2, **settings)
+    slides = transformers.StaticCache(config=model.config, max_cache_len=64)
+    with pytest.raises(ValueError, match="a window that slides: pass no cache"):
+        generate(model, IDS, cache=slides, max_new_tokens=14, **settings)
 
 
 def test_a_mask_of_another_kind_is_refused(model, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bitlinear
+from tests.calls import Calls
 from tests.integrations.transformers.checkpoints import transformers
 from tests.integrations.transformers.models import make_llama
 from tests.integrations.transformers.test_captured import (
@@ -134,23 +135,33 @@ def test_a_compiled_model(model):
 
 @pytest.mark.parametrize("model", ["bfloat16", "bfloat16-kernel"], indirect=True)
 def test_a_compiled_model_in_bf16(model):
-    """It rounds in other places, so its tokens can be others; its logits are near."""
+    """It rounds in other places, so its tokens can be others; its logits are near.
+
+    In compiled code, torch computes the attention.
+    """
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = 0
     settings = {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+    settings["attention_mask"] = mask
     config = transformers.CompileConfig(fullgraph=True, dynamic=False)
     compiled = ours(model, IDS, compile_config=config, pad_token_id=0, **settings)
     wanted = ours(model, IDS, disable_compile=True, pad_token_id=0, **settings)
     assert compiled.sequences.shape == wanted.sequences.shape
     # The second token reads the first, which comes from the prompt in both.
     got, expected = compiled.logits[1].float(), wanted.logits[1].float()
-    assert (got - expected).norm() <= 0.1 * expected.norm()
+    assert (got - expected).norm() <= 0.03 * expected.norm()
 
 
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("model", ["bfloat16", "bfloat16-kernel"], indirect=True)
 @torch.no_grad()
-def test_new_tokens_in_a_growing_cache(model, padded):
+def test_new_tokens_in_a_growing_cache(model, request):
+    """Padded, because without a mask torch computes the attention."""
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:  # Random models attend to all tokens almost equally.
+        for name in ("q_proj", "k_proj"):
+            getattr(layer.self_attn, name).w_scale *= 20
     mask = torch.ones_like(IDS)
-    mask[1, :4] = not padded
+    mask[1, :4] = 0
 
     def decode(model, shown=mask, steps=4):
         cache = transformers.DynamicCache(config=model.config)
@@ -164,8 +175,12 @@ def test_new_tokens_in_a_growing_cache(model, padded):
     with_sdpa = copy.deepcopy(model)
     with_sdpa.set_attn_implementation("sdpa")
     exact = decode(copy.deepcopy(with_sdpa).float())
+    with Calls(torch.ops.bitlinear.attend.default) as calls:
+        ours = decode(model)
+    has_kernel = request.node.callspec.params["model"] == "bfloat16-kernel"
+    assert calls.count == (4 * len(model.model.layers) if has_kernel else 0)
     # Both round to bf16 elsewhere; which of the two is nearer to fp32 is chance.
-    assert (decode(model) - exact).norm() <= 1.4 * (decode(with_sdpa) - exact).norm()
+    assert (ours - exact).norm() <= 1.4 * (decode(with_sdpa) - exact).norm()
 
 
 def test_a_step_that_waits_for_the_gpu_cannot_be_captured(model):

@@ -4,7 +4,7 @@
 namespace bitlinear {
 namespace cuda {
 
-cudaError_t wgmma_fused(const Call& call, const Activations& q, const WgmmaPlan& plan) {
+cudaError_t wgmma_general(const Call& call, const Activations& q, const WgmmaPlan& plan) {
   return launch<true>(call, q, plan);
 }
 
