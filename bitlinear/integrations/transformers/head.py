@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dis
+import ast
 import inspect
 import logging
+import textwrap
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
@@ -98,15 +99,20 @@ def find_head(model: nn.Module, head: str) -> tuple[nn.Linear, nn.Embedding | No
 
 
 def _reads_weight(model: PreTrainedModel, layer: nn.Linear) -> bool:
-    """Whether a method of a model reads the weight of its head as an attribute."""
+    """Whether the code of a model has an expression for the weight of its head."""
+    from transformers import PreTrainedModel
+
     names = {name.rpartition(".")[2] for name, child in model.named_modules() if child is layer}
-    for name in dir(type(model)):
-        method = inspect.unwrap(inspect.getattr_static(type(model), name))
-        if not inspect.isfunction(method):
+    expressions = {f"self.{name}.weight" for name in names}
+    for cls in type(model).__mro__:
+        if cls is PreTrainedModel:
+            break
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        except (OSError, TypeError):  # no file: a class that is defined in an interpreter, say
             continue
-        steps = [str(step.argval) for step in dis.get_instructions(method)]
-        triples = zip(steps, steps[1:], steps[2:])
-        if any(a == "self" and b in names and c == "weight" for a, b, c in triples):
+        attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+        if any(node.attr == "weight" and ast.unparse(node) in expressions for node in attributes):
             return True
     return False
 
