@@ -242,7 +242,7 @@ def check_model(model: Any, function: str) -> None:
 def _warn_without_layers(model: nn.Module, function: str) -> None:
     if not any(isinstance(module, TernaryLayer) for module in model.modules()):
         remedy = "call bitlinear.convert(model) first"
-        if any(foreign.is_bitnet(module) for module in model.modules()):
+        if foreign.bitnet_layers(model):
             remedy = f"its BitNet layers need {foreign.CONVERT_BITNET}, which deploys them"
         warnings.warn(
             f"{function}() did nothing: this {type(model).__name__} has no BitLinear of this "
@@ -257,12 +257,11 @@ def _describe_bitnet_layers(model: nn.Module) -> str:
 
     They are no linear layers of torch, so that nothing else reports them.
     """
-    packed = (m for m in model.modules() if foreign.is_bitnet(m) and not foreign.is_linear(m))
-    count = sum(1 for _ in packed)
-    if not count:
+    packed = [layer for layer in foreign.bitnet_layers(model) if not foreign.is_linear(layer)]
+    if not packed:
         return ""
     return (
-        f"{count} layers are BitNet layers of transformers, which stay as they are: "
+        f"{len(packed)} layers are BitNet layers of transformers, which stay as they are: "
         f"{foreign.CONVERT_BITNET} converts them"
     )
 

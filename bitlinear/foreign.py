@@ -51,6 +51,11 @@ def is_bitnet(module: object) -> bool:
     return isinstance(module, tuple(classes))
 
 
+def bitnet_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that are :func:`is_bitnet`."""
+    return [module for module in model.modules() if is_bitnet(module)]
+
+
 CONVERT_BITNET = "bitlinear.integrations.transformers.convert(model)"
 """The call that converts BitNet layers of transformers."""
 

@@ -29,12 +29,12 @@ def output_of(script, *arguments):
 
 def growth_of(run):
     """By how much a function raises the resident memory, at its highest."""
-    before = start()
+    before = reset_peak()
     run()
     return resident("VmHWM") - before
 
 
-def start():
+def reset_peak():
     """Reset the peak; return what is resident.
 
     ``ru_maxrss`` would start at the peak of the parent process, gigabytes perhaps.

@@ -37,6 +37,11 @@ def in_float64(query, keys, values, scale, mask):
     return (scores.softmax(-1).nan_to_num() @ values.double()).reshape(batch, 1, -1, size)
 
 
+def rotated(query, cos, sin):
+    first, second = query.chunk(2, dim=-1)
+    return query * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
 def is_near(y, exact):
     return ((y - exact).abs() <= exact.abs() / 256 + 2e-5).all()
 
@@ -85,13 +90,11 @@ def test_it_rotates_and_writes_first(batch, groups, shared, size, length, mask, 
         oracle.assert_same_bits(ours, other)
         rest = torch.arange(length) != at
         oracle.assert_same_bits(ours[:, :, rest], old[:, :, rest])
-    cos, sin = (angle[:, None] for angle in new[2:])
-    first, second = query.chunk(2, dim=-1)
-    rotated = query * cos + torch.cat((-second, first), dim=-1) * sin
-    exact = in_float64(rotated, keys, values, 0.3, mask)
+    turned = rotated(query, *new[2:])
+    exact = in_float64(turned, keys, values, 0.3, mask)
     assert is_near(y, exact)
     assert is_near(reference, exact)
-    oracle.assert_same_bits(attend(rotated, keys, values, mask, 0.3), y)
+    oracle.assert_same_bits(attend(turned, keys, values, mask, 0.3), y)
 
 
 def test_one_rotation_for_all():

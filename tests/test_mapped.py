@@ -479,7 +479,7 @@ LOAD = """
 import sys
 import torch
 import bitlinear
-from tests.memory import resident, start
+from tests.memory import reset_peak, resident
 
 small, large, layers = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
@@ -494,7 +494,7 @@ def run(path, layers):
 
 x = torch.randn(1, 8192)
 run(small, 1)  # warm up: code, threads and their stacks
-rss, anonymous = start(), resident("RssAnon")
+rss, anonymous = reset_peak(), resident("RssAnon")
 model = run(large, layers)
 print(resident("RssAnon") - anonymous, resident("VmHWM") - rss)
 """

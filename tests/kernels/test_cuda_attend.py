@@ -8,7 +8,7 @@ import torch
 from bitlinear.attend import reference_attend
 from tests import oracle
 from tests.kernels.test_cuda import compiled
-from tests.test_attend import in_float64, make, make_mask
+from tests.test_attend import in_float64, make, make_mask, rotated
 
 HOPPER = (9, 0)
 
@@ -61,11 +61,9 @@ def test_it_rotates_writes_and_attends(groups, shared, size, length, kind, dtype
         reference_attend(query, *theirs, mask, 0.3, position(at), *new)
         for a, b in zip(ours, theirs):
             oracle.assert_same_bits(a.cpu(), b.cpu())
-        cos, sin = (angle[:, None] for angle in new[2:])
-        first, second = query.chunk(2, dim=-1)
-        rotated = query * cos + torch.cat((-second, first), dim=-1) * sin
-        assert_near(y, in_float64(rotated, *ours, 0.3, mask))
-        oracle.assert_same_bits(attend(rotated, *ours, mask, 0.3).cpu(), y.cpu())
+        turned = rotated(query, *new[2:])
+        assert_near(y, in_float64(turned, *ours, 0.3, mask))
+        oracle.assert_same_bits(attend(turned, *ours, mask, 0.3).cpu(), y.cpu())
 
 
 @DTYPES
@@ -107,10 +105,8 @@ def test_a_position_outside_the_cache_writes_nothing(at):
     y = attend(query, keys, values, all_of(keys), 0.3, position(at), *new)
     for now, old in zip((keys, values), before):
         oracle.assert_same_bits(now.cpu(), old.cpu())
-    cos, sin = (angle[:, None] for angle in new[2:])
-    first, second = query.chunk(2, dim=-1)
-    rotated = query * cos + torch.cat((-second, first), dim=-1) * sin
-    oracle.assert_same_bits(y.cpu(), attend(rotated, keys, values, all_of(keys), 0.3).cpu())
+    turned = rotated(query, *new[2:])
+    oracle.assert_same_bits(y.cpu(), attend(turned, keys, values, all_of(keys), 0.3).cpu())
 
 
 @pytest.mark.parametrize("name", ["query", "new_key", "new_value", "cos"])

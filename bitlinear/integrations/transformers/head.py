@@ -84,7 +84,7 @@ def find_head(model: nn.Module, head: str) -> tuple[nn.Linear, nn.Embedding | No
     else:
         reason = foreign.why_not_linear(layer) or why_no_plain_weight(layer)
     if not reason and _reads_weight(model, layer):
-        reason = f"the code of {type(model).__name__} reads its weight, besides calling it"
+        reason = f"the code of {type(model).__name__} calls it and also reads its weight"
     if not reason and foreign.is_conv1d(layer):
         reason = "it is a Conv1D"
     if not reason and layer.weight.is_meta:

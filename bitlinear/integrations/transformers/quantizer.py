@@ -54,7 +54,7 @@ def attach(model: _Model) -> _Model:
                 type(inner).__name__,
                 type(quantizer).__name__,
                 f"call {foreign.CONVERT_BITNET} before you save it"
-                if any(foreign.is_bitnet(module) for module in inner.modules())
+                if foreign.bitnet_layers(inner)
                 else "save its state_dict instead",
             )
             continue

@@ -356,7 +356,7 @@ REFUSED = {
     "no model": (lambda: nn.Linear(2, 3), {}, "needs a PreTrainedModel"),
     "no head": (lambda: make_llama().model, {}, "LlamaModel has no head"),
     "twice": (lambda: quantize_head(make_llama()), {}, "int8 already: leave head=None"),
-    "read": (make_reader, {}, "the code of ReaderInside reads its weight, besides calling it"),
+    "read": (make_reader, {}, "the code of ReaderInside calls it and also reads its weight"),
     "nan": (lambda: with_head(fill_nan), {}, "NaN or infinite"),
     "bitlinear": (
         lambda: with_head(lambda m: setattr(m, "lm_head", bitlinear.BitLinear(32, 99))),
