@@ -24,6 +24,7 @@ using bitlinear::cuda::Stream;
 using bitlinear::cuda::WgmmaPlan;
 using bitlinear::selftest::Case;
 using bitlinear::selftest::Data;
+using bitlinear::selftest::Example;
 
 namespace {
 
@@ -49,9 +50,10 @@ class Driver {
     for (const int64_t act_bits : {8, 16}) {
       const Case c = next_case(M, N, K, data, act_bits);
       const Placement placement = cases_ % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
+      const Example example(c, cases_);
       for (int kernel = 0; kernel < kKernels; ++kernel) {
         if (!bitlinear::cuda::supports_case(kernel, device_, c, placement)) continue;
-        record(kernel, bitlinear::cuda::check_case(kernel, c, cases_, placement, stream_));
+        record(kernel, bitlinear::cuda::check_case(kernel, example, placement, stream_));
       }
     }
   }
@@ -67,10 +69,14 @@ class Driver {
 
   // One shape by every plan that a kernel can follow, not only by the one that suits it.
   void check_plans(int64_t M, int64_t N, int64_t K, Data data) {
-    for (const int64_t act_bits : {8, 16}) check_plans(next_case(M, N, K, data, act_bits));
+    for (const int64_t act_bits : {8, 16}) {
+      const Case c = next_case(M, N, K, data, act_bits);
+      check_plans(Example(c, cases_));
+    }
   }
-  void check_plans(const Case& c) {
-    const uint64_t seed = cases_;
+  void check_plans(const Example& example) {
+    const uint64_t seed = example.seed;
+    const Case& c = example.operands.shape;
     const int64_t K = c.K;
     const Shape shape = bitlinear::cuda::shape_of(c, Placement::kAligned);
     if (supports(BITLINEAR_CUDA_GEMV, device_, shape)) {
@@ -81,7 +87,7 @@ class Driver {
           const int64_t room = gemv_room(device_, shape);
           if (2 * stage > room) continue;
           const int ring = static_cast<int>(seed % 2 == 0 ? 2 * stage : std::min(5 * stage, room));
-          check_plan(GemvPlan{blocks, log_split, ring}, c, seed);
+          check_plan(GemvPlan{blocks, log_split, ring}, example);
         }
       }
     }
@@ -93,7 +99,7 @@ class Driver {
           const int stages = seed % 2 == 0 ? row_parts : std::min(best.stages, row_parts + 3);
           if (stages < row_parts) continue;
           for (const int blocks : {best.blocks, 1 + best.blocks / 50}) {
-            check_plan(SmallBatchPlan{row_parts, token_parts, blocks, stages}, c, seed);
+            check_plan(SmallBatchPlan{row_parts, token_parts, blocks, stages}, example);
           }
         }
       }
@@ -101,7 +107,7 @@ class Driver {
     if (supports(BITLINEAR_CUDA_SMALL_LAYER, device_, shape)) {
       for (const SmallLayerPlan& tile : bitlinear::cuda::kSmallLayerTiles) {
         const int64_t bytes = small_layer_bytes(tile, K) + bitlinear::cuda::kSmallLayerStaticBytes;
-        if (bytes <= device_.shared_bytes) check_plan(tile, c, seed);
+        if (bytes <= device_.shared_bytes) check_plan(tile, example);
       }
     }
     if (supports(BITLINEAR_CUDA_WGMMA, device_, shape)) {
@@ -109,7 +115,7 @@ class Driver {
         for (const int splits : {1, 2, 4, 8}) {
           const bool fits =
               has_room(tile, shape.M) && (splits == 1 || 2 * splits <= (K + 255) / 256);
-          if (fits) check_plan(WgmmaPlan{tile.rows, tile.tokens, splits}, c, seed);
+          if (fits) check_plan(WgmmaPlan{tile.rows, tile.tokens, splits}, example);
         }
       }
     }
@@ -217,7 +223,7 @@ class Driver {
   // `product` queues the product on activations that have been quantised to this layout.
   template <class Product>
   void check_plan(const std::string& name, int kernel, Layout layout, const Product& product,
-                  const Case& c, uint64_t seed) {
+                  const Example& example) {
     const auto run = [&](const bitlinear_cuda_task& task, cudaStream_t stream) {
       const Call call = {task, plans_ % 2 == 0 ? device_ : small_device_, stream};
       cudaError_t error = cudaSuccess;
@@ -227,19 +233,19 @@ class Driver {
       if (error == cudaSuccess) error = product(call);
       return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
     };
-    record(kPlans, check_case(name, kernel, run, c, seed, Placement::kAligned, stream_));
+    record(kPlans, check_case(name, kernel, run, example, Placement::kAligned, stream_));
     ++plans_;
   }
 
-  void check_plan(const GemvPlan& plan, const Case& c, uint64_t seed) {
+  void check_plan(const GemvPlan& plan, const Example& example) {
     const std::string name = "gemv, blocks " + std::to_string(plan.blocks) + ", log_split " +
                              std::to_string(plan.log_split) + ", ring " +
                              std::to_string(plan.ring_bytes);
     const auto product = [&](const Call& call) { return gemv(call, plan); };
-    check_plan(name, BITLINEAR_CUDA_GEMV, Layout::kRows, product, c, seed);
+    check_plan(name, BITLINEAR_CUDA_GEMV, Layout::kRows, product, example);
   }
 
-  void check_plan(const SmallBatchPlan& plan, const Case& c, uint64_t seed) {
+  void check_plan(const SmallBatchPlan& plan, const Example& example) {
     const std::string name = "small_batch, row_parts " + std::to_string(plan.row_parts) +
                              ", token_parts " + std::to_string(plan.token_parts) + ", blocks " +
                              std::to_string(plan.blocks) + ", stages " +
@@ -247,24 +253,24 @@ class Driver {
     const auto product = [&](const Call& call) {
       return small_batch(call, bitlinear::cuda::activations_of(call.task), plan);
     };
-    check_plan(name, BITLINEAR_CUDA_SMALL_BATCH, Layout::kFragments, product, c, seed);
+    check_plan(name, BITLINEAR_CUDA_SMALL_BATCH, Layout::kFragments, product, example);
   }
 
-  void check_plan(const SmallLayerPlan& plan, const Case& c, uint64_t seed) {
+  void check_plan(const SmallLayerPlan& plan, const Example& example) {
     const std::string name = "small_layer, rows " + std::to_string(plan.rows) + ", tokens " +
                              std::to_string(plan.tokens);
     const auto product = [&](const Call& call) { return small_layer(call, plan); };
-    check_plan(name, BITLINEAR_CUDA_SMALL_LAYER, Layout::kRows, product, c, seed);
+    check_plan(name, BITLINEAR_CUDA_SMALL_LAYER, Layout::kRows, product, example);
   }
 
-  void check_plan(const WgmmaPlan& plan, const Case& c, uint64_t seed) {
+  void check_plan(const WgmmaPlan& plan, const Example& example) {
     const std::string name = "wgmma, rows " + std::to_string(plan.rows) + ", tokens " +
                              std::to_string(plan.tokens) + ", splits " +
                              std::to_string(plan.splits);
     const auto product = [&](const Call& call) {
       return wgmma(call, bitlinear::cuda::activations_of(call.task), plan);
     };
-    check_plan(name, BITLINEAR_CUDA_WGMMA, Layout::kTiles, product, c, seed);
+    check_plan(name, BITLINEAR_CUDA_WGMMA, Layout::kTiles, product, example);
   }
 
   static constexpr int64_t kTails[] = {1,  2,  3,  4,  5,  6,   7,   8,   9,   15,  16,  17, 31,

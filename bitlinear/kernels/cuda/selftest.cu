@@ -30,8 +30,8 @@ class DeviceScope {
   int previous_ = 0;
 };
 
-// Returns the first difference of a kernel, or "".
-std::string check_kernel(int kernel, const Device& device, const Stream& stream) {
+// Returns the first difference of a product, or "".
+std::string check_products(const Device& device, const Stream& stream) {
   constexpr Data kDataKinds[] = {Data::kRandom, Data::kLargestSums, Data::kZero, Data::kNonFinite,
                                  Data::kSubnormal};
   uint64_t seed = 0;
@@ -54,9 +54,14 @@ std::string check_kernel(int kernel, const Device& device, const Stream& stream)
                       seed % 3 == 1,
                       1 + static_cast<int64_t>(seed / 2 % 4)};
       const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
-      if (!supports_case(kernel, device, c, placement)) continue;
-      const std::string difference = check_case(kernel, c, seed, placement, stream);
-      if (!difference.empty()) return difference;
+      const selftest::Example example(c, seed);
+      for (const int kernel : {BITLINEAR_CUDA_DP4A, BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH,
+                               BITLINEAR_CUDA_SMALL_LAYER, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_WGMMA,
+                               BITLINEAR_CUDA_AUTO}) {
+        if (!supports_case(kernel, device, c, placement)) continue;
+        const std::string difference = check_case(kernel, example, placement, stream);
+        if (!difference.empty()) return difference;
+      }
     }
   }
   return "";
@@ -92,13 +97,8 @@ std::string check_device(int index) {
   const Stream stream;
   Device device;
   BITLINEAR_CUDA_CALL(current_device(&device));
-  for (const int kernel : {BITLINEAR_CUDA_DP4A, BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH,
-                           BITLINEAR_CUDA_SMALL_LAYER, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_WGMMA,
-                           BITLINEAR_CUDA_AUTO}) {
-    const std::string difference = check_kernel(kernel, device, stream);
-    if (!difference.empty()) return difference;
-  }
-  return check_training(stream);
+  const std::string difference = check_products(device, stream);
+  return difference.empty() ? check_training(stream) : difference;
 }
 
 }  // namespace

@@ -151,9 +151,11 @@ class Weights {
 // Returns "" or the first difference; throws CudaFailure. `run` queues the task on the stream with
 // this kernel and returns null or an error message. `name` stands for the kernel in messages.
 template <class Run>
-std::string check_case(const std::string& name, int kernel, const Run& run, const selftest::Case& c,
-                       uint64_t seed, Placement placement, const Stream& stream) {
-  const selftest::Operands operands(c, seed);
+std::string check_case(const std::string& name, int kernel, const Run& run,
+                       const selftest::Example& example, Placement placement,
+                       const Stream& stream) {
+  const selftest::Operands& operands = example.operands;
+  const selftest::Case& c = operands.shape;
   const size_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
   const bool unaligned = placement == Placement::kUnaligned;
   const DeviceArray x(stream, operands.x.data(), operands.x.size(), unaligned ? element : 0);
@@ -180,7 +182,8 @@ std::string check_case(const std::string& name, int kernel, const Run& run, cons
   weights.describe(task);
   task.residual = c.residual ? residual.data() : nullptr;
   task.y = y.data() + kGuardBytes;
-  task.w_prefetchable = seed % 3 != 0;  // the copy of y follows those of the weights in the stream
+  // The copy of y follows those of the weights in the stream.
+  task.w_prefetchable = example.seed % 3 != 0;
   const size_t workspace_bytes = static_cast<size_t>(bitlinear_cuda_workspace_bytes(&task, kernel));
   // The old contents of the workspace must not matter.
   std::vector<uint8_t> guard(workspace_bytes + kGuardBytes, kGuard);
@@ -199,22 +202,20 @@ std::string check_case(const std::string& name, int kernel, const Run& run, cons
   if (!is_intact(guard.data())) return "written beyond the workspace at " + describe(c) + where;
   selftest::Buffer got(c.dtype, c.M * c.N);
   memcpy(got.data(), y_memory.data() + kGuardBytes, y_bytes);
-  for (int64_t m = 0; m < c.M; ++m) {
-    const selftest::Expected expected(operands, m);
-    for (int64_t n = 0; n < c.N; ++n) {
-      const std::string difference = expected.compare(m, n, got.get(m * c.N + n));
-      if (!difference.empty()) return difference + where;
-    }
+  for (int64_t i = 0; i < c.M * c.N; ++i) {
+    const std::string difference =
+        selftest::compare_output(c, i / c.N, i % c.N, got.get(i), example.y.get(i));
+    if (!difference.empty()) return difference + where;
   }
   return "";
 }
 
-inline std::string check_case(int kernel, const selftest::Case& c, uint64_t seed,
-                              Placement placement, const Stream& stream) {
+inline std::string check_case(int kernel, const selftest::Example& example, Placement placement,
+                              const Stream& stream) {
   const auto run = [kernel](const bitlinear_cuda_task& task, cudaStream_t on) {
     return bitlinear_cuda_linear(&task, kernel, on);
   };
-  return check_case("kernel " + std::to_string(kernel), kernel, run, c, seed, placement, stream);
+  return check_case("kernel " + std::to_string(kernel), kernel, run, example, placement, stream);
 }
 
 // Whether value i is this fp32 value, rounded to the dtype.

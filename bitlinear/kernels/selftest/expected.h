@@ -86,6 +86,13 @@ inline std::vector<float> reference_values(const Operands& operands, int64_t m) 
   return values;
 }
 
+// Returns "" if `got` is `want` to the bit; else a message. They are y[m, n].
+inline std::string compare_output(const Case& c, int64_t m, int64_t n, float got, float want) {
+  if (isnan(want) ? isnan(got) : memcmp(&got, &want, sizeof(got)) == 0) return "";
+  return "y[" + std::to_string(m) + ", " + std::to_string(n) + "] = " + std::to_string(got) +
+         ", expected " + std::to_string(want) + " at " + describe(c);
+}
+
 // The expected results of token m.
 class Expected {
  public:
@@ -114,15 +121,6 @@ class Expected {
   int32_t q(int64_t k) const { return q_[k]; }
   bool is_scale(float s_x) const { return finite_ ? s_x == s_x_ : isnan(s_x); }
 
-  // Returns "" if `got` is y[m, n] to the bit; else a message.
-  std::string compare(int64_t m, int64_t n, float got) const { return compare(m, n, got, y(m, n)); }
-  std::string compare(int64_t m, int64_t n, float got, float want) const {
-    if (isnan(want) ? isnan(got) : memcmp(&got, &want, sizeof(got)) == 0) return "";
-    return "y[" + std::to_string(m) + ", " + std::to_string(n) + "] = " + std::to_string(got) +
-           ", expected " + std::to_string(want) + " at " + describe(operands_.shape);
-  }
-
- private:
   float y(int64_t m, int64_t n) const {
     const Case& c = operands_.shape;
     const int8_t* t = operands_.t.data() + n * c.K;
@@ -137,10 +135,26 @@ class Expected {
     return rounded.get(0);
   }
 
+ private:
   const Operands& operands_;
   std::vector<int32_t> q_;
   bool finite_ = true;
   float s_x_;
+};
+
+// A case with its operands and its expected results, for all kernels that it is run by.
+struct Example {
+  Example(const Case& c, uint64_t case_seed)
+      : seed(case_seed), operands(c, case_seed), y(c.dtype, c.M * c.N) {
+    for (int64_t m = 0; m < c.M; ++m) {
+      const Expected expected(operands, m);
+      for (int64_t n = 0; n < c.N; ++n) y.set(m * c.N + n, expected.y(m, n));
+    }
+  }
+
+  uint64_t seed;
+  Operands operands;
+  Buffer y;
 };
 
 }  // namespace selftest
