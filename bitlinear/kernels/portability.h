@@ -29,6 +29,9 @@ extern "C" __declspec(dllimport) long long(__stdcall* __stdcall GetProcAddress(H
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__x86_64__) && !defined(BITLINEAR_MSVC)
+#include <cpuid.h>
+#endif
 
 // --- Declarations --------------------------------------------------------------------------------
 
@@ -79,10 +82,10 @@ extern "C" __declspec(dllimport) long long(__stdcall* __stdcall GetProcAddress(H
 
 namespace bitlinear {
 
-// Hides from the compiler how the value of a pointer was computed.
+// Hides from the compiler how a pointer or an integer was computed.
 template <class T>
-inline void hide_origin(T*& pointer) {
-  BITLINEAR_ASM((void)pointer, "" : "+r"(pointer));
+inline void hide_origin(T& value) {
+  BITLINEAR_ASM((void)value, "" : "+r"(value));
 }
 
 // Makes the compiler finish every store, and read memory again after it.
@@ -173,6 +176,25 @@ struct Int16Vector {
 #endif
 };
 
+// Transposes a 4 x 4 matrix of 32-bit elements.
+template <class Row>
+inline void transpose_4x4(Row (&rows)[4]) {
+  static_assert(sizeof(rows) == 64, "16 elements");
+#if !defined(BITLINEAR_MSVC)
+  // GCC copies single elements of arrays through memory, where vectors of them are not ready yet.
+  typedef uint32_t Elements __attribute__((vector_size(16)));
+#else
+  struct Elements {
+    uint32_t element[4];
+    uint32_t operator[](int i) const { return element[i]; }
+  };
+#endif
+  Elements from[4], to[4];
+  memcpy(from, rows, sizeof(from));
+  for (int c = 0; c < 4; ++c) to[c] = Elements{from[0][c], from[1][c], from[2][c], from[3][c]};
+  memcpy(rows, to, sizeof(to));
+}
+
 // --- The register that flushes subnormal numbers to zero -----------------------------------------
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -204,6 +226,25 @@ inline void write_float_control(uint64_t control) {
 constexpr uint32_t kFlushBits = 0;
 inline uint32_t read_float_control() { return 0; }
 inline void write_float_control(uint32_t) {}
+#endif
+
+// --- The CPU -------------------------------------------------------------------------------------
+
+#if defined(__x86_64__) || defined(_M_X64)
+// The family as CPUID gives it, extended family included: 6 of most Intel CPUs, 0x19 of Zen 3
+// and 4.
+inline uint32_t cpu_family() {
+#if defined(BITLINEAR_MSVC)
+  int registers[4];
+  __cpuid(registers, 1);
+  const uint32_t eax = static_cast<uint32_t>(registers[0]);
+#else
+  uint32_t eax = 0, ebx, ecx, edx;
+  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+#endif
+  const uint32_t family = eax >> 8 & 0xF;
+  return family == 0xF ? family + (eax >> 20 & 0xFF) : family;
+}
 #endif
 
 // --- Permission for AMX --------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def test_other_output_dtypes(kernel):
 @pytest.mark.parametrize("act_bits", [8, 16])
 def test_results_do_not_depend_on_batch_or_threads(kernel, threads, act_bits):
     """One row alone, inside a batch of 300, with one thread or several: the same bits."""
-    x, t, bias = random_x(300, 1030), oracle.ternary(515, 1030), random_bias(515)
+    x, t, bias = random_x(300, 1030), oracle.ternary(700, 1030), random_bias(700)
 
     def part(rows):
         return run(x[rows], t, (0.2,), bias, EPS, act_bits)

@@ -7,18 +7,17 @@
 // multiplications. The tables of kGroups groups take 10 or 20 KB of an L1 cache; the 16-bit sums of
 // all rows stream past them.
 //
-// Bound: one 16-bit index and one vector are loaded per packed byte. AVX2 with three loads a cycle:
-// 16 tokens * 4 in 2/3 cycle, against 1.5 dot products of 32 bytes with vpmaddubsw and vpaddw.
-// Reached on one core of a Xeon at 2.8 GHz, at 4096 x 4096 and M = 256: 290 Gop/s. The form with
-// vpmaddubsw reached 150. A fifth of the time goes to the indices, a tenth to the 32-bit sums.
-// NEON's vectors are so short that two of them share an index: for 16 tokens * 4 it loads an index
-// and two vectors and adds twice (neon.cpp has the counts).
+// Bound: one vector and a quarter of a load of four indices for each packed byte. AVX2 with three
+// loads a cycle: 16 tokens * 4 in less than half a cycle, against 1.5 dot products of 32 bytes with
+// vpmaddubsw and vpaddw. Reached on two cores of a Zen 4, at 2560 x 2560 and M = 128: 850 Gop/s
+// with AVX2, 980 with vectors of 64 bytes; on one core of a Xeon at 2.8 GHz, before activations
+// were transposed in registers and indices loaded four at a time (690 and 850 on the Zen 4), 290
+// with AVX2, where the form with vpmaddubsw reached 150. On a Zen 4 a look-up takes 0.22 ns (AVX2)
+// or 0.41 (64 bytes); of 1280 rows and 32 tokens the look-ups take 70 %, the indices 15, the rest
+// is tables, 32-bit sums and output. NEON's vectors are so short that two of them share an index:
+// for 16 tokens * 4 it loads two vectors and adds twice (neon.cpp has the counts).
 //
-// With vectors of 64 bytes the same code reached 390 Gop/s there, 0.67 of the dot product's peak.
-// Panels reach all of that peak, so the VNNI variants use panels. A Zen 4 starts one dot product of
-// 64 bytes a cycle, not two. In an experiment there (2026-11-27, two cores), with gather, indices
-// and stores in vectors, tables gave 900 to 1060 Gop/s from 32 tokens and 1000 rows a thread on,
-// where panels gave 420 to 820. The VNNI variant does not choose between the two yet.
+// Where two dot products of 64 bytes start in a cycle, panels are faster: see avx512_vnni.cpp.
 #pragma once
 
 #include <stdint.h>
@@ -57,17 +56,34 @@ struct Lookup {
                                                      // leave out unused tiles
 };
 
-// x[g][j][t] = q[t, k] for k = 4 * (first_byte + g) + j; zeros beyond the tokens and the bytes.
+// x[g][j][t] = q[t, k] for k = 4 * (first_byte + g) + j. Groups beyond the bytes get zeros, as far
+// as q is padded with them, and tokens beyond the last one repeat it.
 template <class V>
 inline void lookup_gather(const int8_t* q, int64_t q_stride, int64_t tokens, int64_t first_byte,
                           int64_t bytes, Lookup<V>& scratch) {
-  if (tokens < Lookup<V>::kTokens || bytes < Lookup<V>::kDepth)
-    memset(scratch.x, 0, sizeof(scratch.x));
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t g = 0; g < bytes; ++g) {
-      const int64_t byte = first_byte + g;
-      const int8_t* value = q + t * q_stride + byte / V::kWidth * 4 * V::kWidth + byte % V::kWidth;
-      for (int j = 0; j < 4; ++j) scratch.x[g][j][t] = value[j * V::kWidth];
+  constexpr int kLanes = V::kWidth / 4;
+  static_assert(Lookup<V>::kTokens % kLanes == 0, "a tile holds whole vectors of tokens");
+  for (int64_t begin = 0; begin < bytes; begin += V::kWidth) {
+    for (int j = 0; j < 4; ++j) {
+      const int8_t* const plane = q + (first_byte + begin) * 4 + j * V::kWidth;
+      for (int t = 0; t < Lookup<V>::kTokens; t += kLanes) {
+        typename V::Bytes rows[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          rows[i] = V::load_plane(plane + minimum(t + i, tokens - 1) * q_stride);
+        }
+        V::transpose(rows);  // rows[c] now holds bytes 4c .. 4c + 3 of every token
+        for (int c = 0; c < kLanes; ++c) {
+          uint32_t quads[kLanes];
+          memcpy(quads, &rows[c], sizeof(quads));
+          for (int g = 0; g < 4; ++g) {
+            int16_t* const x = scratch.x[begin + 4 * c + g][j] + t;
+            for (int i = 0; i < kLanes; ++i) {
+              const int32_t high = static_cast<int32_t>(quads[i] << (24 - 8 * g));
+              x[i] = static_cast<int16_t>(high >> 24);
+            }
+          }
+        }
+      }
     }
   }
 }
@@ -108,13 +124,16 @@ inline void lookup_index(const uint8_t* packed, int64_t bytes, int64_t row, Look
   }
   // The next slice of k of the same row.
   prefetch(packed + kDepth);
+  // From digits of base 4 to base 3: 4a + b becomes 3a + b in each nibble, then 16A + B 9A + B.
+  uint8_t entry[kDepth];
+  for (int g = 0; g < kDepth; ++g) {
+    const uint8_t pairs = static_cast<uint8_t>(packed[g] - (packed[g] >> 2 & 0x33));
+    entry[g] = static_cast<uint8_t>(pairs - 7 * (pairs >> 4));
+  }
   uint16_t offset[kDepth];
   for (int g = 0; g < kDepth; ++g) {
-    // From digits of base 4 to base 3: 4a + b becomes 3a + b in each nibble, then 16A + B 9A + B.
-    const uint8_t pairs = static_cast<uint8_t>(packed[g] - (packed[g] >> 2 & 0x33));
-    const uint8_t entry = static_cast<uint8_t>(pairs - 7 * (pairs >> 4));
     const size_t table = g % kGroups * sizeof(scratch.tables[0]);
-    offset[g] = static_cast<uint16_t>(table + entry * sizeof(scratch.tables[0][0]));
+    offset[g] = static_cast<uint16_t>(table + entry[g] * sizeof(scratch.tables[0][0]));
   }
   for (int slice = 0; slice < kDepth / kGroups; ++slice) {
     memcpy(scratch.index[slice][row], offset + slice * kGroups, sizeof(scratch.index[slice][row]));
@@ -138,9 +157,16 @@ inline void lookup_add(const uint16_t (*index)[Lookup<V>::kGroups], int64_t rows
   }
   for (int64_t r = 0; r < rows; ++r) {
     Entry sum = kFirst ? Entry{} : scratch.sums16[r];
-    for (int g = 0; g < Lookup<V>::kGroups; ++g) {
-      for (int v = 0; v < kVectors; ++v) {
-        sum.vector[v] += *reinterpret_cast<const Words*>(tables[v] + index[r][g]);
+    // One load has four indices.
+    for (int g = 0; g < Lookup<V>::kGroups; g += 4) {
+      uint64_t indices;
+      memcpy(&indices, index[r] + g, sizeof(indices));
+      hide_origin(indices);  // GCC would load each of them
+      for (int i = 0; i < 4; ++i, indices >>= 16) {
+        for (int v = 0; v < kVectors; ++v) {
+          sum.vector[v] +=
+              *reinterpret_cast<const Words*>(tables[v] + static_cast<uint16_t>(indices));
+        }
       }
     }
     if (kLast) {
@@ -174,19 +200,22 @@ template <class V>
 inline void lookup_store(const bitlinear_task& task, int64_t m, int64_t tokens, int64_t n,
                          int64_t rows, const int32_t (*sums)[Lookup<V>::kTokens]) {
   constexpr int kColumns = 64;
+  constexpr int kLanes = V::kWidth / 4;
+  static_assert(kLanes % 2 == 0, "both rows of a 16-bit token are stored together");
   for (int64_t r = 0; r < rows; r += kColumns) {
     const int64_t count = minimum(rows - r, kColumns);
     const Epilogue<V, kColumns> epilogue(task, n + r, count);
-    const int64_t step = bitlinear_rows_per_token(task.act_bits);
-    for (int64_t t = 0; t < tokens; t += step) {
-      int32_t codes[2][kColumns];
-      // The tables hold sums of weights, the epilogue expects sums of codes.
-      for (int64_t j = 0; j < step; ++j) {
-        for (int64_t i = 0; i < count; ++i) {
-          codes[j][i] = sums[r + i][t + j] + task.q_sum[m + t + j];
+    for (int64_t t = 0; t < tokens; t += kLanes) {
+      alignas(64) int32_t codes[kLanes][kColumns];
+      for (int64_t i = 0; i < count; i += kLanes) {
+        typename V::Bytes lanes[kLanes];
+        for (int64_t j = 0; j < kLanes; ++j) {
+          memcpy(&lanes[j], sums[r + minimum(i + j, count - 1)] + t, sizeof(lanes[j]));
         }
+        V::transpose(lanes);
+        for (int j = 0; j < kLanes; ++j) memcpy(codes[j] + i, &lanes[j], sizeof(lanes[j]));
       }
-      epilogue.store(m + t, step, codes[0], kColumns);
+      epilogue.store(m + t, minimum(tokens - t, kLanes), codes[0], kColumns);
     }
   }
 }
@@ -198,8 +227,13 @@ inline void lookup_block(const bitlinear_task& task, int64_t begin, int64_t toke
   using L = Lookup<V>;
   L& scratch = *static_cast<L*>(task.scratch);
   const int64_t tiles = ceil_div(tokens, L::kTokens);
+  // The tables hold sums of weights, the epilogue expects sums of codes, which are larger by q_sum.
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    memset(scratch.sums[tile], 0, static_cast<size_t>(rows) * sizeof(scratch.sums[0][0]));
+    const int64_t m = tile * L::kTokens;
+    int32_t q_sums[L::kTokens] = {};
+    const int64_t count = minimum(L::kTokens, tokens - m);
+    memcpy(q_sums, task.q_sum + begin + m, static_cast<size_t>(count) * sizeof(q_sums[0]));
+    for (int64_t r = 0; r < rows; ++r) memcpy(scratch.sums[tile][r], q_sums, sizeof(q_sums));
   }
   for (int64_t byte = 0; byte < task.row_bytes; byte += L::kDepth) {
     const int64_t bytes = minimum(L::kDepth, task.row_bytes - byte);
@@ -219,8 +253,9 @@ inline void lookup_block(const bitlinear_task& task, int64_t begin, int64_t toke
   }
 }
 
-// V provides, in addition to the vocabulary of vocabulary.h: kLookupVectors, the vectors of a table
-// entry. More vectors mean more tokens per tile, larger tables, and fewer indices per token.
+// V provides, in addition to the vocabulary of vocabulary.h: transpose(rows), of a square matrix of
+// 32-bit elements; kLookupVectors, the vectors of a table entry. More vectors mean more tokens per
+// tile, larger tables, and fewer indices per token.
 template <class V>
 struct LookupGemm {
   using L = Lookup<V>;

@@ -25,6 +25,19 @@ struct NeonBytes {
   static void reduce4(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d, int32_t* out) {
     vst1q_s32(out, vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));
   }
+  // A 4 x 4 matrix of 32-bit elements.
+  static void transpose(Bytes (&rows)[4]) {
+    const auto pair = [&](int r) {
+      return vtrnq_u32(vreinterpretq_u32_u8(rows[r]), vreinterpretq_u32_u8(rows[r + 1]));
+    };
+    const uint32x4x2_t top = pair(0), bottom = pair(2);
+    for (int c = 0; c < 2; ++c) {
+      const uint64x2_t a = vreinterpretq_u64_u32(top.val[c]);
+      const uint64x2_t b = vreinterpretq_u64_u32(bottom.val[c]);
+      rows[c] = vreinterpretq_u8_u64(vzip1q_u64(a, b));
+      rows[c + 2] = vreinterpretq_u8_u64(vzip2q_u64(a, b));
+    }
+  }
 
   static void floats_from_fp16(const uint16_t* half, int64_t count, float* out) {
     int64_t i = 0;

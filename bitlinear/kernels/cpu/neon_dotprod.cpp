@@ -20,20 +20,6 @@ struct NeonDotprod : NeonDot {
   static constexpr int kPanelTokens = 4;
   static constexpr int kPanelStrips = 6;
   static constexpr int kDecodingTokens = 3;
-
-  // A 4 x 4 matrix of 32-bit elements.
-  static void transpose(Bytes (&rows)[4]) {
-    const auto pair = [&](int r) {
-      return vtrnq_u32(vreinterpretq_u32_u8(rows[r]), vreinterpretq_u32_u8(rows[r + 1]));
-    };
-    const uint32x4x2_t top = pair(0), bottom = pair(2);
-    for (int c = 0; c < 2; ++c) {
-      const uint64x2_t a = vreinterpretq_u64_u32(top.val[c]);
-      const uint64x2_t b = vreinterpretq_u64_u32(bottom.val[c]);
-      rows[c] = vreinterpretq_u8_u64(vzip1q_u64(a, b));
-      rows[c + 2] = vreinterpretq_u8_u64(vzip2q_u64(a, b));
-    }
-  }
 };
 
 // As DotTile, but sdot takes its four bytes from any lane of a register: one load of activations

@@ -28,6 +28,7 @@ struct Scalar : PortableHalf {
   }
   static void store(uint8_t* p, Bytes a) { memcpy(p, a.byte, sizeof(a.byte)); }
   static Bytes load_plane(const int8_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
+  static void transpose(Bytes (&rows)[4]) { transpose_4x4(rows); }
   struct PlaneSum {
     // Baseline instruction sets multiply 16-bit lanes well. A block adds 4 planes of at most 2 *
     // 127 = 254 to a lane: 32 * 4 * 254 = 32512 < 2^15.

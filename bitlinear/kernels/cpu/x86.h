@@ -58,6 +58,24 @@ struct X86Ymm : X86Half {
         reinterpret_cast<__m128i*>(out),
         _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
   }
+  // An 8 x 8 matrix of 32-bit elements.
+  static void transpose(Bytes (&rows)[8]) {
+    Bytes quads[8];  // quads[4g + c], 128-bit lane l: column 4l + c of rows 4g .. 4g + 3
+    for (int g = 0; g < 8; g += 4) {
+      const Bytes a = _mm256_unpacklo_epi32(rows[g], rows[g + 1]);
+      const Bytes b = _mm256_unpackhi_epi32(rows[g], rows[g + 1]);
+      const Bytes c = _mm256_unpacklo_epi32(rows[g + 2], rows[g + 3]);
+      const Bytes d = _mm256_unpackhi_epi32(rows[g + 2], rows[g + 3]);
+      quads[g] = _mm256_unpacklo_epi64(a, c);
+      quads[g + 1] = _mm256_unpackhi_epi64(a, c);
+      quads[g + 2] = _mm256_unpacklo_epi64(b, d);
+      quads[g + 3] = _mm256_unpackhi_epi64(b, d);
+    }
+    for (int c = 0; c < 4; ++c) {
+      rows[c] = _mm256_permute2x128_si256(quads[c], quads[4 + c], 0x20);
+      rows[4 + c] = _mm256_permute2x128_si256(quads[c], quads[4 + c], 0x31);
+    }
+  }
 };
 
 }  // namespace
