@@ -29,6 +29,9 @@ from scripts import tools
 RESULTS = Path(__file__).parents[1] / "bench" / "results" / "instructions.json"
 PRODUCTS = 256  # 64 packed bytes, one token
 
+# The extraction of 16 of 64 bits.
+INDEX = r"ubfx\tx|and\tx\d+, x\d+, #0xffff|lsr\t[wx]\d+, [wx]\d+, #(?:16|48)$"
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -51,8 +54,8 @@ class Loop:
 LOOPS = (
     # Four rows share the 16 vectors of activations.
     Loop("neon", "GEMV", (r"smlal2?\t", 8), True, (4 + 16 / 4, 20, 32)),
-    # An index serves 16 tokens: 4 weights x 16 products.
-    Loop("neon", "GEMM", (r"ldu?rh\t", 64), False, (4 + 8 + 4 / 8, 0, 8)),
+    # An index serves 16 tokens: 4 weights x 16 products. One load has four of them.
+    Loop("neon", "GEMM", (INDEX, 64), False, (4 / 4 + 8 + 4 / 8, 4, 8)),
     Loop("neon_dotprod", "GEMV", (r"sdot\t.*\.16b$", 16), True, (4 + 16 / 4, 16, 16)),
     # 24 rows and 4 tokens share their loads.
     Loop("neon_dotprod", "GEMM", (r"sdot\t.*\.4b\[", 16), False, (16 / 4 + 16 / 24, 0, 16)),
@@ -65,7 +68,7 @@ BITNET = {"loads": 4, "masks and shifts": 28, "arithmetic": 16, "other": 0, "tot
 
 CLASSES = {
     "loads": r"ld(u?r|p|ur[hb]|rh|1)\t",
-    "masks and shifts": r"(and|bic|ushr|sshr|zip[12]|trn[12]|uzp[12])\tv",
+    "masks and shifts": rf"(and|bic|ushr|sshr|zip[12]|trn[12]|uzp[12])\tv|{INDEX}",
     "arithmetic": r"(smlal2?|sdot|smmla)\t|add\tv",
 }
 

@@ -2,8 +2,9 @@
 // products to 16-bit sums, which are flushed to 32 bits before they can reach 2^15.
 //
 // Not timed: no Arm machine was available. Instructions per 64 packed bytes and token, which are
-// 256 multiplications (`python -m scripts.dev.instruction_mix`): the GEMV takes 63, of which 32 are
-// smlal and 20 masks and shifts; the lookup form takes 23, of which 12.5 are loads and 8 additions.
+// 256 multiplications (`python -m scripts.dev.instruction_mix`): the GEMV takes 62, of which 32 are
+// smlal and 20 masks and shifts; the lookup form takes 24, of which 9.5 are loads, 8 additions and
+// 4 extractions of indices. (With a load for each index it took 23, of which 12.5 were loads.)
 #include "neon.h"
 #include "gemm_lookup.h"
 #include "vocabulary.h"

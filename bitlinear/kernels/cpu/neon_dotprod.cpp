@@ -2,7 +2,7 @@
 // Neoverse N1 and Apple's M1.
 //
 // Not timed: no Arm machine was available. Instructions per 64 packed bytes and token, which are
-// 256 multiplications (`python -m scripts.dev.instruction_mix`): the GEMV takes 43, of which 36
+// 256 multiplications (`python -m scripts.dev.instruction_mix`): the GEMV takes 42, of which 36
 // read, mask and multiply. bitnet.cpp's sequence takes 48 without reading activations. The panel
 // takes 21, of which 16 are sdot.
 #include "neon_dotprod.h"
