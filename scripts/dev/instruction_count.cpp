@@ -21,7 +21,7 @@ int main(int, char** arguments) {
   std::vector<int8_t> q(static_cast<size_t>(M * q_stride));
   std::vector<float> s_x(static_cast<size_t>(M)), y(static_cast<size_t>(M * N));
   std::vector<int32_t> q_sum(static_cast<size_t>(M));
-  const int64_t scratch_bytes = ceil_div(GEMM::scratch_bytes(M), 64) * 64;
+  const int64_t scratch_bytes = ceil_div(GEMM::scratch_bytes(M, row_bytes), 64) * 64;
 
   bitlinear_task task = {};
   const bitlinear_prologue plain = {};

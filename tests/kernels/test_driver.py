@@ -59,12 +59,12 @@ def test_driver_under_sanitizers(variant, compiled_driver):
     check(*runner, driver, *(["quick"] if runner else []), env=NO_LEAK_DETECTOR if runner else None)
 
 
-@pytest.mark.parametrize("has_one", [0, 1], ids=["panels", "tables"])
-def test_both_large_products_of_avx512(has_one, compiled_driver):
+@pytest.mark.parametrize("is_zen4", [0, 1], ids=["panels", "tables"])
+def test_both_large_products_of_avx512(is_zen4, compiled_driver):
     """The CPU chooses between them, so that other tests see one."""
     variant = next(variant for variant in VARIANTS if variant.name == "avx512_vnni")
     runners(variant)
-    flag = f"-DBITLINEAR_STARTS_ONE_DOT_PRODUCT={has_one}"
+    flag = f"-DBITLINEAR_IS_ZEN4={is_zen4}"
     check(compiled_driver("g++", variant, flag, *SANITIZE))
 
 

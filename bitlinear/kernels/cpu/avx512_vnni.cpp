@@ -1,8 +1,9 @@
 // AVX512-VNNI: Intel from Cascade Lake / Ice Lake on, AMD from Zen 4 on.
 //
-// Most of these CPUs start two dot products of 64 bytes a cycle, and panels reach that rate. Zen 4
-// starts one, which bounds panels by 460 Gop/s on a core of a VM: they reach 380 to 450 there, and
-// tables, which multiply nothing, reach 440 to 520.
+// Server Xeons and server Zen 5 start two dot products of 64 bytes a cycle, and panels reach that
+// rate. Zen 4 starts one, which bounds panels by 460 Gop/s on a core of a VM: they reach 380 to 450
+// there, and tables, which multiply nothing, reach 440 to 520. Other CPUs were not measured, and
+// have panels.
 #include <stddef.h>
 
 #include "avx512.h"
@@ -30,17 +31,21 @@ using Tables = LookupGemm<Avx512Vnni>;
 // Whole tiles of tokens by tables, if they are faster, and the other tokens by panels.
 struct TablesAndPanels {
   static constexpr int64_t kTokens = Tables::L::kTokens;
-  static constexpr bitlinear_costs kCosts = {kTokens, Panels::kCosts.row_unit,
-                                             Tables::kCosts.per_row, Tables::kCosts.per_token};
+  // Fewer rows do not amortise the tables, shorter rows not the 32-bit sums.
+  static constexpr int64_t kFewestRows = 640, kFewestBytes = 256;
+  static constexpr bitlinear_costs kCosts = Panels::kCosts;
 
-  static int64_t scratch_bytes(int64_t M) {
-    return M < kTokens ? Panels::scratch_bytes(M) : Tables::scratch_bytes(M);
+  // Of M tokens, those that tables take.
+  static int64_t tokens_of_tables(int64_t M, int64_t row_bytes) {
+    return row_bytes < kFewestBytes ? 0 : M / kTokens * kTokens;
+  }
+  static int64_t scratch_bytes(int64_t M, int64_t row_bytes) {
+    return tokens_of_tables(M, row_bytes) == 0 ? Panels::scratch_bytes(M, row_bytes)
+                                               : Tables::scratch_bytes(M, row_bytes);
   }
   static void run(const bitlinear_task& task) {
-    // Fewer rows do not amortise the tables, shorter rows not the 32-bit sums.
-    constexpr int64_t kRows = 640, kRowBytes = 256;
-    const bool pays = task.n_end - task.n_begin >= kRows && task.row_bytes >= kRowBytes;
-    const int64_t tokens = pays ? task.M / kTokens * kTokens : 0;
+    const bool pays = task.n_end - task.n_begin >= kFewestRows;
+    const int64_t tokens = pays ? tokens_of_tables(task.M, task.row_bytes) : 0;
     if (tokens > 0) Tables::run(tokens_of(task, 0, tokens));
     if (tokens < task.M) Panels::run(tokens_of(task, tokens, task.M));
   }
@@ -52,9 +57,9 @@ constexpr bitlinear_kernel_table kTablesAndPanels =
     make_table<Avx512Vnni, TablesAndPanels>("avx512_vnni");
 
 // A test defines this, to run both forms on any CPU with AVX-512.
-#ifndef BITLINEAR_STARTS_ONE_DOT_PRODUCT
+#ifndef BITLINEAR_IS_ZEN4
 // Of AMD's family 19h, Zen 4 alone has AVX-512.
-#define BITLINEAR_STARTS_ONE_DOT_PRODUCT (cpu_family() == 0x19)
+#define BITLINEAR_IS_ZEN4 (cpu_family() == 0x19)
 #endif
 
 }  // namespace
@@ -62,5 +67,5 @@ constexpr bitlinear_kernel_table kTablesAndPanels =
 
 const bitlinear_kernel_table* bitlinear_kernels(void) {
   using namespace bitlinear;
-  return BITLINEAR_STARTS_ONE_DOT_PRODUCT ? &kTablesAndPanels : &kPanels;
+  return BITLINEAR_IS_ZEN4 ? &kTablesAndPanels : &kPanels;
 }

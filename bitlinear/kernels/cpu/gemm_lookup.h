@@ -1,23 +1,21 @@
 // Lookup GEMM: many tokens against many weight rows, with tables in place of multiplications (the
-// method of four Russians), for instruction sets without a dot product of bytes.
+// method of four Russians), for CPUs without a dot product of bytes, or with a slow one.
 //
 // Four ternary weights select one of 81 sums +-x0 +-x1 +-x2 +-x3. For a tile of tokens, one per
 // 16-bit lane, and a group of four k, these 81 sums are computed once. Then each packed byte of a
 // weight row is the index of a table entry, and one vector addition replaces 4 * kTokens
-// multiplications. The tables of kGroups groups take 10 or 20 KB of an L1 cache; the 16-bit sums of
-// all rows stream past them.
+// multiplications. The tables of kGroups groups take 10 to 41 KB of the L1 and L2 caches (fewer
+// groups than fit into L1 are slower: the 16-bit sums move more often); the 16-bit sums of all rows
+// stream past them.
 //
-// Bound: one vector and a quarter of a load of four indices for each packed byte. AVX2 with three
-// loads a cycle: 16 tokens * 4 in less than half a cycle, against 1.5 dot products of 32 bytes with
-// vpmaddubsw and vpaddw. Reached on two cores of a Zen 4, at 2560 x 2560 and M = 128: 850 Gop/s
-// with AVX2, 980 with vectors of 64 bytes; on one core of a Xeon at 2.8 GHz, before activations
-// were transposed in registers and indices loaded four at a time (690 and 850 on the Zen 4), 290
-// with AVX2, where the form with vpmaddubsw reached 150. On a Zen 4 a look-up takes 0.22 ns (AVX2)
-// or 0.41 (64 bytes); of 1280 rows and 32 tokens the look-ups take 70 %, the indices 15, the rest
-// is tables, 32-bit sums and output. NEON's vectors are so short that two of them share an index:
-// for 16 tokens * 4 it loads two vectors and adds twice (neon.cpp has the counts).
-//
-// Where two dot products of 64 bytes start in a cycle, panels are faster: see avx512_vnni.cpp.
+// Bound: the loads, of a vector for each packed byte and of four indices for every fourth one. A
+// Zen 4 loads two vectors of 32 bytes or one of 64 a cycle: 0.14 and 0.27 ns a look-up, and reached
+// are 0.22 (AVX2) and 0.41. Two cores there, 2560 x 2560, M = 128: 850 Gop/s with AVX2, 980 with
+// vectors of 64 bytes. Of 1280 rows and 32 tokens the look-ups take 70 % of the time, the indices
+// 15 %, tables, 32-bit sums and output the rest. An earlier form (690 Gop/s with AVX2 on the Zen 4)
+// reached 290 on one core of a Xeon at 2.8 GHz, at 4096 x 4096 and M = 256, where vpmaddubsw
+// reached 150. NEON's vectors are so short that two of them share an index: for 16 tokens * 4 it
+// loads two vectors and adds twice (neon.cpp has the counts).
 #pragma once
 
 #include <stdint.h>
@@ -27,6 +25,8 @@
 #include "heuristics.h"
 
 namespace bitlinear {
+
+constexpr int kLookupColumns = 64;  // rows whose output is written together
 
 template <class V>
 struct Lookup {
@@ -44,6 +44,8 @@ struct Lookup {
   struct Entry {
     Words vector[kVectors];
   };
+
+  static_assert(kRows % kLookupColumns == 0, "blocks of rows are cut there");
 
   alignas(64) Entry tables[kGroups][kEntries];
   static_assert(sizeof(tables) <= 1 << 16, "an index has 16 bits");
@@ -199,7 +201,7 @@ inline void lookup_tile(int64_t rows, int64_t bytes, Lookup<V>& scratch,
 template <class V>
 inline void lookup_store(const bitlinear_task& task, int64_t m, int64_t tokens, int64_t n,
                          int64_t rows, const int32_t (*sums)[Lookup<V>::kTokens]) {
-  constexpr int kColumns = 64;
+  constexpr int kColumns = kLookupColumns;
   constexpr int kLanes = V::kWidth / 4;
   static_assert(kLanes % 2 == 0, "both rows of a 16-bit token are stored together");
   for (int64_t r = 0; r < rows; r += kColumns) {
@@ -261,20 +263,25 @@ struct LookupGemm {
   using L = Lookup<V>;
 
   // Building a table costs the additions of 81 rows; gathering its x costs some 50 more. An index
-  // costs as much as half a tile.
+  // costs as much as half a tile. Fitted to an earlier form; on a Zen 4 a table costs 142 (64
+  // bytes) to 178 (AVX2) rows, its x 20, an index a fifth to a half of a tile.
   static constexpr bitlinear_costs kCosts = {L::kTokens, 64, L::kTokens / 2, L::kEntries + 50};
 
   // The size of Lookup without the tiles that the task does not need.
-  static int64_t scratch_bytes(int64_t M) {
+  static int64_t scratch_bytes(int64_t M, int64_t /*row_bytes*/) {
     const int64_t unused = L::kTiles - minimum(ceil_div(M, L::kTokens), L::kTiles);
     return static_cast<int64_t>(sizeof(L)) - unused * static_cast<int64_t>(sizeof(L::sums[0]));
   }
 
   static void run(const bitlinear_task& task) {
-    for (int64_t n = task.n_begin; n < task.n_end; n += L::kRows) {
+    // Blocks of nearly equal size: a block of a few rows would not amortise its tables.
+    const int64_t all_rows = task.n_end - task.n_begin;
+    const int64_t blocks = (all_rows - 1) / L::kRows + 1;
+    const int64_t block_rows = round_up(ceil_div(all_rows, blocks), kLookupColumns);
+    for (int64_t n = task.n_begin; n < task.n_end; n += block_rows) {
       for (int64_t m = 0; m < task.M; m += L::kTiles * L::kTokens) {
         lookup_block<V>(task, m, minimum(task.M - m, L::kTiles * L::kTokens), n,
-                        minimum(task.n_end - n, L::kRows));
+                        minimum(task.n_end - n, block_rows));
       }
     }
   }

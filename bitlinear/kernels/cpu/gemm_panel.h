@@ -178,7 +178,7 @@ struct PanelGemm {
   // Rows beyond the last whole panel run in a narrower panel, so a strip is the unit.
   static constexpr bitlinear_costs kCosts = {V::kPanelTokens, Panel<V>::kLanes, V::kDecodingTokens,
                                              V::kFetchingRows};
-  static int64_t scratch_bytes(int64_t M) {
+  static int64_t scratch_bytes(int64_t M, int64_t /*row_bytes*/) {
     using P = Panel<V>;
     const int64_t tokens = minimum(M, P::kBlockTokens);
     return static_cast<int64_t>(sizeof(P)) - (P::kBlockTokens - tokens) * P::kBlockRows * 4;

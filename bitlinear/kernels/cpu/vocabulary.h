@@ -52,7 +52,7 @@ void linear(const bitlinear_task* task) {
 
 template <class V, class Gemm>
 int64_t scratch_bytes(int64_t M, int64_t row_bytes) {
-  return use_gemm<V>(M, row_bytes) ? Gemm::scratch_bytes(M) : 0;
+  return use_gemm<V>(M, row_bytes) ? Gemm::scratch_bytes(M, row_bytes) : 0;
 }
 
 template <class V, class Gemm>
