@@ -47,7 +47,8 @@ class LinearGroup(nn.Module):
         ``(..., N)`` of each layer.
 
     Raises:
-        TypeError: A layer is not an ``nn.Linear``, or the norm is not a module.
+        TypeError: ``layers`` is no mapping, a layer is not an ``nn.Linear``, or the norm is not a
+            module.
         ValueError: The number of layers, a name or the activation is not as above, or the layers
             differ in ``in_features``.
     """
@@ -59,6 +60,11 @@ class LinearGroup(nn.Module):
         activation: str | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(layers, (Mapping, nn.ModuleDict)):
+            raise TypeError(
+                f"layers must be a mapping from names to layers, such as {{'q': layer}}, but it is "
+                f"a {type(layers).__name__}"
+            )
         if not 1 <= len(layers) <= MAX_WEIGHTS:
             raise ValueError(
                 f"a LinearGroup has 1 to {MAX_WEIGHTS} layers, but got {len(layers)}: make several "
@@ -76,7 +82,7 @@ class LinearGroup(nn.Module):
                 raise TypeError(
                     f"layers must be nn.Linear or BitLinear, but {name} is a {type(layer).__name__}"
                 )
-            if name == _NORM or hasattr(self, name):
+            if name == _NORM or "." in name or not name or hasattr(self, name):
                 raise ValueError(f"a layer cannot have the name {name!r}: choose another one")
             self.add_module(name, layer)
         widths = {name: layer.in_features for name, layer in layers.items()}

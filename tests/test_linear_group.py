@@ -409,6 +409,8 @@ WRONG = [
     (lambda: {"q": BitLinear(4, 4), "k": BitLinear(5, 4)}, ValueError, r"\{'q': 4, 'k': 5\}"),
     (lambda: {"forward": BitLinear(4, 4)}, ValueError, "cannot have the name 'forward'"),
     (lambda: {"norm": BitLinear(4, 4)}, ValueError, "cannot have the name 'norm'"),
+    (lambda: {"a.b": BitLinear(4, 4)}, ValueError, r"cannot have the name 'a\.b'"),
+    (lambda: [BitLinear(4, 4)], TypeError, "mapping from names to layers.* it is a list"),
 ]
 
 

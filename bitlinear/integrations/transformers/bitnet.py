@@ -99,10 +99,17 @@ def convert(
             f"place: pass the model that holds this layer"
         )
     if not layers:
-        if any(layer.is_deployed for layer in bitlinear_layers(model).values()):
+        converted = bitlinear_layers(model).values()
+        if any(layer.is_deployed for layer in converted):
             raise ValueError(
                 f"this {type(model).__name__} is converted already: quantize_head(model) and "
                 f"fuse(model) do the rest of what convert does"
+            )
+        if converted:
+            raise ValueError(
+                f"the BitLinear layers of this {type(model).__name__} are not deployed: "
+                f"bitlinear.deploy(model) packs them, fuse(model) and speed_up_decoding(model) do "
+                f"the rest of what convert does"
             )
         raise ValueError(
             f"this {type(model).__name__} has no BitNet layer: for nn.Linear layers use "

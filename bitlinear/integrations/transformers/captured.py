@@ -52,8 +52,10 @@ def generate(
     for the tokens of this call, with ``cache_implementation="static"`` or without. Before a chat of
     several calls, make one with room for all of them: ``StaticCache(config=model.config,
     max_cache_len=4096)``.
-    The call returns the same tokens as ``model.generate`` with a static cache that is not compiled;
-    for sampling too, from the same seed.
+    The call returns the same tokens as ``model.generate`` with a static cache of the same length
+    that is not compiled; for sampling too, from the same seed. With another cache attention can
+    round in other places, on which a token can depend: between ``generate`` and ``model.generate``
+    as between two calls of ``model.generate``.
 
     On a GPU the rotation of queries and keys in fused decoder layers, the product of an int8 head
     and the choice are compiled when they first run, with the same roundings; it takes 8 s.

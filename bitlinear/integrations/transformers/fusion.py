@@ -41,9 +41,9 @@ def fuse(model: _Model) -> _Model:
         ValueError: The model has no deployed BitLinear layer.
     """
     if not _has_deployed(model):
+        remedy = "bitlinear.deploy(model)" if bitlinear_layers(model) else "convert the model"
         raise ValueError(
-            f"this {type(model).__name__} has no deployed BitLinear layer to fuse: convert or "
-            f"deploy it first"
+            f"this {type(model).__name__} has no deployed BitLinear layer to fuse: first {remedy}"
         )
     unfused: dict[tuple[str, str], list[str]] = {}
     blocks = list(_blocks(model))

@@ -13,7 +13,7 @@ from .attention import rotate_and_attend
 from .rotation import NewToken
 from .small_kernels import call, rotate_and_store
 
-USE_GENERATE = "call model.generate instead, without capture"
+USE_GENERATE = "call model.generate instead"
 """The remedy for what cannot be captured."""
 
 

@@ -324,6 +324,8 @@ def test_invalid_layers_are_named_and_nothing_changes(make, message):
 def test_models_without_bitnet_layers_raise():
     with pytest.raises(ValueError, match=r"Linear has no BitNet layer.*use bitlinear\.convert"):
         convert(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"not deployed: bitlinear\.deploy"):
+        convert(nn.Sequential(BitLinear(8, 8)))
     with pytest.raises(ValueError, match="pass the model that holds this layer"):
         convert(packed_layer(oracle.ternary(8, 8)))
 

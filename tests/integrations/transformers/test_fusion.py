@@ -425,8 +425,11 @@ def test_what_stays_unfused_in_a_known_block_is_reported(caplog):
 
 
 def test_a_model_without_deployed_layers_is_refused():
-    for model in (make_llama(), bitlinear.convert(make_llama())):
-        with pytest.raises(ValueError, match="LlamaForCausalLM has no deployed BitLinear layer"):
+    for model, remedy in (
+        (make_llama(), "convert the model"),
+        (bitlinear.convert(make_llama()), r"bitlinear\.deploy"),
+    ):
+        with pytest.raises(ValueError, match=f"Llama.* has no deployed BitLinear.* first {remedy}"):
             fuse(model)
         assert not fused_layers(model)
 
