@@ -372,6 +372,37 @@ def test_an_address_that_is_used_again_is_checked():
     pytest.skip("the allocator never gave the same address again")
 
 
+@pytest.mark.skipif(not bitlinear.HAS_BITLINEAR, reason="about the compiled operator")
+def test_an_alias_with_a_version_counter_of_its_own_is_checked():
+    """Each `.data` counts from 0, so two of them have the same version and other bytes."""
+    _, w_packed, w_scale = operands(40, 64)
+    x = torch.randn(3, 64)
+    for _ in range(2):
+        OP(x, w_packed.data, w_scale, None, 64)
+    w_packed.fill_(255)  # counted by w_packed alone
+    with pytest.raises(ValueError, match="code 3"):
+        OP(x, w_packed.data, w_scale, None, 64)
+
+
+@pytest.mark.skipif(not bitlinear.HAS_BITLINEAR, reason="about the compiled operator")
+def test_slices_share_the_counter_of_their_tensor():
+    """Stacked experts: what is known of `w[e]` holds for the next `w[e]`, until w changes."""
+    _, w_packed, w_scale = operands(40, 64)
+    experts, x = torch.stack([w_packed, w_packed]), torch.randn(3, 64)
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            OP(x, experts[1], w_scale, None, 64)
+            experts.numpy()[1, 0, 0] = 255  # past the counter, so that a check would be seen
+            OP(x, experts[1], w_scale, None, 64)
+        experts[1, 0, 0] = 0x55
+        experts[0].fill_(255)
+        OP(x, experts[1], w_scale, None, 64)
+        experts[1, 0, 0] = 255
+        with pytest.raises(ValueError, match="code 3"):
+            OP(x, experts[1], w_scale, None, 64)
+        experts.copy_(torch.stack([w_packed, w_packed]))
+
+
 def test_inference_tensors_are_checked_in_every_call():
     """They have no version counter."""
     with torch.inference_mode():

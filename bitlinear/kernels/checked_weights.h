@@ -1,78 +1,20 @@
-// A cache of packed weights whose codes are valid. A call checks the weights that are not in it:
-// arithmetic on the bytes, such as an average over buffers, makes codes that no kernel can read.
+// The check of packed weights: arithmetic on the bytes, such as an average over buffers, makes
+// codes that no kernel can read.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <c10/core/StorageImpl.h>
+#include <c10/util/Exception.h>
 
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <iterator>
-#include <mutex>
-#include <unordered_map>
+
+#include "weight_facts.h"
 
 namespace bitlinear {
 
-// The key is the address, the storage and its version, which every operation that writes to a
-// tensor raises. So slices of a larger tensor hit too. Writes past the version counter (NumPy,
-// `.data`) do not invalidate an entry.
-class CheckedWeights {
- public:
-  bool contains(const at::Tensor& w, int64_t in_features) {
-    if (w.is_inference()) return false;  // it has no version counter
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = entries_.find(location_of(w, in_features));
-    // The weak pointer keeps the address of the storage from being reused.
-    return found != entries_.end() && found->second.version == w._version() &&
-           found->second.storage._unsafe_get_target() == w.storage().unsafeGetStorageImpl();
-  }
-
-  void add(const at::Tensor& w, int64_t in_features) {
-    if (w.is_inference()) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (entries_.size() >= next_sweep_) sweep();
-    entries_.insert_or_assign(location_of(w, in_features),
-                              Entry{w.storage().getWeakStorageImpl(), w._version()});
-  }
-
- private:
-  struct Location {
-    const void* data;
-    int64_t rows, row_stride, byte_stride, in_features;
-    bool operator==(const Location& other) const {
-      return data == other.data && rows == other.rows && row_stride == other.row_stride &&
-             byte_stride == other.byte_stride && in_features == other.in_features;
-    }
-  };
-  struct Hash {
-    size_t operator()(const Location& location) const {
-      return std::hash<const void*>()(location.data);
-    }
-  };
-  struct Entry {
-    c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-    int64_t version;
-  };
-
-  static Location location_of(const at::Tensor& w, int64_t in_features) {
-    return {w.const_data_ptr(), w.size(0), w.stride(0), w.stride(1), in_features};
-  }
-
-  void sweep() {
-    for (auto entry = entries_.begin(); entry != entries_.end();) {
-      entry = entry->second.storage.expired() ? entries_.erase(entry) : std::next(entry);
-    }
-    next_sweep_ = 2 * entries_.size() + 64;
-  }
-
-  std::mutex mutex_;
-  std::unordered_map<Location, Entry, Hash> entries_;
-  size_t next_sweep_ = 64;
-};
-
-inline CheckedWeights& checked_weights() {
-  static auto* const weights = new CheckedWeights;  // outlives every thread
+// Weights whose codes are valid. A call checks those that are not among them.
+struct Checked {};
+inline WeightFacts<Checked>& checked_weights() {
+  static auto* const weights = new WeightFacts<Checked>;  // outlives every thread
   return *weights;
 }
 

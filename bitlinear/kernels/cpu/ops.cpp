@@ -35,7 +35,7 @@ using bitlinear::kernel_dtype;
 
 // Raises ValueError if the weights hold an invalid code. Weights in checked_weights() are not read.
 void check_codes(const Tensor& w_packed, const uint8_t* rows, int64_t K) {
-  if (bitlinear::checked_weights().contains(w_packed, K)) return;
+  if (bitlinear::checked_weights().find(w_packed, K)) return;
   const int64_t N = w_packed.size(0), row_bytes = w_packed.size(1);
   std::atomic<int64_t> first_row{N};
   for_each_row(N, K, [&](int64_t n) {
@@ -49,7 +49,7 @@ void check_codes(const Tensor& w_packed, const uint8_t* rows, int64_t K) {
     const int64_t b = bitlinear::find_invalid_byte(row, K);
     bitlinear::report_invalid_byte(row[b], n, b, K);
   }
-  bitlinear::checked_weights().add(w_packed, K);
+  bitlinear::checked_weights().add(w_packed, K, {});
 }
 
 Tensor compute(const bitlinear::Product& product) {
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int
   for_each_row(N, K, [&](int64_t n) {
     kernels->pack_row(rows + n * bytes, dtype, K, s_w[n * stride], out + n * row_bytes);
   });
-  bitlinear::checked_weights().add(packed, K);
+  bitlinear::checked_weights().add(packed, K, {});
   return {packed, scale};
 }
 

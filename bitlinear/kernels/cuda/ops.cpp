@@ -11,14 +11,12 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <iterator>
-#include <mutex>
 #include <optional>
-#include <unordered_map>
 
 #include "../arguments.h"
 #include "../checked_weights.h"
 #include "../product.h"
+#include "../weight_facts.h"
 #include "task.h"
 
 namespace {
@@ -36,65 +34,21 @@ bool is_capturing(const c10::cuda::CUDAStream& stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// A cache of the weights that calls have read, with their versions. On a hit, a kernel can read the
-// weights while the previous work in the stream still runs.
+// The weights that calls have read, each with the stream of the last one. Where a fact holds, a
+// kernel can read the weights while the previous work in the stream still runs.
 //
 // Invariant: the weights were written before an earlier call, which started after all work before
 // it had ended; their version has not changed since. A write past torch's version counter (a
 // foreign kernel, `.data`) breaks the invariant if a call follows it directly.
-class PrefetchableWeights {
- public:
-  // Whether `w` is cached, unchanged. A captured graph runs after all calls that the cache has
-  // seen.
-  bool contains(const Tensor& w, const c10::cuda::CUDAStream& stream) {
-    if (w.is_inference()) return false;  // it has no version counter
-    c10::cuda::CUDAStream reader = stream;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = entries_.find(w.unsafeGetTensorImpl());
-      if (found == entries_.end() || found->second.version != w._version() ||
-          found->second.data != w.const_data_ptr()) {
-        return false;
-      }
-      reader = found->second.stream;
-    }
-    return reader == stream || is_capturing(stream);
-  }
-
-  // Call this when work that reads `w` is in the stream. Captured work is not added: it may never
-  // run.
-  void add(const Tensor& w, const c10::cuda::CUDAStream& stream) {
-    if (w.is_inference() || is_capturing(stream)) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (entries_.size() >= next_sweep_) sweep();
-    const c10::weak_intrusive_ptr<c10::TensorImpl> tensor(w.getIntrusivePtr());
-    entries_.insert_or_assign(w.unsafeGetTensorImpl(),
-                              Entry{tensor, w.const_data_ptr(), w._version(), stream});
-  }
-
- private:
-  struct Entry {
-    c10::weak_intrusive_ptr<c10::TensorImpl> tensor;  // keeps the address from being reused
-    const void* data;
-    int64_t version;
-    c10::cuda::CUDAStream stream;
-  };
-
-  void sweep() {
-    for (auto entry = entries_.begin(); entry != entries_.end();) {
-      entry = entry->second.tensor.expired() ? entries_.erase(entry) : std::next(entry);
-    }
-    next_sweep_ = 2 * entries_.size() + 64;
-  }
-
-  std::mutex mutex_;
-  std::unordered_map<const c10::TensorImpl*, Entry> entries_;
-  size_t next_sweep_ = 64;
-};
-
-PrefetchableWeights& prefetchable_weights() {
-  static auto* const weights = new PrefetchableWeights;  // outlives every thread
+bitlinear::WeightFacts<c10::cuda::CUDAStream>& read_weights() {
+  static auto* const weights = new bitlinear::WeightFacts<c10::cuda::CUDAStream>;
   return *weights;
+}
+
+// A captured graph runs after all calls that have read the weights.
+bool is_prefetchable(const Tensor& w, int64_t K, const c10::cuda::CUDAStream& stream) {
+  const std::optional<c10::cuda::CUDAStream> reader = read_weights().find(w, K);
+  return reader && (*reader == stream || is_capturing(stream));
 }
 
 // Not at::empty: its way through the dispatcher costs as much as a launch.
@@ -110,7 +64,7 @@ void* current_stream(const Tensor& tensor) {
 // The check waits for the GPU, which a capture forbids, so a capture skips it.
 void check_codes(const Tensor& w_packed, const uint8_t* packed, int64_t K,
                  const c10::cuda::CUDAStream& stream) {
-  if (bitlinear::checked_weights().contains(w_packed, K) || is_capturing(stream)) return;
+  if (bitlinear::checked_weights().find(w_packed, K) || is_capturing(stream)) return;
   const at::DataPtr workspace = c10::cuda::CUDACachingAllocator::get()->allocate(sizeof(int64_t));
   int64_t position = -1;
   uint8_t byte = 0;
@@ -123,7 +77,7 @@ void check_codes(const Tensor& w_packed, const uint8_t* packed, int64_t K,
   if (position >= 0) {
     bitlinear::report_invalid_byte(byte, position / row_bytes, position % row_bytes, K);
   }
-  bitlinear::checked_weights().add(w_packed, K);
+  bitlinear::checked_weights().add(w_packed, K, {});
 }
 
 Tensor compute(const bitlinear::Product& product) {
@@ -150,7 +104,7 @@ Tensor compute(const bitlinear::Product& product) {
         weight.w(),          weight.s_w(), weight.s_w_stride(), weight.bias_data(),
         weight.bias_dtype(), weight.begin, weight.end};
     const bool is_copy = !weight.packed.is_same(weight.given);
-    if (is_copy || !prefetchable_weights().contains(weight.given, stream)) task.w_prefetchable = 0;
+    if (is_copy || !is_prefetchable(weight.given, K, stream)) task.w_prefetchable = 0;
   }
   if (product.residual.defined()) {
     task.residual = product.residual.const_data_ptr();
@@ -169,9 +123,10 @@ Tensor compute(const bitlinear::Product& product) {
   const char* error = bitlinear_cuda_linear(&task, kernel, static_cast<void*>(stream.stream()));
   TORCH_CHECK(error == nullptr, "bitlinear: a product of (", tokens, ", ", K, ") by (", N, ", ", K,
               ") failed on ", product.x.device(), ": ", error);
-  if (task.w_prefetchable) return y;
+  // Captured work does not count: it may never run.
+  if (task.w_prefetchable || is_capturing(stream)) return y;
   for (const bitlinear::Weight& weight : product.weights) {
-    if (weight.packed.is_same(weight.given)) prefetchable_weights().add(weight.given, stream);
+    if (weight.packed.is_same(weight.given)) read_weights().add(weight.given, K, stream);
   }
   return y;
 }
@@ -196,7 +151,7 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int
       scale.dim() == 2 ? 1 : 0, workspace.get(), current_stream(weight));
   check_launch(error, "quantize_weight", weight);
   if (!is_capturing(c10::cuda::getCurrentCUDAStream(weight.device().index()))) {
-    bitlinear::checked_weights().add(packed, K);
+    bitlinear::checked_weights().add(packed, K, {});
   }
   return {packed, scale};
 }
