@@ -1,4 +1,4 @@
-// What earlier calls found out about weights, for as long as nothing writes to them.
+// Facts that earlier calls found out about weights. A fact holds until something writes to them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,9 +15,10 @@
 
 namespace bitlinear {
 
-// A fact for each tensor of packed weights. Every operation that writes to a tensor raises its
-// version, and with it that of the views, so slices of a larger tensor (`w[expert]`) have facts of
-// their own. Writes past the version counter (NumPy, `w.data.fill_()`) do not invalidate a fact.
+// Facts about packed weights, by their place in memory. Every operation that writes to a tensor
+// raises its version, which its views share: so slices of a larger tensor (`w[expert]`) have facts
+// of their own, and lose them too. Writes past the version counter (NumPy, `w.data.fill_()`) do not
+// invalidate a fact.
 template <class Fact>
 class WeightFacts {
  public:

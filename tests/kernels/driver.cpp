@@ -94,7 +94,7 @@ int main(int argc, char** argv) {
     for (const int64_t N : {2047, 2048, 2049, 2100}) {
       check_large({20, N, 260, 0, false, false, Data::kRandom, 0});
     }
-    // What AVX512-VNNI leaves to tables on some CPUs, and a little less of rows and of K.
+    // Sizes from which AVX512-VNNI takes tables on Zen 4, and slightly smaller ones.
     for (const int64_t N : {639, 701}) {
       for (const int64_t M : {33, 64}) check_large({M, N, 1100, 0, false, false, kinds[N % 2], 0});
     }

@@ -182,7 +182,7 @@ std::string check_case(const std::string& name, int kernel, const Run& run,
   weights.describe(task);
   task.residual = c.residual ? residual.data() : nullptr;
   task.y = y.data() + kGuardBytes;
-  // The copy of y follows those of the weights in the stream.
+  // The weights are copied before y in the stream, so they can be prefetched.
   task.w_prefetchable = example.seed % 3 != 0;
   const size_t workspace_bytes = static_cast<size_t>(bitlinear_cuda_workspace_bytes(&task, kernel));
   // The old contents of the workspace must not matter.
