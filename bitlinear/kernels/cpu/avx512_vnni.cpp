@@ -9,6 +9,7 @@
 #include "avx512.h"
 #include "gemm_lookup.h"
 #include "gemm_panel.h"
+#include "part.h"
 
 namespace bitlinear {
 namespace {

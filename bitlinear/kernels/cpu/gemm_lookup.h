@@ -26,8 +26,6 @@
 
 namespace bitlinear {
 
-constexpr int kLookupColumns = 64;  // rows whose output is written together
-
 template <class V>
 struct Lookup {
   static constexpr int kVectors = V::kLookupVectors;
@@ -45,7 +43,8 @@ struct Lookup {
     Words vector[kVectors];
   };
 
-  static_assert(kRows % kLookupColumns == 0, "blocks of rows are cut there");
+  static constexpr int kColumns = 64;  // rows whose output is written together
+  static_assert(kRows % kColumns == 0, "blocks of rows are cut there");
 
   alignas(64) Entry tables[kGroups][kEntries];
   static_assert(sizeof(tables) <= 1 << 16, "an index has 16 bits");
@@ -201,7 +200,7 @@ inline void lookup_tile(int64_t rows, int64_t bytes, Lookup<V>& scratch,
 template <class V>
 inline void lookup_store(const bitlinear_task& task, int64_t m, int64_t tokens, int64_t n,
                          int64_t rows, const int32_t (*sums)[Lookup<V>::kTokens]) {
-  constexpr int kColumns = kLookupColumns;
+  constexpr int kColumns = Lookup<V>::kColumns;
   constexpr int kLanes = V::kWidth / 4;
   static_assert(kLanes % 2 == 0, "both rows of a 16-bit token are stored together");
   for (int64_t r = 0; r < rows; r += kColumns) {
@@ -277,7 +276,7 @@ struct LookupGemm {
     // Blocks of nearly equal size: a block of a few rows would not amortise its tables.
     const int64_t all_rows = task.n_end - task.n_begin;
     const int64_t blocks = (all_rows - 1) / L::kRows + 1;
-    const int64_t block_rows = round_up(ceil_div(all_rows, blocks), kLookupColumns);
+    const int64_t block_rows = round_up(ceil_div(all_rows, blocks), L::kColumns);
     for (int64_t n = task.n_begin; n < task.n_end; n += block_rows) {
       for (int64_t m = 0; m < task.M; m += L::kTiles * L::kTokens) {
         lookup_block<V>(task, m, minimum(task.M - m, L::kTiles * L::kTokens), n,

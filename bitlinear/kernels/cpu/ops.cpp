@@ -23,6 +23,7 @@
 #include "decode_ops.h"
 #include "heuristics.h"
 #include "parallel.h"
+#include "part.h"
 
 namespace {
 
@@ -122,12 +123,8 @@ Tensor compute(const bitlinear::Product& product) {
         bitlinear::part_of(M, kernels->costs.token_unit, part / grid.rows, grid.tokens);
     const bitlinear::Range n =
         bitlinear::part_of(N, kernels->costs.row_unit, part % grid.rows, grid.rows);
-    const int64_t first_token = m.begin / token_rows;
-    bitlinear_task part_task = task;
-    part_task.q += m.begin * q_stride;
-    part_task.s_x += first_token;
-    part_task.q_sum += m.begin;
-    part_task.M = m.end - m.begin;
+    const bitlinear_task part_tokens = bitlinear::tokens_of(task, m.begin, m.end);
+    bitlinear_task part_task = part_tokens;
     part_task.scratch = part_scratch + part * part_bytes;
     for (const bitlinear::Weight& weight : product.weights) {
       part_task.n_begin = std::max(n.begin, weight.begin) - weight.begin;
@@ -138,10 +135,10 @@ Tensor compute(const bitlinear::Product& product) {
       part_task.s_w_stride = weight.s_w_stride();
       part_task.bias = weight.bias_data();
       part_task.bias_dtype = weight.bias_dtype();
-      const int64_t first = first_token * N + weight.begin;  // its first value of y
-      part_task.y = static_cast<char*>(task.y) + first * y.element_size();
+      part_task.y = static_cast<char*>(part_tokens.y) + weight.begin * y.element_size();
       if (task.residual != nullptr) {
-        part_task.residual = static_cast<const char*>(task.residual) + first * residual_bytes;
+        part_task.residual =
+            static_cast<const char*>(part_tokens.residual) + weight.begin * residual_bytes;
       }
       kernels->linear(&part_task);
     }
