@@ -6,7 +6,7 @@
 
 #include "portability.h"
 
-#define BITLINEAR_ABI_VERSION 8
+#define BITLINEAR_ABI_VERSION 9
 
 // Sums are int32. The codes of the most significant plane of a packed byte are 64 times too large
 // (see gemv.h), so |acc| <= 127 * 2 * 64 * K / 4, which is below 2^31 for K < 528,000.
@@ -61,10 +61,10 @@ struct bitlinear_task {
   void* scratch;  // scratch_bytes() bytes at a multiple of 64, which no other call uses
 };
 
-// The costs of a large product apart from its multiplications. heuristics.h divides the work by
-// them.
+// The costs of a product apart from its multiplications. heuristics.h divides the work by them.
 struct bitlinear_costs {
   int64_t token_unit, row_unit;  // tokens and rows of a tile; a part costs whole tiles
+  int64_t block_rows;            // the kernel computes that many rows at a time
   int64_t per_row;               // work per weight row (decoding), in multiplications by a token
   // Work per token, in multiplications by a weight row: building tables, or fetching activations
   // that another core has quantised.
@@ -108,7 +108,8 @@ struct bitlinear_kernel_table {
   void (*linear)(const bitlinear_task* task);
   // The bytes of scratch memory for a task of at most M rows of q.
   int64_t (*scratch_bytes)(int64_t M, int64_t row_bytes);
-  bitlinear_costs costs;
+  // The costs of a product of M rows of q.
+  bitlinear_costs (*costs)(int64_t M, int64_t row_bytes);
 
   // The functions below are for training. Rows have K values of `dtype`, in the order of torch.
   //

@@ -26,19 +26,31 @@ int64_t largest_part(int64_t size, int64_t unit, int64_t parts) {
   return bitlinear::largest_part(size, unit, parts);
 }
 
-void choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t threads, const int64_t* costs,
-                 int64_t* out) {
-  const bitlinear::Grid grid =
-      bitlinear::choose_grid(M, N, row_bytes, threads, {costs[0], costs[1], costs[2], costs[3]});
+void choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,
+                 const bitlinear_costs* costs, int64_t* out) {
+  const bitlinear::Grid grid = bitlinear::choose_grid(M, N, row_bytes, threads, *costs);
   out[0] = grid.tokens;
   out[1] = grid.rows;
+}
+
+int64_t choose_pieces(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,
+                      const bitlinear_costs* costs) {
+  return bitlinear::choose_pieces(M, N, row_bytes, threads, *costs).count();
+}
+
+void piece_of(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,
+              const bitlinear_costs* costs, int64_t index, int64_t* out) {
+  const bitlinear::Pieces pieces = bitlinear::choose_pieces(M, N, row_bytes, threads, *costs);
+  const bitlinear::Rectangle piece = bitlinear::piece_of(M, N, *costs, pieces, index);
+  out[0] = piece.tokens.begin;
+  out[1] = piece.tokens.end;
+  out[2] = piece.rows.begin;
+  out[3] = piece.rows.end;
 }
 
 int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads, int64_t parts) {
   return bitlinear::choose_quantize_parts(M, K, threads, parts);
 }
-
-int64_t choose_pieces(int64_t work) { return bitlinear::choose_pieces(work); }
 
 // runs[part] = how many times the part ran; threads_of[part] = the thread that ran it last. Thread
 // `slow` is stuck in its first part until the others are done; -1 for none.

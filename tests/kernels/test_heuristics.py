@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,8 +15,8 @@ from bitlinear.kernels import DIRECTORY
 from tests.kernels.native import require
 
 SOURCE = Path(__file__).with_name("heuristics.cpp")
-# token_unit, row_unit, per_row, per_token: like avx512_vnni, amx_int8 and avx2
-COSTS = [(8, 16, 3, 32), (32, 16, 25, 64), (16, 64, 8, 131)]
+# token_unit, row_unit, block_rows, per_row, per_token: like avx512_vnni, amx_int8 and avx2
+COSTS = [(8, 16, 192, 3, 32), (32, 16, 192, 25, 64), (16, 64, 2048, 8, 131)]
 
 sizes = st.integers(1, 20_000)
 thread_counts = st.integers(1, 64)
@@ -45,12 +46,24 @@ class Heuristics:
         self._library.run_shared_parts(*numbers, runs, thread_of)
         return list(runs), list(thread_of)
 
-    def grid(self, m: int, n: int, k: int, threads: int, cost: tuple[int, ...]) -> tuple[int, int]:
+    def grid(self, *product: Any) -> tuple[int, int]:
         out = (ctypes.c_int64 * 2)()
-        numbers = (ctypes.c_int64 * 4)(*cost)
-        row_bytes = -(-k // 4)
-        self._library.choose_grid(*map(ctypes.c_int64, (m, n, row_bytes, threads)), numbers, out)
+        self._library.choose_grid(*self._product(*product), out)
         return out[0], out[1]
+
+    def pieces(self, *product: Any) -> list[tuple[range, range]]:
+        """The tokens and rows of each piece."""
+        numbers = self._product(*product)
+        pieces = []
+        for index in range(self._library.choose_pieces(*numbers)):
+            out = (ctypes.c_int64 * 4)()
+            self._library.piece_of(*numbers, ctypes.c_int64(index), out)
+            pieces.append((range(out[0], out[1]), range(out[2], out[3])))
+        return pieces
+
+    def _product(self, m: int, n: int, k: int, threads: int, cost: tuple[int, ...]) -> list[Any]:
+        sizes = map(ctypes.c_int64, (m, n, -(-k // 4), threads))
+        return [*sizes, (ctypes.c_int64 * len(cost))(*cost)]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +126,7 @@ def test_work_is_balanced(heuristics, m, n, k, threads, cost):
     def price(tokens, rows):
         part_tokens = ceil(ceil(m, cost[0]), tokens) * cost[0]
         part_rows = ceil(ceil(n, cost[1]), rows) * cost[1]
-        return (part_tokens + cost[2]) * (part_rows + cost[3])
+        return (part_tokens + cost[3]) * (part_rows + cost[4])
 
     grid = heuristics.grid(m, n, k, threads, cost)
     if heuristics.call("pays_for_threads", m * n * ceil(k, 4), threads):
@@ -179,9 +192,41 @@ def test_parts_of_a_slow_thread_are_taken_by_others(heuristics, parts, threads, 
     assert thread_of.count(slow) <= 1
 
 
-def test_a_gemv_is_cut_into_pieces_that_pay(heuristics):
-    pieces = [heuristics.call("choose_pieces", 1 << i) for i in range(40)]
-    assert pieces[0] == 1
-    assert pieces[16] == 1
-    assert pieces == sorted(pieces)
-    assert pieces[-1] == 8
+@given(m=sizes, n=sizes, k=sizes, threads=thread_counts, cost=costs)
+def test_pieces_cover_the_output_once(heuristics, m, n, k, threads, cost):
+    pieces = heuristics.pieces(m, n, k, threads, cost)
+    assert sum(len(tokens) * len(rows) for tokens, rows in pieces) == m * n
+    # Within each range of tokens, the rows follow each other: no output is computed twice.
+    ends: dict[range, int] = {}
+    for tokens, rows in pieces:
+        if rows:
+            assert rows.start == ends.get(tokens, 0)
+            ends[tokens] = rows.stop
+    assert set(ends.values()) == {n}
+    starts = sorted((tokens.start, tokens.stop) for tokens in ends)
+    assert [0, *(stop for _, stop in starts)] == [*(start for start, _ in starts), m]
+
+
+@given(m=sizes, n=sizes, k=sizes, threads=thread_counts, cost=costs)
+def test_pieces_are_whole_blocks(heuristics, m, n, k, threads, cost):
+    grid = heuristics.grid(m, n, k, threads, cost)
+    pieces = heuristics.pieces(m, n, k, threads, cost)
+    parts = grid[0] * grid[1]
+    assert len(pieces) % parts == 0
+    of_part = len(pieces) // parts
+    assert of_part <= 16
+    if parts == 1:
+        assert of_part == 1  # nobody could take one
+    for first in range(0, len(pieces), of_part):
+        part = [rows for _, rows in pieces[first : first + of_part] if rows]
+        assert all(len(rows) % cost[2] == 0 for rows in part[:-1])
+
+
+def test_threads_can_help_each_other(heuristics):
+    """A product of a typical layer has several pieces for each thread."""
+    panels, _, tables = COSTS
+    assert len(heuristics.pieces(24, 5120, 5120, 2, panels)) == 2 * 14
+    assert len(heuristics.pieces(16, 768, 384, 2, panels)) == 2 * 2
+    # Tables are built anew for every 2048 rows, and not more often.
+    assert len(heuristics.pieces(64, 14336, 4096, 2, tables)) == 2 * 4
+    assert len(heuristics.pieces(64, 2560, 2560, 2, tables)) == 2

@@ -34,7 +34,13 @@ struct TablesAndPanels {
   static constexpr int64_t kTokens = Tables::L::kTokens;
   // Fewer rows do not amortise the tables, shorter rows not the 32-bit sums.
   static constexpr int64_t kFewestRows = 640, kFewestBytes = 256;
-  static constexpr bitlinear_costs kCosts = Panels::kCosts;
+  static constexpr int64_t kTokenUnit = Panels::kTokenUnit;
+
+  static bitlinear_costs costs(int64_t M, int64_t row_bytes) {
+    bitlinear_costs costs = Panels::costs(M, row_bytes);
+    if (tokens_of_tables(M, row_bytes) > 0) costs.block_rows = Tables::L::kRows;
+    return costs;
+  }
 
   // Of M tokens, those that tables take.
   static int64_t tokens_of_tables(int64_t M, int64_t row_bytes) {

@@ -176,8 +176,11 @@ inline void panel_block(const bitlinear_task& task, int64_t m, int64_t tokens, i
 template <class V, class Tiles = RegisterTiles<V, DotTile<V>>>
 struct PanelGemm {
   // Rows beyond the last whole panel run in a narrower panel, so a strip is the unit.
-  static constexpr bitlinear_costs kCosts = {V::kPanelTokens, Panel<V>::kLanes, V::kDecodingTokens,
-                                             V::kFetchingRows};
+  static constexpr int64_t kTokenUnit = V::kPanelTokens;
+  static constexpr bitlinear_costs costs(int64_t /*M*/, int64_t /*row_bytes*/) {
+    return {kTokenUnit, Panel<V>::kLanes, Panel<V>::kBlockRows, V::kDecodingTokens,
+            V::kFetchingRows};
+  }
   static int64_t scratch_bytes(int64_t M, int64_t /*row_bytes*/) {
     using P = Panel<V>;
     const int64_t tokens = minimum(M, P::kBlockTokens);

@@ -73,11 +73,41 @@ constexpr Grid choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t thre
   return best;
 }
 
-// The number of pieces into which a part of a GEMV is cut, for threads that are done early. A piece
-// takes about 5 us.
-constexpr int64_t choose_pieces(int64_t packed_bytes_times_tokens) {
-  constexpr int64_t kBytesPerPiece = 128 * 1024;
-  return minimum(packed_bytes_times_tokens / kBytesPerPiece + 1, 8);
+// The output, cut for threads that are not equally fast: each has a part of a grid, which is cut
+// into pieces, and a thread that is done early takes pieces of others. A piece is a whole number of
+// blocks, which costs nothing.
+struct Pieces {
+  Grid grid;
+  int64_t of_part;  // the number of pieces of a part; the last ones of a small part can be empty
+  int64_t rows;     // of a piece
+
+  constexpr int64_t count() const { return grid.tokens * grid.rows * of_part; }
+};
+
+constexpr Pieces choose_pieces(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,
+                               const bitlinear_costs& costs) {
+  constexpr int64_t kMostOfPart = 16;
+  const Grid grid = choose_grid(M, N, row_bytes, threads, costs);
+  if (grid.tokens * grid.rows == 1) return {grid, 1, N};
+  const int64_t rows = largest_part(N, costs.row_unit, grid.rows);
+  const int64_t blocks = ceil_div(rows, costs.block_rows);
+  const int64_t piece = ceil_div(blocks, kMostOfPart) * costs.block_rows;
+  return {grid, ceil_div(rows, piece), piece};
+}
+
+struct Rectangle {
+  Range tokens, rows;
+};
+
+// Piece `index` of an output (M, N). The pieces of a part follow each other.
+constexpr Rectangle piece_of(int64_t M, int64_t N, const bitlinear_costs& costs,
+                             const Pieces& pieces, int64_t index) {
+  const int64_t part = index / pieces.of_part, piece = index % pieces.of_part;
+  const Grid& grid = pieces.grid;
+  const Range tokens = part_of(M, costs.token_unit, part / grid.rows, grid.tokens);
+  const Range rows = part_of(N, costs.row_unit, part % grid.rows, grid.rows);
+  const int64_t begin = minimum(rows.begin + piece * pieces.rows, rows.end);
+  return {tokens, {begin, minimum(begin + pieces.rows, rows.end)}};
 }
 
 // The number of parts in which M tokens of K values are quantised, before the product in `parts`

@@ -66,29 +66,28 @@ Tensor compute(const bitlinear::Product& product) {
 
   const int64_t threads = at::get_num_threads();
   const int64_t row_bytes = bitlinear::ceil_div(K, 4);
-  bitlinear::Grid grid = bitlinear::choose_grid(M, N, row_bytes, threads, kernels->costs);
-  const int64_t part_size = bitlinear::largest_part(M, kernels->costs.token_unit, grid.tokens);
-  const int64_t part_bytes =
-      bitlinear::round_up(kernels->scratch_bytes(part_size, row_bytes), bitlinear::kAlignment);
-  if (part_bytes == 0 && grid.rows > 1) {  // a GEMV
-    grid.rows *=
-        bitlinear::choose_pieces(part_size * bitlinear::ceil_div(N, grid.rows) * row_bytes);
-  }
-  const int64_t parts = grid.tokens * grid.rows;
-  const int64_t quantize_parts = bitlinear::choose_quantize_parts(tokens, K, threads, parts);
+  const bitlinear_costs costs = kernels->costs(M, row_bytes);
+  const bitlinear::Pieces pieces = bitlinear::choose_pieces(M, N, row_bytes, threads, costs);
+  const int64_t workers = std::min(threads, pieces.count());
+  const int64_t quantize_parts =
+      bitlinear::choose_quantize_parts(tokens, K, threads, pieces.count());
 
-  // One allocation: scratch memory of each part, then quantised activations, scales and sums, and
-  // the floats of a prologue for each part that quantises.
+  // One allocation: scratch memory of each thread, the floats of a prologue for each part that
+  // quantises, then quantised activations, scales and sums.
+  const int64_t largest = bitlinear::largest_part(M, costs.token_unit, pieces.grid.tokens);
+  const int64_t scratch_step =
+      bitlinear::spaced(kernels->scratch_bytes(largest, row_bytes), workers);
+  const int64_t float_bytes =
+      bitlinear_is_plain(&prologue) ? 0 : K * static_cast<int64_t>(sizeof(float));
+  const int64_t float_step = bitlinear::spaced(float_bytes, quantize_parts);
   const int64_t q_stride = bitlinear_q_stride(kernels, K);
   const int64_t q_row_bytes = q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)};
-  const int64_t floats = bitlinear_is_plain(&prologue) ? 0 : K * quantize_parts;
-  bitlinear::Scratch scratch(parts * part_bytes + M * q_row_bytes +
-                             floats * int64_t{sizeof(float)});
-  char* const part_scratch = scratch.data();
-  int8_t* q = reinterpret_cast<int8_t*>(part_scratch + parts * part_bytes);
+  bitlinear::Scratch scratch(workers * scratch_step + quantize_parts * float_step +
+                             M * q_row_bytes);
+  char* const floats = scratch.data() + workers * scratch_step;
+  int8_t* q = reinterpret_cast<int8_t*>(floats + quantize_parts * float_step);
   float* s_x = reinterpret_cast<float*>(q + M * q_stride);
   int32_t* q_sum = reinterpret_cast<int32_t*>(s_x + M);
-  float* const values = floats == 0 ? nullptr : reinterpret_cast<float*>(q_sum + M);
 
   const int x_dtype = kernel_dtype(product.x.scalar_type());
   const char* const x_data = static_cast<const char*>(product.x.const_data_ptr());
@@ -112,20 +111,18 @@ Tensor compute(const bitlinear::Product& product) {
   }
   const auto quantize = [&](int64_t part) {
     const bitlinear::Range range = bitlinear::part_of(tokens, 1, part, quantize_parts);
+    float* const values = reinterpret_cast<float*>(floats + part * float_step);
     for (int64_t i = range.begin; i < range.end; ++i) {
       kernels->quantize_row(&prologue, x_data + i * x_bytes, x_dtype, K, product.eps,
-                            product.act_bits, values + part * K, q + i * token_rows * q_stride,
-                            q_stride, s_x + i, q_sum + i * token_rows);
+                            product.act_bits, values, q + i * token_rows * q_stride, q_stride,
+                            s_x + i, q_sum + i * token_rows);
     }
   };
-  const auto multiply = [&](int64_t part) {
-    const bitlinear::Range m =
-        bitlinear::part_of(M, kernels->costs.token_unit, part / grid.rows, grid.tokens);
-    const bitlinear::Range n =
-        bitlinear::part_of(N, kernels->costs.row_unit, part % grid.rows, grid.rows);
+  const auto multiply = [&](char* thread_scratch, int64_t piece) {
+    const auto [m, n] = bitlinear::piece_of(M, N, costs, pieces, piece);
     const bitlinear_task part_tokens = bitlinear::tokens_of(task, m.begin, m.end);
     bitlinear_task part_task = part_tokens;
-    part_task.scratch = part_scratch + part * part_bytes;
+    part_task.scratch = thread_scratch;
     for (const bitlinear::Weight& weight : product.weights) {
       part_task.n_begin = std::max(n.begin, weight.begin) - weight.begin;
       part_task.n_end = std::min(n.end, weight.end) - weight.begin;
@@ -143,7 +140,12 @@ Tensor compute(const bitlinear::Product& product) {
       kernels->linear(&part_task);
     }
   };
-  bitlinear::parallel(quantize_parts, quantize, parts, multiply);
+  const auto multiply_on = [&](int64_t thread) {
+    return [&, thread_scratch = scratch.data() + thread * scratch_step](int64_t piece) {
+      multiply(thread_scratch, piece);
+    };
+  };
+  bitlinear::parallel_by_thread(quantize_parts, quantize, pieces.count(), multiply_on);
   return y;
 }
 

@@ -47,11 +47,11 @@ void run_parts(int64_t parts, const Body& body, int64_t first = 0, int64_t step 
 template <class First, class Second>
 void run_on_threads(int64_t first_parts, const First& first, int64_t second_parts,
                     const Second& second) {
-  const auto run = [](int64_t parts, const auto& body) {
-    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) { run_parts(end, body, begin); });
-  };
-  run(first_parts, first);
-  run(second_parts, second);
+  at::parallel_for(0, first_parts, 1,
+                   [&](int64_t begin, int64_t end) { run_parts(end, first, begin); });
+  at::parallel_for(0, second_parts, 1, [&](int64_t begin, int64_t end) {
+    run_parts(end, second(at::get_thread_num()), begin);
+  });
 }
 
 #else
@@ -95,7 +95,7 @@ void run_on_threads(int64_t first_parts, const First& first, int64_t second_part
   const OpenMp& runtime = openmp();
   if (!runtime.is_complete()) {
     run_parts(first_parts, first);
-    run_parts(second_parts, second);
+    run_parts(second_parts, second(0));
     return;
   }
   struct Region {
@@ -115,7 +115,7 @@ void run_on_threads(int64_t first_parts, const First& first, int64_t second_part
           run_parts(shared.first_parts, shared.first, thread, threads);
           shared.runtime.barrier();
         }
-        shared.second_parts.run(thread, shared.second);
+        shared.second_parts.run(thread, shared.second(thread));
       },
       // 0: as many threads as torch.set_num_threads set. libgomp ends its threads and starts new
       // ones if the number changes between calls.
@@ -125,11 +125,13 @@ void run_on_threads(int64_t first_parts, const First& first, int64_t second_part
 #endif
 
 // Runs first(part) for every part in [0, first_parts) on torch's intra-op threads, the same number
-// of parts on each; when all are done, runs second(part) for every part in [0, second_parts), on
-// whichever thread is free. Serial inside another parallel
-// region, as at::parallel_for is. Neither function may throw.
+// of parts on each; when all are done, runs the parts in [0, second_parts), each on whichever
+// thread is free: a thread asks second(thread) for a function, and calls it with its parts.
+// `thread` is below the number of parts and of threads. Serial inside another parallel region, as
+// at::parallel_for is. No function may throw.
 template <class First, class Second>
-void parallel(int64_t first_parts, const First& first, int64_t second_parts, const Second& second) {
+void parallel_by_thread(int64_t first_parts, const First& first, int64_t second_parts,
+                        const Second& second) {
   // A single part runs here: waking threads for it would cost more.
   if (first_parts == 1) {
     first(0);
@@ -138,10 +140,17 @@ void parallel(int64_t first_parts, const First& first, int64_t second_parts, con
   if ((first_parts == 0 && second_parts <= 1) || at::get_num_threads() <= 1 ||
       at::in_parallel_region()) {
     run_parts(first_parts, first);
-    run_parts(second_parts, second);
+    run_parts(second_parts, second(0));
     return;
   }
   run_on_threads(first_parts, first, second_parts, second);
+}
+
+// The same, if the parts need to know no thread.
+template <class First, class Second>
+void parallel(int64_t first_parts, const First& first, int64_t second_parts, const Second& second) {
+  parallel_by_thread(first_parts, first, second_parts,
+                     [&](int64_t) -> const Second& { return second; });
 }
 
 }  // namespace bitlinear

@@ -19,9 +19,10 @@ class SharedParts {
   }
 
   // Runs body(part) for parts until none is left. Every thread of a call calls it; together they
-  // run each part once.
+  // run each part once. Threads beyond the number of parts run none.
   template <class Body>
   void run(int64_t thread, const Body& body) {
+    if (thread >= parts_) return;
     for (int64_t i = 0; i < ranges_; ++i) {
       const int64_t range = (thread + i) % ranges_;
       const int64_t end = begin(range + 1);

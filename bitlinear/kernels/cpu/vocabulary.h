@@ -56,15 +56,22 @@ int64_t scratch_bytes(int64_t M, int64_t row_bytes) {
 }
 
 template <class V, class Gemm>
+bitlinear_costs costs(int64_t M, int64_t row_bytes) {
+  bitlinear_costs costs = Gemm::costs(M, row_bytes);
+  if (!use_gemm<V>(M, row_bytes)) costs.block_rows = gemv_block_rows(M, row_bytes);
+  return costs;
+}
+
+template <class V, class Gemm>
 constexpr bitlinear_kernel_table make_table(const char* name) {
-  static_assert(Gemm::kCosts.token_unit % 2 == 0, "a part holds both rows of a 16-bit token");
+  static_assert(Gemm::kTokenUnit % 2 == 0, "a part holds both rows of a 16-bit token");
   return {BITLINEAR_ABI_VERSION,
           name,
           V::kWidth,
           PreservingSubnormals<quantize_row<V>>::run,
           PreservingSubnormals<linear<V, Gemm>>::run,
           scratch_bytes<V, Gemm>,
-          Gemm::kCosts,
+          costs<V, Gemm>,
           PreservingSubnormals<sum_magnitudes<V>>::run,
           PreservingSubnormals<pack_row<V>>::run,
           PreservingSubnormals<expand_row<V>>::run,
