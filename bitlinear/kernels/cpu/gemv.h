@@ -30,7 +30,7 @@ constexpr int64_t kGemvPrefetch = 8192;
 
 // Rows that a thread multiplies in about 5 us.
 constexpr int64_t gemv_block_rows(int64_t M, int64_t row_bytes) {
-  constexpr int64_t kBlockBytes = 128 * 1024;
+  constexpr int64_t kBlockBytes = 96 * 1024;
   return round_up(kBlockBytes / (M * row_bytes) + 1, kGemvColumns);
 }
 

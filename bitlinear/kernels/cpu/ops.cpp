@@ -118,31 +118,32 @@ Tensor compute(const bitlinear::Product& product) {
                             s_x + i, q_sum + i * token_rows);
     }
   };
-  const auto multiply = [&](char* thread_scratch, int64_t piece) {
-    const auto [m, n] = bitlinear::piece_of(M, N, costs, pieces, piece);
-    const bitlinear_task part_tokens = bitlinear::tokens_of(task, m.begin, m.end);
-    bitlinear_task part_task = part_tokens;
-    part_task.scratch = thread_scratch;
-    for (const bitlinear::Weight& weight : product.weights) {
-      part_task.n_begin = std::max(n.begin, weight.begin) - weight.begin;
-      part_task.n_end = std::min(n.end, weight.end) - weight.begin;
-      if (part_task.n_begin >= part_task.n_end) continue;
-      part_task.w = weight.w();
-      part_task.s_w = weight.s_w();
-      part_task.s_w_stride = weight.s_w_stride();
-      part_task.bias = weight.bias_data();
-      part_task.bias_dtype = weight.bias_dtype();
-      part_task.y = static_cast<char*>(part_tokens.y) + weight.begin * y.element_size();
-      if (task.residual != nullptr) {
-        part_task.residual =
-            static_cast<const char*>(part_tokens.residual) + weight.begin * residual_bytes;
+  // Copies, so that a thread on another core fetches few lines to begin.
+  char* const scratch_data = scratch.data();
+  const int64_t y_bytes = y.element_size();
+  const auto multiply_on = [=, &weights = product.weights](int64_t thread) {
+    bitlinear_task mine = task;
+    mine.scratch = scratch_data + thread * scratch_step;
+    return [=, &weights](int64_t index) {
+      const auto [m, n] = bitlinear::piece_of(M, N, costs, pieces, index);
+      const bitlinear_task tokens_task = bitlinear::tokens_of(mine, m.begin, m.end);
+      bitlinear_task piece = tokens_task;
+      for (const bitlinear::Weight& weight : weights) {
+        piece.n_begin = std::max(n.begin, weight.begin) - weight.begin;
+        piece.n_end = std::min(n.end, weight.end) - weight.begin;
+        if (piece.n_begin >= piece.n_end) continue;
+        piece.w = weight.w();
+        piece.s_w = weight.s_w();
+        piece.s_w_stride = weight.s_w_stride();
+        piece.bias = weight.bias_data();
+        piece.bias_dtype = weight.bias_dtype();
+        piece.y = static_cast<char*>(tokens_task.y) + weight.begin * y_bytes;
+        if (mine.residual != nullptr) {
+          piece.residual =
+              static_cast<const char*>(tokens_task.residual) + weight.begin * residual_bytes;
+        }
+        kernels->linear(&piece);
       }
-      kernels->linear(&part_task);
-    }
-  };
-  const auto multiply_on = [&](int64_t thread) {
-    return [&, thread_scratch = scratch.data() + thread * scratch_step](int64_t piece) {
-      multiply(thread_scratch, piece);
     };
   };
   bitlinear::parallel_by_thread(quantize_parts, quantize, pieces.count(), multiply_on);
