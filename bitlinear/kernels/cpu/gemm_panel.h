@@ -36,15 +36,17 @@ struct Panel {
 };
 
 // Decodes `bytes` packed bytes of up to kLanes rows into every kStrips-th vector of `codes`; rows
-// beyond the last one become zeros.
+// beyond the last one become zeros. Prefetches the bytes that lie `ahead`.
 template <class V, int kStrips>
 inline void decode_strip(const uint8_t* w, int64_t row_bytes, int64_t rows, int64_t bytes,
-                         uint8_t* codes) {
+                         int64_t ahead, uint8_t* codes) {
   constexpr int kLanes = Panel<V>::kLanes;
   for (int64_t begin = 0; begin < bytes; begin += V::kWidth) {
     typename V::Bytes words[kLanes];
     for (int r = 0; r < kLanes; ++r) {
       const uint8_t* packed = w + r * row_bytes + begin;
+      // So many strided streams defeat the hardware prefetcher.
+      if (begin % 64 == 0) prefetch_l2(packed + ahead);
       words[r] = r >= rows                    ? V::zero()
                  : bytes - begin >= V::kWidth ? V::load(packed)
                                               : V::load_partial(packed, bytes - begin);
@@ -131,11 +133,12 @@ struct RegisterTiles {
 // One panel, `rows` rows from row n on, and one slice of k, `bytes` packed bytes from `begin` on.
 template <class V, int kStrips, class Tiles>
 inline void panel_slice(const bitlinear_task& task, int64_t m, int64_t tokens, int64_t n,
-                        int64_t rows, int64_t begin, int64_t bytes, Tiles& tiles, int32_t* sums) {
+                        int64_t rows, int64_t begin, int64_t bytes, int64_t ahead, Tiles& tiles,
+                        int32_t* sums) {
   constexpr int kLanes = Panel<V>::kLanes;
   if constexpr (kStrips > 1) {
     if (rows <= (kStrips - 1) * kLanes) {
-      panel_slice<V, kStrips - 1>(task, m, tokens, n, rows, begin, bytes, tiles, sums);
+      panel_slice<V, kStrips - 1>(task, m, tokens, n, rows, begin, bytes, ahead, tiles, sums);
       return;
     }
   }
@@ -143,7 +146,7 @@ inline void panel_slice(const bitlinear_task& task, int64_t m, int64_t tokens, i
   const uint8_t* packed = task.w + n * task.row_bytes + begin;
   for (int s = 0; s < kStrips; ++s) {
     decode_strip<V, kStrips>(packed + s * kLanes * task.row_bytes, task.row_bytes,
-                             rows - s * kLanes, bytes, codes + s * V::kWidth);
+                             rows - s * kLanes, bytes, ahead, codes + s * V::kWidth);
   }
   tiles.template multiply<kStrips>(codes, task.q + m * task.q_stride + begin * 4, task.q_stride,
                                    tokens, bytes, sums, begin > 0);
@@ -157,9 +160,12 @@ inline void panel_block(const bitlinear_task& task, int64_t m, int64_t tokens, i
   int32_t* sums = static_cast<P*>(task.scratch)->sums[0];
   for (int64_t begin = 0; begin < task.row_bytes; begin += P::kBytes) {
     const int64_t bytes = minimum(task.row_bytes - begin, P::kBytes);
+    // To the next slice of the same rows, or to the first one of the next block.
+    const int64_t ahead =
+        begin + bytes < task.row_bytes ? bytes : P::kBlockRows * task.row_bytes - begin;
     for (int64_t first = 0; first < rows; first += P::kRows) {
       panel_slice<V, V::kPanelStrips>(task, m, tokens, n + first, minimum(rows - first, P::kRows),
-                                      begin, bytes, tiles, sums + first);
+                                      begin, bytes, ahead, tiles, sums + first);
     }
   }
   // All panels of a token are stored together: the prefetcher follows long runs of addresses
