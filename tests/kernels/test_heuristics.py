@@ -31,6 +31,7 @@ class Heuristics:
         library.choose_pieces.restype = ctypes.c_int64
         library.pays_for_threads.restype = ctypes.c_bool
         library.prefer_gemm.restype = ctypes.c_bool
+        library.quantizes_alone.restype = ctypes.c_bool
 
     def call(self, name: str, *arguments: int) -> int:
         return getattr(self._library, name)(*map(ctypes.c_int64, arguments))
@@ -60,6 +61,10 @@ class Heuristics:
             self._library.piece_of(*numbers, ctypes.c_int64(index), out)
             pieces.append((range(out[0], out[1]), range(out[2], out[3])))
         return pieces
+
+    def quantizes_alone(self, *product: Any, is_plain: bool = True) -> bool:
+        alone: bool = self._library.quantizes_alone(*self._product(*product), is_plain)
+        return alone
 
     def _product(self, m: int, n: int, k: int, threads: int, cost: tuple[int, ...]) -> list[Any]:
         sizes = map(ctypes.c_int64, (m, n, -(-k // 4), threads))
@@ -230,3 +235,20 @@ def test_threads_can_help_each_other(heuristics):
     # Tables are built anew for every 2048 rows, and not more often.
     assert len(heuristics.pieces(64, 14336, 4096, 2, tables)) == 2 * 4
     assert len(heuristics.pieces(64, 2560, 2560, 2, tables)) == 2
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_threads_quantise_alone_where_nobody_waits(heuristics, cost):
+    alone = heuristics.quantizes_alone
+    # One token: the other threads would wait for the one that quantises, with a prologue too.
+    for is_plain in (True, False):
+        assert alone(1, 4096, 4096, 16, cost, is_plain=is_plain)
+    # Small batches of layers with many rows.
+    assert alone(16, 768, 384, 2, cost)
+    assert alone(24, 5120, 5120, 16, cost)
+    # With few rows for each thread, or with a prologue, quantising would take too much of the time.
+    assert not alone(24, 2560, 2560, 16, cost)
+    assert not alone(16, 768, 384, 2, cost, is_plain=False)
+    # Threads that have tokens of their own quantise these; one thread has nobody to wait for.
+    assert not alone(4096, 512, 4096, 2, cost)
+    assert not alone(16, 4096, 4096, 1, cost)

@@ -110,12 +110,23 @@ constexpr Rectangle piece_of(int64_t M, int64_t N, const bitlinear_costs& costs,
   return {tokens, {begin, minimum(begin + pieces.rows, rows.end)}};
 }
 
-// The number of parts in which M tokens of K values are quantised, before the product in `parts`
-// parts. If the product wakes the threads anyway, a part costs a barrier, as much as some 500
+// The number of parts in which M tokens of K values are quantised, before the product in `pieces`
+// pieces. If the product wakes the threads anyway, a part costs a barrier, as much as some 500
 // values. Else a value costs as much as four packed bytes.
-constexpr int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads, int64_t parts) {
-  const bool divide = parts > 1 ? M * K >= 512 * threads : pays_for_threads(4 * M * K, threads);
+constexpr int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads, int64_t pieces) {
+  const bool divide = pieces > 1 ? M * K >= 512 * threads : pays_for_threads(4 * M * K, threads);
   return divide ? minimum(M, threads) : 1;
+}
+
+// Whether each thread quantises all tokens for itself, instead of `quantize_parts` parts of them
+// for all threads. Then nobody waits, and no thread fetches from another core, which can take as
+// long as to quantise. So it pays if nobody else would have quantised meanwhile, or if there are
+// many products of a value: some 12 take as long as its quantisation.
+constexpr bool quantizes_alone(const Pieces& pieces, int64_t quantize_parts, int64_t N,
+                               int64_t threads, bool is_plain) {
+  constexpr int64_t kRows = 256;
+  return pieces.count() > 1 && pieces.grid.tokens == 1 &&
+         (quantize_parts == 1 || (is_plain && N >= kRows * threads));
 }
 
 }  // namespace bitlinear

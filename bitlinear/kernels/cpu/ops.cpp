@@ -69,35 +69,34 @@ Tensor compute(const bitlinear::Product& product) {
   const bitlinear_costs costs = kernels->costs(M, row_bytes);
   const bitlinear::Pieces pieces = bitlinear::choose_pieces(M, N, row_bytes, threads, costs);
   const int64_t workers = std::min(threads, pieces.count());
-  const int64_t quantize_parts =
-      bitlinear::choose_quantize_parts(tokens, K, threads, pieces.count());
+  const bool is_plain = bitlinear_is_plain(&prologue) != 0;
+  int64_t quantize_parts = bitlinear::choose_quantize_parts(tokens, K, threads, pieces.count());
+  const bool alone = bitlinear::quantizes_alone(pieces, quantize_parts, N, threads, is_plain);
+  if (alone) quantize_parts = 0;
 
-  // One allocation: scratch memory of each thread, the floats of a prologue for each part that
-  // quantises, then quantised activations, scales and sums.
+  // One allocation: scratch memory of each thread; for each one that quantises, the floats of a
+  // prologue; quantised activations, scales and sums, of all threads or of each.
   const int64_t largest = bitlinear::largest_part(M, costs.token_unit, pieces.grid.tokens);
   const int64_t scratch_step =
       bitlinear::spaced(kernels->scratch_bytes(largest, row_bytes), workers);
-  const int64_t float_bytes =
-      bitlinear_is_plain(&prologue) ? 0 : K * static_cast<int64_t>(sizeof(float));
-  const int64_t float_step = bitlinear::spaced(float_bytes, quantize_parts);
+  const int64_t quantizers = alone ? workers : quantize_parts;
+  const int64_t float_step =
+      bitlinear::spaced(is_plain ? 0 : K * int64_t{sizeof(float)}, quantizers);
   const int64_t q_stride = bitlinear_q_stride(kernels, K);
   const int64_t q_row_bytes = q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)};
-  bitlinear::Scratch scratch(workers * scratch_step + quantize_parts * float_step +
-                             M * q_row_bytes);
-  char* const floats = scratch.data() + workers * scratch_step;
-  int8_t* q = reinterpret_cast<int8_t*>(floats + quantize_parts * float_step);
-  float* s_x = reinterpret_cast<float*>(q + M * q_stride);
-  int32_t* q_sum = reinterpret_cast<int32_t*>(s_x + M);
+  const int64_t q_step = bitlinear::round_up(M * q_row_bytes, bitlinear::kAlignment);
+  bitlinear::Scratch scratch(workers * scratch_step + quantizers * float_step +
+                             (alone ? workers : 1) * q_step);
+  char* const scratch_data = scratch.data();
+  char* const floats = scratch_data + workers * scratch_step;
+  char* const activations = floats + quantizers * float_step;
 
   const int x_dtype = kernel_dtype(product.x.scalar_type());
   const char* const x_data = static_cast<const char*>(product.x.const_data_ptr());
   const int64_t x_bytes = product.x.sizes().back() * product.x.element_size();
   bitlinear_task task = {};
   task.act_bits = product.act_bits;
-  task.q = q;
   task.q_stride = q_stride;
-  task.s_x = s_x;
-  task.q_sum = q_sum;
   task.M = M;
   task.row_bytes = row_bytes;
   task.y = y.data_ptr();
@@ -109,20 +108,30 @@ Tensor compute(const bitlinear::Product& product) {
     task.residual_dtype = kernel_dtype(product.residual.scalar_type());
     residual_bytes = product.residual.element_size();
   }
-  const auto quantize = [&](int64_t part) {
-    const bitlinear::Range range = bitlinear::part_of(tokens, 1, part, quantize_parts);
-    float* const values = reinterpret_cast<float*>(floats + part * float_step);
+  // What threads do is in copies, so that one on another core fetches few lines to begin.
+  const auto quantize_tokens = [=, eps = product.eps, act_bits = product.act_bits](
+                                   bitlinear::Range range, int64_t quantizer, char* memory) {
+    int8_t* const q = reinterpret_cast<int8_t*>(memory);
+    float* const s_x = reinterpret_cast<float*>(memory + M * q_stride);
+    int32_t* const q_sum = reinterpret_cast<int32_t*>(s_x + M);
+    float* const values = reinterpret_cast<float*>(floats + quantizer * float_step);
     for (int64_t i = range.begin; i < range.end; ++i) {
-      kernels->quantize_row(&prologue, x_data + i * x_bytes, x_dtype, K, product.eps,
-                            product.act_bits, values, q + i * token_rows * q_stride, q_stride,
-                            s_x + i, q_sum + i * token_rows);
+      kernels->quantize_row(&prologue, x_data + i * x_bytes, x_dtype, K, eps, act_bits, values,
+                            q + i * token_rows * q_stride, q_stride, s_x + i,
+                            q_sum + i * token_rows);
     }
   };
-  // Copies, so that a thread on another core fetches few lines to begin.
-  char* const scratch_data = scratch.data();
+  const auto quantize = [&](int64_t part) {
+    quantize_tokens(bitlinear::part_of(tokens, 1, part, quantize_parts), part, activations);
+  };
   const int64_t y_bytes = y.element_size();
   const auto multiply_on = [=, &weights = product.weights](int64_t thread) {
+    char* const memory = activations + (alone ? thread * q_step : 0);
+    if (alone) quantize_tokens({0, tokens}, thread, memory);
     bitlinear_task mine = task;
+    mine.q = reinterpret_cast<const int8_t*>(memory);
+    mine.s_x = reinterpret_cast<const float*>(memory + M * q_stride);
+    mine.q_sum = reinterpret_cast<const int32_t*>(mine.s_x + M);
     mine.scratch = scratch_data + thread * scratch_step;
     return [=, &weights](int64_t index) {
       const auto [m, n] = bitlinear::piece_of(M, N, costs, pieces, index);
