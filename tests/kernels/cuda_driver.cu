@@ -84,10 +84,11 @@ class Driver {
       for (const int log_split : {1, 2, 3}) {
         for (const int blocks : {best.blocks, 1 + best.blocks / 50}) {
           const int64_t stage = bitlinear::cuda::gemv_stage_bytes((K + 3) / 4, log_split);
-          const int64_t room = gemv_room(device_, shape);
+          const int64_t room = gemv_room(device_, shape, false);
           if (2 * stage > room) continue;
           const int ring = static_cast<int>(seed % 2 == 0 ? 2 * stage : std::min(5 * stage, room));
-          check_plan(GemvPlan{blocks, log_split, ring}, example);
+          if (best.resident) check_plan(GemvPlan{blocks, log_split, ring, true}, example);
+          check_plan(GemvPlan{blocks, log_split, ring, false}, example);
         }
       }
     }
@@ -157,6 +158,22 @@ class Driver {
     }
     for (const int64_t M : {1, 2, 17, 129}) check(M, 2, BITLINEAR_MAX_K, Data::kLargestSums);
     for (const int64_t M : {1, 6}) check(M, 66, 499968, Data::kLargestSums);
+  }
+
+  // Tokens that the GEMV just holds, or does not hold any more, in registers: in one chunk of them,
+  // or in the several chunks of a long token.
+  void check_gemv_tokens() {
+    constexpr int64_t kThreadGroups[] = {1, 2, 4, 6, 12};  // of a chunk, by kind of token
+    for (const int64_t M : {1, 2, 3, 4}) {
+      const int64_t shares = M == 3 ? 4 : M;
+      for (const int64_t groups : kThreadGroups) {
+        for (const int64_t beyond : {-64, 0, 64, 832}) {
+          check_plans(M, 5, groups * bitlinear::cuda::kGemvGroupValues / shares + beyond,
+                      kDataKinds[groups % 2]);
+        }
+      }
+      check_plans(M, 3, 131136 / M / 64 * 64, Data::kRandom);
+    }
   }
 
   void check_all_plans(bool quick) {
@@ -240,7 +257,8 @@ class Driver {
   void check_plan(const GemvPlan& plan, const Example& example) {
     const std::string name = "gemv, blocks " + std::to_string(plan.blocks) + ", log_split " +
                              std::to_string(plan.log_split) + ", ring " +
-                             std::to_string(plan.ring_bytes);
+                             std::to_string(plan.ring_bytes) +
+                             (plan.resident ? ", resident" : "");
     const auto product = [&](const Call& call) { return gemv(call, plan); };
     check_plan(name, BITLINEAR_CUDA_GEMV, Layout::kRows, product, example);
   }
@@ -300,6 +318,7 @@ int main(int argc, char** argv) {
     driver.check_tiles(quick);
     driver.check_depths(quick);
     driver.check_long_rows(quick);
+    driver.check_gemv_tokens();
     driver.check_all_plans(quick);
     if (!quick) driver.check_many_tiles();
     return driver.report() ? 0 : 1;

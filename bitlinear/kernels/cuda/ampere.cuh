@@ -6,6 +6,10 @@
 namespace bitlinear {
 namespace cuda {
 
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 // c += a * b for 16 rows of 32 unsigned bytes and 8 columns of 32 signed bytes. A lane holds eight
 // of the 32 bytes of each row and column. Any order of k is valid if a and b have the same.
 __device__ inline void mma_u8s8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -71,7 +75,7 @@ __device__ inline void store_sums(int32_t* first,
 __device__ inline void copy_async(uint8_t* to, const void* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                   shared_address(to)),
                "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
                : "memory");
 #endif
@@ -90,6 +94,74 @@ __device__ inline void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
+}
+
+// A barrier in shared memory (mbarrier). A phase completes when all threads have arrived, and all
+// copies that it counts have ended.
+struct Barrier {
+  uint64_t state;
+
+  __device__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&state)), "r"(arrivals));
+  }
+  __device__ void arrive() {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&state)) : "memory");
+  }
+  // Also lets the phase wait for bytes that copy_bulk() copies (sm_90).
+  __device__ void arrive_expecting(uint32_t bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&state)),
+        "r"(bytes)
+        : "memory");
+  }
+  // Arrives when all copies that this thread has started with copy_async() have ended.
+  __device__ void arrive_after_copies() {
+    asm volatile(
+        "cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&state))
+        : "memory");
+  }
+  // Returns when the phase of this parity has completed. Only sm_90 can suspend a thread meanwhile.
+  __device__ void wait(uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+#define BITLINEAR_PROBE_BARRIER "mbarrier.try_wait.parity.shared.b64"
+#else
+#define BITLINEAR_PROBE_BARRIER "mbarrier.test_wait.parity.shared.b64"
+#endif
+    uint32_t done;
+    do {
+      asm volatile(
+          "{\n"
+          ".reg .pred done;\n" BITLINEAR_PROBE_BARRIER
+          " done, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, done;\n"
+          "}\n"
+          : "=r"(done)
+          : "r"(shared_address(&state)), "r"(parity)
+          : "memory");
+    } while (done == 0);
+#undef BITLINEAR_PROBE_BARRIER
+  }
+};
+
+// The position in a ring of stages: the stage, and the parity of the phase of its barriers.
+struct RingPosition {
+  int stages;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ explicit RingPosition(int stages) : stages(stages) {}
+  __device__ void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Synchronises the first kThreads threads of a block; the other threads do not take part.
+template <int kThreads>
+__device__ inline void sync_leading_threads() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
 }  // namespace cuda

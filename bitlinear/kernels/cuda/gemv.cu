@@ -50,12 +50,15 @@ namespace {
 constexpr int kWarps = kGemvWarps;  // that multiply; one more warp copies
 constexpr int kThreads = kConsumers + 32;
 constexpr int kFragmentRows = 16;
-constexpr int kMaxStages = 8;
+constexpr int kMaxStages = 12;
 
 struct Shared {
   Barrier full[kMaxStages], empty[kMaxStages];
-  // Partial sums by warp of a split, token and row; double-buffered.
-  int32_t partial[2][kWarps * kGemvTokens * (kFragmentRows + 4)];
+  union {
+    // Partial sums by warp of a split, token and row; double-buffered.
+    int32_t partial[2][kWarps * kGemvTokens * (kFragmentRows + 4)];
+    float norm_sums[kGemvMaxValues / kWarpValues + kGemvTokens];  // before them
+  };
   Tokens tokens;
 };
 static_assert(sizeof(Shared) <= kGemvStaticBytes, "see heuristics.h");
@@ -128,12 +131,59 @@ __device__ inline void prefetch_operands(const bitlinear_cuda_task& task, const 
   prefetch_line(static_cast<const char*>(prologue.norm_weight) + line * kLineBytes);
 }
 
+// The transport of weights into the ring. For each stage one lane of a warp calls expect_copies(),
+// then all lanes copy_rows(): the first `bytes` bytes of some rows, of which row(r) is the address.
+// `full` completes when all of them have arrived.
+#if __CUDA_ARCH__ >= 900
+// The copy engine copies a row at a time and counts its bytes.
+constexpr int kCopyArrivals = 1;
+
+__device__ inline void expect_copies(Barrier& full, int bytes) { full.arrive_expecting(bytes); }
+
+template <class Row>
+__device__ inline void copy_rows(uint8_t* to, int pitch, int rows, int bytes, Barrier& full,
+                                 const Row& row) {
+  for (int r = threadIdx.x % 32; r < rows; r += 32) copy_bulk(to + r * pitch, row(r), bytes, full);
+}
+__device__ inline void end_copies() {}  // the consumers wait for them
+#else
+// The lanes copy one row at a time, 16 bytes each; a lane arrives when its copies have ended.
+constexpr int kCopyArrivals = 32;
+
+__device__ inline void expect_copies(Barrier&, int) {}
+
+template <class Row>
+__device__ inline void copy_rows(uint8_t* to, int pitch, int rows, int bytes, Barrier& full,
+                                 const Row& row) {
+  constexpr int kStep = 16 * 32;
+  static_assert(kChunkBytes == 2 * kStep, "a lane copies at most twice");
+  const int lane = threadIdx.x % 32, offset = 16 * lane;
+  const bool once = offset < bytes, twice = offset + kStep < bytes;
+  to += offset;
+  for (int first = 0; first < rows; first += 32) {
+    // To find the address of a row takes long: each lane does so for one.
+    const auto found = reinterpret_cast<uint64_t>(row(minimum(first + lane, rows - 1)));
+    const int count = minimum(rows - first, 32);
+#pragma unroll 4
+    for (int r = 0; r < count; ++r, to += pitch) {
+      const auto* const from =
+          reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, found, r)) + offset;
+      if (once) copy_async(to, from, true);
+      if (twice) copy_async(to + kStep, from + kStep, true);
+    }
+  }
+  full.arrive_after_copies();
+}
+// A thread must not exit before its copies have ended.
+__device__ inline void end_copies() { wait_for_copies<0>(); }
+#endif
+
 // log_split: log2 of the number of warps that share 16 rows, along K. kTokenRows: the rows of q of
 // a token. "Tokens" below counts rows of q.
 template <class Source, int kTokenRows>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, (Source::kResident ? 2 : 1))
     gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages, int log_split) {
-#if __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ Shared shared;
 
@@ -149,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   if (threadIdx.x == kConsumers) {
     for (int s = 0; s < stages; ++s) {
-      shared.full[s].init(1);
+      shared.full[s].init(kCopyArrivals);
       shared.empty[s].init(kConsumers);
     }
     publish_barriers();
@@ -168,16 +218,15 @@ __global__ void __launch_bounds__(kThreads, 2)
         Barrier& full = shared.full[ring.stage];
         if (lane == 0) {
           shared.empty[ring.stage].wait(ring.parity ^ 1);
-          full.arrive_expecting(present * bytes);
+          expect_copies(full, present * bytes);
         }
         __syncwarp();
-        for (int row = lane; row < present; row += 32) {
-          const int64_t n = n_begin + tile * tile_rows + row;
-          copy_bulk(dynamic + ring.stage * stage_bytes + row * sizes.pitch,
-                    weight_row(task, n, sizes.row_bytes) + begin, bytes, full);
-        }
+        copy_rows(dynamic + ring.stage * stage_bytes, sizes.pitch, present, bytes, full, [&](int row) {
+          return weight_row(task, n_begin + tile * tile_rows + row, sizes.row_bytes) + begin;
+        });
       }
     }
+    end_copies();
     return;
   }
 
@@ -189,7 +238,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Quantizer<Source, kTokenRows> quantizer(task, sizes.q_stride, q);
   // Thread r mod 256 writes row r of the block.
   Row<kMaxTokens> mine;
-  mine.locate(task, n_begin + minimum(static_cast<int>(threadIdx.x), rows - 1));
+  const auto locate_row = [&] {
+    mine.locate(task, n_begin + minimum(static_cast<int>(threadIdx.x), rows - 1));
+  };
+  if (Source::kResident) locate_row();
   const int g = lane / 4, tig = lane % 4;
   const int group = warp >> log_split;
   // Every second group numbers its warps backwards: if their shares are unequal, it balances the
@@ -203,10 +255,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint8_t* my_w =
       dynamic + (group * kFragmentRows + g) * sizes.pitch + 16 * tig + member * kSliceBytes;
   const bool writes = static_cast<int>(threadIdx.x) < rows;
-  if (Source::kFused && writes) prefetch_operands(task, mine.s_w_address);
+  if (Source::kFused && Source::kResident && writes) prefetch_operands(task, mine.s_w_address);
 
   wait_for_predecessor();
-  quantizer.run(task, sizes.q_stride, shared.tokens, [&] {
+  float4* const stash = reinterpret_cast<float4*>(q + tokens * sizes.q_stride);
+  quantizer.run(task, sizes.q_stride, shared.norm_sums, stash, shared.tokens, [&] {
+    if (!Source::kResident) locate_row();
     if (writes) mine.load(task, tokens / kTokenRows);
   });
   sync_consumers();
@@ -287,7 +341,10 @@ cudaError_t launch(const Call& call, const GemvPlan& plan) {
   const Sizes sizes(call.task.K);
   const int stage_bytes = static_cast<int>(gemv_stage_bytes(sizes.row_bytes, plan.log_split));
   const int stages = minimum(plan.ring_bytes / stage_bytes, kMaxStages);
-  const int shared_bytes = stages * stage_bytes + static_cast<int>(call.task.M) * sizes.q_stride;
+  const bool has_stash = Source::kFused && !Source::kResident;
+  const int shared_bytes =
+      stages * stage_bytes + static_cast<int>(call.task.M) * sizes.q_stride +
+      (has_stash ? static_cast<int>(gemv_stash_bytes(call.task.M / kTokenRows, call.task.K)) : 0);
   const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
   return launch_kernel<gemv_kernel<Source, kTokenRows>>(config, call, call.task, stages,
                                                         plan.log_split);
@@ -298,16 +355,22 @@ cudaError_t launch(const Call& call, const GemvPlan& plan) {
   return call.task.act_bits == 8 ? launch<Source, 1>(call, plan) : launch<Source, 2>(call, plan);
 }
 
+template <bool kResident>
+cudaError_t launch(const Call& call, const GemvPlan& plan) {
+  const bitlinear_cuda_task& task = call.task;
+  if (bitlinear_is_plain(&task.prologue)) {
+    return dispatch_dtype(task.x_dtype, [&](auto zero) {
+      return launch<PlainSource<decltype(zero), kResident>>(call, plan);
+    });
+  }
+  return task.x_dtype == BITLINEAR_F32 ? launch<FusedSource<true, kResident>>(call, plan)
+                                       : launch<FusedSource<false, kResident>>(call, plan);
+}
+
 }  // namespace
 
 cudaError_t gemv(const Call& call, const GemvPlan& plan) {
-  const bitlinear_cuda_task& task = call.task;
-  if (bitlinear_is_plain(&task.prologue)) {
-    return dispatch_dtype(
-        task.x_dtype, [&](auto zero) { return launch<PlainSource<decltype(zero)>>(call, plan); });
-  }
-  return task.x_dtype == BITLINEAR_F32 ? launch<FusedSource<true>>(call, plan)
-                                       : launch<FusedSource<false>>(call, plan);
+  return plan.resident ? launch<true>(call, plan) : launch<false>(call, plan);
 }
 
 }  // namespace cuda

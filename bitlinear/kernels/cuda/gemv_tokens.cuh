@@ -1,5 +1,11 @@
 // The tokens of the GEMV: how one block quantises them, with their prologue, to shared memory.
 //
+// A quantiser makes up to three passes over a token: the sum of squares, the maximum, the rounding.
+// Tokens are resident if all of their values stay in registers meanwhile. Of longer ones the
+// registers hold a chunk at a time. The next pass begins with the chunk at which the last one has
+// ended; it loads the others again, from L2, or those of a prologue from shared memory, because a
+// gate takes longer than a load.
+//
 // Two things bound this: a warp takes some four cycles for each of its instructions, because few
 // others share its scheduler, and it waits for instructions that no cache near it holds. So all
 // that needs no token is computed before the predecessor has ended, and all products with a
@@ -21,33 +27,43 @@ __device__ inline void sync_consumers() { sync_leading_threads<kConsumers>(); }
 // What the quantiser leaves in shared memory beside q, and what it needs there.
 struct Tokens {
   uint32_t warp_max[kGemvWarps];
-  float norm_sums[kGemvPrologueValues / kWarpValues];
   float s_x[kGemvTokens];
   int32_t q_sum[kGemvTokens];  // 0 before
 };
 
 // The groups of token m that a thread quantises: at `first` and then every `step` values, all
-// before `end`. The thread's warp is `member` of the `members` warps of the token.
+// before `end`. The `members` warps of a token take turns at its blocks of 512 values; `block` is
+// the first of this warp.
 struct Part {
-  int m, first, step, end, member, members;
+  int m, first, step, end, block, members;
 
   __device__ Part(const bitlinear_cuda_task& task, int tokens) {
     const int warp = threadIdx.x / 32, log_members = tokens > 2 ? 1 : tokens > 1 ? 2 : 3;
     members = 1 << log_members;
     m = warp >> log_members;
-    member = warp & (members - 1);
-    first = (member * 32 + threadIdx.x % 32) * kGroup;
+    block = warp & (members - 1);
+    first = (block * 32 + threadIdx.x % 32) * kGroup;
     step = (32 << log_members) * kGroup;
     end = m < tokens ? static_cast<int>(task.K) : 0;
+  }
+
+  // Without the groups of the first `values` values, a multiple of `step`.
+  __device__ Part after(int values) const {
+    Part rest = *this;
+    rest.first += values;
+    rest.block += values / kWarpValues;
+    return rest;
   }
 };
 
 // What the quantiser reads: x in its dtype. A source is constructed before the predecessor has
-// ended. load() also calls load_rows(), which starts the loads of the epilogue.
-template <class X>
+// ended. load() loads the groups of the part, as many as fit the registers; it also calls
+// load_rows(), which starts the loads of the epilogue.
+template <class X, bool kResident_>
 struct PlainSource {
-  static constexpr bool kFused = false, kWide = sizeof(X) == 4;
-  static constexpr int kGroups = kGemvGroups;
+  static constexpr bool kFused = false, kWide = sizeof(X) == 4, kResident = kResident_;
+  // Groups of a 16-bit type have half the registers. Resident tokens are short enough.
+  static constexpr int kGroups = kResident ? kGemvGroups : kWide ? 6 : 12;
   using Values = Group<X>;
   const X* x;
 
@@ -58,7 +74,7 @@ struct PlainSource {
 
   template <class LoadRows>
   __device__ void load(const bitlinear_cuda_task&, const Part& part, Values (&groups)[kGroups],
-                       float*, const LoadRows& load_rows) const {
+                       const LoadRows& load_rows) const {
     load_rows();
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
@@ -67,11 +83,12 @@ struct PlainSource {
   }
 };
 
-// The fp32 values of the prologue. kWide: x is fp32, else of a 16-bit type.
-template <bool kWide_>
+// The fp32 values of the gate; those of the norm with its other functions, which do nothing without
+// a norm. kWide: x is fp32, else of a 16-bit type.
+template <bool kWide_, bool kResident_>
 struct FusedSource {
-  static constexpr bool kFused = true, kWide = kWide_;
-  static constexpr int kGroups = kGemvPrologueGroups;
+  static constexpr bool kFused = true, kWide = kWide_, kResident = kResident_;
+  static constexpr int kGroups = kResident || !kWide ? kGemvPrologueGroups : 1;
   using Values = FloatGroup;
   const char *a, *b, *weights;
 
@@ -87,10 +104,9 @@ struct FusedSource {
     compute_now(weights);
   }
 
-  // All consumers call this, also those without a token: they synchronise.
   template <class LoadRows>
   __device__ void load(const bitlinear_cuda_task& task, const Part& part, Values (&groups)[kGroups],
-                       float* norm_sums, const LoadRows& load_rows) const {
+                       const LoadRows& load_rows) const {
     const bitlinear_prologue& prologue = task.prologue;
     const bool has_gate = prologue.activation != BITLINEAR_NO_GATE;
     const int dtype = kWide ? BITLINEAR_F32 : task.x_dtype;
@@ -114,29 +130,39 @@ struct FusedSource {
         groups[i] = apply_gate(prologue.activation, raw_a[i], raw_b[i], dtype);
       }
     }
-    if (prologue.norm_weight == nullptr) return;
-    RawGroup<true> raw_weights[kGroups];
-    const int weight_step = part.step * (prologue.norm_dtype == BITLINEAR_F32 ? 4 : 2);
+  }
+
+  struct NormWeights {
+    RawGroup<true> raw[kGroups];
+  };
+  __device__ void load_norm_weights(const bitlinear_prologue& prologue, const Part& part,
+                                    NormWeights& norm_weights) const {
+    const int step = part.step * (prologue.norm_dtype == BITLINEAR_F32 ? 4 : 2);
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       if (part.first + i * part.step < part.end) {
-        raw_weights[i].load(weights + i * weight_step, prologue.norm_dtype);
+        norm_weights.raw[i].load(weights + i * step, prologue.norm_dtype);
       }
     }
-    float* const sums = norm_sums + part.m * part.members * kGroups;
+  }
+  // Stores the sums of squares of the warp's blocks.
+  __device__ void add_squares(int64_t K, const Part& part, const Values (&groups)[kGroups],
+                              float* sums) const {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      const int warp = i * part.members + part.member;
-      if (warp * kWarpValues >= task.K) break;
+      const int block = i * part.members + part.block;
+      if (block * kWarpValues >= K) break;
       const float sum = warp_sum_of_squares(groups[i]);
-      if (threadIdx.x % 32 == 0) sums[warp] = sum;
+      if (threadIdx.x % 32 == 0) sums[block] = sum;
     }
-    sync_consumers();
-    const float factor = norm_factor<kGemvPrologueValues>(prologue, sums, task.K);
+  }
+  __device__ void normalize_groups(const bitlinear_prologue& prologue, const Part& part,
+                                   Values (&groups)[kGroups], const NormWeights& norm_weights,
+                                   float factor) const {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       if (part.first + i * part.step < part.end) {
-        normalize(groups[i], raw_weights[i], prologue.norm_dtype, factor);
+        normalize(groups[i], norm_weights.raw[i], prologue.norm_dtype, factor);
       }
     }
   }
@@ -146,11 +172,11 @@ struct FusedSource {
 };
 
 // Quantises all tokens at once, each to kTokenRows rows of q. Each token has its share of the
-// warps, which keep the values in registers between the maximum and the rounding. It is constructed
-// before the predecessor has ended.
+// warps. It is constructed before the predecessor has ended.
 template <class Source, int kTokenRows>
 struct Quantizer {
   static constexpr int kGroups = Source::kGroups;
+  using Values = typename Source::Values;
   Part part;
   Source source;
   uint32_t* words;  // of the first group, in q
@@ -163,16 +189,65 @@ struct Quantizer {
     compute_now(words);
   }
 
+  // All consumers call this, also those without a token: they synchronise. norm_sums: a float for
+  // each block of 512 values. stash: room for all values of tokens that are fused and not resident.
   template <class LoadRows>
-  __device__ void run(const bitlinear_cuda_task& task, int q_stride, Tokens& shared,
-                      const LoadRows& load_rows) const {
+  __device__ void run(const bitlinear_cuda_task& task, int q_stride, float* norm_sums,
+                      float4* stash, Tokens& shared, const LoadRows& load_rows) const {
+    const bitlinear_prologue& prologue = task.prologue;
     const int lane = threadIdx.x % 32;
-    typename Source::Values groups[kGroups];
-    source.load(task, part, groups, shared.norm_sums, load_rows);
+    const bool has_norm = Source::kFused && prologue.norm_weight != nullptr;
+    const int K = static_cast<int>(task.K);
+    norm_sums += part.m * ceil_div(K, kWarpValues);
+    Values groups[kGroups];
     uint32_t absmax = 0;
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      if (part.first + i * part.step < part.end) absmax = max(absmax, groups[i].magnitude_bits());
+    const int chunk_values = kGroups * part.step;
+    const int last = Source::kResident ? 0 : (K - 1) / chunk_values;
+    if constexpr (Source::kResident) {
+      source.load(task, part, groups, load_rows);
+      if constexpr (Source::kFused) {
+        if (has_norm) {
+          typename Source::NormWeights norm_weights;
+          source.load_norm_weights(prologue, part, norm_weights);
+          source.add_squares(task.K, part, groups, norm_sums);
+          sync_consumers();
+          const float factor = norm_factor<kGemvPrologueValues>(prologue, norm_sums, task.K);
+          source.normalize_groups(prologue, part, groups, norm_weights, factor);
+        }
+      }
+      absmax = max_magnitude(part, groups);
+    } else {
+      float factor = 0.0f;
+      if constexpr (Source::kFused) {
+        if (has_norm) {
+#pragma unroll 1
+          for (int c = 0; c <= last; ++c) {
+            const Part chunk = part.after(c * chunk_values);
+            Source(task, chunk).load(task, chunk, groups, [] {});
+            source.add_squares(task.K, chunk, groups, norm_sums);
+            if (c < last) put(groups, stash, c);
+          }
+          sync_consumers();
+          factor = norm_factor<BITLINEAR_MAX_K>(prologue, norm_sums, task.K);
+        }
+      }
+#pragma unroll 1
+      for (int c = last; c >= 0; --c) {
+        const Part chunk = part.after(c * chunk_values);
+        const Source chunk_source(task, chunk);
+        if (!has_norm) chunk_source.load(task, chunk, groups, [] {});
+        if constexpr (Source::kFused) {
+          if (has_norm) {
+            typename Source::NormWeights norm_weights;
+            chunk_source.load_norm_weights(prologue, chunk, norm_weights);
+            if (c < last) get(groups, stash, c);
+            chunk_source.normalize_groups(prologue, chunk, groups, norm_weights, factor);
+          }
+          if (c > 0) put(groups, stash, c);
+        }
+        absmax = max(absmax, max_magnitude(chunk, groups));
+      }
+      load_rows();
     }
     absmax = warp_reduce_max(absmax);
     if (lane == 0) shared.warp_max[threadIdx.x / 32] = absmax;
@@ -182,21 +257,17 @@ struct Quantizer {
     absmax = warp_reduce_max(shared.warp_max[part.m * part.members + (lane & (part.members - 1))]);
     const TokenScale<kTokenRows> scale(absmax, task.eps);
     int32_t sums[kTokenRows] = {};
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int k = part.first + i * part.step;
-      if (k >= q_stride - kGemvTokenPad) break;
-      float values[kGroup] = {};
-      if (k < part.end) groups[i].convert(values);
-      uint32_t planes[kTokenRows][4];
-      quantize_group(values, scale.inv, planes, sums);
-#pragma unroll
-      for (int r = 0; r < kTokenRows; ++r) {
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-          words[(i * part.step + r * q_stride) / 4 + 16 * p] = planes[r][p];
+#pragma unroll 1
+    for (int c = 0; c <= last; ++c) {
+      const Part chunk = part.after(c * chunk_values);
+      if constexpr (!Source::kResident) {
+        if constexpr (Source::kFused) {
+          if (c > 0) get(groups, stash, c);
+        } else {
+          if (c > 0) Source(task, chunk).load(task, chunk, groups, [] {});
         }
       }
+      quantize(chunk, groups, scale.inv, q_stride, words + c * chunk_values / 4, sums);
     }
 #pragma unroll
     for (int r = 0; r < kTokenRows; ++r) {
@@ -206,6 +277,62 @@ struct Quantizer {
     if (part.first == 0) {
 #pragma unroll
       for (int r = 0; r < kTokenRows; ++r) shared.s_x[part.m * kTokenRows + r] = scale.s_x;
+    }
+  }
+
+ private:
+  // Puts the groups of chunk c into the stash, or gets them; each thread has its own.
+  __device__ static void put(const Values (&groups)[kGroups], float4* stash, int c) {
+    stash += c * kGroups * 4 * kConsumers + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const float* const values = groups[i].values + 4 * v;
+        stash[(4 * i + v) * kConsumers] = make_float4(values[0], values[1], values[2], values[3]);
+      }
+    }
+  }
+  __device__ static void get(Values (&groups)[kGroups], const float4* stash, int c) {
+    stash += c * kGroups * 4 * kConsumers + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const float4 values = stash[(4 * i + v) * kConsumers];
+        groups[i].values[4 * v] = values.x;
+        groups[i].values[4 * v + 1] = values.y;
+        groups[i].values[4 * v + 2] = values.z;
+        groups[i].values[4 * v + 3] = values.w;
+      }
+    }
+  }
+  __device__ static uint32_t max_magnitude(const Part& part, const Values (&groups)[kGroups]) {
+    uint32_t absmax = 0;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      if (part.first + i * part.step < part.end) absmax = max(absmax, groups[i].magnitude_bits());
+    }
+    return absmax;
+  }
+  // Stores the groups of the part to q, and adds to the sums of its rows.
+  __device__ static void quantize(const Part& part, const Values (&groups)[kGroups], float inv,
+                                  int q_stride, uint32_t* words, int32_t (&sums)[kTokenRows]) {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const int k = part.first + i * part.step;
+      if (k >= q_stride - kGemvTokenPad) break;
+      float values[kGroup] = {};
+      if (k < part.end) groups[i].convert(values);
+      uint32_t planes[kTokenRows][4];
+      quantize_group(values, inv, planes, sums);
+#pragma unroll
+      for (int r = 0; r < kTokenRows; ++r) {
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+          words[(i * part.step + r * q_stride) / 4 + 16 * p] = planes[r][p];
+        }
+      }
     }
   }
 };

@@ -86,13 +86,16 @@ constexpr int row_pitch(int64_t row_bytes) {
 
 constexpr int kGemvTokens = 4;
 constexpr int kGemvWarps = 8;  // warps that multiply, each 16 rows at a time
-// The GEMV quantises the tokens itself and keeps them in registers meanwhile: groups of 16 values
-// per thread.
+// The GEMV quantises the tokens itself. If they are short enough it keeps them in registers
+// meanwhile: groups of 16 values per thread.
+constexpr int64_t kGemvGroupValues = 16 * 32 * kGemvWarps;  // of all threads: a group each
 constexpr int kGemvGroups = 4;
-constexpr int64_t kGemvRegisterValues = int64_t{kGemvGroups} * 16 * 32 * kGemvWarps;
+constexpr int64_t kGemvRegisterValues = kGemvGroups * kGemvGroupValues;
 // With a prologue the groups are fp32, and more than two do not fit the registers.
 constexpr int kGemvPrologueGroups = 2;
-constexpr int64_t kGemvPrologueValues = kGemvRegisterValues / kGemvGroups * kGemvPrologueGroups;
+constexpr int64_t kGemvPrologueValues = kGemvPrologueGroups * kGemvGroupValues;
+// Of all tokens together, whether in registers or not: the norm has shared memory for so many.
+constexpr int64_t kGemvMaxValues = 512 * 1024;
 constexpr int kGemvTokenPad = 64;  // between tokens in shared memory, against bank conflicts
 // The maximum of its static shared memory (the compiler adds a little of its own).
 constexpr int kGemvStaticBytes = 5632;
@@ -104,44 +107,72 @@ constexpr int64_t gemv_stage_bytes(int64_t row_bytes, int log_split) {
   return int64_t{gemv_tile_rows(log_split)} * row_pitch(row_bytes);
 }
 
+// The values of all threads, if each token has the same power-of-two share of the threads.
+constexpr int64_t gemv_values(int64_t tokens, int64_t K) {
+  int64_t shares = 1;
+  while (shares < tokens) shares *= 2;
+  return shares * K;
+}
+
+// Whether the tokens stay in registers while they are quantised.
+constexpr bool are_resident(const Shape& shape) {
+  return gemv_values(shape.M, shape.K) <=
+         (shape.has_prologue ? kGemvPrologueValues : kGemvRegisterValues);
+}
+
+// Shared memory for the fp32 values of a prologue whose tokens are not resident: whole chunks.
+constexpr int64_t gemv_stash_bytes(int64_t tokens, int64_t K) {
+  return 4 * round_up(gemv_values(tokens, K), kGemvPrologueValues);
+}
+
 // The shared memory that is left for a ring of stages.
-constexpr int64_t gemv_room(const Device& device, const Shape& shape) {
+constexpr int64_t gemv_room(const Device& device, const Shape& shape, bool resident) {
   const int64_t activations = shape.M * (round_up(shape.K, kSliceValues) + kGemvTokenPad);
-  return device.shared_bytes - kGemvStaticBytes - activations;
+  const int64_t stash =
+      shape.has_prologue && !resident ? gemv_stash_bytes(shape.M, shape.K) : 0;
+  return device.shared_bytes - kGemvStaticBytes - activations - stash;
 }
 
 struct GemvPlan {
   int blocks;
   int log_split;  // 1, 2 or 3: log2 of the number of warps, of 8, that share 16 rows along K
   int ring_bytes;
+  bool resident;
 };
 
 constexpr GemvPlan plan_gemv(const Device& device, const Shape& shape) {
   // One block per multiprocessor leaves room for a block of the successor, which loads weights
-  // meanwhile. If the weights of a block exceed its ring, two blocks keep more loads in flight.
+  // meanwhile (sm_90). If the weights of a block exceed its ring, two blocks keep more loads in
+  // flight. Tokens that are not resident need the registers of two blocks.
   constexpr int64_t kRing = 96 * 1024, kRingOfTwo = 70 * 1024, kBlockRows = 8;
+  const bool overlaps = device.capability >= 90;
+  const bool resident = are_resident(shape);
   const int64_t row_bytes = ceil_div(shape.K, 4);
-  const int64_t room = gemv_room(device, shape);
-  const bool two = shape.N * row_bytes > device.multiprocessors * (kRing + 10 * 1024) &&
+  const int64_t room = gemv_room(device, shape, resident);
+  const bool two = overlaps && resident &&
+                   shape.N * row_bytes > device.multiprocessors * (kRing + 10 * 1024) &&
                    2 * (device.shared_bytes - room + kRingOfTwo) <= device.shared_bytes;
   const int64_t blocks =
       minimum(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
-  const int64_t ring_bytes = minimum(two ? kRingOfTwo : kRing, room);
+  const int64_t ring_bytes =
+      two ? kRingOfTwo : overlaps && resident ? minimum(kRing, room) : room;
 
   // Tall tiles need fewer barriers. A tile is at most as tall as the rows of a block, and the ring
-  // must hold four stages, or all stages that the block fills.
+  // must hold four stages (two of the middle height before sm_90), or all stages that the block
+  // fills.
   const int64_t rows = ceil_div(shape.N, blocks);
   const int64_t chunks = ceil_div(row_bytes, kChunkBytes);
   int log_split = 3;
   for (int candidate = 2; candidate >= 1; --candidate) {
     const int64_t tile_rows = gemv_tile_rows(candidate);
     const int64_t filled = ceil_div(rows, tile_rows) * chunks;
-    const int64_t held = filled < 2 ? 2 : minimum(filled, 4);
+    const int64_t enough = overlaps || candidate == 1 ? 4 : 2;
+    const int64_t held = filled < 2 ? 2 : minimum(filled, enough);
     if (rows > tile_rows / 2 && held * gemv_stage_bytes(row_bytes, candidate) <= ring_bytes) {
       log_split = candidate;
     }
   }
-  return {static_cast<int>(blocks), log_split, static_cast<int>(ring_bytes)};
+  return {static_cast<int>(blocks), log_split, static_cast<int>(ring_bytes), resident};
 }
 
 // ------------------------------------------------------------------------------- small batch
@@ -316,15 +347,10 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
   switch (kernel) {
     case BITLINEAR_CUDA_DP4A:
       return device.capability >= 61;
-    case BITLINEAR_CUDA_GEMV: {
-      // Each token has the same power-of-two share of the threads.
-      int64_t shares = 1;
-      while (shares < shape.M) shares *= 2;
-      const int64_t values = shape.has_prologue ? kGemvPrologueValues : kGemvRegisterValues;
-      return device.capability >= 90 && shape.w_aligned && shape.x_aligned &&
-             shape.M <= kGemvTokens && shares * shape.K <= values &&
-             gemv_room(device, shape) >= 2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
-    }
+    case BITLINEAR_CUDA_GEMV:
+      return device.capability >= 80 && shape.w_aligned && shape.x_aligned &&
+             shape.M <= kGemvTokens && shape.M * shape.K <= kGemvMaxValues &&
+             gemv_room(device, shape, are_resident(shape)) >= 2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
     case BITLINEAR_CUDA_SMALL_BATCH:
       return device.capability >= 90 && shape.w_aligned && shape.M <= kSmallBatchTokens;
     case BITLINEAR_CUDA_SMALL_LAYER:
@@ -337,6 +363,19 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
     default:
       return false;
   }
+}
+
+// Whether the GEMV, if it supports the shape, is faster than the others on an H100. Each of its
+// blocks quantises all tokens. With several that are not resident this takes longer than the loads
+// of weights hide, unless a block has many rows, or the kernels for more tokens are slow too
+// (before sm_90).
+constexpr bool prefers_gemv(const Device& device, const Shape& shape) {
+  if (are_resident(shape)) return true;
+  if (shape.has_prologue) return false;
+  if (shape.M == 1) return true;
+  const bool has_rows =
+      device.capability < 90 || shape.N >= 8 * shape.M * device.multiprocessors;
+  return has_rows && gemv_values(shape.M, shape.K) <= 3 * kGemvRegisterValues;
 }
 
 // Whether the kernel for small layers, if it supports the shape, is faster than the others on an
@@ -359,6 +398,7 @@ constexpr int choose_kernel(const Device& device, const Shape& shape) {
         BITLINEAR_CUDA_WGMMA, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_DP4A}) {
     if (!supports(kernel, device, shape)) continue;
     if (kernel == BITLINEAR_CUDA_SMALL_LAYER && !prefers_small_layer(device, shape)) continue;
+    if (kernel == BITLINEAR_CUDA_GEMV && !prefers_gemv(device, shape)) continue;
     if (kernel == BITLINEAR_CUDA_SMALL_BATCH && !is_small && device.has_wgmma) continue;
     return kernel;
   }

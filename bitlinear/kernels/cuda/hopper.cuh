@@ -1,76 +1,17 @@
-// Wrappers around PTX of sm_90: barriers in shared memory and bulk copies.
+// Wrappers around PTX of sm_90: bulk copies and clusters.
 #pragma once
 
-#include "common.cuh"
+#include "ampere.cuh"
 
 namespace bitlinear {
 namespace cuda {
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// A barrier in shared memory (mbarrier). A phase completes when all threads have arrived and all
-// expected bytes have been copied.
-struct Barrier {
-  uint64_t state;
-
-  __device__ void init(int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)),
-                 "r"(arrivals));
-  }
-  __device__ void arrive() {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state))
-                 : "memory");
-  }
-  __device__ void arrive_expecting(uint32_t bytes) {
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&state)),
-        "r"(bytes)
-        : "memory");
-  }
-  // Returns when the phase of this parity has completed.
-  __device__ void wait(uint32_t parity) {
-    uint32_t done;
-    do {
-      asm volatile(
-          "{\n"
-          ".reg .pred done;\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, done;\n"
-          "}\n"
-          : "=r"(done)
-          : "r"(shared_address(&state)), "r"(parity)
-          : "memory");
-    } while (done == 0);
-  }
-};
-
-// The position in a ring of stages: the stage, and the parity of the phase of its barriers.
-struct RingPosition {
-  int stages;
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ explicit RingPosition(int stages) : stages(stages) {}
-  __device__ void advance() {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// Synchronises the first kThreads threads of a block; the other threads do not take part.
-template <int kThreads>
-__device__ inline void sync_leading_threads() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
-}
-
 // Makes initialised barriers visible to the copy engine. A __syncthreads() makes them visible to
 // the threads.
 __device__ inline void publish_barriers() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
 }
 
 // Copies bytes into shared memory; `barrier` counts them. Size and addresses are multiples of 16.
