@@ -257,8 +257,7 @@ class Driver {
   void check_plan(const GemvPlan& plan, const Example& example) {
     const std::string name = "gemv, blocks " + std::to_string(plan.blocks) + ", log_split " +
                              std::to_string(plan.log_split) + ", ring " +
-                             std::to_string(plan.ring_bytes) +
-                             (plan.resident ? ", resident" : "");
+                             std::to_string(plan.ring_bytes) + (plan.resident ? ", resident" : "");
     const auto product = [&](const Call& call) { return gemv(call, plan); };
     check_plan(name, BITLINEAR_CUDA_GEMV, Layout::kRows, product, example);
   }

@@ -74,8 +74,7 @@ __device__ inline void store_sums(int32_t* first,
 // nothing.
 __device__ inline void copy_async(uint8_t* to, const void* from, bool valid) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                   shared_address(to)),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
                "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
                : "memory");
 #endif
@@ -116,9 +115,8 @@ struct Barrier {
   }
   // Arrives when all copies that this thread has started with copy_async() have ended.
   __device__ void arrive_after_copies() {
-    asm volatile(
-        "cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&state))
-        : "memory");
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&state))
+                 : "memory");
   }
   // Returns when the phase of this parity has completed. Only sm_90 can suspend a thread meanwhile.
   __device__ void wait(uint32_t parity) {

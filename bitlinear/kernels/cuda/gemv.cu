@@ -131,27 +131,34 @@ __device__ inline void prefetch_operands(const bitlinear_cuda_task& task, const 
   prefetch_line(static_cast<const char*>(prologue.norm_weight) + line * kLineBytes);
 }
 
-// The transport of weights into the ring. For each stage one lane of a warp calls expect_copies(),
-// then all lanes copy_rows(): the first `bytes` bytes of some rows, of which row(r) is the address.
-// `full` completes when all of them have arrived.
+// The transport of weights into the ring. For each stage a warp calls start_stage(), which returns
+// when `empty` has completed, and then copy_rows(): the first `bytes` bytes of `rows` rows, of
+// which row(r) is the address. `full` completes when all of them have arrived.
 #if __CUDA_ARCH__ >= 900
 // The copy engine copies a row at a time and counts its bytes.
 constexpr int kCopyArrivals = 1;
 
-__device__ inline void expect_copies(Barrier& full, int bytes) { full.arrive_expecting(bytes); }
-
+__device__ inline void start_stage(Barrier& empty, uint32_t parity, Barrier& full, int bytes) {
+  if (threadIdx.x % 32 == 0) {
+    empty.wait(parity);
+    full.arrive_expecting(bytes);
+  }
+  __syncwarp();
+}
 template <class Row>
 __device__ inline void copy_rows(uint8_t* to, int pitch, int rows, int bytes, Barrier& full,
                                  const Row& row) {
   for (int r = threadIdx.x % 32; r < rows; r += 32) copy_bulk(to + r * pitch, row(r), bytes, full);
 }
-__device__ inline void end_copies() {}  // the consumers wait for them
+__device__ inline void end_copies() {}  // the block lives until its consumers have seen them
 #else
 // The lanes copy one row at a time, 16 bytes each; a lane arrives when its copies have ended.
 constexpr int kCopyArrivals = 32;
 
-__device__ inline void expect_copies(Barrier&, int) {}
-
+// Each lane waits by itself: the race checker follows no order through another lane.
+__device__ inline void start_stage(Barrier& empty, uint32_t parity, Barrier&, int) {
+  empty.wait(parity);
+}
 template <class Row>
 __device__ inline void copy_rows(uint8_t* to, int pitch, int rows, int bytes, Barrier& full,
                                  const Row& row) {
@@ -161,20 +168,18 @@ __device__ inline void copy_rows(uint8_t* to, int pitch, int rows, int bytes, Ba
   const bool once = offset < bytes, twice = offset + kStep < bytes;
   to += offset;
   for (int first = 0; first < rows; first += 32) {
-    // To find the address of a row takes long: each lane does so for one.
-    const auto found = reinterpret_cast<uint64_t>(row(minimum(first + lane, rows - 1)));
+    // The address of a row takes many instructions, so each lane computes one.
+    const auto mine = reinterpret_cast<uint64_t>(row(minimum(first + lane, rows - 1)));
     const int count = minimum(rows - first, 32);
 #pragma unroll 4
     for (int r = 0; r < count; ++r, to += pitch) {
-      const auto* const from =
-          reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, found, r)) + offset;
+      const auto* const from = reinterpret_cast<const uint8_t*>(__shfl_sync(~0u, mine, r)) + offset;
       if (once) copy_async(to, from, true);
       if (twice) copy_async(to + kStep, from + kStep, true);
     }
   }
   full.arrive_after_copies();
 }
-// A thread must not exit before its copies have ended.
 __device__ inline void end_copies() { wait_for_copies<0>(); }
 #endif
 
@@ -216,14 +221,11 @@ __global__ void __launch_bounds__(kThreads, (Source::kResident ? 2 : 1))
         const int begin = c * sizes.chunk_bytes;
         const int bytes = minimum(sizes.chunk_bytes, sizes.row_bytes - begin);
         Barrier& full = shared.full[ring.stage];
-        if (lane == 0) {
-          shared.empty[ring.stage].wait(ring.parity ^ 1);
-          expect_copies(full, present * bytes);
-        }
-        __syncwarp();
-        copy_rows(dynamic + ring.stage * stage_bytes, sizes.pitch, present, bytes, full, [&](int row) {
-          return weight_row(task, n_begin + tile * tile_rows + row, sizes.row_bytes) + begin;
-        });
+        start_stage(shared.empty[ring.stage], ring.parity ^ 1, full, present * bytes);
+        const auto row = [&](int r) {
+          return weight_row(task, n_begin + tile * tile_rows + r, sizes.row_bytes) + begin;
+        };
+        copy_rows(dynamic + ring.stage * stage_bytes, sizes.pitch, present, bytes, full, row);
       }
     }
     end_copies();

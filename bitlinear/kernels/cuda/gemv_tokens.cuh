@@ -62,7 +62,7 @@ struct Part {
 template <class X, bool kResident_>
 struct PlainSource {
   static constexpr bool kFused = false, kWide = sizeof(X) == 4, kResident = kResident_;
-  // Groups of a 16-bit type have half the registers. Resident tokens are short enough.
+  // Tokens that are not resident have 168 registers a thread instead of 96.
   static constexpr int kGroups = kResident ? kGemvGroups : kWide ? 6 : 12;
   using Values = Group<X>;
   const X* x;
@@ -194,61 +194,10 @@ struct Quantizer {
   template <class LoadRows>
   __device__ void run(const bitlinear_cuda_task& task, int q_stride, float* norm_sums,
                       float4* stash, Tokens& shared, const LoadRows& load_rows) const {
-    const bitlinear_prologue& prologue = task.prologue;
     const int lane = threadIdx.x % 32;
-    const bool has_norm = Source::kFused && prologue.norm_weight != nullptr;
-    const int K = static_cast<int>(task.K);
-    norm_sums += part.m * ceil_div(K, kWarpValues);
     Values groups[kGroups];
-    uint32_t absmax = 0;
-    const int chunk_values = kGroups * part.step;
-    const int last = Source::kResident ? 0 : (K - 1) / chunk_values;
-    if constexpr (Source::kResident) {
-      source.load(task, part, groups, load_rows);
-      if constexpr (Source::kFused) {
-        if (has_norm) {
-          typename Source::NormWeights norm_weights;
-          source.load_norm_weights(prologue, part, norm_weights);
-          source.add_squares(task.K, part, groups, norm_sums);
-          sync_consumers();
-          const float factor = norm_factor<kGemvPrologueValues>(prologue, norm_sums, task.K);
-          source.normalize_groups(prologue, part, groups, norm_weights, factor);
-        }
-      }
-      absmax = max_magnitude(part, groups);
-    } else {
-      float factor = 0.0f;
-      if constexpr (Source::kFused) {
-        if (has_norm) {
-#pragma unroll 1
-          for (int c = 0; c <= last; ++c) {
-            const Part chunk = part.after(c * chunk_values);
-            Source(task, chunk).load(task, chunk, groups, [] {});
-            source.add_squares(task.K, chunk, groups, norm_sums);
-            if (c < last) put(groups, stash, c);
-          }
-          sync_consumers();
-          factor = norm_factor<BITLINEAR_MAX_K>(prologue, norm_sums, task.K);
-        }
-      }
-#pragma unroll 1
-      for (int c = last; c >= 0; --c) {
-        const Part chunk = part.after(c * chunk_values);
-        const Source chunk_source(task, chunk);
-        if (!has_norm) chunk_source.load(task, chunk, groups, [] {});
-        if constexpr (Source::kFused) {
-          if (has_norm) {
-            typename Source::NormWeights norm_weights;
-            chunk_source.load_norm_weights(prologue, chunk, norm_weights);
-            if (c < last) get(groups, stash, c);
-            chunk_source.normalize_groups(prologue, chunk, groups, norm_weights, factor);
-          }
-          if (c > 0) put(groups, stash, c);
-        }
-        absmax = max(absmax, max_magnitude(chunk, groups));
-      }
-      load_rows();
-    }
+    uint32_t absmax = Source::kResident ? measure(task, norm_sums, groups, load_rows)
+                                        : measure_chunks(task, norm_sums, stash, groups, load_rows);
     absmax = warp_reduce_max(absmax);
     if (lane == 0) shared.warp_max[threadIdx.x / 32] = absmax;
     sync_consumers();
@@ -257,17 +206,18 @@ struct Quantizer {
     absmax = warp_reduce_max(shared.warp_max[part.m * part.members + (lane & (part.members - 1))]);
     const TokenScale<kTokenRows> scale(absmax, task.eps);
     int32_t sums[kTokenRows] = {};
+    quantize(part, groups, scale.inv, q_stride, words, sums);
+    if constexpr (!Source::kResident) {
 #pragma unroll 1
-    for (int c = 0; c <= last; ++c) {
-      const Part chunk = part.after(c * chunk_values);
-      if constexpr (!Source::kResident) {
+      for (int c = 1; c <= last_chunk(task); ++c) {
+        const Part chunk = part.after(c * chunk_values());
         if constexpr (Source::kFused) {
-          if (c > 0) get(groups, stash, c);
+          get(groups, stash, c);
         } else {
-          if (c > 0) Source(task, chunk).load(task, chunk, groups, [] {});
+          Source(task, chunk).load(task, chunk, groups, [] {});
         }
+        quantize(chunk, groups, scale.inv, q_stride, words + c * chunk_values() / 4, sums);
       }
-      quantize(chunk, groups, scale.inv, q_stride, words + c * chunk_values / 4, sums);
     }
 #pragma unroll
     for (int r = 0; r < kTokenRows; ++r) {
@@ -281,6 +231,76 @@ struct Quantizer {
   }
 
  private:
+  // Values of a token that its threads hold at a time, and the last such chunk.
+  __device__ int chunk_values() const { return kGroups * part.step; }
+  __device__ int last_chunk(const bitlinear_cuda_task& task) const {
+    return (static_cast<int>(task.K) - 1) / chunk_values();
+  }
+
+  // Loads all groups of the thread, with their prologue. Returns their largest magnitude.
+  template <class LoadRows>
+  __device__ uint32_t measure(const bitlinear_cuda_task& task, float* norm_sums,
+                              Values (&groups)[kGroups], const LoadRows& load_rows) const {
+    source.load(task, part, groups, load_rows);
+    if constexpr (Source::kFused) {
+      const bitlinear_prologue& prologue = task.prologue;
+      if (prologue.norm_weight != nullptr) {
+        norm_sums += part.m * part.members * kGroups;
+        typename Source::NormWeights norm_weights;
+        source.load_norm_weights(prologue, part, norm_weights);
+        source.add_squares(task.K, part, groups, norm_sums);
+        sync_consumers();
+        const float factor = norm_factor<kGemvPrologueValues>(prologue, norm_sums, task.K);
+        source.normalize_groups(prologue, part, groups, norm_weights, factor);
+      }
+    }
+    return max_magnitude(part, groups);
+  }
+
+  // The same for tokens that are not resident. Leaves the first chunk in the registers.
+  template <class LoadRows>
+  __device__ uint32_t measure_chunks(const bitlinear_cuda_task& task, float* norm_sums,
+                                     float4* stash, Values (&groups)[kGroups],
+                                     const LoadRows& load_rows) const {
+    const bitlinear_prologue& prologue = task.prologue;
+    const bool has_norm = Source::kFused && prologue.norm_weight != nullptr;
+    const int last = last_chunk(task);
+    float factor = 0.0f;
+    if constexpr (Source::kFused) {
+      if (has_norm) {
+        norm_sums += part.m * ceil_div(static_cast<int>(task.K), kWarpValues);
+#pragma unroll 1
+        for (int c = 0; c <= last; ++c) {
+          const Part chunk = part.after(c * chunk_values());
+          Source(task, chunk).load(task, chunk, groups, [] {});
+          source.add_squares(task.K, chunk, groups, norm_sums);
+          if (c < last) put(groups, stash, c);
+        }
+        sync_consumers();
+        factor = norm_factor<BITLINEAR_MAX_K>(prologue, norm_sums, task.K);
+      }
+    }
+    uint32_t absmax = 0;
+#pragma unroll 1
+    for (int c = last; c >= 0; --c) {
+      const Part chunk = part.after(c * chunk_values());
+      const Source chunk_source(task, chunk);
+      if (!has_norm) chunk_source.load(task, chunk, groups, [] {});
+      if constexpr (Source::kFused) {
+        if (has_norm) {
+          typename Source::NormWeights norm_weights;
+          chunk_source.load_norm_weights(prologue, chunk, norm_weights);
+          if (c < last) get(groups, stash, c);
+          chunk_source.normalize_groups(prologue, chunk, groups, norm_weights, factor);
+        }
+        if (c > 0) put(groups, stash, c);
+      }
+      absmax = max(absmax, max_magnitude(chunk, groups));
+    }
+    load_rows();
+    return absmax;
+  }
+
   // Puts the groups of chunk c into the stash, or gets them; each thread has its own.
   __device__ static void put(const Values (&groups)[kGroups], float4* stash, int c) {
     stash += c * kGroups * 4 * kConsumers + threadIdx.x;

@@ -128,8 +128,7 @@ constexpr int64_t gemv_stash_bytes(int64_t tokens, int64_t K) {
 // The shared memory that is left for a ring of stages.
 constexpr int64_t gemv_room(const Device& device, const Shape& shape, bool resident) {
   const int64_t activations = shape.M * (round_up(shape.K, kSliceValues) + kGemvTokenPad);
-  const int64_t stash =
-      shape.has_prologue && !resident ? gemv_stash_bytes(shape.M, shape.K) : 0;
+  const int64_t stash = shape.has_prologue && !resident ? gemv_stash_bytes(shape.M, shape.K) : 0;
   return device.shared_bytes - kGemvStaticBytes - activations - stash;
 }
 
@@ -154,8 +153,7 @@ constexpr GemvPlan plan_gemv(const Device& device, const Shape& shape) {
                    2 * (device.shared_bytes - room + kRingOfTwo) <= device.shared_bytes;
   const int64_t blocks =
       minimum(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
-  const int64_t ring_bytes =
-      two ? kRingOfTwo : overlaps && resident ? minimum(kRing, room) : room;
+  const int64_t ring_bytes = two ? kRingOfTwo : overlaps && resident ? minimum(kRing, room) : room;
 
   // Tall tiles need fewer barriers. A tile is at most as tall as the rows of a block, and the ring
   // must hold four stages (two of the middle height before sm_90), or all stages that the block
@@ -350,7 +348,8 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
     case BITLINEAR_CUDA_GEMV:
       return device.capability >= 80 && shape.w_aligned && shape.x_aligned &&
              shape.M <= kGemvTokens && shape.M * shape.K <= kGemvMaxValues &&
-             gemv_room(device, shape, are_resident(shape)) >= 2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
+             gemv_room(device, shape, are_resident(shape)) >=
+                 2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
     case BITLINEAR_CUDA_SMALL_BATCH:
       return device.capability >= 90 && shape.w_aligned && shape.M <= kSmallBatchTokens;
     case BITLINEAR_CUDA_SMALL_LAYER:
@@ -366,16 +365,17 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
 }
 
 // Whether the GEMV, if it supports the shape, is faster than the others on an H100. Each of its
-// blocks quantises all tokens. With several that are not resident this takes longer than the loads
-// of weights hide, unless a block has many rows, or the kernels for more tokens are slow too
-// (before sm_90).
+// blocks quantises all tokens. If several are not resident, this takes longer than the quantiser
+// and the small-batch kernel together, except in a few cases. Before sm_90 the alternative is
+// slower.
 constexpr bool prefers_gemv(const Device& device, const Shape& shape) {
-  if (are_resident(shape)) return true;
-  if (shape.has_prologue) return false;
-  if (shape.M == 1) return true;
-  const bool has_rows =
-      device.capability < 90 || shape.N >= 8 * shape.M * device.multiprocessors;
-  return has_rows && gemv_values(shape.M, shape.K) <= 3 * kGemvRegisterValues;
+  if (shape.M == 1 || are_resident(shape)) return true;
+  const int64_t values = gemv_values(shape.M, shape.K);
+  if (device.capability < 90) {
+    return values <= (shape.has_prologue ? 2 * kGemvPrologueValues : 5 * kGemvRegisterValues);
+  }
+  const bool has_rows = shape.M == 2 || shape.N >= int64_t{48} * device.multiprocessors;
+  return !shape.has_prologue && has_rows && values <= 3 * kGemvRegisterValues;
 }
 
 // Whether the kernel for small layers, if it supports the shape, is faster than the others on an

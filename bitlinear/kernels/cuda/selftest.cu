@@ -39,7 +39,7 @@ std::string check_products(const Device& device, const Stream& stream) {
   // registers of its blocks.
   for (const int64_t K : {5, 192, 255, 256, 1100, 4160, 16448}) {
     for (const int64_t M : {1, 2, 7, 20, 131}) {
-      if (M * K > 1'000'000) continue;
+      if (K > 10'000 && M > 2) continue;  // for the time that the reference takes
       ++seed;
       const Case c = {M,
                       7 + static_cast<int64_t>(seed * 31 % 150),
