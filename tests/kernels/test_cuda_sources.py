@@ -146,11 +146,19 @@ def test_the_driver_compiles(tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
+@pytest.fixture(scope="module", params=["newest", "sm_80"])
+def driver(request, tmp_path_factory):
+    """The native driver, with the newest code for this GPU and with the code of older ones."""
     major, minor = torch.cuda.get_device_capability(0)
     # From sm_90 on, the instructions of one generation alone need the suffix.
-    arch = f"-arch=sm_{major}{minor}{'a' if major >= 9 else ''}"
+    suffix = "a" if major >= 9 and request.param == "newest" else ""
+    capability = f"{major}{minor}{suffix}"
+    virtual = capability
+    if request.param == "sm_80":
+        if (major, minor) <= (8, 0):
+            pytest.skip("the newest code for this GPU is no newer")
+        virtual = "80"
+    arch = f"-gencode=arch=compute_{virtual},code=sm_{capability}"
     directory = tmp_path_factory.mktemp("driver")
     objects = compile_all([*SOURCES, DRIVER], directory, arch, "-lineinfo")
     for result, _ in objects.values():

@@ -1,4 +1,4 @@
-// y = epilogue(quantize(x) @ w^T) for up to 4 tokens (sm_90 and later): the kernel of decoding,
+// y = epilogue(quantize(x) @ w^T) for up to 4 tokens (sm_80 and later): the kernel of decoding,
 // bound by reading the weights and, for small layers, by latency.
 //
 // A block has a range of weight rows. One warp copies them into a ring of stages in shared memory,
@@ -9,8 +9,8 @@
 // per register, and each mask has its own accumulators, which are shifted at the end.
 //
 // Bound: reading the weights, at most 3.35 TB/s on an H100. Bound and measured time there, in us:
-// 28672 x 8192 (59 MB) 17.5 and 22.7 (2.6 TB/s); 8192 x 8192 5.0 and 7.7; 4096 x 4096 1.3 and 2.9.
-// Of these 2.9, 1.2 pass between the end of one call and the first work of the next; the rest
+// 28672 x 8192 (59 MB) 17.5 and 21.7 (2.7 TB/s); 8192 x 8192 5.0 and 7.6; 4096 x 4096 1.3 and 3.0.
+// Of these 3.0, 1.2 pass between the end of one call and the first work of the next; the rest
 // fetches and quantises the token, multiplies 16 rows after the last weights have arrived, and sums
 // over the warps. 93 to 96 registers, no spills, one or two blocks per multiprocessor: 13 or 27 %
 // of the warps that it can hold. Under the profiler, where no predecessor hides the start, 28672 x
@@ -27,6 +27,24 @@
 // rounding, 0.5 to 1.5 in the multiplications, 0.4 in the sums over the warps and the store. What
 // is left: clusters that fetch x once, and a shorter epilogue between two tiles.
 //
+// Tokens of more than 16384 values (8192 with a prologue) in all are not resident (see
+// gemv_tokens.cuh). Then a multiprocessor has one block, with 118 to 168 registers and all of the
+// shared memory for its ring, which hides the quantiser in part. Time on an H100 and that of
+// quantize.cu with small_batch.cu in the same run, one token: 8192 x 28672 21.9 and 24.9; 5120 x
+// 20480 13.2 and 17.3; 2560 x 16448 7.1 and 9.6; 512 x 28672 6.2 and 9.7. After relu2 and an
+// RMSNorm 4096 x 14336 takes 10.4 and 12.5, after SiLU 13.0 and 13.4. Two tokens of 4096 x 14336:
+// 8.2 and 9.1. Four tokens: 28672 x 8192 23.0 and 28.8, but 8192 x 28672 32.0 and 24.9, because
+// each block quantises all of them.
+//
+// Before sm_90 no kernel starts early, and cp.async fills the ring. Code for sm_80, run on the H100
+// with the shared memory of an A100 (163 KB): 28672 x 8192 22.9 us, 2.6 TB/s; 8192 x 8192 9.4; 4096
+// x 4096 4.8; 8192 x 28672 23.4. With 99 KB (RTX 30 and 40): 24.7, 9.3, 4.8 and 27.2. Without an
+// early start the bulk copies are as fast: 24.4, 9.5, 5.0. mma.cu with its quantiser takes 33.5,
+// 12.3 and (2560 x 6912, here 5.0) 8.8. It has not run on such a device. There the bound is memory:
+// 28672 x 8192 29 us on an A100 (2.0 TB/s, of which others have measured 1.55: 38), 58 on an RTX
+// 4090 (1.0 TB/s); a multiprocessor has to copy 14 or 8 bytes per ns, here it copies 19. Registers
+// (no spills): 88 to 96, or 118 to 168.
+//
 // A few warps hide little latency, and they wait for their own instructions. With one kernel for
 // each log_split and a branch for each value of a gate, the layer took 24.1 us: code that runs once
 // is fetched once, from far away, and the four products displaced each other's. So log_split is an
@@ -35,10 +53,13 @@
 //
 // Tried, and slower: weights directly into registers; 16 warps; copies of 512 bytes of a row, or of
 // whole tiles; only a prefetch into L2 before the predecessor ends. With a prologue: values in
-// shared memory and loops that are not unrolled; 72 registers for three blocks; the activations of
-// unused columns not loaded; the weights of the norm loaded before the gate is computed; one tile
-// of 105 rows instead of two, faster alone but slower in the chain, where a stage waits for all of
-// them.
+// shared memory and loops that are not unrolled, where the registers suffice; 72 registers for
+// three blocks; the activations of unused columns not loaded; the weights of the norm loaded before
+// the gate is computed; one tile of 105 rows instead of two, faster alone but slower in the chain,
+// where a stage waits for all of them. For tokens that are not resident: a gate computed again in
+// each pass (8192 x 28672 after SiLU 43.6 us instead of 39.4, 4096 x 14336 after relu2 and an
+// RMSNorm 12.1 instead of 10.4); rings of 96 KB (8192 x 28672 24.5 instead of 21.9). Before sm_90:
+// low tiles in four stages instead of tiles of 32 rows in two (28672 x 8192 27.6 instead of 24.7).
 #include "ampere.cuh"
 #include "gemv_tokens.cuh"
 #include "launch.cuh"

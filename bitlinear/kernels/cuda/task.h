@@ -64,7 +64,7 @@ struct bitlinear_cuda_attention {
 enum bitlinear_cuda_kernel {
   BITLINEAR_CUDA_AUTO = 0,         // the choice of heuristics.h
   BITLINEAR_CUDA_DP4A = 1,         // any shape, sm_61 and later
-  BITLINEAR_CUDA_GEMV = 2,         // up to 4 rows of q, sm_90 and later
+  BITLINEAR_CUDA_GEMV = 2,         // up to 4 rows of q, sm_80 and later
   BITLINEAR_CUDA_SMALL_BATCH = 3,  // up to 32 rows of q, sm_90 and later
   BITLINEAR_CUDA_MMA = 4,          // any shape, sm_80 and later
   BITLINEAR_CUDA_WGMMA = 5,        // any number of tokens, sm_90a only
