@@ -201,6 +201,7 @@ __device__ inline void copy_rows(uint8_t* to, int pitch, int rows, int bytes, Ba
   }
   full.arrive_after_copies();
 }
+// PTX does not say that copies outlive their thread.
 __device__ inline void end_copies() { wait_for_copies<0>(); }
 #endif
 
@@ -259,7 +260,8 @@ __global__ void __launch_bounds__(kThreads, (Source::kResident ? 2 : 1))
   constexpr int kMaxTokens = kGemvTokens / kTokenRows;
   int8_t* const q = reinterpret_cast<int8_t*>(dynamic + stages * stage_bytes);
   const Quantizer<Source, kTokenRows> quantizer(task, sizes.q_stride, q);
-  // Thread r mod 256 writes row r of the block.
+  // Thread r mod 256 writes row r of the block. The quantiser of tokens that are not resident needs
+  // the registers, so its row is located later.
   Row<kMaxTokens> mine;
   const auto locate_row = [&] {
     mine.locate(task, n_begin + minimum(static_cast<int>(threadIdx.x), rows - 1));
