@@ -94,9 +94,9 @@ class Driver {
     }
     if (supports(BITLINEAR_CUDA_SMALL_BATCH, device_, shape)) {
       const SmallBatchPlan best = plan_small_batch(device_, shape);
-      for (const int row_parts : {1, 2, 4}) {
+      for (const int row_parts : {1, 2}) {
         for (const int token_parts : {1, 2, 4}) {
-          if (8 * token_parts < shape.M || row_parts * token_parts > 8) continue;
+          if (8 * token_parts < shape.M) continue;
           const int stages = seed % 2 == 0 ? row_parts : std::min(best.stages, row_parts + 3);
           if (stages < row_parts) continue;
           for (const int blocks : {best.blocks, 1 + best.blocks / 50}) {
@@ -116,7 +116,7 @@ class Driver {
         for (const int splits : {1, 2, 4, 8}) {
           const bool fits =
               has_room(tile, shape.M) && (splits == 1 || 2 * splits <= (K + 255) / 256);
-          if (fits) check_plan(WgmmaPlan{tile.rows, tile.tokens, splits}, example);
+          if (fits) check_plan(WgmmaPlan{tile.rows, tile.tokens, tile.halves, splits}, example);
         }
       }
     }
@@ -281,9 +281,9 @@ class Driver {
   }
 
   void check_plan(const WgmmaPlan& plan, const Example& example) {
-    const std::string name = "wgmma, rows " + std::to_string(plan.rows) + ", tokens " +
-                             std::to_string(plan.tokens) + ", splits " +
-                             std::to_string(plan.splits);
+    const std::string name =
+        "wgmma, rows " + std::to_string(plan.rows) + ", tokens " + std::to_string(plan.tokens) +
+        ", halves " + std::to_string(plan.halves) + ", splits " + std::to_string(plan.splits);
     const auto product = [&](const Call& call) {
       return wgmma(call, bitlinear::cuda::activations_of(call.task), plan);
     };

@@ -72,7 +72,8 @@ void plan_wgmma(int multiprocessors, int max_cluster, const int64_t* shape, int*
   const WgmmaPlan plan = bitlinear::cuda::plan_wgmma(device, shape_of(shape), runs_clusters);
   out[0] = plan.rows;
   out[1] = plan.tokens;
-  out[2] = plan.splits;
+  out[2] = plan.halves;
+  out[3] = plan.splits;
 }
 
 void plan_quantizer(int multiprocessors, int64_t M, int64_t K, bool has_prologue, int* out) {

@@ -46,7 +46,7 @@ class Heuristics:
         return self._plan("plan_small_layer", 4, capability, multiprocessors, self._shape(shape))
 
     def plan_wgmma(self, shape: tuple[int, ...], multiprocessors: int = 132, cluster: int = 8):
-        return self._plan("plan_wgmma", 3, multiprocessors, cluster, self._shape(shape))
+        return self._plan("plan_wgmma", 4, multiprocessors, cluster, self._shape(shape))
 
     def _plan(self, name: str, fields: int, *arguments):
         out = (ctypes.c_int * fields)()
@@ -230,7 +230,7 @@ def test_the_plan_of_a_small_batch(heuristics, shape, multiprocessors, capabilit
         shape, multiprocessors, capability
     )
     assert 1 <= blocks <= min(2 * multiprocessors, n)
-    assert (row_parts, token_parts) in {(r, t) for r in (1, 2, 4) for t in (1, 2, 4)} - {(4, 4)}
+    assert (row_parts, token_parts) in {(r, t) for r in (1, 2) for t in (1, 2, 4)}
     assert m <= 8 * token_parts <= 2 * max(m, 4)
     # A block waits for all parts of a tile at once, except those beyond its last row.
     assert min(row_parts, -(-n // blocks + 15) // 16) <= stages <= 16
@@ -316,11 +316,11 @@ def test_the_plan_of_a_gemv_before_sm_90(heuristics, capability, n, k, split):
         (16, 4096, 4096, [1, 2, 264]),
         (16, 2560, 6912, [1, 2, 264]),
         (8, 4096, 14336, [1, 1, 264]),
-        (8, 13824, 2560, [2, 1, 264]),
-        (8, 14336, 4096, [4, 1, 112]),
+        (8, 13824, 2560, [2, 1, 216]),
         (8, 8192, 8192, [2, 1, 128]),
-        (16, 28672, 8192, [4, 2, 112]),
-        (32, 2560, 2560, [2, 4, 128]),
+        (16, 13824, 2560, [2, 2, 216]),
+        (16, 28672, 8192, [2, 2, 224]),
+        (32, 2560, 2560, [2, 4, 132]),
         (32, 8192, 8192, [2, 4, 128]),
     ],
 )
@@ -330,11 +330,11 @@ def test_the_plan_of_a_small_batch_on_an_h100(heuristics, m, n, k, plan):
 
 @given(shape=shapes, multiprocessors=st.integers(1, 200))
 def test_the_plan_of_wgmma(heuristics, shape, multiprocessors):
-    rows, tokens, splits = heuristics.plan_wgmma(shape, multiprocessors)
-    assert (rows, tokens) in {
-        *((64, tokens) for tokens in (32, 64)),
-        *((128, tokens) for tokens in (32, 64, 96, 128)),
-        *((256, tokens) for tokens in (96, 128)),
+    rows, tokens, halves, splits = heuristics.plan_wgmma(shape, multiprocessors)
+    assert (rows, tokens, halves) in {
+        *((64, tokens, 1) for tokens in (32, 64)),
+        (64, 64, 2),
+        *((rows, tokens, 1) for rows in (128, 256) for tokens in (32, 64, 96, 128)),
     }
     assert splits in (1, 2, 4, 8)
     assert splits == 1 or 2 * splits * 256 < shape[2] + 256  # each has something to do
@@ -349,35 +349,37 @@ def test_the_plan_of_wgmma_where_the_device_refuses_clusters(
     """As a part of a device (MIG), or a share of it (MPS), does."""
     best = heuristics.plan_wgmma(shape, multiprocessors)
     plan = heuristics.plan_wgmma(shape, multiprocessors, cluster)
-    if best[2] == 1 or best[2] <= cluster:
+    if best[3] == 1 or best[3] <= cluster:
         assert plan == best
     else:
-        assert plan[2] == 1
+        assert plan[3] == 1
         assert heuristics.padded_tokens(shape[0]) >= -(-shape[0] // plan[1]) * plan[1]
 
 
 def test_the_plan_of_wgmma_without_clusters_on_an_h100(heuristics):
-    assert heuristics.plan_wgmma((64, 4096, 4096, True, True)) == [64, 64, 2]
-    assert heuristics.plan_wgmma((64, 4096, 4096, True, True), cluster=0)[2] == 1
+    assert heuristics.plan_wgmma((64, 2560, 6912, True, True)) == [128, 64, 1, 4]
+    assert heuristics.plan_wgmma((64, 2560, 6912, True, True), cluster=0)[3] == 1
 
 
 @pytest.mark.parametrize(
     ("m", "n", "k", "plan"),
     [
-        (64, 1024, 1024, [64, 32, 1]),
-        (64, 2560, 2560, [64, 32, 1]),
-        (64, 4096, 4096, [64, 64, 2]),
-        (64, 8192, 8192, [128, 64, 2]),
-        (64, 13824, 2560, [128, 64, 1]),
-        (64, 28672, 8192, [128, 64, 1]),
-        (32, 28672, 8192, [128, 32, 1]),
-        (256, 4096, 4096, [128, 64, 1]),
-        (512, 4096, 4096, [128, 128, 1]),
-        (512, 2560, 2560, [128, 96, 1]),
-        (1024, 2560, 6912, [256, 96, 1]),
-        (1024, 4096, 4096, [256, 128, 1]),
-        (4096, 1024, 1024, [256, 128, 1]),
-        (4096, 8192, 8192, [256, 128, 1]),
+        (64, 1024, 1024, [64, 32, 1, 1]),
+        (64, 2560, 2560, [64, 32, 1, 1]),
+        (64, 2560, 6912, [128, 64, 1, 4]),
+        (64, 4096, 4096, [64, 64, 2, 1]),
+        (64, 8192, 8192, [64, 64, 2, 1]),
+        (64, 13824, 2560, [128, 64, 1, 1]),
+        (64, 28672, 8192, [256, 64, 1, 1]),
+        (32, 28672, 8192, [256, 32, 1, 1]),
+        (256, 4096, 4096, [128, 64, 1, 1]),
+        (512, 1024, 1024, [64, 64, 1, 1]),
+        (512, 4096, 4096, [128, 128, 1, 1]),
+        (512, 2560, 2560, [128, 96, 1, 1]),
+        (1024, 2560, 6912, [256, 96, 1, 1]),
+        (1024, 4096, 4096, [256, 128, 1, 1]),
+        (4096, 1024, 1024, [256, 128, 1, 1]),
+        (4096, 8192, 8192, [256, 128, 1, 1]),
     ],
 )
 def test_the_plan_of_wgmma_on_an_h100(heuristics, m, n, k, plan):

@@ -148,6 +148,9 @@ struct RingPosition {
   uint32_t parity = 0;
 
   __device__ explicit RingPosition(int stages) : stages(stages) {}
+  __device__ void advance(int count) {
+    for (stage += count; stage >= stages; stage -= stages) parity ^= 1;
+  }
   __device__ void advance() {
     if (++stage == stages) {
       stage = 0;

@@ -193,7 +193,7 @@ constexpr int64_t small_batch_sum_bytes(int row_parts, int token_parts) {
 }
 
 struct SmallBatchPlan {
-  int row_parts;    // of a tile, 16 weight rows each: 1, 2 or 4
+  int row_parts;    // of a tile, 16 weight rows each: 1 or 2
   int token_parts;  // 8 tokens each: 1, 2 or 4
   int blocks;
   int stages;
@@ -202,23 +202,23 @@ struct SmallBatchPlan {
 constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& shape) {
   const int token_parts = shape.M <= 8 ? 1 : shape.M <= 16 ? 2 : 4;
   const int64_t row_bytes = ceil_div(shape.K, 4);
-  // Two blocks on a multiprocessor hide each other's latency, as long as their rings hold most of
-  // the weights; preferably with the lowest tiles.
-  const bool low = shape.N <= int64_t{2 * kSmallBatchStageRows} * device.multiprocessors;
-  const int64_t bytes_for_two = (low ? 115 : 90) * 1024;
+  // Two blocks on a multiprocessor hide each other's latency, if their rings hold most of the
+  // weights, preferably with the lowest tiles, or if each has several tiles.
+  const int64_t both_rows = 2 * int64_t{device.multiprocessors};  // if each of two blocks has one
+  const int64_t bytes_for_two = (shape.N <= kSmallBatchStageRows * both_rows ? 115 : 90) * 1024;
   const bool two =
-      token_parts <= 2 && shape.N * row_bytes <= device.multiprocessors * bytes_for_two;
+      token_parts <= 2 && (shape.N * row_bytes <= device.multiprocessors * bytes_for_two ||
+                           shape.N > 2 * kSmallBatchStageRows * both_rows);
   constexpr int64_t kBlockRows = 8;
   const int64_t max_blocks =
       minimum(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
   const int64_t shared_rows = ceil_div(shape.N, max_blocks);
-  // High tiles if there are many rows, because each tile fetches the activations again.
-  int row_parts = shared_rows <= 16 ? 1 : shared_rows <= 64 || token_parts == 4 ? 2 : 4;
-  // Whole tiles, for the same reason: fewer fetches.
+  int row_parts = shared_rows <= kSmallBatchStageRows ? 1 : 2;
+  // Several tiles are whole ones, because each fetches the activations again.
   const int64_t tile_rows = kSmallBatchStageRows * row_parts;
-  const int64_t rows =
-      shared_rows <= tile_rows || two ? shared_rows : round_up(shared_rows, tile_rows);
-  const int64_t blocks = two ? max_blocks : ceil_div(shape.N, rows);
+  const bool one_tile = shared_rows <= tile_rows;
+  const int64_t rows = one_tile ? shared_rows : round_up(shared_rows, tile_rows);
+  const int64_t blocks = one_tile ? max_blocks : ceil_div(shape.N, rows);
 
   constexpr int64_t kReservedBytes = 1024;  // that the system reserves for every block
   const int64_t shared =
@@ -275,17 +275,20 @@ constexpr SmallLayerPlan plan_small_layer(const Device& device, const Shape& sha
 struct WgmmaPlan {
   int rows;    // of a tile of weights: 64, 128 or 256
   int tokens;  // of a tile: 32, 64, 96 or 128
+  int halves;  // 2: two warpgroups of a block share its part of K
   int splits;  // blocks of a cluster that share a tile along K: 1, 2, 4 or 8
 };
 
 // The tiles, with their costs in nanoseconds on an H100.
 struct WgmmaTile {
-  int rows, tokens;
+  int rows, tokens, halves;
   int64_t slice_cost, block_cost;
 };
 constexpr WgmmaTile kWgmmaTiles[] = {
-    {64, 32, 410, 830},   {64, 64, 400, 1600},   {128, 32, 390, 1690},  {128, 64, 500, 2150},
-    {128, 96, 600, 2200}, {128, 128, 650, 3000}, {256, 96, 1070, 3110}, {256, 128, 1150, 4020}};
+    {64, 32, 1, 410, 830},    {64, 64, 1, 400, 1600},   {64, 64, 2, 240, 2700},
+    {128, 32, 1, 390, 1690},  {128, 64, 1, 500, 2150},  {128, 96, 1, 600, 2200},
+    {128, 128, 1, 650, 3000}, {256, 32, 1, 570, 2500},  {256, 64, 1, 850, 2700},
+    {256, 96, 1, 1070, 3110}, {256, 128, 1, 1150, 4020}};
 
 // Whether the workspace has room for whole tiles.
 constexpr bool has_room(const WgmmaTile& tile, int64_t M) {
@@ -299,7 +302,7 @@ constexpr bool has_room(const WgmmaTile& tile, int64_t M) {
 constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape, int max_splits = 8) {
   constexpr int64_t kClusterCost = 2460, kNextTileCost = 510;
   const int64_t slices = ceil_div(shape.K, kSliceValues);
-  WgmmaPlan best = {64, 32, 1};
+  WgmmaPlan best = {64, 32, 1, 1};
   int64_t lowest = INT64_MAX;
   for (const WgmmaTile& tile : kWgmmaTiles) {
     if (!has_room(tile, shape.M)) continue;
@@ -317,7 +320,7 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape, int max
                                        : rounds * (tile_cost + tile.block_cost + kClusterCost);
       if (cost < lowest) {
         lowest = cost;
-        best = {tile.rows, tile.tokens, splits};
+        best = {tile.rows, tile.tokens, tile.halves, splits};
       }
     }
   }

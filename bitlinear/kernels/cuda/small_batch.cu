@@ -38,7 +38,10 @@ struct Tile {
   static constexpr int kPitch = small_batch_sum_pitch(kRowParts);
   static constexpr int kTokensOfThread = ceil_div(kTokens * kRows, kConsumers);  // at most
   // The large tiles need the registers.
-  static constexpr int kBlocks = kTokenParts == 4 || kRowParts == 4 ? 1 : 2;
+  static constexpr int kBlocks = kTokenParts == 4 ? 1 : 2;
+  // Planes with sums of their own, as in the GEMV: they spare shifts of fragments, and products
+  // that wait for each other's sums. As many as the registers allow.
+  static constexpr int kPlaneSums = kTokenParts == 1 ? 4 : kRowParts * kTokenParts == 2 ? 2 : 1;
 };
 
 struct Shared {
@@ -150,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
     }
 
     const int parts = minimum(kRowParts, ceil_div(left, kPartRows));
-    int32_t sums[kRowParts][kTokenParts][4] = {};
+    int32_t sums[T::kPlaneSums][kRowParts][kTokenParts][4] = {};
     int slice = warp;
     for (int c = 0; c < chunks; ++c) {
       const uint8_t* w[kRowParts];
@@ -179,15 +182,19 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
         const int next = last ? warp : slice + kWarps;
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-          const auto code = [&](uint32_t word) { return word >> 2 * p & 0x03030303u; };
+          const int own = p % T::kPlaneSums;
+          const auto code = [&](uint32_t word) {
+            return word >> 2 * (p - own) & 0x03030303u << 2 * own;
+          };
+          auto& plane_sums = sums[own];
 #pragma unroll
           for (int r = 0; r < kRowParts; ++r) {
 #pragma unroll
             for (int t = 0; t < kTokenParts; ++t) {
-              mma_u8s8(sums[r][t], code(low[r].x), code(high[r].x), code(low[r].y), code(high[r].y),
-                       b[p][t].x, b[p][t].y);
-              mma_u8s8(sums[r][t], code(low[r].z), code(high[r].z), code(low[r].w), code(high[r].w),
-                       b[p][t].z, b[p][t].w);
+              mma_u8s8(plane_sums[r][t], code(low[r].x), code(high[r].x), code(low[r].y),
+                       code(high[r].y), b[p][t].x, b[p][t].y);
+              mma_u8s8(plane_sums[r][t], code(low[r].z), code(high[r].z), code(low[r].w),
+                       code(high[r].w), b[p][t].z, b[p][t].w);
             }
           }
           if (!last || tile + 1 < tiles) load_plane(next, p);
@@ -202,7 +209,18 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
       }
     }
 
-    store_sums<T::kPitch>(partial + (warp * T::kTokens + 2 * tig) * T::kPitch + g, sums);
+#pragma unroll
+    for (int p = 1; p < T::kPlaneSums; ++p) {
+#pragma unroll
+      for (int r = 0; r < kRowParts; ++r) {
+#pragma unroll
+        for (int t = 0; t < kTokenParts; ++t) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[0][r][t][i] += sums[p][r][t][i] >> 2 * p;
+        }
+      }
+    }
+    store_sums<T::kPitch>(partial + (warp * T::kTokens + 2 * tig) * T::kPitch + g, sums[0]);
     sync_leading_threads<kConsumers>();
     if (row < left) {
       const float bias = scale.bias(weight_at(task, n));
@@ -265,10 +283,6 @@ cudaError_t small_batch(const Call& call, const Activations& q, const SmallBatch
       return launch<2, 2>(call, q, plan);
     case 24:
       return launch<2, 4>(call, q, plan);
-    case 41:
-      return launch<4, 1>(call, q, plan);
-    case 42:
-      return launch<4, 2>(call, q, plan);
     default:
       return cudaErrorInvalidValue;
   }

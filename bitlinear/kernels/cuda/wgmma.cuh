@@ -158,12 +158,15 @@ __device__ inline uint64_t make_descriptor(uint32_t address) {
 }
 
 // A tile, and the block that computes it: one or two warpgroups that multiply, each with one or two
-// blocks of 64 rows, and one warpgroup that copies and stores.
-template <int kWarpgroups, int kRowBlocks, int kTileTokens, bool kIsGeneralTile>
+// blocks of 64 rows, and one warpgroup that copies and stores. Two warpgroups have different rows;
+// or, if kTileHalves is 2, the same rows, and each has every second slice.
+template <int kWarpgroups, int kRowBlocks, int kTileTokens, bool kIsGeneralTile,
+          int kTileHalves = 1>
 struct Tile {
+  static_assert(kWarpgroups % kTileHalves == 0, "a warpgroup has one half");
   static constexpr bool kIsGeneral = kIsGeneralTile;  // for several weights, or with a residual
-  static constexpr int kBlocks = kRowBlocks, kTokens = kTileTokens;
-  static constexpr int kRows = 64 * kRowBlocks * kWarpgroups;
+  static constexpr int kBlocks = kRowBlocks, kTokens = kTileTokens, kHalves = kTileHalves;
+  static constexpr int kRows = 64 * kRowBlocks * kWarpgroups / kHalves;
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   static constexpr int kStageBytes = kTokens * kSliceValues;
@@ -172,7 +175,9 @@ struct Tile {
   static constexpr int kStages = kStageBudget / kStageBytes < 8 ? kStageBudget / kStageBytes : 8;
   static constexpr int kSharedBytes = kStages * kStageBytes + kSumBytes + 1024;
   // Slices of weights in flight, in registers.
-  static constexpr int kPrefetched = kTokens == 32 ? 4 : kRowBlocks == 1 ? 2 : 1;
+  static constexpr int kPrefetched = kTokens == 32 ? (kWarpgroups == 2 && kRowBlocks == 2 ? 3 : 4)
+                                     : kRowBlocks == 1 ? 2
+                                                       : 1;
   // A product that adds to the same sums as the previous one waits for it. With few tokens the wait
   // is long, so even and odd steps have their own sums.
   static constexpr int kAccumulatorSets = kTokens < 128 && kRowBlocks == 1 ? 2 : 1;
@@ -247,7 +252,11 @@ class WeightReader {
       weights.low[r] = load_chunk<true>(low_[r], offset, end);
       weights.high[r] = load_chunk<true>(high_[r], offset, end);
     }
-    if (++slice_ >= share_.slice_end && (slice_ - share_.slice_begin) % T::kPrefetched == 0) {
+    slice_ += T::kHalves;
+    // Both halves have as many slices, the last ones perhaps beyond the end.
+    const int begin = slice_ - half();
+    if (begin >= share_.slice_end &&
+        (begin - share_.slice_begin) % (T::kPrefetched * T::kHalves) == 0) {
       start_tile(tile_ + share_.step);
     }
     return weights;
@@ -255,13 +264,15 @@ class WeightReader {
   // The first of this thread's rows in a tile.
   static __device__ int first_row() {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
-    return warp / 4 * (64 * T::kBlocks) + warp % 4 * 16 + g;
+    return (T::kHalves == 1 ? warp / 4 * (64 * T::kBlocks) : 0) + warp % 4 * 16 + g;
   }
+  // The first of this thread's slices, which are T::kHalves apart.
+  static __device__ int half() { return T::kHalves == 1 ? 0 : static_cast<int>(threadIdx.x) / 128; }
 
  private:
   __device__ void start_tile(int tile) {
     tile_ = tile;
-    slice_ = share_.slice_begin;
+    slice_ = share_.slice_begin + half();
     const bitlinear_cuda_weight& weight = share_.weight_of(tile);
     const int64_t first = share_.row_of(tile) - weight.begin + first_row();
     const int64_t last = weight.end - weight.begin - 1;
@@ -318,7 +329,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < T::kStages; ++s) {
       full[s].init(1);
-      empty[s].init(kConsumers / 32);
+      empty[s].init(kConsumers / 32 / T::kHalves);
     }
     sums_full.init(kConsumers);
     sums_empty.init(kStorers);
@@ -384,7 +395,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   using Rows = TileRows<T::kRows, kConsumers>;
   Rows rows;
   if (!T::kLoadsRowsLate) rows = Rows(share.weight_of(last), share.row_of(last), threadIdx.x);
-  RingPosition ring(T::kStages);
+  const int half = reader.half();
+  RingPosition tile_ring(T::kStages);
   uint32_t parity = 1;
   for (int tile = share.first_tile; tile < share.tiles; tile += share.step, parity ^= 1) {
     // Scale and sum of one token, for the end of the tile.
@@ -399,13 +411,16 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       for (int32_t& sum : kind) sum = 0;
     }
     int previous = -1;
+    RingPosition ring = tile_ring;
+    ring.advance(half);
     uint32_t a[T::kDepth][kBlocks][4];
-    for (int first = share.slice_begin; first < share.slice_end; first += T::kPrefetched) {
+    for (int first = share.slice_begin; first < share.slice_end;
+         first += T::kPrefetched * T::kHalves) {
 #pragma unroll
       for (int ahead = 0; ahead < T::kPrefetched; ++ahead) {
         const Weights<kBlocks> weights = prefetched[ahead];
         prefetched[ahead] = reader.read();
-        if (first + ahead >= share.slice_end) continue;
+        if (first + ahead * T::kHalves + half >= share.slice_end) continue;
         full[ring.stage].wait(ring.parity);
         const uint32_t base = shared_address(stages + ring.stage * T::kStageBytes);
 #pragma unroll
@@ -437,14 +452,17 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           if (step == T::kDepth - 2 && previous >= 0 && lane == 0) empty[previous].arrive();
         }
         previous = ring.stage;
-        ring.advance();
+        ring.advance(T::kHalves);
       }
     }
     wgmma_wait<0>();
-    if (lane == 0) empty[previous].arrive();
+    if (lane == 0 && previous >= 0) empty[previous].arrive();
+    tile_ring.advance(share.slice_end - share.slice_begin);
 
     sums_empty.wait(parity);
     const int my_row = reader.first_row(), tig = lane % 4;
+    // The second half adds its sums to those of the first.
+    if (T::kHalves == 2 && half == 1) sync_leading_threads<kConsumers>();
 #pragma unroll
     for (int r = 0; r < kBlocks; ++r) {
 #pragma unroll
@@ -452,9 +470,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         const int token = i / 4 * 8 + 2 * tig + i % 2;
         int32_t sum = sums[r * T::kAccumulatorSets][i];
         if constexpr (T::kAccumulatorSets == 2) sum += sums[r * T::kAccumulatorSets + 1][i];
-        sums_out[T::sum_index(token, my_row + 64 * r + i % 4 / 2 * 8)] = sum;
+        int32_t& out = sums_out[T::sum_index(token, my_row + 64 * r + i % 4 / 2 * 8)];
+        out = half == 0 ? sum : out + sum;
       }
     }
+    if (T::kHalves == 2 && half == 0) sync_leading_threads<kConsumers>();
     if (threadIdx.x < kTokens) {
       s_x[threadIdx.x] = token_scale;
       q_sum[threadIdx.x] = token_sum;
@@ -508,15 +528,18 @@ bool runs_clusters(const Device& device, int splits) {
 // Calls `f` with the tile of a plan.
 template <bool kIsGeneral, class Result, class F>
 Result with_tile(const WgmmaPlan& plan, Result unknown, const F& f) {
-  const auto matches = [&](int rows, int tokens) {
-    return plan.rows == rows && plan.tokens == tokens;
+  const auto matches = [&](int rows, int tokens, int halves = 1) {
+    return plan.rows == rows && plan.tokens == tokens && plan.halves == halves;
   };
   if (matches(64, 32)) return f(Tile<1, 1, 32, kIsGeneral>{});
   if (matches(64, 64)) return f(Tile<1, 1, 64, kIsGeneral>{});
+  if (matches(64, 64, 2)) return f(Tile<2, 1, 64, kIsGeneral, 2>{});
   if (matches(128, 32)) return f(Tile<2, 1, 32, kIsGeneral>{});
   if (matches(128, 64)) return f(Tile<2, 1, 64, kIsGeneral>{});
   if (matches(128, 96)) return f(Tile<2, 1, 96, kIsGeneral>{});
   if (matches(128, 128)) return f(Tile<2, 1, 128, kIsGeneral>{});
+  if (matches(256, 32)) return f(Tile<2, 2, 32, kIsGeneral>{});
+  if (matches(256, 64)) return f(Tile<2, 2, 64, kIsGeneral>{});
   if (matches(256, 96)) return f(Tile<2, 2, 96, kIsGeneral>{});
   if (matches(256, 128)) return f(Tile<2, 2, 128, kIsGeneral>{});
   return unknown;
