@@ -94,9 +94,9 @@ class Driver {
     }
     if (supports(BITLINEAR_CUDA_SMALL_BATCH, device_, shape)) {
       const SmallBatchPlan best = plan_small_batch(device_, shape);
-      for (const int row_parts : {1, 2}) {
+      for (const int row_parts : {1, 2, 4}) {
         for (const int token_parts : {1, 2, 4}) {
-          if (8 * token_parts < shape.M) continue;
+          if (8 * token_parts < shape.M || (row_parts == 4 && token_parts != 2)) continue;
           const int stages = seed % 2 == 0 ? row_parts : std::min(best.stages, row_parts + 3);
           if (stages < row_parts) continue;
           for (const int blocks : {best.blocks, 1 + best.blocks / 50}) {

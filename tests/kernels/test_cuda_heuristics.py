@@ -230,7 +230,7 @@ def test_the_plan_of_a_small_batch(heuristics, shape, multiprocessors, capabilit
         shape, multiprocessors, capability
     )
     assert 1 <= blocks <= min(2 * multiprocessors, n)
-    assert (row_parts, token_parts) in {(r, t) for r in (1, 2) for t in (1, 2, 4)}
+    assert (row_parts, token_parts) in {*((r, t) for r in (1, 2) for t in (1, 2, 4)), (4, 2)}
     assert m <= 8 * token_parts <= 2 * max(m, 4)
     # A block waits for all parts of a tile at once, except those beyond its last row.
     assert min(row_parts, -(-n // blocks + 15) // 16) <= stages <= 16
@@ -318,7 +318,9 @@ def test_the_plan_of_a_gemv_before_sm_90(heuristics, capability, n, k, split):
         (8, 4096, 14336, [1, 1, 264]),
         (8, 13824, 2560, [2, 1, 216]),
         (8, 8192, 8192, [2, 1, 128]),
+        (8, 14336, 4096, [2, 1, 224]),
         (16, 13824, 2560, [2, 2, 216]),
+        (16, 14336, 4096, [4, 2, 112]),
         (16, 28672, 8192, [2, 2, 224]),
         (32, 2560, 2560, [2, 4, 132]),
         (32, 8192, 8192, [2, 4, 128]),

@@ -193,7 +193,7 @@ constexpr int64_t small_batch_sum_bytes(int row_parts, int token_parts) {
 }
 
 struct SmallBatchPlan {
-  int row_parts;    // of a tile, 16 weight rows each: 1 or 2
+  int row_parts;    // of a tile, 16 weight rows each: 1, 2 or, with 2 token parts, 4
   int token_parts;  // 8 tokens each: 1, 2 or 4
   int blocks;
   int stages;
@@ -203,18 +203,19 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
   const int token_parts = shape.M <= 8 ? 1 : shape.M <= 16 ? 2 : 4;
   const int64_t row_bytes = ceil_div(shape.K, 4);
   // Two blocks on a multiprocessor hide each other's latency, if their rings hold most of the
-  // weights, preferably with the lowest tiles, or if each has several tiles.
-  const int64_t both_rows = 2 * int64_t{device.multiprocessors};  // if each of two blocks has one
-  const int64_t bytes_for_two = (shape.N <= kSmallBatchStageRows * both_rows ? 115 : 90) * 1024;
+  // weights, preferably with the lowest tiles, or if each has many rows.
+  const int64_t low = int64_t{2 * kSmallBatchStageRows} * device.multiprocessors;
+  const int64_t bytes_for_two = (shape.N <= low ? 115 : 90) * 1024;
   const bool two =
       token_parts <= 2 && (shape.N * row_bytes <= device.multiprocessors * bytes_for_two ||
-                           shape.N > 2 * kSmallBatchStageRows * both_rows);
+                           shape.N > 2 * token_parts * low);
   constexpr int64_t kBlockRows = 8;
   const int64_t max_blocks =
       minimum(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
   const int64_t shared_rows = ceil_div(shape.N, max_blocks);
-  int row_parts = shared_rows <= kSmallBatchStageRows ? 1 : 2;
-  // Several tiles are whole ones, because each fetches the activations again.
+  // High tiles if there are many rows, because each tile fetches the activations again.
+  int row_parts = shared_rows <= 16 ? 1 : shared_rows <= 64 || two || token_parts == 4 ? 2 : 4;
+  // Several tiles are whole ones, for the same reason: fewer fetches.
   const int64_t tile_rows = kSmallBatchStageRows * row_parts;
   const bool one_tile = shared_rows <= tile_rows;
   const int64_t rows = one_tile ? shared_rows : round_up(shared_rows, tile_rows);

@@ -38,10 +38,10 @@ struct Tile {
   static constexpr int kPitch = small_batch_sum_pitch(kRowParts);
   static constexpr int kTokensOfThread = ceil_div(kTokens * kRows, kConsumers);  // at most
   // The large tiles need the registers.
-  static constexpr int kBlocks = kTokenParts == 4 ? 1 : 2;
+  static constexpr int kBlocks = kTokenParts == 4 || kRowParts == 4 ? 1 : 2;
   // Planes with sums of their own, as in the GEMV: they spare shifts of fragments, and products
-  // that wait for each other's sums. As many as the registers allow.
-  static constexpr int kPlaneSums = kTokenParts == 1 ? 4 : kRowParts * kTokenParts == 2 ? 2 : 1;
+  // that wait for each other's sums. More tokens leave no registers for them.
+  static constexpr int kPlaneSums = kTokenParts == 1 ? 4 : 1;
 };
 
 struct Shared {
@@ -182,11 +182,11 @@ __global__ void __launch_bounds__(kThreads, (Tile<kRowParts, kTokenParts>::kBloc
         const int next = last ? warp : slice + kWarps;
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-          const int own = p % T::kPlaneSums;
+          constexpr uint32_t kCodes = 0x03030303u;
           const auto code = [&](uint32_t word) {
-            return word >> 2 * (p - own) & 0x03030303u << 2 * own;
+            return T::kPlaneSums == 4 ? word & kCodes << 2 * p : word >> 2 * p & kCodes;
           };
-          auto& plane_sums = sums[own];
+          auto& plane_sums = sums[T::kPlaneSums == 4 ? p : 0];
 #pragma unroll
           for (int r = 0; r < kRowParts; ++r) {
 #pragma unroll
@@ -283,6 +283,8 @@ cudaError_t small_batch(const Call& call, const Activations& q, const SmallBatch
       return launch<2, 2>(call, q, plan);
     case 24:
       return launch<2, 4>(call, q, plan);
+    case 42:
+      return launch<4, 2>(call, q, plan);
     default:
       return cudaErrorInvalidValue;
   }
