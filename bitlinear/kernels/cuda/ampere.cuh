@@ -148,6 +148,7 @@ struct RingPosition {
   uint32_t parity = 0;
 
   __device__ explicit RingPosition(int stages) : stages(stages) {}
+  // By several stages, perhaps by more than the ring has.
   __device__ void advance(int count) {
     for (stage += count; stage >= stages; stage -= stages) parity ^= 1;
   }

@@ -7,15 +7,25 @@
 //
 // Bound, for 16 tokens and 4096 x 4096 on an H100: each of 132 multiprocessors fetches all 64 KB of
 // the activations, together 8.4 MB through L2, in 1.5 us. mma.m16n8k32 takes 16 cycles of a quarter
-// of a multiprocessor, together 1.2 us. The quantiser takes 1.4 us before. The rest is latency: 4.8
-// us in all; the GEMV takes 2.9 for one token. 8192 x 8192 takes 12.1 us (GEMV 7.5; reading the
-// weights 5.5). 28672 x 8192 takes 31 us (21.5; 20): by the profiler at 1.7 TB/s, with the tensor
-// cores busy in 22 % of the cycles and 14 % of the warps that would fit. No spills; 96 registers if
-// two blocks share a multiprocessor, up to 166 for one block.
+// of a multiprocessor, a quarter of what wgmma reaches, together 1.2 us. The quantiser takes 1.4 us
+// before. The rest is latency: 5.1 us in all; the GEMV takes 3.05 for one token in the same run.
+// 13824 x 2560 takes 6.5 us for 8 tokens and 7.9 for 16 (GEMV 4.3). 28672 x 8192 takes 26 and 30 us
+// (22.4; reading the weights 20): there 16 tokens keep the tensor cores busy for 16 us. No spills;
+// 96 registers if two blocks share a multiprocessor, up to 160 for one block.
 //
 // Tried, and slower: activations by bulk copies into shared memory, also by multicast to clusters;
 // wgmma, which takes 50 cycles for 64 rows and any number of tokens up to 32; two slices of
-// activations in flight instead of one; more than one warp that copies weights.
+// activations in flight instead of one; more than one warp that copies weights; the activations of
+// the first tile kept in shared memory for the next ones; the loop of the GEMV for 5 to 8 quantised
+// tokens (5.9 us instead of 4.2 for 2560 x 2560).
+//
+// Also tried: clusters of 2, 4 or 8 blocks that quantise an eighth of the tokens each, send q to
+// each other's shared memory, and divide rows, K or both. 16 tokens of 2560 x 2560 took 5.8 us (the
+// two kernels 4.4): 3000 cycles to fetch and quantise, 1700 until q has come from the other blocks,
+// 1900 to multiply, 400 for the sums, 1300 to write y. A store that counts at a remote barrier
+// (st.async) is one transaction each; a release or acquire at the scope of the cluster waits for
+// all memory or empties L1; a bulk copy takes some 40 cycles to issue. At most 15 clusters of 8, or
+// 30 of 4, run at a time.
 #include "ampere.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"

@@ -5,8 +5,9 @@
 // weights never pass through shared memory. The activations do: one thread copies a tile of tokens
 // at a time, which the quantiser has stored in the order of the tensor cores. One or two warpgroups
 // multiply. They store the sums of a tile in shared memory and continue with the block's next tile,
-// while two warps write y from the sums. If there are fewer tiles than multiprocessors, the blocks
-// of a cluster share a tile along K and add their sums through distributed shared memory.
+// while two warps write y from the sums. If there are fewer tiles than multiprocessors, two
+// warpgroups share a tile along K, or the blocks of a cluster do, which add their sums through
+// distributed shared memory.
 //
 // A block over time (t: tile; s: slice of 256 values of k; -> time):
 //
@@ -33,9 +34,14 @@
 // its sums are ready.
 //
 // Bound for few tokens: a product of a warpgroup takes 70 cycles, where the tensor cores need 8 to
-// 32, because reading its fragment from registers takes about 50. 1024 x 1024 with M = 64 takes 4.6
-// us: 1.4 for the quantiser, 0.7 until its results arrive, 1.2 for the products, 0.8 for the end of
-// the tile, the rest for the launches.
+// 32, because reading its fragment from registers takes about 50. Two warpgroups side by side take
+// 58 cycles for each product with 64 tokens, so they gain little: with tiles of 256 rows 28672 x
+// 8192 takes 39.5 us with M = 64 and 33 with M = 32 (45 and 38 in two rounds of 128 rows). Two
+// warpgroups that share K instead take the place of a cluster: 4096 x 4096 with M = 64 takes 9.2 us
+// (10.2 in clusters of two), 8192 x 8192 15.9 (16.9).
+//
+// 1024 x 1024 with M = 64 takes 4.6 us: 1.4 for the quantiser, 0.7 until its results arrive, 1.2
+// for the products, 0.8 for the end of the tile, the rest for the launches.
 //
 // Tiles of 96 tokens are for sizes that tiles of 128 tokens divide badly: 2560 x 6912 with M = 1024
 // takes 42.8 us in 80 tiles of 256 x 128 on 132 multiprocessors, and 35.3 us in 110 tiles of 256 x
@@ -175,9 +181,8 @@ struct Tile {
   static constexpr int kStages = kStageBudget / kStageBytes < 8 ? kStageBudget / kStageBytes : 8;
   static constexpr int kSharedBytes = kStages * kStageBytes + kSumBytes + 1024;
   // Slices of weights in flight, in registers.
-  static constexpr int kPrefetched = kTokens == 32 ? (kWarpgroups == 2 && kRowBlocks == 2 ? 3 : 4)
-                                     : kRowBlocks == 1 ? 2
-                                                       : 1;
+  static constexpr int kPrefetched =
+      kTokens > 32 ? (kRowBlocks == 1 ? 2 : 1) : (kRows == 256 ? 3 : 4);
   // A product that adds to the same sums as the previous one waits for it. With few tokens the wait
   // is long, so even and odd steps have their own sums.
   static constexpr int kAccumulatorSets = kTokens < 128 && kRowBlocks == 1 ? 2 : 1;
