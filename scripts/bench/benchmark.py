@@ -100,7 +100,7 @@ def describe(setup: Setup) -> Record:
         "checked": setup.checked_modes,
         "budget_s": setup.budget,
         "machine": {**described, "threads": setup.threads},
-        "versions": machine.versions(),
+        "versions": {**machine.versions(), **contestants.versions(setup.others)},
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "chosen_kernel": setup.chosen,
         "contestants": {name: {"role": setup.roles[name], **kind} for name, kind in kinds.items()},

@@ -6,11 +6,13 @@ makes a layer of an ``nn.Linear``, and ``bind`` makes a call without arguments o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from typing import Any, Callable
 
 import torch
@@ -20,6 +22,7 @@ import bitlinear
 from bitlinear import runtime
 from bitlinear.arguments import QUANT_TYPES
 from scripts import tools
+from scripts.bench import peers
 from scripts.bench.devices import Device, Mode
 from scripts.bench.timing import Call, Contestant, do_nothing
 
@@ -50,6 +53,8 @@ class Kind:
             the dtype of BitLinear's.
         note: What a fair comparison must take into account.
         by_default: Whether it takes part if nobody names it.
+        package: For a peer (see ``peers.py``), the distribution that it comes from. A peer's
+            result is checked before it is timed.
     """
 
     label: str
@@ -59,6 +64,12 @@ class Kind:
     bind: Callable[[Sequence[Weights], Tensor], list[Call]]
     note: str = ""
     by_default: bool = True
+    package: str = ""
+
+    @property
+    def failures(self) -> tuple[type[Exception], ...]:
+        """What ``build``, ``bind`` and the calls raise if this machine cannot run them."""
+        return (Exception,) if self.package else _UNAVAILABLE
 
 
 def _bind(layers: Sequence[nn.Module], x: Tensor) -> list[Call]:
@@ -142,6 +153,27 @@ def _deployed_types() -> dict[str, Kind]:
     }
 
 
+def _gpu_peers(name: str, package: str, build: Callable[..., nn.Module]) -> dict[str, Kind]:
+    """Return another library's layers of two-bit weights, with activations of bf16 and of int8."""
+    activations = {"bf16": "bf16 activations", "int8": "int8 activations, one scale per token"}
+    return {
+        f"{name}_{dtype}": Kind(
+            f"{name}, {dtype} x 2 bits",
+            LAYER,
+            ("cuda",),
+            partial(build, activations=dtype),
+            _bind,
+            note=f"BitLinear's ternary weights; {note}; adds no bias",
+            by_default=False,
+            package=package,
+        )
+        for dtype, note in activations.items()
+    }
+
+
+# The layer on every CPU kernel, or on the GPU.
+_DEPLOYED = Kind("BitLinear", KERNEL, ("cpu", "cuda"), _deployed, _bind)
+
 OTHERS: dict[str, Kind] = {
     "fp32": Kind(
         "nn.Linear fp32", LAYER, ("cpu",), partial(_float, dtype=torch.float32), _bind_float
@@ -182,6 +214,19 @@ OTHERS: dict[str, Kind] = {
         _bind,
         note="in eval mode without deploy(): every call quantises the weights",
     ),
+    **_gpu_peers("humming", "humming-kernels", peers.humming),
+    **_gpu_peers("gemlite", "gemlite", peers.gemlite),
+    "llama_cpp": Kind(
+        "llama.cpp TQ2_0",
+        LAYER,
+        ("cpu",),
+        peers.llama_cpp,
+        peers.bind_llama_cpp,
+        note="ggml_mul_mat with BitLinear's ternary weights; int8 activations, one scale per 256; "
+        "adds no bias",
+        by_default=False,
+        package="llama-cpp-python",
+    ),
     **_deployed_types(),
 }
 
@@ -210,6 +255,15 @@ def build_kernels(names: Iterable[str]) -> dict[str, str]:
     return failed
 
 
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of the peers' packages that are installed, by package."""
+    found = {}
+    for package in dict.fromkeys(OTHERS[name].package for name in names if OTHERS[name].package):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
 class Layers:
     """The layers of one shape: N outputs, K inputs.
 
@@ -234,11 +288,11 @@ class Layers:
         # As models are loaded: outside of inference mode, in which they then run.
         with torch.inference_mode(False), torch.no_grad():
             linear = nn.Linear(K, N, device=device.torch_device).eval()
-            self._deployed = self._copied(_deployed(linear))
+            self._deployed = self._copied(_DEPLOYED.build(linear))
             for name in others:
                 try:
                     self._others[name] = self._copied(OTHERS[name].build(linear))
-                except _UNAVAILABLE as error:
+                except OTHERS[name].failures as error:
                     self._failed[name] = one_line(error)
 
     def contestants(self, M: int, mode: Mode) -> tuple[list[Contestant], dict[str, str]]:
@@ -246,27 +300,42 @@ class Layers:
 
         Each of them has run once.
         """
-        x = torch.randn(M, self._K, device=self._device.torch_device).to(self._device.dtype)
+        x = self._input(M)
         field = []
         failed = dict(self._failed)
         runners = [
-            *((name, self._switch(name), _bind, self._deployed) for name in self._kernels),
+            *((name, self._switch(name), _DEPLOYED, self._deployed) for name in self._kernels),
             *(
-                (name, self._switch(None), OTHERS[name].bind, copies)
+                (name, self._switch(None), OTHERS[name], copies)
                 for name, copies in self._others.items()
             ),
         ]
-        for name, enter, bind, copies in runners:
+        for name, enter, kind, copies in runners:
             try:
                 enter()
-                calls = bind(copies, x)
+                if kind.package:
+                    self._check(kind, copies[0], M)
+                calls = kind.bind(copies, x)
                 calls[0]()
                 call, repeats = mode.arrange(calls)
-            except _UNAVAILABLE as error:
+            except kind.failures as error:
                 failed[name] = one_line(error)
             else:
                 field.append(Contestant(name, call, enter, repeats))
         return field, failed
+
+    def _input(self, M: int) -> Tensor:
+        return torch.randn(M, self._K, device=self._device.torch_device).to(self._device.dtype)
+
+    def _check(self, kind: Kind, layer: Weights, M: int) -> None:
+        """Raise an error if a peer's result is wrong.
+
+        The check has an input of its own: the memory that a result gets can still hold the right
+        result of an earlier contestant, and a peer that computes nothing would leave it there.
+        """
+        x = self._input(M)
+        (call,) = kind.bind([layer], x)
+        peers.check(call(), x, self._deployed[0].dequantize())
 
     def _copied(self, weights: Weights) -> list[Weights]:
         return [weights, *(copy.deepcopy(weights) for _ in range(self._copies - 1))]

@@ -61,33 +61,47 @@ def rate_unit(results: Record) -> tuple[str, float]:
 def check(results: Record) -> tuple[str, bool]:
     """Return whether no complete layer is faster than the chosen kernel in any cell, and where.
 
-    Bare products that are faster are listed, but they do not fail the check: they quantise nothing.
+    Cells that a bare product wins are counted apart. They do not fail the check: it quantises
+    nothing.
     """
     chosen = results["chosen_kernel"]
     cells = [cell for cell in results["cells"] if cell["mode"] in results["checked"]]
-    lost = _lost_cells(cells, chosen, LAYER)
     # A kernel that could not be timed has not won.
-    lost += [f"  {title(cell)}: not timed" for cell in cells if chosen not in cell["contestants"]]
+    untimed = [f"  {title(cell)}: not timed" for cell in cells if chosen not in cell["contestants"]]
+    lost, lost_cells = _lost_cells(cells, chosen, LAYER)
+    behind, behind_cells = _lost_cells(cells, chosen, PRODUCT)
+    passed = not lost_cells and not untimed
     count = plural(len(cells), "cell")
     lines = [
-        f"check failed: {chosen} is slower than a complete layer in {len(lost)} of {count}"
-        if lost
-        else f"check passed: no complete layer is faster than {chosen} in {count}",
-        *lost,
+        f"check passed: no complete layer is faster than {chosen} in {count}"
+        if passed
+        else f"check failed: {chosen} is slower than a complete layer in "
+        f"{len(lost_cells) + len(untimed)} of {count}",
+        f"lost to a complete layer: {lost}",
+        *lost_cells,
+        *untimed,
+        f"lost to a bare product, which quantises nothing: {behind}",
+        *behind_cells,
     ]
-    behind = _lost_cells(cells, chosen, PRODUCT)
-    if behind:
-        lines += [f"a bare product, which quantises nothing, is faster in {len(behind)}:", *behind]
-    return "\n".join(lines), not lost
+    return "\n".join(lines), passed
 
 
-def _lost_cells(cells: Sequence[Record], kernel: str, role: str) -> list[str]:
-    leads = [(cell, records.lead(cell, kernel, role)) for cell in cells]
-    return [
+def _lost_cells(cells: Sequence[Record], kernel: str, role: str) -> tuple[str, list[str]]:
+    """Return how many cells a role wins, the worst one, and a line for each, the worst one first.
+
+    Cells without a time of the kernel, or of the role, do not count.
+    """
+    leads = [(records.lead(cell, kernel, role), cell) for cell in cells]
+    timed = [(lead, cell) for lead, cell in leads if lead is not None]
+    lost = sorted((pair for pair in timed if pair[0] < 1), key=lambda pair: pair[0])
+    summary = f"{len(lost)} of {plural(len(timed), 'cell')}"
+    if lost:
+        lead, cell = lost[0]
+        summary += f", at worst {1 / lead:.2f}x in {title(cell)}"
+    return summary, [
         f"  {title(cell)}: {_median(cell, kernel)} us, {1 / lead:.2f}x the "
         f"{_median(cell, cell[f'fastest_{role}'])} us of {cell[f'fastest_{role}']}"
-        for cell, lead in leads
-        if lead is not None and lead < 1
+        for lead, cell in lost
     ]
 
 
