@@ -1,13 +1,16 @@
-"""Shared fixtures: one thread, measurements with made-up times, one run of the language model."""
+"""Shared fixtures: one thread, made-up times, an imaginary GPU, one run of the language model."""
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
 
-from scripts.bench import benchmark, timing
+from scripts.bench import benchmark, contestants, cuda_timing, machine, peaks, timing
+from scripts.bench.devices import DEVICES
+from scripts.bench.peaks import Peaks
 from scripts.bench.timing import Summary
 from tests.scripts.small_char_lm import arguments
 
@@ -76,3 +79,18 @@ def scripted(monkeypatch, no_peaks):
         return budgets
 
     return script
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A "GPU" that runs on the CPU: in place of graphs, lists of calls."""
+    monkeypatch.setattr(contestants, "available_kernels", lambda device: ["reference"])
+    monkeypatch.setattr(cuda_timing, "capture", lambda calls: lambda: [call() for call in calls])
+    monkeypatch.setattr(cuda_timing, "graph_timer", timing.cpu_timer)
+    monkeypatch.setattr(machine, "gpu", lambda: {"name": "Imaginary GPU", "l2_bytes": 2000})
+    cuda = DEVICES["cuda"]
+    modes = {name: replace(mode, timer=timing.cpu_timer) for name, mode in cuda.modes.items()}
+    here = replace(cuda, torch_device="cpu", is_available=lambda: True, modes=modes)
+    monkeypatch.setitem(DEVICES, "cuda", here)
+    measured = Peaks(1, {1 << 30: 3e12}, {"bf16": 7e14})
+    monkeypatch.setattr(peaks, "measure_gpu", lambda *_: measured)

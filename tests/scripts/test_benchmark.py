@@ -112,15 +112,36 @@ def test_a_cell_that_is_won_when_measured_again_passes(scripted, capsys):
     assert "check passed: no complete layer is faster than" in capsys.readouterr().out
 
 
-def test_a_bare_product_that_is_faster_is_listed_and_does_not_fail_the_check(scripted, capsys):
+def test_cells_lost_to_layers_and_to_bare_products_are_counted_apart(scripted, capsys):
+    chosen = runtime.current().kernel
+    won = made_up(**{chosen: 20, "fp32": 60, "int_mm": 10})
+    lost = made_up(**{chosen: 30, "fp32": 20, "int_mm": 10})
+    scripted(won, lost, lost, lost)
+    options = ("--kernels", chosen, "--contestants", "bitlinear", "fp32", "int_mm")
+    assert main([*TINY, *options, "--check"]) == 1
+    where = r"64 x 30, M = {}, \d+ threads?"
+    first, second = where.format(1), where.format(3)
+    assert re.search(
+        f"""check failed: {chosen} is slower than a complete layer in 1 of 2 cells
+lost to a complete layer: 1 of 2 cells, at worst 1.50x in {second}
+  {second}: 30.0 us, 1.50x the 20.0 us of fp32
+lost to a bare product, which quantises nothing: 2 of 2 cells, at worst 3.00x in {second}
+  {second}: 30.0 us, 3.00x the 10.0 us of int_mm
+  {first}: 20.0 us, 2.00x the 10.0 us of int_mm
+""",
+        capsys.readouterr().out,
+    )
+
+
+def test_a_bare_product_that_is_faster_does_not_fail_the_check(scripted, capsys):
     chosen = runtime.current().kernel
     scripted(*[made_up(**{chosen: 30, "fp32": 60, "int_mm": 20})] * 2)
     options = ("--kernels", chosen, "--contestants", "bitlinear", "fp32", "int_mm")
     assert main([*TINY, *options, "--check"]) == 0
     output = capsys.readouterr().out
     assert "complete layers: nn.Linear fp32  \nbare products: torch._int_mm" in output
-    assert "a bare product, which quantises nothing, is faster in 2:" in output
-    assert re.search(r"64 x 30, M = 3, .*: 30.0 us, 1.50x the 20.0 us of int_mm", output)
+    assert "lost to a complete layer: 0 of 2 cells\n" in output
+    assert "lost to a bare product, which quantises nothing: 2 of 2 cells" in output
 
 
 def test_only_complete_layers_can_fail_the_check(scripted):

@@ -11,10 +11,9 @@ import torch
 
 import bitlinear
 from bitlinear import runtime
-from scripts.bench import contestants, cuda_timing, machine, peaks, records, timing
+from scripts.bench import contestants, cuda_timing, records
 from scripts.bench.__main__ import main
 from scripts.bench.devices import DEVICES
-from scripts.bench.peaks import Peaks
 from tests.scripts.times import made_up
 
 pytestmark = pytest.mark.skipif(
@@ -22,21 +21,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 GPU = ("--device", "cuda", "--shapes", "64x32", "--tokens", "1", "20", "--budget", "0.02")
-
-
-@pytest.fixture
-def no_gpu(monkeypatch):
-    """A "GPU" that runs on the CPU: in place of graphs, lists of calls."""
-    monkeypatch.setattr(contestants, "available_kernels", lambda device: ["reference"])
-    monkeypatch.setattr(cuda_timing, "capture", lambda calls: lambda: [call() for call in calls])
-    monkeypatch.setattr(cuda_timing, "graph_timer", timing.cpu_timer)
-    monkeypatch.setattr(machine, "gpu", lambda: {"name": "Imaginary GPU", "l2_bytes": 2000})
-    cuda = DEVICES["cuda"]
-    modes = {name: replace(mode, timer=timing.cpu_timer) for name, mode in cuda.modes.items()}
-    here = replace(cuda, torch_device="cpu", is_available=lambda: True, modes=modes)
-    monkeypatch.setitem(DEVICES, "cuda", here)
-    measured = Peaks(1, {1 << 30: 3e12}, {"bf16": 7e14})
-    monkeypatch.setattr(peaks, "measure_gpu", lambda *_: measured)
 
 
 def test_a_run_of_everything_that_a_gpu_does(no_gpu, tmp_path, capsys):
