@@ -106,7 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--contestants", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     add("--kernels", nargs="+", metavar="NAME", help="default: all that this machine can run")
     add("--json", type=parse_output_path, metavar="PATH", help="write the results there")
-    add("--check", action="store_true", help="exit with 1 if a complete layer wins a cell")
+    add(
+        "--check",
+        action="store_true",
+        help="exit with 1 if a complete layer wins a cell; bare products are counted apart",
+    )
     return parser
 
 
