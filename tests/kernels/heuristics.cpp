@@ -42,7 +42,7 @@ bool quantizes_alone(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,
                      const bitlinear_costs* costs, bool is_plain) {
   const bitlinear::Pieces pieces = bitlinear::choose_pieces(M, N, row_bytes, threads, *costs);
   const int64_t parts = bitlinear::choose_quantize_parts(M, 4 * row_bytes, threads, pieces.count());
-  return bitlinear::quantizes_alone(pieces, parts, N, threads, is_plain);
+  return bitlinear::quantizes_alone(pieces, parts, M, 4 * row_bytes, N, threads, is_plain);
 }
 
 void piece_of(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,

@@ -243,11 +243,13 @@ def test_threads_quantise_alone_where_nobody_waits(heuristics, cost):
     # One token: the other threads would wait for the one that quantises, with a prologue too.
     for is_plain in (True, False):
         assert alone(1, 4096, 4096, 16, cost, is_plain=is_plain)
-    # Small batches of layers with many rows.
+    # Small batches, or layers with many rows for each thread.
     assert alone(16, 768, 384, 2, cost)
-    assert alone(24, 5120, 5120, 16, cost)
-    # With few rows for each thread, or with a prologue, quantising would take too much of the time.
-    assert not alone(24, 2560, 2560, 16, cost)
+    assert alone(24, 5120, 5120, 2, cost)
+    assert alone(24, 28672, 5120, 16, cost)
+    # Where it takes too much of the time: few rows for each thread, or a prologue.
+    assert not alone(24, 5120, 5120, 16, cost)
+    assert not alone(48, 768, 384, 2, cost)
     assert not alone(16, 768, 384, 2, cost, is_plain=False)
     # Threads that have tokens of their own quantise these; one thread has nobody to wait for.
     assert not alone(4096, 512, 4096, 2, cost)

@@ -19,6 +19,29 @@ struct Zmm : X86Half {
     return _mm512_maskz_loadu_epi8((__mmask64{1} << n) - 1, p);
   }
   static void store(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
+  static int32_t split_planes(const int8_t* row, int8_t* q) {
+    // Both permutations make columns of a 4 x 4 matrix rows: of bytes within each 128-bit lane, and
+    // of 32-bit elements across them. Then lane j has 16 values of plane j.
+    const Bytes bytes =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const Bytes elements = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    Bytes parts[4], sum = zero();
+    for (int i = 0; i < 4; ++i) {
+      const Bytes part = load_plane(row + 64 * i);
+      sum = dot(sum, broadcast_byte(1), part);
+      parts[i] = _mm512_permutexvar_epi32(elements, _mm512_shuffle_epi8(part, bytes));
+    }
+    const Bytes a = _mm512_shuffle_i32x4(parts[0], parts[1], 0x44);
+    const Bytes b = _mm512_shuffle_i32x4(parts[0], parts[1], 0xEE);
+    const Bytes c = _mm512_shuffle_i32x4(parts[2], parts[3], 0x44);
+    const Bytes d = _mm512_shuffle_i32x4(parts[2], parts[3], 0xEE);
+    const auto store_plane = [&](int j, Bytes plane) { _mm512_storeu_si512(q + 64 * j, plane); };
+    store_plane(0, _mm512_shuffle_i32x4(a, c, 0x88));
+    store_plane(1, _mm512_shuffle_i32x4(a, c, 0xDD));
+    store_plane(2, _mm512_shuffle_i32x4(b, d, 0x88));
+    store_plane(3, _mm512_shuffle_i32x4(b, d, 0xDD));
+    return reduce(sum);
+  }
   static Bytes load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_ints(int32_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
 

@@ -118,15 +118,18 @@ constexpr int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads, i
   return divide ? minimum(M, threads) : 1;
 }
 
-// Whether each thread quantises all tokens for itself, instead of `quantize_parts` parts of them
-// for all threads. Then nobody waits, and no thread fetches from another core, which can take as
-// long as to quantise. So it pays if nobody else would have quantised meanwhile, or if there are
-// many products of a value: some 12 take as long as its quantisation.
-constexpr bool quantizes_alone(const Pieces& pieces, int64_t quantize_parts, int64_t N,
-                               int64_t threads, bool is_plain) {
-  constexpr int64_t kRows = 256;
-  return pieces.count() > 1 && pieces.grid.tokens == 1 &&
-         (quantize_parts == 1 || (is_plain && N >= kRows * threads));
+// Whether each thread quantises all M tokens of K values for itself, instead of `quantize_parts`
+// parts of them for all threads. Then nobody waits, and no thread fetches lines that another core
+// wrote, which can take as long as to quantise. So it pays if the other threads had nothing to do
+// meanwhile; or if it is little more work, compared with a barrier or with the N products of each
+// value.
+constexpr bool quantizes_alone(const Pieces& pieces, int64_t quantize_parts, int64_t M, int64_t K,
+                               int64_t N, int64_t threads, bool is_plain) {
+  constexpr int64_t kFewValues = 8 * 1024, kManyRows = 1024;
+  if (pieces.count() == 1 || pieces.grid.tokens > 1) return false;
+  if (quantize_parts == 1) return true;
+  const int64_t others = threads - 1;
+  return is_plain && (M * K * others <= kFewValues * threads || N >= kManyRows * others);
 }
 
 }  // namespace bitlinear

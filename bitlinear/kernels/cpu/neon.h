@@ -20,6 +20,15 @@ struct NeonBytes {
     return vld1q_u8(bytes);
   }
   static void store(uint8_t* p, Bytes a) { vst1q_u8(p, a); }
+  static int32_t split_planes(const int8_t* row, int8_t* q) {
+    const int8x16x4_t planes = vld4q_s8(row);
+    int16x8_t sum = vdupq_n_s16(0);
+    for (int j = 0; j < 4; ++j) {
+      vst1q_s8(q + 16 * j, planes.val[j]);
+      sum = vpadalq_s8(sum, planes.val[j]);
+    }
+    return vaddlvq_s16(sum);
+  }
 
   static int32_t reduce(int32x4_t sum) { return vaddvq_s32(sum); }
   static void reduce4(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d, int32_t* out) {

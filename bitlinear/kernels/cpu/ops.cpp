@@ -71,7 +71,8 @@ Tensor compute(const bitlinear::Product& product) {
   const int64_t workers = std::min(threads, pieces.count());
   const bool is_plain = bitlinear_is_plain(&prologue) != 0;
   int64_t quantize_parts = bitlinear::choose_quantize_parts(tokens, K, threads, pieces.count());
-  const bool alone = bitlinear::quantizes_alone(pieces, quantize_parts, N, threads, is_plain);
+  const bool alone =
+      bitlinear::quantizes_alone(pieces, quantize_parts, tokens, K, N, threads, is_plain);
   if (alone) quantize_parts = 0;
 
   // One allocation: scratch memory of each thread; for each one that quantises, the floats of a

@@ -52,33 +52,31 @@ float quantize(const void* x, int dtype, int64_t K, float eps, const Store& stor
   return absmax / kMax;
 }
 
+// V::split_planes for any instruction set.
+template <int64_t kWidth>
+int32_t split_planes_plainly(const int8_t* row, int8_t* q) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < 4 * kWidth; ++i) sum += row[i];
+  // Four values make one 32-bit word; plane j takes byte j of every word.
+  uint32_t words[kWidth];
+  memcpy(words, row, sizeof(words));
+  for (int j = 0; j < 4; ++j) {
+    for (int64_t b = 0; b < kWidth; ++b) q[b] = static_cast<int8_t>(words[b] >> (8 * j));
+    q += kWidth;
+  }
+  return sum;
+}
+
 // Stores a chunk of a row in planes, and returns its sum. Fills up the last block of `row` and `q`
 // with zeros.
 template <class V>
 int32_t store_planes(int8_t* row, int64_t count, int8_t* q) {
-  constexpr int64_t kBlock = V::kWidth;    // packed bytes, so values per plane
-  constexpr int64_t kValues = 4 * kBlock;  // values per block
+  constexpr int64_t kValues = 4 * V::kWidth;  // of a block: V::kWidth packed bytes
   static_assert(kQuantizeChunk % kValues == 0, "a chunk must hold whole blocks");
-  int32_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += row[i];
   const int64_t filled = (count + kValues - 1) / kValues * kValues;
   memset(row + count, 0, static_cast<size_t>(filled - count));
-  // Four values make one 32-bit word; plane j takes byte j of every word.
-  for (int64_t base = 0; base < filled; base += kValues) {
-    uint32_t words[kBlock];
-    memcpy(words, row + base, sizeof(words));
-    int8_t* block = q + base;
-    for (int64_t b = 0; b < kBlock; ++b) block[0 * kBlock + b] = static_cast<int8_t>(words[b]);
-    for (int64_t b = 0; b < kBlock; ++b) {
-      block[1 * kBlock + b] = static_cast<int8_t>(words[b] >> 8);
-    }
-    for (int64_t b = 0; b < kBlock; ++b) {
-      block[2 * kBlock + b] = static_cast<int8_t>(words[b] >> 16);
-    }
-    for (int64_t b = 0; b < kBlock; ++b) {
-      block[3 * kBlock + b] = static_cast<int8_t>(words[b] >> 24);
-    }
-  }
+  int32_t sum = 0;
+  for (int64_t i = 0; i < filled; i += kValues) sum += V::split_planes(row + i, q + i);
   return sum;
 }
 

@@ -28,6 +28,9 @@ struct Scalar : PortableHalf {
   }
   static void store(uint8_t* p, Bytes a) { memcpy(p, a.byte, sizeof(a.byte)); }
   static Bytes load_plane(const int8_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
+  static int32_t split_planes(const int8_t* row, int8_t* q) {
+    return split_planes_plainly<kWidth>(row, q);
+  }
   static void transpose(Bytes (&rows)[4]) { transpose_4x4(rows); }
   struct PlaneSum {
     // Baseline instruction sets multiply 16-bit lanes well. A block adds 4 planes of at most 2 *

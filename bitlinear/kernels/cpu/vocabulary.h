@@ -7,6 +7,8 @@
 //   load_partial(p, n)         n < kWidth packed bytes, then zeros; reads no byte beyond them
 //   store(p, bytes)
 //   load_plane(p)              kWidth activations (int8) at any address
+//   split_planes(row, q)       4 * kWidth activations, in order, to four planes, one after the
+//                              other; returns their sum. split_planes_plainly suits any ISA
 //   PlaneSum                   sum of codes times activations; add(w, q) takes packed bytes and the
 //                              four activation vectors of their block
 //     kFlush                   the maximum of blocks between two calls of flush()

@@ -46,6 +46,32 @@ struct X86Ymm : X86Half {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
   }
   static void store(uint8_t* p, Bytes a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+  static int32_t split_planes(const int8_t* row, int8_t* q) {
+    // Columns of bytes become rows within each 128-bit lane; then 64-bit element j has 8 values of
+    // plane j.
+    const __m256i bytes = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i elements = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i parts[4], sum = _mm256_setzero_si256();
+    for (int i = 0; i < 4; ++i) {
+      const __m256i part = load_plane(row + 32 * i);
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), part);
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      parts[i] = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(part, bytes), elements);
+    }
+    const __m256i a = _mm256_unpacklo_epi64(parts[0], parts[1]);
+    const __m256i b = _mm256_unpackhi_epi64(parts[0], parts[1]);
+    const __m256i c = _mm256_unpacklo_epi64(parts[2], parts[3]);
+    const __m256i d = _mm256_unpackhi_epi64(parts[2], parts[3]);
+    const auto store_plane = [&](int j, __m256i plane) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + 32 * j), plane);
+    };
+    store_plane(0, _mm256_permute2x128_si256(a, c, 0x20));
+    store_plane(1, _mm256_permute2x128_si256(b, d, 0x20));
+    store_plane(2, _mm256_permute2x128_si256(a, c, 0x31));
+    store_plane(3, _mm256_permute2x128_si256(b, d, 0x31));
+    return reduce(sum);
+  }
   static int32_t reduce(__m256i sum) {
     const __m128i four =
         _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
