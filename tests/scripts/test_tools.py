@@ -21,6 +21,7 @@ SCRIPTS = {
     "bench.input_gradient": "--dtypes",
     "bench.import_time": "--runs",
     "bench.load_memory": "--gib",
+    "bench.steadiness": "--busy",
     "bring_your_model": "--only",
     "char_lm": "--restart",
     "quickstart": "--epochs",
