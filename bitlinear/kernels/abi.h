@@ -64,8 +64,9 @@ struct bitlinear_task {
 // The costs of a product apart from its multiplications. heuristics.h divides the work by them.
 struct bitlinear_costs {
   int64_t token_unit, row_unit;  // tokens and rows of a tile; a part costs whole tiles
-  int64_t block_rows;            // the kernel computes that many rows at a time
-  int64_t per_row;               // work per weight row (decoding), in multiplications by a token
+  // A part that is cut into blocks of about so many rows, multiples of block_unit, costs no more.
+  int64_t block_rows, block_unit;
+  int64_t per_row;  // work per weight row (decoding), in multiplications by a token
   // Work per token, in multiplications by a weight row: building tables, or fetching activations
   // that another core has quantised.
   int64_t per_token;

@@ -223,7 +223,7 @@ OTHERS: dict[str, Kind] = {
         peers.llama_cpp,
         peers.bind_llama_cpp,
         note="ggml_mul_mat with BitLinear's ternary weights; int8 activations, one scale per 256; "
-        "adds no bias",
+        "adds no bias; a graph of its own for each product, as a model does not have",
         by_default=False,
         package="llama-cpp-python",
     ),

@@ -84,6 +84,8 @@ class _Context:
         size = _TENSORS * library.ggml_tensor_overhead() + library.ggml_graph_overhead()
         self.backend = library.ggml_backend_cpu_init()
         self.handle = library.ggml_init(_InitParams(size, None, True))
+        if not (self.backend and self.handle):
+            raise RuntimeError("ggml cannot start its CPU backend")
         weakref.finalize(self, library.ggml_backend_free, self.backend)
         weakref.finalize(self, library.ggml_free, self.handle)
 

@@ -66,8 +66,13 @@ def check(results: Record) -> tuple[str, bool]:
     """
     chosen = results["chosen_kernel"]
     cells = [cell for cell in results["cells"] if cell["mode"] in results["checked"]]
-    # A kernel that could not be timed has not won.
+    # A kernel that could not be timed has not won, nor one without an opponent.
     untimed = [f"  {title(cell)}: not timed" for cell in cells if chosen not in cell["contestants"]]
+    untimed += [
+        f"  {title(cell)}: no complete layer was timed"
+        for cell in cells
+        if chosen in cell["contestants"] and records.lead(cell, chosen, LAYER) is None
+    ]
     lost, lost_cells = _lost_cells(cells, chosen, LAYER)
     behind, behind_cells = _lost_cells(cells, chosen, PRODUCT)
     passed = not lost_cells and not untimed
@@ -75,8 +80,7 @@ def check(results: Record) -> tuple[str, bool]:
     lines = [
         f"check passed: no complete layer is faster than {chosen} in {count}"
         if passed
-        else f"check failed: {chosen} is slower than a complete layer in "
-        f"{len(lost_cells) + len(untimed)} of {count}",
+        else f"check failed: {chosen} does not win {len(lost_cells) + len(untimed)} of {count}",
         f"lost to a complete layer: {lost}",
         *lost_cells,
         *untimed,

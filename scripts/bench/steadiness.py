@@ -51,7 +51,7 @@ def measure(
             fields[shape, M] = by_name[YARDSTICK], by_name[kernel]
     pairs: dict[tuple[Shape, int], list[Pair]] = {product: [] for product in fields}
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while not pairs[next(iter(pairs))] or time.monotonic() < end:
         for product, (yardstick, ours) in fields.items():
             if len(pairs[product]) % 2 == 0:
                 pair = mean_us(yardstick, budget / 2), mean_us(ours, budget / 2)
@@ -94,13 +94,11 @@ def summarize(pairs: Sequence[Pair]) -> dict[str, str]:
 def busy_processes(count: int) -> Iterator[None]:
     """Keep ``count`` CPUs busy meanwhile."""
     loop = [sys.executable, "-c", "while True: pass"]
-    processes = [subprocess.Popen(loop) for _ in range(count)]
-    try:
+    with contextlib.ExitStack() as processes:
+        for _ in range(count):
+            process = processes.enter_context(subprocess.Popen(loop))
+            processes.callback(process.kill)
         yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

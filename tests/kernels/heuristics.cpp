@@ -38,11 +38,11 @@ int64_t choose_pieces(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,
   return bitlinear::choose_pieces(M, N, row_bytes, threads, *costs).count();
 }
 
-bool quantizes_alone(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,
-                     const bitlinear_costs* costs, bool is_plain) {
+bool each_quantizes(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,
+                    const bitlinear_costs* costs, bool is_plain) {
   const bitlinear::Pieces pieces = bitlinear::choose_pieces(M, N, row_bytes, threads, *costs);
   const int64_t parts = bitlinear::choose_quantize_parts(M, 4 * row_bytes, threads, pieces.count());
-  return bitlinear::quantizes_alone(pieces, parts, M, 4 * row_bytes, N, threads, is_plain);
+  return bitlinear::each_quantizes(pieces, parts, M, 4 * row_bytes, N, threads, is_plain);
 }
 
 void piece_of(int64_t M, int64_t N, int64_t row_bytes, int64_t threads,
@@ -59,18 +59,22 @@ int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads, int64_t par
   return bitlinear::choose_quantize_parts(M, K, threads, parts);
 }
 
-// runs[part] = how many times the part ran; threads_of[part] = the thread that ran it last. Thread
-// `slow` is stuck in its first part until the others are done; -1 for none.
+// runs[part] = how many times the part ran; thread_of[part] = the thread that ran it last;
+// bodies[thread] = how many functions the thread asked for. Thread `slow` is stuck in its first
+// part until the others are done; -1 for none.
 void run_shared_parts(int64_t parts, int64_t threads, int64_t slow, int64_t* runs,
-                      int64_t* thread_of) {
+                      int64_t* thread_of, int64_t* bodies) {
   bitlinear::SharedParts shared(parts, threads);
   std::vector<std::atomic<int64_t>> counts(static_cast<size_t>(parts));
   std::atomic<int64_t> done{0};
   const auto work = [&](int64_t thread) {
-    shared.run(thread, [&](int64_t part) {
-      counts[static_cast<size_t>(part)].fetch_add(1);
-      thread_of[part] = thread;
-      while (thread == slow && done.load() < threads - 1) std::this_thread::yield();
+    shared.run(thread, [&](int64_t of_thread) {
+      ++bodies[of_thread];
+      return [&, of_thread](int64_t part) {
+        counts[static_cast<size_t>(part)].fetch_add(1);
+        thread_of[part] = of_thread;
+        while (of_thread == slow && done.load() < threads - 1) std::this_thread::yield();
+      };
     });
     done.fetch_add(1);
   };

@@ -187,6 +187,7 @@ def test_driver(driver):
         "training",
     }
     assert int(counts["auto"]) == int(counts["dp4a"]) > 4000
+    assert min(int(counts[name]) for name in ("gemv", "mma", "small_layer", "plans")) > 0
 
 
 @pytest.mark.slow

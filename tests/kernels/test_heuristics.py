@@ -15,8 +15,8 @@ from bitlinear.kernels import DIRECTORY
 from tests.kernels.native import require
 
 SOURCE = Path(__file__).with_name("heuristics.cpp")
-# token_unit, row_unit, block_rows, per_row, per_token: like avx512_vnni, amx_int8 and avx2
-COSTS = [(8, 16, 192, 3, 32), (32, 16, 192, 25, 64), (16, 64, 2048, 8, 131)]
+# token_unit, row_unit, block_rows, block_unit, per_row, per_token: like avx512_vnni, amx_int8, avx2
+COSTS = [(8, 16, 192, 48, 3, 32), (32, 16, 192, 32, 25, 64), (16, 64, 2048, 64, 8, 131)]
 
 sizes = st.integers(1, 20_000)
 thread_counts = st.integers(1, 64)
@@ -31,7 +31,7 @@ class Heuristics:
         library.choose_pieces.restype = ctypes.c_int64
         library.pays_for_threads.restype = ctypes.c_bool
         library.prefer_gemm.restype = ctypes.c_bool
-        library.quantizes_alone.restype = ctypes.c_bool
+        library.each_quantizes.restype = ctypes.c_bool
 
     def call(self, name: str, *arguments: int) -> int:
         return getattr(self._library, name)(*map(ctypes.c_int64, arguments))
@@ -41,11 +41,12 @@ class Heuristics:
         self._library.part_of(*map(ctypes.c_int64, (size, unit, index, parts)), out)
         return out[0], out[1]
 
-    def shared_parts(self, parts: int, threads: int, slow: int) -> tuple[list[int], list[int]]:
+    def shared_parts(self, parts: int, threads: int, slow: int) -> tuple[list[int], ...]:
         runs, thread_of = (ctypes.c_int64 * parts)(), (ctypes.c_int64 * parts)()
+        bodies = (ctypes.c_int64 * threads)()
         numbers = map(ctypes.c_int64, (parts, threads, slow))
-        self._library.run_shared_parts(*numbers, runs, thread_of)
-        return list(runs), list(thread_of)
+        self._library.run_shared_parts(*numbers, runs, thread_of, bodies)
+        return list(runs), list(thread_of), list(bodies)
 
     def grid(self, *product: Any) -> tuple[int, int]:
         out = (ctypes.c_int64 * 2)()
@@ -62,9 +63,9 @@ class Heuristics:
             pieces.append((range(out[0], out[1]), range(out[2], out[3])))
         return pieces
 
-    def quantizes_alone(self, *product: Any, is_plain: bool = True) -> bool:
-        alone: bool = self._library.quantizes_alone(*self._product(*product), is_plain)
-        return alone
+    def each_quantizes(self, *product: Any, is_plain: bool = True) -> bool:
+        each: bool = self._library.each_quantizes(*self._product(*product), is_plain)
+        return each
 
     def _product(self, m: int, n: int, k: int, threads: int, cost: tuple[int, ...]) -> list[Any]:
         sizes = map(ctypes.c_int64, (m, n, -(-k // 4), threads))
@@ -131,7 +132,7 @@ def test_work_is_balanced(heuristics, m, n, k, threads, cost):
     def price(tokens, rows):
         part_tokens = ceil(ceil(m, cost[0]), tokens) * cost[0]
         part_rows = ceil(ceil(n, cost[1]), rows) * cost[1]
-        return (part_tokens + cost[3]) * (part_rows + cost[4])
+        return (part_tokens + cost[4]) * (part_rows + cost[5])
 
     grid = heuristics.grid(m, n, k, threads, cost)
     if heuristics.call("pays_for_threads", m * n * ceil(k, 4), threads):
@@ -190,8 +191,11 @@ def test_more_threads_need_more_work(heuristics):
 @pytest.mark.parametrize("slow", [-1, 0, 1])
 @pytest.mark.parametrize(("parts", "threads"), [(1, 2), (2, 2), (16, 2), (7, 3), (5, 8), (150, 70)])
 def test_parts_of_a_slow_thread_are_taken_by_others(heuristics, parts, threads, slow):
-    runs, thread_of = heuristics.shared_parts(parts, threads, slow)
+    runs, thread_of, bodies = heuristics.shared_parts(parts, threads, slow)
     assert runs == [1] * parts
+    # A thread without a part prepares nothing; those beyond the number of parts have no memory.
+    assert bodies == [int(thread in thread_of) for thread in range(threads)]
+    assert max(thread_of) < min(parts, threads)
     # The slow thread is stuck in its first part: it cannot have run another one before the others
     # had ended, and they end only when nothing is left.
     assert thread_of.count(slow) <= 1
@@ -213,7 +217,7 @@ def test_pieces_cover_the_output_once(heuristics, m, n, k, threads, cost):
 
 
 @given(m=sizes, n=sizes, k=sizes, threads=thread_counts, cost=costs)
-def test_pieces_are_whole_blocks(heuristics, m, n, k, threads, cost):
+def test_pieces_are_about_a_block(heuristics, m, n, k, threads, cost):
     grid = heuristics.grid(m, n, k, threads, cost)
     pieces = heuristics.pieces(m, n, k, threads, cost)
     parts = grid[0] * grid[1]
@@ -222,9 +226,12 @@ def test_pieces_are_whole_blocks(heuristics, m, n, k, threads, cost):
     assert of_part <= 16
     if parts == 1:
         assert of_part == 1  # nobody could take one
+        return
     for first in range(0, len(pieces), of_part):
         part = [rows for _, rows in pieces[first : first + of_part] if rows]
-        assert all(len(rows) % cost[2] == 0 for rows in part[:-1])
+        assert all(len(rows) % cost[3] == 0 for rows in part[:-1])
+        # Not much larger than a block, unless there are as many pieces as there may be.
+        assert of_part == 16 or all(len(rows) < cost[2] + cost[3] for rows in part)
 
 
 def test_threads_can_help_each_other(heuristics):
@@ -238,19 +245,22 @@ def test_threads_can_help_each_other(heuristics):
 
 
 @pytest.mark.parametrize("cost", COSTS)
-def test_threads_quantise_alone_where_nobody_waits(heuristics, cost):
-    alone = heuristics.quantizes_alone
+def test_each_thread_quantises_where_nobody_waits(heuristics, cost):
+    each = heuristics.each_quantizes
     # One token: the other threads would wait for the one that quantises, with a prologue too.
     for is_plain in (True, False):
-        assert alone(1, 4096, 4096, 16, cost, is_plain=is_plain)
+        assert each(1, 4096, 4096, 16, cost, is_plain=is_plain)
     # Small batches, or layers with many rows for each thread.
-    assert alone(16, 768, 384, 2, cost)
-    assert alone(24, 5120, 5120, 2, cost)
-    assert alone(24, 28672, 5120, 16, cost)
+    assert each(16, 768, 384, 2, cost)
+    assert each(24, 5120, 5120, 2, cost)
+    assert each(24, 28672, 5120, 16, cost)
     # Where it takes too much of the time: few rows for each thread, or a prologue.
-    assert not alone(24, 5120, 5120, 16, cost)
-    assert not alone(48, 768, 384, 2, cost)
-    assert not alone(16, 768, 384, 2, cost, is_plain=False)
+    assert not each(24, 5120, 5120, 16, cost)
+    assert not each(48, 768, 384, 2, cost)
+    assert not each(16, 768, 384, 2, cost, is_plain=False)
+    # Where the copies would not fit the caches.
+    assert each(64, 28672, 4096, 2, cost)
+    assert not each(65, 28672, 4096, 2, cost)
     # Threads that have tokens of their own quantise these; one thread has nobody to wait for.
-    assert not alone(4096, 512, 4096, 2, cost)
-    assert not alone(16, 4096, 4096, 1, cost)
+    assert not each(4096, 512, 4096, 2, cost)
+    assert not each(16, 4096, 4096, 1, cost)

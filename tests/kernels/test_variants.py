@@ -302,6 +302,15 @@ def test_fused_results_do_not_depend_on_batch_or_threads(kernel, threads, act_bi
                 oracle.assert_same_bits(y, wanted[rows])
 
 
+@pytest.mark.parametrize("m", [1, 3, 24])
+def test_more_threads_than_pieces(kernel, threads, m):
+    """Each thread that multiplies has memory of its own; the others must not touch any."""
+    arguments, wanted = fused_case(m, (200, 312), 4096, torch.bfloat16, 8)
+    threads(16)
+    for _ in range(5):
+        oracle.assert_same_bits(torch.ops.bitlinear.fused_linear(**arguments), wanted)
+
+
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize(("activation", "with_norm"), fused.SOURCES)
 def test_subnormal_values_in_a_prologue_count_whatever_torch_flushes(

@@ -99,8 +99,18 @@ def test_a_cell_lost_to_a_complete_layer_fails_the_check(scripted, tmp_path, cap
     assert budgets == [0.02, 0.02, 0.04, 0.08]
     assert [cell["measurements"] for cell in records.read(path)["cells"]] == [1, 3]
     output = capsys.readouterr().out
-    assert f"check failed: {chosen} is slower than a complete layer in 1 of 2 cells" in output
+    assert f"check failed: {chosen} does not win 1 of 2 cells" in output
     assert re.search(r"64 x 30, M = 3, .*: 30.0 us, 1.50x the 20.0 us of bf16", output)
+
+
+def test_a_cell_without_an_opponent_fails_the_check(scripted, capsys):
+    chosen = runtime.current().kernel
+    scripted(*[made_up(**{chosen: 30, "int_mm": 60})] * 2)
+    options = ("--kernels", chosen, "--contestants", "bitlinear", "fp32", "int_mm")
+    assert main([*TINY, *options, "--check"]) == 1
+    output = capsys.readouterr().out
+    assert f"check failed: {chosen} does not win 2 of 2 cells" in output
+    assert output.count("no complete layer was timed") == 2
 
 
 def test_a_cell_that_is_won_when_measured_again_passes(scripted, capsys):
@@ -122,7 +132,7 @@ def test_cells_lost_to_layers_and_to_bare_products_are_counted_apart(scripted, c
     where = r"64 x 30, M = {}, \d+ threads?"
     first, second = where.format(1), where.format(3)
     assert re.search(
-        f"""check failed: {chosen} is slower than a complete layer in 1 of 2 cells
+        f"""check failed: {chosen} does not win 1 of 2 cells
 lost to a complete layer: 1 of 2 cells, at worst 1.50x in {second}
   {second}: 30.0 us, 1.50x the 20.0 us of fp32
 lost to a bare product, which quantises nothing: 2 of 2 cells, at worst 3.00x in {second}

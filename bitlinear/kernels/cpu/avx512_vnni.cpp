@@ -38,7 +38,10 @@ struct TablesAndPanels {
 
   static bitlinear_costs costs(int64_t M, int64_t row_bytes) {
     bitlinear_costs costs = Panels::costs(M, row_bytes);
-    if (tokens_of_tables(M, row_bytes) > 0) costs.block_rows = Tables::L::kRows;
+    if (tokens_of_tables(M, row_bytes) > 0) {
+      costs.block_rows = Tables::L::kRows;
+      costs.block_unit = Tables::L::kColumns;
+    }
     return costs;
   }
 

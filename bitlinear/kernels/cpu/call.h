@@ -25,9 +25,10 @@ inline const bitlinear_kernel_table* active_table() {
 constexpr int64_t kAlignment = 64;  // of torch's allocations, of cache lines and of vectors
 
 // The distance between the memory of one thread and the next, `bytes` each, if there are several.
-// Prefetchers run ahead of a thread, some 20 KB where it reads and writes with a stride. Without a
-// gap they fetch lines that the next thread writes, again and again: where cores are far from each
-// other, it cost half of the speed of a small product.
+// Prefetchers run ahead of a thread that reads and writes with a stride, and fetch lines that the
+// next thread writes, again and again. On a Zen 4, gaps of 16 KB end that in part, of 64 KB wholly;
+// without one a product of 768 x 384 and 128 tokens took 176 instead of 116 us while its two cores
+// were far from each other.
 inline int64_t spaced(int64_t bytes, int64_t threads) {
   constexpr int64_t kGap = 64 * 1024;
   return bytes == 0 ? 0 : round_up(bytes, kAlignment) + (threads > 1 ? kGap : 0);

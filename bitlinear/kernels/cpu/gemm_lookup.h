@@ -266,7 +266,7 @@ struct LookupGemm {
   // bytes) to 178 (AVX2) rows, its x 20, an index a fifth to a half of a tile.
   static constexpr int64_t kTokenUnit = L::kTokens;
   static constexpr bitlinear_costs costs(int64_t /*M*/, int64_t /*row_bytes*/) {
-    return {kTokenUnit, 64, L::kRows, L::kTokens / 2, L::kEntries + 50};
+    return {kTokenUnit, 64, L::kRows, L::kColumns, L::kTokens / 2, L::kEntries + 50};
   }
 
   // The size of Lookup without the tiles that the task does not need.

@@ -46,7 +46,7 @@ inline void decode_strip(const uint8_t* w, int64_t row_bytes, int64_t rows, int6
     for (int r = 0; r < kLanes; ++r) {
       const uint8_t* packed = w + r * row_bytes + begin;
       // So many strided streams defeat the hardware prefetcher.
-      if (begin % 64 == 0) prefetch_l2(packed + ahead);
+      if (begin % 64 == 0 && r < rows) prefetch_l2(packed + ahead);
       words[r] = r >= rows                    ? V::zero()
                  : bytes - begin >= V::kWidth ? V::load(packed)
                                               : V::load_partial(packed, bytes - begin);
@@ -184,8 +184,8 @@ struct PanelGemm {
   // Rows beyond the last whole panel run in a narrower panel, so a strip is the unit.
   static constexpr int64_t kTokenUnit = V::kPanelTokens;
   static constexpr bitlinear_costs costs(int64_t /*M*/, int64_t /*row_bytes*/) {
-    return {kTokenUnit, Panel<V>::kLanes, Panel<V>::kBlockRows, V::kDecodingTokens,
-            V::kFetchingRows};
+    using P = Panel<V>;
+    return {kTokenUnit, P::kLanes, P::kBlockRows, P::kRows, V::kDecodingTokens, V::kFetchingRows};
   }
   static int64_t scratch_bytes(int64_t M, int64_t /*row_bytes*/) {
     using P = Panel<V>;

@@ -73,9 +73,9 @@ constexpr Grid choose_grid(int64_t M, int64_t N, int64_t row_bytes, int64_t thre
   return best;
 }
 
-// The output, cut for threads that are not equally fast: each has a part of a grid, which is cut
-// into pieces, and a thread that is done early takes pieces of others. A piece is a whole number of
-// blocks, which costs nothing.
+// The output, cut for threads that are not equally fast: a thread begins with the pieces of a part
+// of a grid, and takes pieces of others when these are done. A piece is about a block of the
+// kernel, so that it costs no more than in a whole part.
 struct Pieces {
   Grid grid;
   int64_t of_part;  // the number of pieces of a part; the last ones of a small part can be empty
@@ -90,8 +90,8 @@ constexpr Pieces choose_pieces(int64_t M, int64_t N, int64_t row_bytes, int64_t 
   const Grid grid = choose_grid(M, N, row_bytes, threads, costs);
   if (grid.tokens * grid.rows == 1) return {grid, 1, N};
   const int64_t rows = largest_part(N, costs.row_unit, grid.rows);
-  const int64_t blocks = ceil_div(rows, costs.block_rows);
-  const int64_t piece = ceil_div(blocks, kMostOfPart) * costs.block_rows;
+  const int64_t most = minimum(ceil_div(rows, costs.block_rows), kMostOfPart);
+  const int64_t piece = round_up(ceil_div(rows, most), costs.block_unit);
   return {grid, ceil_div(rows, piece), piece};
 }
 
@@ -122,11 +122,11 @@ constexpr int64_t choose_quantize_parts(int64_t M, int64_t K, int64_t threads, i
 // parts of them for all threads. Then nobody waits, and no thread fetches lines that another core
 // wrote, which can take as long as to quantise. So it pays if the other threads had nothing to do
 // meanwhile; or if it is little more work, compared with a barrier or with the N products of each
-// value.
-constexpr bool quantizes_alone(const Pieces& pieces, int64_t quantize_parts, int64_t M, int64_t K,
-                               int64_t N, int64_t threads, bool is_plain) {
-  constexpr int64_t kFewValues = 8 * 1024, kManyRows = 1024;
-  if (pieces.count() == 1 || pieces.grid.tokens > 1) return false;
+// value. Larger tokens would displace weights in every L2 cache, and take much memory.
+constexpr bool each_quantizes(const Pieces& pieces, int64_t quantize_parts, int64_t M, int64_t K,
+                              int64_t N, int64_t threads, bool is_plain) {
+  constexpr int64_t kFewValues = 8 * 1024, kManyRows = 1024, kMostValues = 256 * 1024;
+  if (pieces.count() == 1 || pieces.grid.tokens > 1 || M * K > kMostValues) return false;
   if (quantize_parts == 1) return true;
   const int64_t others = threads - 1;
   return is_plain && (M * K * others <= kFewValues * threads || N >= kManyRows * others);

@@ -71,23 +71,24 @@ Tensor compute(const bitlinear::Product& product) {
   const int64_t workers = std::min(threads, pieces.count());
   const bool is_plain = bitlinear_is_plain(&prologue) != 0;
   int64_t quantize_parts = bitlinear::choose_quantize_parts(tokens, K, threads, pieces.count());
-  const bool alone =
-      bitlinear::quantizes_alone(pieces, quantize_parts, tokens, K, N, threads, is_plain);
-  if (alone) quantize_parts = 0;
+  const bool each =
+      bitlinear::each_quantizes(pieces, quantize_parts, tokens, K, N, threads, is_plain);
+  if (each) quantize_parts = 0;
 
   // One allocation: scratch memory of each thread; for each one that quantises, the floats of a
   // prologue; quantised activations, scales and sums, of all threads or of each.
   const int64_t largest = bitlinear::largest_part(M, costs.token_unit, pieces.grid.tokens);
   const int64_t scratch_step =
       bitlinear::spaced(kernels->scratch_bytes(largest, row_bytes), workers);
-  const int64_t quantizers = alone ? workers : quantize_parts;
+  const int64_t quantizers = each ? workers : quantize_parts;
   const int64_t float_step =
       bitlinear::spaced(is_plain ? 0 : K * int64_t{sizeof(float)}, quantizers);
   const int64_t q_stride = bitlinear_q_stride(kernels, K);
   const int64_t q_row_bytes = q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)};
-  const int64_t q_step = bitlinear::round_up(M * q_row_bytes, bitlinear::kAlignment);
+  // One token lies on the stack, without gaps: it is written once.
+  const int64_t q_step = bitlinear::spaced(M * q_row_bytes, each && tokens > 1 ? workers : 1);
   bitlinear::Scratch scratch(workers * scratch_step + quantizers * float_step +
-                             (alone ? workers : 1) * q_step);
+                             (each ? workers : 1) * q_step);
   char* const scratch_data = scratch.data();
   char* const floats = scratch_data + workers * scratch_step;
   char* const activations = floats + quantizers * float_step;
@@ -109,13 +110,14 @@ Tensor compute(const bitlinear::Product& product) {
     task.residual_dtype = kernel_dtype(product.residual.scalar_type());
     residual_bytes = product.residual.element_size();
   }
-  // What threads do is in copies, so that one on another core fetches few lines to begin.
+  // Each thread copies the description of the call once: it lies in few lines.
   const auto quantize_tokens = [=, eps = product.eps, act_bits = product.act_bits](
                                    bitlinear::Range range, int64_t quantizer, char* memory) {
     int8_t* const q = reinterpret_cast<int8_t*>(memory);
     float* const s_x = reinterpret_cast<float*>(memory + M * q_stride);
     int32_t* const q_sum = reinterpret_cast<int32_t*>(s_x + M);
-    float* const values = reinterpret_cast<float*>(floats + quantizer * float_step);
+    float* const values =
+        float_step == 0 ? nullptr : reinterpret_cast<float*>(floats + quantizer * float_step);
     for (int64_t i = range.begin; i < range.end; ++i) {
       kernels->quantize_row(&prologue, x_data + i * x_bytes, x_dtype, K, eps, act_bits, values,
                             q + i * token_rows * q_stride, q_stride, s_x + i,
@@ -127,8 +129,8 @@ Tensor compute(const bitlinear::Product& product) {
   };
   const int64_t y_bytes = y.element_size();
   const auto multiply_on = [=, &weights = product.weights](int64_t thread) {
-    char* const memory = activations + (alone ? thread * q_step : 0);
-    if (alone) quantize_tokens({0, tokens}, thread, memory);
+    char* const memory = activations + (each ? thread * q_step : 0);
+    if (each) quantize_tokens({0, tokens}, thread, memory);
     bitlinear_task mine = task;
     mine.q = reinterpret_cast<const int8_t*>(memory);
     mine.s_x = reinterpret_cast<const float*>(memory + M * q_stride);
@@ -136,8 +138,8 @@ Tensor compute(const bitlinear::Product& product) {
     mine.scratch = scratch_data + thread * scratch_step;
     return [=, &weights](int64_t index) {
       const auto [m, n] = bitlinear::piece_of(M, N, costs, pieces, index);
-      const bitlinear_task tokens_task = bitlinear::tokens_of(mine, m.begin, m.end);
-      bitlinear_task piece = tokens_task;
+      const bitlinear_task of_tokens = bitlinear::tokens_of(mine, m.begin, m.end);
+      bitlinear_task piece = of_tokens;
       for (const bitlinear::Weight& weight : weights) {
         piece.n_begin = std::max(n.begin, weight.begin) - weight.begin;
         piece.n_end = std::min(n.end, weight.end) - weight.begin;
@@ -147,10 +149,10 @@ Tensor compute(const bitlinear::Product& product) {
         piece.s_w_stride = weight.s_w_stride();
         piece.bias = weight.bias_data();
         piece.bias_dtype = weight.bias_dtype();
-        piece.y = static_cast<char*>(tokens_task.y) + weight.begin * y_bytes;
+        piece.y = static_cast<char*>(of_tokens.y) + weight.begin * y_bytes;
         if (mine.residual != nullptr) {
           piece.residual =
-              static_cast<const char*>(tokens_task.residual) + weight.begin * residual_bytes;
+              static_cast<const char*>(of_tokens.residual) + weight.begin * residual_bytes;
         }
         kernels->linear(&piece);
       }

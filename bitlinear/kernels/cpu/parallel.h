@@ -49,8 +49,10 @@ void run_on_threads(int64_t first_parts, const First& first, int64_t second_part
                     const Second& second) {
   at::parallel_for(0, first_parts, 1,
                    [&](int64_t begin, int64_t end) { run_parts(end, first, begin); });
-  at::parallel_for(0, second_parts, 1, [&](int64_t begin, int64_t end) {
-    run_parts(end, second(at::get_thread_num()), begin);
+  // Numbers of workers, because the compiler's runtime and torch's may count other threads.
+  SharedParts shared(second_parts, at::get_num_threads());
+  at::parallel_for(0, shared.workers(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) shared.run(thread, second);
   });
 }
 
@@ -115,7 +117,7 @@ void run_on_threads(int64_t first_parts, const First& first, int64_t second_part
           run_parts(shared.first_parts, shared.first, thread, threads);
           shared.runtime.barrier();
         }
-        shared.second_parts.run(thread, shared.second(thread));
+        shared.second_parts.run(thread, shared.second);
       },
       // 0: as many threads as torch.set_num_threads set. libgomp ends its threads and starts new
       // ones if the number changes between calls.
@@ -126,9 +128,9 @@ void run_on_threads(int64_t first_parts, const First& first, int64_t second_part
 
 // Runs first(part) for every part in [0, first_parts) on torch's intra-op threads, the same number
 // of parts on each; when all are done, runs the parts in [0, second_parts), each on whichever
-// thread is free: a thread asks second(thread) for a function, and calls it with its parts.
-// `thread` is below the number of parts and of threads. Serial inside another parallel region, as
-// at::parallel_for is. No function may throw.
+// thread is free: a thread that gets one asks second(thread) for a function, and calls it with its
+// parts. `thread` is below second_parts and below at::get_num_threads(). Serial inside another
+// parallel region, as at::parallel_for is. No function may throw.
 template <class First, class Second>
 void parallel_by_thread(int64_t first_parts, const First& first, int64_t second_parts,
                         const Second& second) {

@@ -60,7 +60,10 @@ int64_t scratch_bytes(int64_t M, int64_t row_bytes) {
 template <class V, class Gemm>
 bitlinear_costs costs(int64_t M, int64_t row_bytes) {
   bitlinear_costs costs = Gemm::costs(M, row_bytes);
-  if (!use_gemm<V>(M, row_bytes)) costs.block_rows = gemv_block_rows(M, row_bytes);
+  if (!use_gemm<V>(M, row_bytes)) {
+    costs.block_rows = gemv_block_rows(M, row_bytes);
+    costs.block_unit = kGemvColumns;
+  }
   return costs;
 }
 

@@ -202,7 +202,10 @@ __device__ inline void copy_rows(uint8_t* to, int pitch, int rows, int bytes, Ba
   full.arrive_after_copies();
 }
 // PTX does not say that copies outlive their thread.
-__device__ inline void end_copies() { wait_for_copies<0>(); }
+__device__ inline void end_copies() {
+  commit_copies();
+  wait_for_copies<0>();
+}
 #endif
 
 // log_split: log2 of the number of warps that share 16 rows, along K. kTokenRows: the rows of q of

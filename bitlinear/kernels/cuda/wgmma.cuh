@@ -179,6 +179,7 @@ struct Tile {
   static constexpr int kSumBytes = kTokens * kRows * 4;
   static constexpr int kStageBudget = 224 * 1024 - kSumBytes;  // bytes for stages
   static constexpr int kStages = kStageBudget / kStageBytes < 8 ? kStageBudget / kStageBytes : 8;
+  static_assert(kStages % kHalves == 0, "a stage belongs to one half");
   static constexpr int kSharedBytes = kStages * kStageBytes + kSumBytes + 1024;
   // Slices of weights in flight, in registers.
   static constexpr int kPrefetched =
