@@ -35,7 +35,7 @@ class _InitParams(ctypes.Structure):
 
 
 _POINTER, _INT, _INT64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
-# The type of the result, then those of the arguments.
+# The type of the result, then the types of the arguments.
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "ggml_backend_alloc_ctx_tensors": (_POINTER, _POINTER, _POINTER),
     "ggml_backend_buffer_free": (None, _POINTER),

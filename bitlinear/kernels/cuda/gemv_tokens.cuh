@@ -3,8 +3,8 @@
 // A quantiser makes up to three passes over a token: the sum of squares, the maximum, the rounding.
 // Tokens are resident if all of their values stay in registers meanwhile. Of longer ones the
 // registers hold a chunk at a time. The next pass begins with the chunk at which the last one has
-// ended; it loads the others again, from L2, or those of a prologue from shared memory, because a
-// gate takes longer than a load.
+// ended and loads the others again: plain values from L2, values of a prologue from shared memory,
+// because a gate takes longer than a load.
 //
 // Two things bound this: a warp takes some four cycles for each of its instructions, because few
 // others share its scheduler, and it waits for instructions that no cache near it holds. So all
@@ -83,8 +83,8 @@ struct PlainSource {
   }
 };
 
-// The fp32 values of the gate; those of the norm with its other functions, which do nothing without
-// a norm. kWide: x is fp32, else of a 16-bit type.
+// The fp32 values of the gate. The other functions are for the norm: add_squares() and
+// normalize_groups() are called if there is one. kWide: x is fp32, else of a 16-bit type.
 template <bool kWide_, bool kResident_>
 struct FusedSource {
   static constexpr bool kFused = true, kWide = kWide_, kResident = kResident_;

@@ -467,7 +467,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
     sums_empty.wait(parity);
     const int my_row = reader.first_row(), tig = lane % 4;
-    // The second half adds its sums to those of the first.
+    // The second half adds its sums to the sums of the first.
     if (T::kHalves == 2 && half == 1) sync_leading_threads<kConsumers>();
 #pragma unroll
     for (int r = 0; r < kBlocks; ++r) {
