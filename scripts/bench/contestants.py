@@ -300,7 +300,7 @@ class Layers:
 
         Each of them has run once.
         """
-        x = self._input(M)
+        x = torch.randn(M, self._K, device=self._device.torch_device).to(self._device.dtype)
         field = []
         failed = dict(self._failed)
         runners = [
@@ -314,7 +314,8 @@ class Layers:
             try:
                 enter()
                 if kind.package:
-                    self._check(kind, copies[0], M)
+                    for layer in {id(copies[i]): copies[i] for i in (0, -1)}.values():
+                        self._check(kind, layer, M)
                 calls = kind.bind(copies, x)
                 calls[0]()
                 call, repeats = mode.arrange(calls)
@@ -324,16 +325,13 @@ class Layers:
                 field.append(Contestant(name, call, enter, repeats))
         return field, failed
 
-    def _input(self, M: int) -> Tensor:
-        return torch.randn(M, self._K, device=self._device.torch_device).to(self._device.dtype)
-
     def _check(self, kind: Kind, layer: Weights, M: int) -> None:
         """Raise an error if a peer's result is wrong.
 
         The check has an input of its own: the memory that a result gets can still hold the right
         result of an earlier contestant, and a peer that computes nothing would leave it there.
         """
-        x = self._input(M)
+        x = peers.checked_input(M, self._K, self._device.torch_device, self._device.dtype)
         (call,) = kind.bind([layer], x)
         peers.check(call(), x, self._deployed[0].dequantize())
 

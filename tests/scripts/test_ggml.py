@@ -174,7 +174,7 @@ def test_a_missing_package_is_named(monkeypatch):
 @pytest.mark.parametrize("M", [1, 2, 65, 130])
 def test_ggml_itself(M, threads):
     pytest.importorskip("llama_cpp")
-    weight, x = ternary(70, 768), torch.randn(M, 768)
+    weight, x = ternary(70, 768), peers.checked_input(M, 768, "cpu", torch.float32)
     y = ggml.Product(ggml.Weights(weight), x, threads)()
     peers.check(y, x, weight)
     assert not y[:, :2].any()

@@ -206,12 +206,14 @@ def test_whatever_a_peer_raises_is_a_reason(no_gpu, humming, monkeypatch, tmp_pa
 
 
 def test_what_a_check_accepts():
-    x, weight = torch.randn(30, 512), torch.randint(-1, 2, (4000, 512)) * 0.1
+    x = peers.checked_input(30, 8192, "cpu", torch.float32)
+    weight = torch.randint(-1, 2, (4000, 8192)) * 0.1
     y = x @ weight.T
-    peers.check((y * 1.01).bfloat16(), x, weight)
+    peers.check((y * 1.002).bfloat16(), x, weight)
     one_output, one_token = y.clone(), y.clone()
     one_output[:, 7] = one_token[7] = 0
-    for wrong in (y * 1.03, y.roll(1, 1), y * float("nan"), one_output, one_token):
+    one_column = y - x[:, :1] * weight[:, 0]
+    for wrong in (y * 1.01, y.roll(1, 1), y * float("nan"), one_output, one_token, one_column):
         with pytest.raises(RuntimeError, match=r"wrong result: relative errors of \S+ rms, "):
             peers.check(wrong, x, weight)
     with pytest.raises(RuntimeError, match=r"wrong result: its shape is \[30, 32\]"):
