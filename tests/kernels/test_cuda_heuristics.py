@@ -308,7 +308,7 @@ def test_the_plan_of_a_gemv_before_sm_90(heuristics, capability, n, k, split):
     assert ring == room  # no successor shares the multiprocessor
 
 
-# Likewise.
+# Measured on an H100 to be the best, or within a few per cent of it.
 @pytest.mark.parametrize(
     ("m", "n", "k", "plan"),
     [

@@ -239,7 +239,7 @@ def test_threads_can_help_each_other(heuristics):
     panels, _, tables = COSTS
     assert len(heuristics.pieces(24, 5120, 5120, 2, panels)) == 2 * 14
     assert len(heuristics.pieces(16, 768, 384, 2, panels)) == 2 * 2
-    # Tables are built anew for every 2048 rows, and not more often.
+    # Tables are built anew for every 2048 rows: shorter pieces would need more of them.
     assert len(heuristics.pieces(64, 14336, 4096, 2, tables)) == 2 * 4
     assert len(heuristics.pieces(64, 2560, 2560, 2, tables)) == 2
 

@@ -53,6 +53,21 @@ void check_codes(const Tensor& w_packed, const uint8_t* rows, int64_t K) {
   bitlinear::checked_weights().add(w_packed, K, {});
 }
 
+// Where M rows of quantised activations lie, one array after the other.
+struct Activations {
+  int8_t* q;       // (M, q_stride)
+  float* s_x;      // (M,) or, with two rows for each token, half as many
+  int32_t* q_sum;  // (M,)
+
+  Activations(char* memory, int64_t M, int64_t q_stride)
+      : q(reinterpret_cast<int8_t*>(memory)),
+        s_x(reinterpret_cast<float*>(memory + M * q_stride)),
+        q_sum(reinterpret_cast<int32_t*>(s_x + M)) {}
+  static int64_t bytes(int64_t M, int64_t q_stride) {
+    return M * (q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)});
+  }
+};
+
 Tensor compute(const bitlinear::Product& product) {
   const bitlinear_kernel_table* const kernels = active_table();
   const int64_t K = product.K, N = product.out_features(), tokens = product.tokens();
@@ -84,9 +99,9 @@ Tensor compute(const bitlinear::Product& product) {
   const int64_t float_step =
       bitlinear::spaced(is_plain ? 0 : K * int64_t{sizeof(float)}, quantizers);
   const int64_t q_stride = bitlinear_q_stride(kernels, K);
-  const int64_t q_row_bytes = q_stride + int64_t{sizeof(float)} + int64_t{sizeof(int32_t)};
   // One token lies on the stack, without gaps: it is written once.
-  const int64_t q_step = bitlinear::spaced(M * q_row_bytes, each && tokens > 1 ? workers : 1);
+  const int64_t q_step =
+      bitlinear::spaced(Activations::bytes(M, q_stride), each && tokens > 1 ? workers : 1);
   bitlinear::Scratch scratch(workers * scratch_step + quantizers * float_step +
                              (each ? workers : 1) * q_step);
   char* const scratch_data = scratch.data();
@@ -113,15 +128,13 @@ Tensor compute(const bitlinear::Product& product) {
   // Each thread copies the description of the call once: it lies in few lines.
   const auto quantize_tokens = [=, eps = product.eps, act_bits = product.act_bits](
                                    bitlinear::Range range, int64_t quantizer, char* memory) {
-    int8_t* const q = reinterpret_cast<int8_t*>(memory);
-    float* const s_x = reinterpret_cast<float*>(memory + M * q_stride);
-    int32_t* const q_sum = reinterpret_cast<int32_t*>(s_x + M);
+    const Activations out(memory, M, q_stride);
     float* const values =
         float_step == 0 ? nullptr : reinterpret_cast<float*>(floats + quantizer * float_step);
     for (int64_t i = range.begin; i < range.end; ++i) {
       kernels->quantize_row(&prologue, x_data + i * x_bytes, x_dtype, K, eps, act_bits, values,
-                            q + i * token_rows * q_stride, q_stride, s_x + i,
-                            q_sum + i * token_rows);
+                            out.q + i * token_rows * q_stride, q_stride, out.s_x + i,
+                            out.q_sum + i * token_rows);
     }
   };
   const auto quantize = [&](int64_t part) {
@@ -131,10 +144,11 @@ Tensor compute(const bitlinear::Product& product) {
   const auto multiply_on = [=, &weights = product.weights](int64_t thread) {
     char* const memory = activations + (each ? thread * q_step : 0);
     if (each) quantize_tokens({0, tokens}, thread, memory);
+    const Activations quantized(memory, M, q_stride);
     bitlinear_task mine = task;
-    mine.q = reinterpret_cast<const int8_t*>(memory);
-    mine.s_x = reinterpret_cast<const float*>(memory + M * q_stride);
-    mine.q_sum = reinterpret_cast<const int32_t*>(mine.s_x + M);
+    mine.q = quantized.q;
+    mine.s_x = quantized.s_x;
+    mine.q_sum = quantized.q_sum;
     mine.scratch = scratch_data + thread * scratch_step;
     return [=, &weights](int64_t index) {
       const auto [m, n] = bitlinear::piece_of(M, N, costs, pieces, index);

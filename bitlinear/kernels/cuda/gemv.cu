@@ -62,6 +62,7 @@
 // low tiles in four stages instead of tiles of 32 rows in two (28672 x 8192 27.6 instead of 24.7).
 #include "ampere.cuh"
 #include "gemv_tokens.cuh"
+#include "hopper.cuh"
 #include "launch.cuh"
 
 namespace bitlinear {

@@ -12,7 +12,7 @@
 // prologue share one kernel, which they find in the cache one after the other.
 #pragma once
 
-#include "hopper.cuh"
+#include "ampere.cuh"
 #include "prologue.cuh"
 #include "quantize.cuh"
 
