@@ -20,6 +20,7 @@ from .autograd import (
     output_dtype,
     without_autocast,
 )
+from .ops import has_cpu_kernels
 from .quantize import quantize_activations, quantize_weights
 
 
@@ -62,6 +63,9 @@ def straight_through_linear(
         # 0. A blend of strength 1 is the same product in differentiable operations.
         return blended_linear(x, weight, bias, torch.ones(()), eps, act_bits, group_size)
     dtype = _check_operands(x, weight, bias)
+    if needs_gradients and not compiling and _is_plain(x, weight):
+        native = torch.ops.bitlinear.straight_through_linear.default
+        return cast(Tensor, native(x, weight, bias, eps, act_bits, group_size, dtype))
     w_packed, w_scale = torch.ops.bitlinear.quantize_weight.default(
         weight.detach(), eps, group_size
     )
@@ -116,6 +120,18 @@ def blended_linear(
         operands = ((x + step_x).float(), (weight + step_w).float())
         y = F.linear(*operands, None if bias is None else bias.float())
     return y.to(dtype)
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether nothing but autograd observes operations on these tensors: no mode, no transform."""
+    return (
+        has_cpu_kernels()
+        and type(x) is Tensor
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._is_tracing()
+    )
 
 
 def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:

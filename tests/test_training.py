@@ -7,11 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from bitlinear import BitLinear, quantize
+from bitlinear import BitLinear, quantize, training
+from bitlinear.ops import has_cpu_kernels
 from bitlinear.training import straight_through_linear
 from scripts.bench.train_step import saved_bytes
 from tests import oracle
 from tests.layers import detached_linear
+
+
+@pytest.fixture(autouse=True, params=["C++", "Python"])
+def _language(request, monkeypatch):
+    """The function is written in C++, and in Python for transforms and compilers."""
+    if request.param == "Python":
+        monkeypatch.setattr(training, "_is_plain", lambda x, weight: False)
+    elif not has_cpu_kernels():
+        pytest.skip("needs the compiled operators")
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)

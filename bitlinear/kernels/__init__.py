@@ -177,7 +177,7 @@ VARIANTS: tuple[Variant, ...] = (
 # The operator. Of the CPU libraries, only this one includes torch's headers and starts threads.
 OPS = Library(
     name="ops",
-    sources=("cpu/ops.cpp",),
+    sources=("cpu/ops.cpp", "training.cpp"),
     # Parsing torch's headers takes most of a cold import. -O1 costs nothing: no hot loop is here.
     # No -fopenmp: parallel.h explains how it uses torch's own OpenMP runtime.
     cflags=("-O1", *_COMMON),

@@ -18,6 +18,7 @@ SCRIPTS = {
     "bench.decode": "--layers",
     "bench.generate": "--depths",
     "bench.train_step": "--compile",
+    "bench.train_model": "--models",
     "bench.input_gradient": "--dtypes",
     "bench.import_time": "--runs",
     "bench.load_memory": "--gib",
