@@ -61,11 +61,15 @@ struct bitlinear_task {
   void* scratch;  // scratch_bytes() bytes at a multiple of 64, which no other call uses
 };
 
+// A part that is cut into blocks of about so many rows, multiples of the unit, costs no more.
+struct bitlinear_blocks {
+  int64_t rows, unit;
+};
+
 // The costs of a product apart from its multiplications. heuristics.h divides the work by them.
 struct bitlinear_costs {
   int64_t token_unit, row_unit;  // tokens and rows of a tile; a part costs whole tiles
-  // A part that is cut into blocks of about so many rows, multiples of block_unit, costs no more.
-  int64_t block_rows, block_unit;
+  bitlinear_blocks blocks;
   int64_t per_row;  // work per weight row (decoding), in multiplications by a token
   // Work per token, in multiplications by a weight row: building tables, or fetching activations
   // that another core has quantised.

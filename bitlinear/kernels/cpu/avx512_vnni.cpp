@@ -34,20 +34,16 @@ struct TablesAndPanels {
   static constexpr int64_t kTokens = Tables::L::kTokens;
   // Fewer rows do not amortise the tables, shorter rows not the 32-bit sums.
   static constexpr int64_t kFewestRows = 640, kFewestBytes = 256;
-  static constexpr int64_t kTokenUnit = Panels::kTokenUnit;
-
-  static bitlinear_costs costs(int64_t M, int64_t row_bytes) {
-    bitlinear_costs costs = Panels::costs(M, row_bytes);
-    if (tokens_of_tables(M, row_bytes) > 0) {
-      costs.block_rows = Tables::L::kRows;
-      costs.block_unit = Tables::L::kColumns;
-    }
-    return costs;
-  }
+  static constexpr int64_t kTokenUnit = Panels::kTokenUnit, kRowUnit = Panels::kRowUnit;
+  static constexpr int64_t kRowCost = Panels::kRowCost, kTokenCost = Panels::kTokenCost;
 
   // Of M tokens, those that tables take.
   static int64_t tokens_of_tables(int64_t M, int64_t row_bytes) {
     return row_bytes < kFewestBytes ? 0 : M / kTokens * kTokens;
+  }
+  static bitlinear_blocks blocks(int64_t M, int64_t row_bytes) {
+    return tokens_of_tables(M, row_bytes) > 0 ? Tables::blocks(M, row_bytes)
+                                              : Panels::blocks(M, row_bytes);
   }
   static int64_t scratch_bytes(int64_t M, int64_t row_bytes) {
     return tokens_of_tables(M, row_bytes) == 0 ? Panels::scratch_bytes(M, row_bytes)

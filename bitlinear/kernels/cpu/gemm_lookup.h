@@ -279,9 +279,10 @@ struct LookupGemm {
   // Building a table costs the additions of 81 rows; gathering its x costs some 50 more. An index
   // costs as much as half a tile. Fitted to an earlier form; on a Zen 4 a table costs 142 (64
   // bytes) to 178 (AVX2) rows, its x 20, an index a fifth to a half of a tile.
-  static constexpr int64_t kTokenUnit = L::kTokens;
-  static constexpr bitlinear_costs costs(int64_t /*M*/, int64_t /*row_bytes*/) {
-    return {kTokenUnit, 64, L::kRows, L::kColumns, L::kTokens / 2, L::kEntries + 50};
+  static constexpr int64_t kTokenUnit = L::kTokens, kRowUnit = L::kColumns;
+  static constexpr int64_t kRowCost = L::kTokens / 2, kTokenCost = L::kEntries + 50;
+  static constexpr bitlinear_blocks blocks(int64_t /*M*/, int64_t /*row_bytes*/) {
+    return {L::kRows, L::kColumns};
   }
 
   // The size of Lookup without the tiles that the task does not need.

@@ -182,10 +182,10 @@ inline void panel_block(const bitlinear_task& task, int64_t m, int64_t tokens, i
 template <class V, class Tiles = RegisterTiles<V, DotTile<V>>>
 struct PanelGemm {
   // Rows beyond the last whole panel run in a narrower panel, so a strip is the unit.
-  static constexpr int64_t kTokenUnit = V::kPanelTokens;
-  static constexpr bitlinear_costs costs(int64_t /*M*/, int64_t /*row_bytes*/) {
-    using P = Panel<V>;
-    return {kTokenUnit, P::kLanes, P::kBlockRows, P::kRows, V::kDecodingTokens, V::kFetchingRows};
+  static constexpr int64_t kTokenUnit = V::kPanelTokens, kRowUnit = Panel<V>::kLanes;
+  static constexpr int64_t kRowCost = V::kDecodingTokens, kTokenCost = V::kFetchingRows;
+  static constexpr bitlinear_blocks blocks(int64_t /*M*/, int64_t /*row_bytes*/) {
+    return {Panel<V>::kBlockRows, Panel<V>::kRows};
   }
   static int64_t scratch_bytes(int64_t M, int64_t /*row_bytes*/) {
     using P = Panel<V>;

@@ -33,9 +33,9 @@ constexpr int kGemvColumns = 64;
 constexpr int64_t kGemvPrefetch = 8192;
 
 // Rows that a thread multiplies in some 2 us.
-constexpr int64_t gemv_block_rows(int64_t M, int64_t row_bytes) {
+constexpr bitlinear_blocks gemv_blocks(int64_t M, int64_t row_bytes) {
   constexpr int64_t kBlockBytes = 96 * 1024;
-  return round_up(kBlockBytes / (M * row_bytes) + 1, kGemvColumns);
+  return {round_up(kBlockBytes / (M * row_bytes) + 1, kGemvColumns), kGemvColumns};
 }
 
 // totals[m * kRows + r] = the exact sum over all lanes of sums[m][r].

@@ -90,8 +90,8 @@ constexpr Pieces choose_pieces(int64_t M, int64_t N, int64_t row_bytes, int64_t 
   const Grid grid = choose_grid(M, N, row_bytes, threads, costs);
   if (grid.tokens * grid.rows == 1) return {grid, 1, N};
   const int64_t rows = largest_part(N, costs.row_unit, grid.rows);
-  const int64_t most = minimum(ceil_div(rows, costs.block_rows), kMostOfPart);
-  const int64_t piece = round_up(ceil_div(rows, most), costs.block_unit);
+  const int64_t most = minimum(ceil_div(rows, costs.blocks.rows), kMostOfPart);
+  const int64_t piece = round_up(ceil_div(rows, most), costs.blocks.unit);
   return {grid, ceil_div(rows, piece), piece};
 }
 

@@ -21,7 +21,8 @@
 //   kGemmTokens, kGemvOverhead the number of tokens from which Gemm is faster: see heuristics.h
 //
 // Gemm is PanelGemm or LookupGemm (gemm_panel.h, gemm_lookup.h). Its file lists what it needs in
-// addition.
+// addition. Its constants kTokenUnit, kRowUnit, kRowCost and kTokenCost and its blocks() are fields
+// of bitlinear_costs.
 #pragma once
 
 #include <limits.h>
@@ -59,12 +60,9 @@ int64_t scratch_bytes(int64_t M, int64_t row_bytes) {
 
 template <class V, class Gemm>
 bitlinear_costs costs(int64_t M, int64_t row_bytes) {
-  bitlinear_costs costs = Gemm::costs(M, row_bytes);
-  if (!use_gemm<V>(M, row_bytes)) {
-    costs.block_rows = gemv_block_rows(M, row_bytes);
-    costs.block_unit = kGemvColumns;
-  }
-  return costs;
+  return {Gemm::kTokenUnit, Gemm::kRowUnit,
+          use_gemm<V>(M, row_bytes) ? Gemm::blocks(M, row_bytes) : gemv_blocks(M, row_bytes),
+          Gemm::kRowCost, Gemm::kTokenCost};
 }
 
 template <class V, class Gemm>
