@@ -36,8 +36,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../integers.h"
 #include "epilogue.h"
-#include "heuristics.h"
 
 namespace bitlinear {
 
@@ -294,8 +294,8 @@ struct LookupGemm {
   static void run(const bitlinear_task& task) {
     // Blocks of nearly equal size: a block of a few rows would not amortise its tables.
     const int64_t all_rows = task.n_end - task.n_begin;
-    const int64_t blocks = (all_rows - 1) / L::kRows + 1;
-    const int64_t block_rows = round_up(ceil_div(all_rows, blocks), L::kColumns);
+    const int64_t count = (all_rows - 1) / L::kRows + 1;  // 1 also for no rows
+    const int64_t block_rows = round_up(ceil_div(all_rows, count), L::kColumns);
     for (int64_t n = task.n_begin; n < task.n_end; n += block_rows) {
       for (int64_t m = 0; m < task.M; m += L::kTiles * L::kTokens) {
         lookup_block<V>(task, m, minimum(task.M - m, L::kTiles * L::kTokens), n,

@@ -20,8 +20,8 @@
 
 #include <stdint.h>
 
+#include "../integers.h"
 #include "epilogue.h"
-#include "heuristics.h"
 
 namespace bitlinear {
 

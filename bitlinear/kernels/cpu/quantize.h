@@ -1,8 +1,9 @@
 // The fused activation quantiser: absmax, scale, rounding, plane order and sum of one token.
 //
 // Two passes over x; the second one finds it in the cache. Memory traffic: x[0:K] is read, 1 byte
-// per element is written. The loops are plain: their arithmetic is exact or rounded as written
-// (-ffp-contract=off), so every compiler can vectorise it and every variant gives the same bits.
+// per element is written (2 with 16 bits). The loops are plain: their arithmetic is exact or
+// rounded as written (-ffp-contract=off), so every compiler can vectorise it and every variant
+// gives the same bits.
 #pragma once
 
 #include <stdint.h>

@@ -25,7 +25,7 @@
 // of bitlinear_costs.
 #pragma once
 
-#include <limits.h>
+#include <stdint.h>
 
 #include "../abi.h"
 #include "../float_environment.h"
