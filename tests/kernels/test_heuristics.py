@@ -15,7 +15,8 @@ from bitlinear.kernels import DIRECTORY
 from tests.kernels.native import require
 
 SOURCE = Path(__file__).with_name("heuristics.cpp")
-# token_unit, row_unit, blocks.rows, blocks.unit, per_row, per_token: like avx512_vnni, amx_int8, avx2
+# token_unit, row_unit, blocks.rows, blocks.unit, per_row, per_token: as of avx512_vnni, amx_int8
+# and avx2
 COSTS = [(8, 16, 192, 48, 3, 32), (32, 16, 192, 32, 25, 64), (16, 64, 2048, 64, 8, 131)]
 
 sizes = st.integers(1, 20_000)
