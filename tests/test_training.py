@@ -187,6 +187,59 @@ def test_an_output_without_a_gradient():
     assert w.grad is None
 
 
+def test_a_deep_graph_is_freed():
+    """Freeing it must not recurse: 8 MB of stack hold some 25,000 levels."""
+    layer, x = BitLinear(4, 4, bias=False), torch.randn(1, 4)
+    for _ in range(40_000 if training._is_plain(x, layer.weight) else 100):
+        x = layer(x)
+    del x
+
+
+def test_calls_below_autograd():
+    layer = BitLinear(8, 4)
+    x = torch.randn(3, 8)
+    wanted = layer(x).detach()
+
+    @torch.library.custom_op("bitlinear_tests::apply", mutates_args=())
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        return layer(x).detach().clone()
+
+    assert torch.equal(apply(x), wanted)
+    layer.requires_grad_(False)
+    with torch.inference_mode(), torch.enable_grad():
+        assert layer(torch.randn(3, 8)).isfinite().all()
+
+
+def test_hooks_of_saved_tensors_run_with_autocast():
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8)
+    seen = []
+
+    def unpack(tensor):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        y = straight_through_linear(x, w)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.sum().backward()
+    assert seen
+    assert all(seen)
+
+
+def test_a_trace_before_dispatch_has_the_gradients():
+    make_fx = pytest.importorskip("torch.fx.experimental.proxy_tensor").make_fx
+
+    def gradients(x, w):
+        return torch.autograd.grad(straight_through_linear(x, w).sum(), (x, w))
+
+    def operands():
+        return torch.randn(3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+
+    traced, leaves = make_fx(gradients, pre_dispatch=True)(*operands()), operands()
+    for one, other in zip(traced(*leaves), gradients(*leaves)):
+        torch.testing.assert_close(one, other)
+
+
 # --- Autocast, transforms, bad values and wrong arguments ---
 
 
