@@ -126,8 +126,7 @@ def _is_plain(x: Tensor, weight: Tensor) -> bool:
     """Whether the function in C++ serves: no mode, transform or tracer observes its operations."""
     return (
         has_cpu_kernels()
-        and type(x) is Tensor
-        and type(weight) in (Tensor, torch.nn.Parameter)
+        and {type(x), type(weight)} <= {Tensor, torch.nn.Parameter}
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
         and torch._C._functorch.peek_interpreter_stack() is None
