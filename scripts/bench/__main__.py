@@ -25,7 +25,7 @@ from scripts.bench.arguments import (
 )
 from scripts.bench.benchmark import Setup
 from scripts.bench.contestants import OTHERS
-from scripts.bench.devices import DEVICES
+from scripts.bench.devices import DEVICES, choose_device
 
 GRIDS: dict[str, dict[str, tuple[list[Shape], list[int]]]] = {
     "cpu": {
@@ -117,9 +117,7 @@ def _parser() -> argparse.ArgumentParser:
 def _parse(argv: Sequence[str] | None) -> Setup:
     parser = _parser()
     options = parser.parse_args(argv)
-    device = DEVICES[options.device]
-    if not device.is_available():
-        parser.error(f"--device {device.name}: torch finds no GPU")
+    device = choose_device(parser, options.device)
     modes = options.modes or list(device.modes)
     if not set(modes) <= set(device.modes):
         parser.error(f"--modes: on {device.name} there are {', '.join(device.modes) or 'none'}")

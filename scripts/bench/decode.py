@@ -25,7 +25,7 @@ import bitlinear
 from bitlinear import runtime
 from scripts.bench import contestants, machine, records, report, timing
 from scripts.bench.arguments import parse_count, parse_output_path, parse_seconds
-from scripts.bench.devices import DEVICES, Device
+from scripts.bench.devices import DEVICES, Device, choose_device
 from scripts.bench.records import Record
 
 
@@ -179,9 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--budget", type=parse_seconds, default=5.0, help="seconds of timing (default: 5)")
     add("--json", type=parse_output_path, metavar="PATH", help="write the results there")
     options = parser.parse_args(argv)
-    device = DEVICES[options.device]
-    if not device.is_available():
-        parser.error(f"--device {device.name}: torch finds no GPU")
+    device = choose_device(parser, options.device)
     model = replace(BITNET_2B, layers=options.layers or BITNET_2B.layers)
     with torch.inference_mode():
         times = measure(model, device, options.budget)

@@ -5,6 +5,7 @@ These rows name everything that asks for a GPU or times on one, so that a test c
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,3 +108,11 @@ DEVICES = {
         is_available=torch.cuda.is_available,
     ),
 }
+
+
+def choose_device(parser: argparse.ArgumentParser, name: str) -> Device:
+    """Return the device that ``--device`` names; end with an error if this machine lacks it."""
+    device = DEVICES[name]
+    if not device.is_available():
+        parser.error(f"--device {name}: torch finds no GPU")
+    return device

@@ -35,7 +35,7 @@ from bitlinear import runtime
 from scripts.bench import contestants as layers
 from scripts.bench import records
 from scripts.bench.arguments import parse_count, parse_output_path, parse_seconds
-from scripts.bench.devices import DEVICES
+from scripts.bench.devices import DEVICES, choose_device
 from scripts.bench.generation import measure, models, report
 from scripts.bench.generation.contestants import KINDS
 from scripts.bench.generation.measure import Setup
@@ -95,9 +95,7 @@ def _parse(argv: Sequence[str] | None) -> Setup:
     add("--no-memory", action="store_true", help="do not measure memory")
     add("--json", type=parse_output_path, metavar="PATH", help="write the results there")
     options = parser.parse_args(argv)
-    device = DEVICES[options.device]
-    if not device.is_available():
-        parser.error(f"--device {device.name}: torch finds no GPU")
+    device = choose_device(parser, options.device)
     if layers.chosen_kernel(device.name) is None:
         parser.error(f"there is no compiled kernel: {runtime.current().problem}")
     positions = max([*options.prefill, *options.depths], default=0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bitlinear import BitLinear
 from scripts.bench import cuda_timing, report, timing
 from scripts.bench.arguments import Shape, parse_count, parse_seconds, parse_shape
-from scripts.bench.devices import DEVICES, Device
+from scripts.bench.devices import DEVICES, Device, choose_device
 from scripts.bench.train_step import compare, print_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,15 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--budget", type=parse_seconds, default=5.0, help="seconds for each row (default: 5)")
     add("--device", choices=DEVICES, default="cpu")
     options = parser.parse_args(argv)
-    device = DEVICES[options.device]
-    if not device.is_available():
-        parser.error(f"--device {device.name}: torch finds no GPU")
+    device = choose_device(parser, options.device)
     rows = [
         measure(shape, options.tokens, dtype, options.quant_type, options.budget, device)
         for shape in options.shapes
         for dtype in options.dtypes
     ]
-    print_rows(rows, device, options.tokens, words=(report.SHAPE, "dtype"))
+    print_rows(rows, device, f"M = {options.tokens}", words=(report.SHAPE, "dtype"))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bitlinear
-from bitlinear import runtime
-from scripts.bench import cuda_timing, machine, records, report, timing
+from scripts.bench import cuda_timing, report, timing
 from scripts.bench.arguments import Shape, parse_count, parse_seconds, parse_shape
-from scripts.bench.devices import DEVICES, Device
-from scripts.bench.train_step import Expression
+from scripts.bench.devices import DEVICES, Device, choose_device
+from scripts.bench.train_step import Expression, compare, print_rows
 
 VOCABULARY = 32768
 HEAD_SIZE = 64
@@ -125,17 +124,16 @@ def measure(
 ) -> list[dict[str, str]]:
     """Return a row for each contestant: its tokens per second."""
     blocks, width = model
-    contestants = []
+    calls = {}
     for name in names:
         torch.manual_seed(0)
         decoder = CONTESTANTS[name](Decoder(blocks, width, length))
-        call = training_step(decoder, batch, length, device.torch_device)
-        contestants.append(timing.Contestant(name, call))
+        calls[name] = training_step(decoder, batch, length, device.torch_device)
     timer = cuda_timing.stream_timer if device.torch_device == "cuda" else timing.cpu_timer
-    times = timing.compare(contestants, budget, timer)
+    times = compare(calls, budget, timer)
+    first = times[names[0]]
     rows = []
-    for name in names:
-        ours, first = (records.quartiles(times[each]) for each in (name, names[0]))
+    for name, ours in times.items():
         rate = f"{batch * length / ours['median_us'] * 1e3:.1f}"
         ratio = f"{first['median_us'] / ours['median_us']:.3f}"
         rows.append(
@@ -161,9 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--budget", type=parse_seconds, default=20.0, help="seconds for each model (default: 20)")
     add("--device", choices=DEVICES, default="cuda")
     options = parser.parse_args(argv)
-    device = DEVICES[options.device]
-    if not device.is_available():
-        parser.error(f"--device {device.name}: torch finds no GPU")
+    device = choose_device(parser, options.device)
     rows = [
         row
         for model in options.models
@@ -171,10 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             *(model, options.batch, options.length, options.contestants, options.budget, device)
         )
     ]
-    described = machine.describe(runtime.current().hardware, device.name)
-    print(f"{machine.display_name(described)}, {options.batch} x {options.length} tokens\n")
-    cells = [tuple(row.values()) for row in rows]
-    print(report.markdown(tuple(rows[0]), cells, words=("model", "layers")))
+    print_rows(rows, device, f"{options.batch} x {options.length} tokens", ("model", "layers"))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bitlinear import BitLinear, runtime
 from scripts.bench import cuda_timing, machine, records, report, timing
 from scripts.bench.arguments import Shape, parse_count, parse_seconds, parse_shape
-from scripts.bench.devices import DEVICES, Device
+from scripts.bench.devices import DEVICES, Device, choose_device
 from scripts.bench.records import Record
 
 
@@ -121,12 +121,12 @@ def measure(
 
 
 def print_rows(
-    rows: Sequence[dict[str, str]], device: Device, M: int, words: tuple[str, ...]
+    rows: Sequence[dict[str, str]], device: Device, size: str, words: tuple[str, ...]
 ) -> None:
-    """Print the machine and a table; ``words`` are the columns of words."""
+    """Print the machine, the size of the input and a table; ``words`` are its columns of words."""
     described = machine.describe(runtime.current().hardware, device.name)
     threads = report.plural(torch.get_num_threads(), "thread")
-    print(f"{machine.display_name(described)}, {threads}, M = {M}\n")
+    print(f"{machine.display_name(described)}, {threads}, {size}\n")
     cells = [tuple(row.values()) for row in rows]
     print(report.markdown(tuple(rows[0]), cells, words=words))
 
@@ -141,15 +141,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--budget", type=parse_seconds, default=20.0, help="seconds for each shape (default: 20)")
     add("--device", choices=DEVICES, default="cpu")
     options = parser.parse_args(argv)
-    device = DEVICES[options.device]
-    if not device.is_available():
-        parser.error(f"--device {device.name}: torch finds no GPU")
+    device = choose_device(parser, options.device)
     rows = [
         row
         for shape in options.shapes
         for row in measure(shape, options.tokens, options.compile, options.budget, device)
     ]
-    print_rows(rows, device, options.tokens, words=(report.SHAPE, "layer"))
+    print_rows(rows, device, f"M = {options.tokens}", words=(report.SHAPE, "layer"))
 
 
 if __name__ == "__main__":
