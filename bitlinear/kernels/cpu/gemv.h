@@ -13,9 +13,9 @@
 // GB/s of 96. Four tokens on one core: 0.74 of the dot product's peak, where 0.8 is the bound (16
 // of 20 instructions).
 //
-// On two cores of a Zen 4, which start one dot product a cycle, 4 to 16 tokens reach 590 to 700 of
-// 920 Gop/s. Tried there, and not faster: one more shift of the weights, so that two planes share
-// an accumulator, in tiles of 4 x 2, 6 x 1 and 8 x 1 tokens and rows.
+// On two cores of a Zen 4, which start one dot product a cycle, 4 tokens reach 650 to 710 of 920
+// Gop/s. Tried there, and not faster: one more shift of the weights, so that two planes share an
+// accumulator, in tiles of 4 x 2, 6 x 1 and 8 x 1 tokens and rows.
 #pragma once
 
 #include <stdint.h>

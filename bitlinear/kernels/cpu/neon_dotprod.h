@@ -13,6 +13,7 @@ struct NeonDot : NeonBytes {
   static constexpr int kGemvTokens = 2;
   static constexpr int kGemvRows = 4;
   static constexpr int64_t kPanelDepth = 512;  // 12 KB of codes, 2 KB of activations: an L1 cache
+  static constexpr bool kPackedPanels = false;
   static constexpr int kFetchingRows = 16;
 
   // With the intrinsic GCC adds register moves and spills (GCC 12: 142 instructions for a tile of

@@ -46,15 +46,16 @@ struct MatrixTile {
                        int32_t* sums, bool accumulate) {
     constexpr int kPairs = (kTokens + 1) / 2;
     constexpr int64_t kStep = kStrips * NeonI8mm::kWidth;
-    const int64_t second = kTokens > 1 ? q_stride : 0;
     int32x4_t tile[kPairs][kStrips][2] = {};  // (2 tokens, 2 rows) each
     // 16 values of k (one plane of a block) at a time. A partial block is padded with zeros.
     const int64_t steps = ceil_div(bytes, NeonI8mm::kWidth) * NeonI8mm::kWidth;
     for (int64_t step = 0; step < steps; step += 4) {
       int8x16_t pairs[kPairs][2];  // (2 tokens, 8 k) each
       for (int p = 0; p < kPairs; ++p) {
-        const int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(q + 2 * p * q_stride));
-        const int64x2_t b = vreinterpretq_s64_s8(vld1q_s8(q + 2 * p * q_stride + second));
+        const int8_t* first = q + 2 * p * q_stride;
+        const int8_t* second = first + (2 * p + 1 < kTokens ? q_stride : 0);
+        const int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(first));
+        const int64x2_t b = vreinterpretq_s64_s8(vld1q_s8(second));
         pairs[p][0] = vreinterpretq_s8_s64(vzip1q_s64(a, b));
         pairs[p][1] = vreinterpretq_s8_s64(vzip2q_s64(a, b));
       }

@@ -15,6 +15,7 @@ namespace {
 // reduce(a), reduce4(...).
 template <class Isa>
 struct Vnni : Isa {
+  static constexpr bool kPackedPanels = false;
   using Bytes = typename Isa::Bytes;
 
   static Bytes codes(Bytes w, int shift) {
