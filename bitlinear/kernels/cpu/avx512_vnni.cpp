@@ -23,7 +23,6 @@ struct Avx512Vnni : Vnni<Zmm> {
   static constexpr int64_t kPanelDepth = 512;
   static constexpr int kDecodingTokens = 3;
   static constexpr int kFetchingRows = 32;
-  static constexpr int kLookupVectors = 1;
 };
 
 // A store takes two cycles, and masks run beside the dot products, so panels stay packed: decoding
@@ -34,6 +33,7 @@ struct Zen4 : Avx512Vnni {
   static constexpr bool kPackedPanels = true;
   static constexpr int64_t kPanelDepth = 1024;
   static constexpr int kDecodingTokens = 2;
+  static constexpr int kLookupVectors = 1;
 };
 
 using Panels = PanelGemm<Zen4>;

@@ -29,8 +29,8 @@
 // threads. With 256 KB instead of 1 MB AVX2 loses 0 to 6 %, mostly 1 to 3, scalar 1 and AVX-512 2;
 // with 128 KB AVX2 loses 7 and scalar 8. Even there 2048 rows are the best: 1024 take up to 7 %
 // longer and 512 up to 20, as with 1 MB, because a table costs as much as 178 rows. Four tiles take
-// 4 % longer for M = 128 (AVX-512: no longer). 4096 rows or 16 tiles gain 1 to 4 %,
-// with 256 KB nothing. Not measured: a CPU without an L3 cache, such as small Arm cores.
+// 4 % longer for M = 128 (AVX-512: no longer). 4096 rows or 16 tiles gain 1 to 4 %, with 256 KB
+// nothing. Not measured: a CPU without an L3 cache, such as small Arm cores.
 #pragma once
 
 #include <stdint.h>
