@@ -199,7 +199,7 @@ def check_linear(
         ValueError: ``in_features``, ``eps``, ``act_bits``, a shape or a device is wrong.
     """
     _check_product(x, in_features, in_features, eps, group_size, act_bits, out_dtype)
-    _check_operand(x, w_packed, w_scale, bias, in_features)
+    check_operand(x, w_packed, w_scale, bias, in_features)
 
 
 def check_fused_linear(
@@ -238,7 +238,7 @@ def check_fused_linear(
             f"{MAX_WEIGHTS}, but they have {count}, {len(w_scale)} and {len(bias)} elements"
         )
     for operands in zip(w_packed, w_scale, bias):
-        _check_operand(x, *operands, in_features)
+        check_operand(x, *operands, in_features)
     if norm_weight is not None:
         _check_vector(x, "norm_weight", norm_weight, in_features, "in_features")
         if not 0 <= norm_eps <= _MAX_EPS:
@@ -260,6 +260,15 @@ def check_fused_linear(
         check_device(x, "residual", residual)
 
 
+def check_in_features(in_features: int) -> None:
+    """Raise ValueError unless int32 holds every sum of this many products."""
+    if not 1 <= in_features <= MAX_IN_FEATURES:
+        raise ValueError(
+            f"bitlinear: in_features must be between 1 and {MAX_IN_FEATURES} (where int32 sums are "
+            f"exact), but it is {in_features}: split the layer along in_features"
+        )
+
+
 def _check_product(
     x: Tensor,
     in_features: int,
@@ -275,11 +284,7 @@ def _check_product(
             f"bitlinear: group_size = {group_size} is reserved for a later version: use 0"
         )
     check_act_bits(act_bits)
-    if not 1 <= in_features <= MAX_IN_FEATURES:
-        raise ValueError(
-            f"bitlinear: in_features must be between 1 and {MAX_IN_FEATURES} (where int32 sums are "
-            f"exact), but it is {in_features}: split the layer along in_features"
-        )
+    check_in_features(in_features)
     check_eps(eps, act_bits)
     if width == in_features:
         check_activations(x, in_features)
@@ -292,7 +297,7 @@ def _check_product(
         )
 
 
-def _check_operand(
+def check_operand(
     x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, in_features: int
 ) -> None:
     """Check one weight, with its scale and its bias."""

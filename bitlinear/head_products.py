@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import packing
-from .arguments import ACTIVATION_DTYPES, dtype_name
+from .arguments import dtype_name
 from .quantize import epilogue
+from .quantized_linear import check_quantized
 
 # The sums of bf16_product that run side by side.
 _BF16_SUMS = 64
@@ -95,21 +96,7 @@ def _check_int8_product(
     q: Tensor, s_x: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype
 ) -> None:
     """Raise the errors of :func:`reference_int8_product`; arguments.h has the same."""
-    if (
-        (q.dtype not in (torch.int8, torch.int16) or s_x.dtype != torch.float32)
-        or (not q.dim() or s_x.shape != (*q.shape[:-1], 1))
-        or s_x.device != q.device
-    ):
-        raise ValueError(
-            f"bitlinear: q must be int8 or int16, of shape (..., K), and s_x float32, of shape "
-            f"(..., 1) on the same device, but they are {dtype_name(q.dtype)} of shape "
-            f"{list(q.shape)} on {q.device} and {dtype_name(s_x.dtype)} of shape "
-            f"{list(s_x.shape)} on {s_x.device}"
-        )
-    if dtype not in ACTIVATION_DTYPES:
-        raise TypeError(
-            f"bitlinear: dtype must be float32, float16 or bfloat16, but it is {dtype_name(dtype)}"
-        )
+    check_quantized(q, s_x, dtype)
     if q.dtype != torch.int16:
         raise TypeError("bitlinear: q must be int16, but it is int8: quantise with act_bits = 16")
     in_features, out_features = q.shape[-1], w.shape[0] if w.dim() else 0

@@ -32,13 +32,12 @@ from .head_products import (
 from .prologue import apply_prologue
 from .quantize import (
     INTEGER_DTYPES,
-    epilogue,
-    integer_product,
     quantize_activations,
     row_sums,
     scale_from_row_sums,
     ternarize,
 )
+from .quantized_linear import fake_quantized_linear, multiply, reference_quantized_linear
 
 # The group_size of linear is reserved: a graph that is exported today can be loaded by a later
 # version whose kernels use it.
@@ -54,6 +53,10 @@ SCHEMAS = (
     "ScalarType? dtype=None) -> Tensor",
     "quantize_activations(Tensor x, float eps=1e-6, int act_bits=8) -> (Tensor, Tensor)",
     "expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
+    "quantized_linear(Tensor q, Tensor s_x, Tensor q_sum, Tensor w_packed, Tensor w_scale, "
+    "Tensor? bias, ScalarType dtype) -> Tensor",
+    "linear_with_activations(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, float eps, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     "int8_product(Tensor q, Tensor s_x, Tensor w, Tensor w_scale, ScalarType dtype) -> Tensor",
     "bf16_product(Tensor x, Tensor w) -> Tensor",
     "attend(Tensor query, Tensor(a!) keys, Tensor(b!) values, Tensor? mask, float scale, "
@@ -112,6 +115,11 @@ def register(compiled: bool) -> None:
         "expand_weight": (_fake_expand_weight, reference_expand_weight),
         "quantize_activations": (_fake_quantize_activations, quantize_activations),
         "expand_activations": (_fake_expand_activations, reference_expand_activations),
+        "quantized_linear": (fake_quantized_linear, reference_quantized_linear),
+        "linear_with_activations": (
+            _fake_linear_with_activations,
+            reference_linear_with_activations,
+        ),
         "int8_product": (fake_int8_product, reference_int8_product),
         "bf16_product": (fake_bf16_product, reference_bf16_product),
         "attend": (fake_attend, reference_attend),
@@ -169,19 +177,8 @@ def reference_linear(
     check_linear(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, out_dtype)
     packing.check_packed(w_packed, in_features)
     q, s_x = quantize_activations(x.reshape(-1, in_features), eps, act_bits)
-    out_features = w_packed.shape[0]
-    y = x.new_empty((q.shape[0], out_features), dtype=out_dtype or x.dtype)
-    step = packing.rows_per_chunk(4 * in_features, x.is_cuda)
-    for first in range(0, out_features, step):
-        rows = slice(first, first + step)
-        t = packing.unpack_unchecked(w_packed[rows], in_features).to(torch.float32)
-        y[:, rows] = epilogue(
-            integer_product(q, t),
-            s_x,
-            w_scale[rows] if w_scale.dim() == 2 else w_scale,
-            None if bias is None else bias[rows],
-        )
-    return y.reshape(*x.shape[:-1], out_features)
+    y = multiply(q, s_x, w_packed, w_scale, bias, out_dtype or x.dtype)
+    return y.reshape(*x.shape[:-1], len(w_packed))
 
 
 def _fake_linear(
@@ -380,6 +377,41 @@ def _fake_expand_activations(q: Tensor, s_x: Tensor, dtype: torch.dtype | None =
     return q.new_empty(q.shape, dtype=dtype or torch.float32)
 
 
+def reference_linear_with_activations(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``linear`` and ``quantize_activations`` of one input, which is quantised once.
+
+    Args:
+        x: fp32, fp16 or bf16, shape ``(..., K)``.
+        w_packed, w_scale, bias, eps: As for :func:`reference_linear`.
+        dtype: fp32, fp16 or bf16, of the output.
+
+    Returns:
+        The output, shape ``(..., N)``, and ``q`` and ``s_x``; see
+        :func:`bitlinear.quantize.quantize_activations`.
+    """
+    y = reference_linear(x, w_packed, w_scale, bias, x.shape[-1], eps, out_dtype=dtype)
+    return y, *quantize_activations(x, eps)
+
+
+def _fake_linear_with_activations(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = _fake_linear(x, w_packed, w_scale, bias, x.shape[-1], eps, out_dtype=dtype)
+    return y, *_fake_quantize_activations(x, eps)
+
+
 def _autocast_rule(operator: Any, device_type: str, key: str) -> Any:
     """The rule for autocast: it rounds the output to 16 bits, but not ``x``."""
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -400,7 +432,7 @@ def _autocast_rule(operator: Any, device_type: str, key: str) -> Any:
 def _vmap_rule(operator: Any) -> Callable[..., tuple[Any, int]]:
     """The rule for vmap: a batch of tokens is one more dimension; other batches are a loop."""
     names = [argument.name for argument in operator._schema.arguments]
-    token_arguments = {"x", "q", "s_x", "residual"}.intersection(names)
+    token_arguments = {"x", "q", "s_x", "q_sum", "residual"}.intersection(names)
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, int]:
         given = {name for name, argument in zip(names, arguments) if argument is not None}

@@ -49,9 +49,9 @@ def quantize_activations(x: Tensor, eps: float = 1e-6, act_bits: int = 8) -> tup
 def quantize_with_absmax(x: Tensor, absmax: Tensor, act_bits: int = 8) -> tuple[Tensor, Tensor]:
     """Quantise fp32 activations ``(..., K)`` whose absmax ``(..., 1)`` is given."""
     qmax = torch.full_like(absmax, QMAX[act_bits])
-    scaled = _multiply_subnormals_too(x, qmax / absmax)
+    scaled = _multiply_subnormals_too(x, _divide(qmax, absmax))
     q = _round_to_integers(scaled, QMAX[act_bits]).to(INTEGER_DTYPES[act_bits])
-    return q, absmax / qmax
+    return q, _divide(absmax, qmax)
 
 
 def split_activations(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +72,17 @@ def _round_to_integers(values: Tensor, limit: int) -> Tensor:
     """Round half to even and clamp, in place; NaN becomes 0, because its scale carries the NaN."""
     # vmap has no rule for clamp_.
     return values.round_().clamp(-limit, limit).nan_to_num_(nan=0.0)
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """``a / b`` in fp32, rounded once.
+
+    The division of fp32 that torch.compile generates for a GPU is approximate, that of fp64 is not.
+    fp64 has more than twice the bits of fp32, so that rounding its quotient again is exact.
+    """
+    if a.is_cuda and torch.compiler.is_compiling():
+        return (a.to(torch.float64) / b.to(torch.float64)).to(torch.float32)
+    return a / b
 
 
 # Before torch 2.13 vmap has no rule for a view of another dtype; for a copy it has a loop.

@@ -202,6 +202,47 @@ def _straight_through(values: Tensor, edge: Tensor) -> Tensor:
     return cast(Tensor, _StraightThrough.apply(values, edge))  # type: ignore[no-untyped-call]
 
 
+def _multiply(
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    act_bits: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the product, and the quantised tokens for the backward pass."""
+    ops = torch.ops.bitlinear
+    if _is_fused(x, act_bits):
+        q, s_x = quantize_activations(x, eps)
+        q_sum = q.sum(dim=-1, keepdim=True, dtype=torch.int32)
+        y = ops.quantized_linear.default(q, s_x, q_sum, w_packed, w_scale, bias, dtype)
+    else:
+        # torch.onnx.export(dynamo=False) takes the order of these calls for the order of the
+        # outputs. The first one quantises x too, but to a layout of its own.
+        y = _packed_linear(x, w_packed, w_scale, bias, eps, act_bits, dtype)
+        q, s_x = ops.quantize_activations.default(x, eps, act_bits)
+    return y, q, s_x
+
+
+def _is_fused(tokens: Tensor, act_bits: int) -> bool:
+    """Whether a compiler fuses the quantiser of these tokens with the operations around it.
+
+    Then the quantiser is written in operations of torch. Layers that read one input also share it:
+    the compiler removes equal operations.
+    """
+    # Since torch 2.7. Before 2.13, is_exporting() is also true where torch.compile traces.
+    is_exporting = getattr(torch.compiler, "_is_exporting_flag", False)
+    return tokens.is_cuda and act_bits == 8 and torch.compiler.is_compiling() and not is_exporting
+
+
+def _expand_activations(q: Tensor, s_x: Tensor, dtype: torch.dtype) -> Tensor:
+    if _is_fused(q, 8 * q.element_size()):
+        return (q.to(torch.float32) * s_x).to(dtype)
+    tokens: Tensor = torch.ops.bitlinear.expand_activations.default(q, s_x, dtype)
+    return tokens
+
+
 class _StraightThroughLinear(Function):
     """Quantised product forward; gradients as if neither operand had been rounded.
 
@@ -222,12 +263,7 @@ class _StraightThroughLinear(Function):
         w_scale: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with without_autocast(x.device.type):
-            # torch.onnx.export(dynamo=False) takes the order of these calls for the order of the
-            # outputs.
-            y = _packed_linear(x, w_packed, w_scale, bias, eps, act_bits, dtype)
-            # The kernel has quantised x too, but to its own layout. This costs a hundredth of it.
-            q, s_x = torch.ops.bitlinear.quantize_activations.default(x, eps, act_bits)
-        return y, q, s_x
+            return _multiply(x, w_packed, w_scale, bias, eps, act_bits, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -246,7 +282,6 @@ class _StraightThroughLinear(Function):
         if grad is None:
             return (None,) * 9
         expand_weight = torch.ops.bitlinear.expand_weight.default
-        expand_activations = torch.ops.bitlinear.expand_activations.default
         q, s_x, w_packed, w_scale = ctx.saved_tensors
         x_edge, weight_edge = ctx.edges
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -260,7 +295,7 @@ class _StraightThroughLinear(Function):
                 grad_x = g @ _straight_through(weight, weight_edge)
                 grad_x = grad_x.to(x_edge.dtype).reshape(q.shape)
             if needs_weight:
-                tokens = _straight_through(expand_activations(q, s_x, dtype), x_edge)
+                tokens = _straight_through(_expand_activations(q, s_x, dtype), x_edge)
                 grad_weight = g.T @ tokens.reshape(-1, q.shape[-1])
                 grad_weight = grad_weight.to(weight_edge.dtype)
             if needs_bias:

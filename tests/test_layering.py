@@ -20,6 +20,7 @@ ORDER = [
     "arguments",
     "integrations",
     "attend",
+    "quantized_linear",
     "head_products",
     "ops",
     "autograd",

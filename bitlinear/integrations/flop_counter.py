@@ -19,6 +19,8 @@ def register() -> None:
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.bitlinear.linear: _count,
         torch.ops.bitlinear.fused_linear: _count_fused,
+        torch.ops.bitlinear.linear_with_activations: _count,
+        torch.ops.bitlinear.quantized_linear: _count_quantized,
     }
     for operator, formula in formulas.items():
         flop_counter.flop_registry.pop(operator, None)  # of an earlier import
@@ -27,6 +29,10 @@ def register() -> None:
 
 def _count(x_shape: Any, w_shape: Any, *_: Any, **__: Any) -> int:
     return int(2 * math.prod(x_shape) * w_shape[0])
+
+
+def _count_quantized(q: Any, s_x: Any, q_sum: Any, w_shape: Any, *_: Any, **__: Any) -> int:
+    return _count(q, w_shape)
 
 
 def _count_fused(

@@ -198,6 +198,7 @@ CUDA = CudaLibrary(
         "cuda/dp4a.cu",
         "cuda/quantize.cu",
         "cuda/train.cu",
+        "cuda/in_order.cu",
         "cuda/launch.cu",
         "cuda/selftest.cu",
     ),

@@ -85,16 +85,20 @@ inline void check_dtype(const at::Tensor& x) {
                    dtype_name(x.scalar_type()), ": convert it, for example with x.float()");
 }
 
+inline void check_in_features(int64_t in_features) {
+  TORCH_CHECK_VALUE(in_features >= 1 && in_features <= BITLINEAR_MAX_K,
+                    "bitlinear: in_features must be between 1 and ", BITLINEAR_MAX_K,
+                    " (where int32 sums are exact), but it is ", in_features,
+                    ": split the layer along in_features");
+}
+
 // Checks everything but the weights; `width` is the last dimension of x.
 inline void check_product(const at::Tensor& x, int64_t in_features, int64_t width, double eps,
                           int64_t group_size, int64_t act_bits, at::ScalarType out_dtype) {
   TORCH_CHECK_NOT_IMPLEMENTED(group_size == 0, "bitlinear: group_size = ", group_size,
                               " is reserved for a later version: use 0");
   check_act_bits(act_bits);
-  TORCH_CHECK_VALUE(in_features >= 1 && in_features <= BITLINEAR_MAX_K,
-                    "bitlinear: in_features must be between 1 and ", BITLINEAR_MAX_K,
-                    " (where int32 sums are exact), but it is ", in_features,
-                    ": split the layer along in_features");
+  check_in_features(in_features);
   check_eps(eps, act_bits);
   check_dtype(x);
   TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) == width,
@@ -255,6 +259,22 @@ inline void check_quantized(const at::Tensor& q, const at::Tensor& s_x, at::Scal
       dtype_name(q.scalar_type()), " of shape ", q.sizes(), " on ", q.device(), " and ",
       dtype_name(s_x.scalar_type()), " of shape ", s_x.sizes(), " on ", s_x.device());
   check_output_dtype(dtype);
+}
+
+// The same conditions and messages as check_quantized_linear in quantized_linear.py.
+inline void check_quantized_linear(const at::Tensor& q, const at::Tensor& s_x,
+                                   const at::Tensor& q_sum, const at::Tensor& w_packed,
+                                   const at::Tensor& w_scale, const std::optional<at::Tensor>& bias,
+                                   at::ScalarType dtype) {
+  check_quantized(q, s_x, dtype);
+  TORCH_CHECK_TYPE(q.scalar_type() == at::ScalarType::Char, "bitlinear: q must be int8, but it is ",
+                   dtype_name(q.scalar_type()), ": quantise with act_bits = 8");
+  TORCH_CHECK_VALUE(q_sum.scalar_type() == at::ScalarType::Int && q_sum.sizes() == s_x.sizes(),
+                    "bitlinear: q_sum must be int32, of shape ", s_x.sizes(), ", but it is ",
+                    dtype_name(q_sum.scalar_type()), " of shape ", q_sum.sizes());
+  check_device(q, "q_sum", q_sum);
+  check_in_features(q.size(-1));
+  check_operand(q, w_packed, w_scale, bias, q.size(-1));
 }
 
 // The same conditions and messages as reference_int8_product in head_products.py.

@@ -40,6 +40,33 @@ Tensor pass_gradient(Tensor values, uint32_t index) {
   return values;
 }
 
+// The product, and the quantised tokens for the backward pass.
+std::tuple<Tensor, Tensor, Tensor> multiply(const Tensor& x, const Tensor& w_packed,
+                                            const Tensor& w_scale, const OptionalTensor& bias,
+                                            double eps, int64_t act_bits, ScalarType dtype) {
+  static const auto linear_with_activations = find<std::tuple<Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, ScalarType)>(
+      "bitlinear::linear_with_activations");
+  static const auto linear =
+      find<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
+                  double, int64_t, int64_t, OptionalType)>("bitlinear::linear");
+  static const auto quantize_activations =
+      find<std::tuple<Tensor, Tensor>(const Tensor&, double, int64_t)>(
+          "bitlinear::quantize_activations");
+  if (x.is_cuda() && act_bits == 8) {
+    return linear_with_activations.call(x, w_packed, w_scale, bias, eps, dtype);
+  }
+  Tensor y = linear.call(x, w_packed, w_scale, bias, x.size(-1), eps, 0, act_bits, dtype);
+  auto [q, s_x] = quantize_activations.call(x, eps, act_bits);
+  return {y, q, s_x};
+}
+
+Tensor sum_tokens(const Tensor& values) {
+  // cuBLAS takes 7 us for (8192, 1024) in bf16, where torch's sum takes 16.
+  return values.is_cuda() ? at::ones({values.size(0)}, values.options()).matmul(values)
+                          : values.sum(0);
+}
+
 struct StraightThrough : torch::autograd::Function<StraightThrough> {
   static constexpr bool is_traceable = true;  // backward() reads the context and operators only
 
@@ -49,16 +76,9 @@ struct StraightThrough : torch::autograd::Function<StraightThrough> {
     static const auto quantize_weight =
         find<std::tuple<Tensor, Tensor>(const Tensor&, double, int64_t)>(
             "bitlinear::quantize_weight");
-    static const auto linear =
-        find<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
-                    double, int64_t, int64_t, OptionalType)>("bitlinear::linear");
-    static const auto quantize_activations =
-        find<std::tuple<Tensor, Tensor>(const Tensor&, double, int64_t)>(
-            "bitlinear::quantize_activations");
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto [w_packed, w_scale] = quantize_weight.call(weight, eps, group_size);
-    Tensor y = linear.call(x, w_packed, w_scale, bias, x.size(-1), eps, 0, act_bits, dtype);
-    const auto [q, s_x] = quantize_activations.call(x, eps, act_bits);
+    const auto [y, q, s_x] = multiply(x, w_packed, w_scale, bias, eps, act_bits, dtype);
     // 1 or 2 bytes per activation and 2 bits per weight; nn.Linear keeps 4 bytes of each.
     ctx->save_for_backward({q, s_x, w_packed, w_scale});
     ctx->saved_data["x"] = x.scalar_type();
@@ -96,7 +116,7 @@ struct StraightThrough : torch::autograd::Function<StraightThrough> {
     }
     if (const auto bias = ctx->saved_data.find("bias");
         bias != ctx->saved_data.end() && ctx->needs_input_grad(2)) {
-      result[2] = g.sum(0).to(bias->second.toScalarType());
+      result[2] = sum_tokens(g).to(bias->second.toScalarType());
     }
     return result;
   }

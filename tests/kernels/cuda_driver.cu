@@ -15,6 +15,7 @@ using bitlinear::cuda::Call;
 using bitlinear::cuda::CudaFailure;
 using bitlinear::cuda::Device;
 using bitlinear::cuda::GemvPlan;
+using bitlinear::cuda::Input;
 using bitlinear::cuda::Layout;
 using bitlinear::cuda::Placement;
 using bitlinear::cuda::Shape;
@@ -52,8 +53,10 @@ class Driver {
       const Placement placement = cases_ % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
       const Example example(c, cases_);
       for (int kernel = 0; kernel < kKernels; ++kernel) {
-        if (!bitlinear::cuda::supports_case(kernel, device_, c, placement)) continue;
-        record(kernel, bitlinear::cuda::check_case(kernel, example, placement, stream_));
+        for (const Input input : {Input::kValues, Input::kTokens}) {
+          if (!bitlinear::cuda::supports_case(kernel, device_, c, placement, input)) continue;
+          record(kernel, bitlinear::cuda::check_case(kernel, example, placement, input, stream_));
+        }
       }
     }
   }
@@ -241,7 +244,8 @@ class Driver {
   template <class Product>
   void check_plan(const std::string& name, int kernel, Layout layout, const Product& product,
                   const Example& example) {
-    const auto run = [&](const bitlinear_cuda_task& task, cudaStream_t stream) {
+    const auto run = [&](const bitlinear_cuda_task& task, const bitlinear_cuda_tokens*,
+                         cudaStream_t stream) {
       const Call call = {task, plans_ % 2 == 0 ? device_ : small_device_, stream};
       cudaError_t error = cudaSuccess;
       if (!bitlinear::cuda::fuses_quantizer(kernel)) {
@@ -250,7 +254,8 @@ class Driver {
       if (error == cudaSuccess) error = product(call);
       return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
     };
-    record(kPlans, check_case(name, kernel, run, example, Placement::kAligned, stream_));
+    record(kPlans,
+           check_case(name, kernel, run, example, Placement::kAligned, Input::kValues, stream_));
     ++plans_;
   }
 

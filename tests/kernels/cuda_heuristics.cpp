@@ -7,7 +7,8 @@ using bitlinear::cuda::Shape;
 namespace {
 
 Shape shape_of(const int64_t* shape) {
-  return {shape[0], shape[1], shape[2], shape[3] != 0, shape[4] != 0, shape[5], shape[6] != 0};
+  return {shape[0], shape[1],      shape[2],      shape[3] != 0, shape[4] != 0,
+          shape[5], shape[6] != 0, shape[7] != 0, shape[8] != 0};
 }
 
 Device device_of(int capability, int multiprocessors) {

@@ -67,8 +67,8 @@ class Heuristics:
 
     @staticmethod
     def _shape(shape: tuple[int, ...]) -> ctypes.Array:
-        single_and_plain = (1, False)
-        return (ctypes.c_int64 * 7)(*shape, *single_and_plain[len(shape) - 5 :])
+        single_and_plain = (1, False, False, False)
+        return (ctypes.c_int64 * 9)(*shape, *single_and_plain[len(shape) - 5 :])
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,20 @@ def test_every_shape_gets_a_kernel_that_admits_it(heuristics, shape, capability)
     # A caller can force either of these for any shape.
     assert heuristics.supports(DP4A, capability, shape)
     assert heuristics.supports(MMA, capability, shape) == (capability >= 80)
+
+
+@given(shape=shapes, capability=st.sampled_from(CAPABILITIES), q_aligned=st.booleans())
+def test_tokens_that_are_quantised_go_to_kernels_that_read_them(
+    heuristics, shape, capability, q_aligned
+):
+    m, n, k, x_aligned, w_aligned, *_ = shape
+    shape = (m, n, k, x_aligned, w_aligned, 1, False, True, q_aligned)
+    kernel = heuristics.choose(capability, shape)
+    assert heuristics.supports(kernel, capability, shape)
+    assert kernel not in (GEMV, SMALL_LAYER)
+    # Only wgmma rewrites weights that are not aligned.
+    assert w_aligned or kernel != SMALL_BATCH
+    assert w_aligned or q_aligned or kernel != WGMMA
 
 
 @given(shape=shapes)

@@ -11,7 +11,7 @@ from torch import nn
 from bitlinear import BitLinear, ops
 from bitlinear.arguments import QUANT_TYPES
 from scripts.bench.train_step import saved_bytes
-from tests import oracle
+from tests import oracle, test_quantized_linear
 from tests.test_training_ops import check_operators
 
 pytestmark = pytest.mark.cuda
@@ -120,6 +120,58 @@ def test_views():
 
 def test_the_operators_are_what_torch_expects():
     check_operators("cuda")
+    test_quantized_linear.check_operators("cuda")
+
+
+@settings(max_examples=200)
+@given(
+    m=st.one_of(st.integers(1, 40), st.integers(60, 300)),
+    n=st.one_of(st.integers(1, 300), st.sampled_from([1024])),
+    k=st.one_of(st.integers(1, 300), st.sampled_from([16, 48, 1040, 2048])),
+    dtype=st.sampled_from(oracle.DTYPES),
+    group_size=st.sampled_from([0, -1]),
+    is_finite=st.booleans(),
+)
+def test_products_of_quantised_tokens(m, n, k, dtype, group_size, is_finite):
+    x, *weight = test_quantized_linear.operands((m,), n, k, dtype, group_size, "cuda")
+    if not is_finite:
+        x[m // 2, k // 2] = float("inf")
+    test_quantized_linear.check(x, *weight)
+
+
+def test_views_of_quantised_tokens():
+    x, w_packed, w_scale, bias = test_quantized_linear.operands((70,), 40, 96, torch.float32)
+    x, w_packed, w_scale, bias = (t.cuda() for t in (x, w_packed, w_scale, bias))
+    q, s_x, q_sum = test_quantized_linear.quantize(x)
+    wanted = OPS.linear(x, w_packed, w_scale, bias, 96)
+    shifted_q = torch.empty(q.numel() + 1, dtype=torch.int8, device="cuda")[1:].view_as(q)
+    shifted_w = torch.empty(w_packed.numel() + 1, dtype=torch.uint8, device="cuda")[1:]
+    shifted_w = shifted_w.view_as(w_packed)
+    for tokens in (q, shifted_q.copy_(q), q.T.contiguous().T):
+        for packed in (w_packed, shifted_w.copy_(w_packed), w_packed.T.contiguous().T):
+            y = OPS.quantized_linear(tokens, s_x, q_sum, packed, w_scale, bias, torch.float32)
+            assert torch.equal(y, wanted)
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("features", [300, 320])
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_a_compiled_step_has_the_same_bits(dtype, features, quant_type):
+    layer = BitLinear(features, 200, quant_type=quant_type).to("cuda", dtype)
+    x = (torch.randn(70, features) * torch.logspace(-30, 4, 70)[:, None]).to(dtype)
+    x[3, 5], x[4] = float("inf"), 0.0
+    x = x.cuda().requires_grad_()
+    grad = torch.randn(70, 200, device="cuda", dtype=dtype)
+
+    def step():
+        return layer(x), *torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), grad)
+
+    wanted = step()
+    layer.compile(fullgraph=True)
+    y, *gradients = step()
+    test_quantized_linear.assert_same_bits(y, wanted[0])
+    for one, other in zip(gradients, wanted[1:]):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2, equal_nan=True)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)

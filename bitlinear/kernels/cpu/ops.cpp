@@ -306,6 +306,14 @@ TORCH_LIBRARY(bitlinear, m) {
         {at::Tag::pt2_compliant_tag});
   m.def("expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
         {at::Tag::pt2_compliant_tag});
+  m.def(
+      "quantized_linear(Tensor q, Tensor s_x, Tensor q_sum, Tensor w_packed, Tensor w_scale, "
+      "Tensor? bias, ScalarType dtype) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "linear_with_activations(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, float eps, "
+      "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
   m.def("int8_product(Tensor q, Tensor s_x, Tensor w, Tensor w_scale, ScalarType dtype) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def("bf16_product(Tensor x, Tensor w) -> Tensor", {at::Tag::pt2_compliant_tag});
@@ -330,9 +338,9 @@ TORCH_LIBRARY_IMPL(bitlinear, CPU, m) {
 // The operators have no backward pass: torch's fallback raises, so that no gradient is silently
 // lost. (bitlinear.linear.BitLinear has one; it is built above the operators.)
 TORCH_LIBRARY_IMPL(bitlinear, Autograd, m) {
-  for (const char* name :
-       {"linear", "fused_linear", "quantize_weight", "expand_weight", "quantize_activations",
-        "expand_activations", "int8_product", "bf16_product", "attend"}) {
+  for (const char* name : {"linear", "fused_linear", "quantize_weight", "expand_weight",
+                           "quantize_activations", "expand_activations", "quantized_linear",
+                           "linear_with_activations", "int8_product", "bf16_product", "attend"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -29,7 +29,7 @@ namespace cuda {
 // 128-byte swizzle. The atoms of consecutive tokens are contiguous, so that one bulk copy fetches a
 // tile. The words of a plane, seen as a 4 x 4 matrix, are transposed.
 //
-// kInOrder: (M, K), in the order of x; int16 if activations have 16 bits.
+// kInOrder: (M, K), in the order of x; int16 if activations have 16 bits. There are no groups.
 enum class Layout { kRows, kFragments, kTiles, kInOrder };
 
 // Quantised activations: output of the quantiser, input of the products. M counts rows of q. A
@@ -37,9 +37,9 @@ enum class Layout { kRows, kFragments, kTiles, kInOrder };
 struct Activations {
   int8_t* q;
   int64_t q_stride;      // a multiple of 256; kInOrder: K
-  int64_t token_groups;  // M / 8, rounded up to whole tiles
+  int64_t token_groups;  // M / 8, rounded up to whole tiles; kInOrder: 0
   float* s_x;            // (M,), the token's scale for each of its rows; kInOrder: (tokens,)
-  int32_t* q_sum;        // (M,); kInOrder: null
+  int32_t* q_sum;        // (M,); kInOrder: can be null
 };
 
 // The offset of word `word` (0..15) of plane `plane` of a token's slice.

@@ -29,6 +29,8 @@ struct Shape {
   bool x_aligned, w_aligned;  // every row of x, or of w, starts at a multiple of 16 bytes
   int64_t weights = 1;        // of the product; they have N rows together
   bool has_prologue = false;
+  // The tokens are quantised already, in the order of x; and each starts at a multiple of 16 bytes.
+  bool is_quantized = false, q_aligned = false;
 };
 
 // Packed bytes of a weight row that the tensor-core kernels multiply at a time: 16 for each of the
@@ -350,7 +352,7 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
     case BITLINEAR_CUDA_DP4A:
       return device.capability >= 61;
     case BITLINEAR_CUDA_GEMV:
-      return device.capability >= 80 && shape.w_aligned && shape.x_aligned &&
+      return device.capability >= 80 && shape.w_aligned && shape.x_aligned && !shape.is_quantized &&
              shape.M <= kGemvTokens && shape.M * shape.K <= kGemvMaxValues &&
              gemv_room(device, shape, are_resident(shape)) >=
                  2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
@@ -358,11 +360,13 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
       return device.capability >= 90 && shape.w_aligned && shape.M <= kSmallBatchTokens;
     case BITLINEAR_CUDA_SMALL_LAYER:
       return device.capability >= 80 && shape.w_aligned && shape.x_aligned &&
-             shape.K <= kSmallLayerInputs && shape.weights == 1 && !shape.has_prologue;
+             shape.K <= kSmallLayerInputs && shape.weights == 1 && !shape.has_prologue &&
+             !shape.is_quantized;
     case BITLINEAR_CUDA_MMA:
       return device.capability >= 80;
     case BITLINEAR_CUDA_WGMMA:
-      return device.has_wgmma && shape.w_aligned;
+      // Beside aligned tokens it reads weights that are rewritten.
+      return device.has_wgmma && (shape.w_aligned || shape.q_aligned);
     default:
       return false;
   }

@@ -1,6 +1,8 @@
 // Wrappers around PTX of sm_90: bulk copies and clusters.
 #pragma once
 
+#include <cuda.h>
+
 #include "ampere.cuh"
 
 namespace bitlinear {
@@ -21,6 +23,17 @@ __device__ inline void copy_bulk(void* shared, const void* global, uint32_t byte
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(shared_address(shared)),
       "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(&barrier.state))
+      : "memory");
+}
+
+// Copies a tile of two dimensions into shared memory, from column x and row y of the map on;
+// `barrier` counts its bytes. What lies outside the map is 0.
+__device__ inline void copy_tile(void* shared, const CUtensorMap& map, int x, int y,
+                                 Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(x), "r"(y), "r"(shared_address(&barrier.state))
       : "memory");
 }
 

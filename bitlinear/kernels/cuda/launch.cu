@@ -61,25 +61,58 @@ struct Workspace {
   }
 };
 
-Shape shape_of(const bitlinear_cuda_task& task) {
+// Whether the copy engine can read the tokens as they are: each at a multiple of 16 bytes.
+bool reads_in_order(const bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tokens) {
+  return tokens != nullptr && rows_aligned(tokens->q, task.K);
+}
+
+Shape shape_of(const bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tokens) {
   return {task.M,
           task.N,
           task.K,
           tokens_aligned(task),
           weights_aligned(task),
           task.weight_count,
-          !bitlinear_is_plain(&task.prologue)};
+          !bitlinear_is_plain(&task.prologue),
+          tokens != nullptr,
+          reads_in_order(task, tokens)};
 }
 
 // The requested kernel, or the best one; BITLINEAR_CUDA_AUTO if no kernel can run.
-int kernel_for(const bitlinear_cuda_task& task, int kernel, const Device& device) {
-  const Shape shape = shape_of(task);
+int kernel_for(const bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tokens, int kernel,
+               const Device& device) {
+  const Shape shape = shape_of(task, tokens);
   if (kernel == BITLINEAR_CUDA_AUTO) return choose_kernel(device, shape);
   return supports(kernel, device, shape) ? kernel : BITLINEAR_CUDA_AUTO;
 }
 
-cudaError_t run(int kernel, Call call) {
-  const Shape shape = shape_of(call.task);
+cudaError_t run_wgmma(const Call& call, const Shape& shape, const Activations& q) {
+  const auto runs_clusters = [&](const WgmmaPlan& plan) {
+    return wgmma_runs_clusters(call.device, plan);
+  };
+  return wgmma(call, q, plan_wgmma(call.device, shape, runs_clusters));
+}
+
+// The product of tokens that stay in order, by weights that are reordered.
+cudaError_t run_in_order(Call call, const bitlinear_cuda_tokens& tokens) {
+  bitlinear_cuda_task& task = call.task;
+  const Activations q = {const_cast<int8_t*>(tokens.q), task.K, 0, const_cast<float*>(tokens.s_x),
+                         const_cast<int32_t*>(tokens.q_sum)};
+  auto* const reordered = static_cast<uint8_t*>(task.workspace);
+  task.w_prefetchable = 1;  // this kernel waits before it reads weights
+  const cudaError_t error = reorder(call, reordered);
+  if (error != cudaSuccess) return error;
+  task.w_prefetchable = 0;
+  task.weights[0].w = reordered;
+  task.K = round_up(task.K, kSliceValues);
+  return run_wgmma(call, shape_of(task, &tokens), q);
+}
+
+cudaError_t run(int kernel, Call call, const bitlinear_cuda_tokens* tokens) {
+  if (kernel == BITLINEAR_CUDA_WGMMA && reads_in_order(call.task, tokens)) {
+    return run_in_order(call, *tokens);
+  }
+  const Shape shape = shape_of(call.task, tokens);
   if (kernel == BITLINEAR_CUDA_GEMV) return gemv(call, plan_gemv(call.device, shape));
   if (kernel == BITLINEAR_CUDA_SMALL_LAYER) {
     return small_layer(call, plan_small_layer(call.device, shape));
@@ -88,18 +121,15 @@ cudaError_t run(int kernel, Call call) {
   const Layout layout = kernel == BITLINEAR_CUDA_SMALL_BATCH ? Layout::kFragments
                         : kernel == BITLINEAR_CUDA_WGMMA     ? Layout::kTiles
                                                              : Layout::kRows;
-  const cudaError_t error = quantize(call, q, layout);
+  const cudaError_t error =
+      tokens == nullptr ? quantize(call, q, layout) : arrange(call, *tokens, q, layout);
   if (error != cudaSuccess) return error;
   call.task.w_prefetchable = 1;  // the weights were written before the quantiser started
   switch (kernel) {
     case BITLINEAR_CUDA_SMALL_BATCH:
       return small_batch(call, q, plan_small_batch(call.device, shape));
-    case BITLINEAR_CUDA_WGMMA: {
-      const auto runs_clusters = [&](const WgmmaPlan& plan) {
-        return wgmma_runs_clusters(call.device, plan);
-      };
-      return wgmma(call, q, plan_wgmma(call.device, shape, runs_clusters));
-    }
+    case BITLINEAR_CUDA_WGMMA:
+      return run_wgmma(call, shape, q);
     case BITLINEAR_CUDA_MMA:
       return mma(call, q);
     default:
@@ -136,16 +166,22 @@ cudaError_t current_device(Device* device) {
 }  // namespace bitlinear
 
 BITLINEAR_EXPORT int64_t bitlinear_cuda_workspace_bytes(const bitlinear_cuda_task* task,
+                                                        const bitlinear_cuda_tokens* tokens,
                                                         int kernel) {
   using namespace bitlinear::cuda;
   Device device;
   // bitlinear_cuda_linear() meets the same error and reports it.
   if (current_device(&device) != cudaSuccess) return 0;
-  if (fuses_quantizer(kernel_for(*task, kernel, device))) return 0;
+  const int chosen = kernel_for(*task, tokens, kernel, device);
+  if (fuses_quantizer(chosen)) return 0;
+  if (chosen == BITLINEAR_CUDA_WGMMA && reads_in_order(*task, tokens)) {
+    return reordered_bytes(task->N, task->K);
+  }
   return Workspace(task->M, task->K).bytes;
 }
 
-BITLINEAR_EXPORT const char* bitlinear_cuda_linear(const bitlinear_cuda_task* task, int kernel,
+BITLINEAR_EXPORT const char* bitlinear_cuda_linear(const bitlinear_cuda_task* task,
+                                                   const bitlinear_cuda_tokens* tokens, int kernel,
                                                    void* stream) {
   using namespace bitlinear::cuda;
   if (task->M == 0 || task->N == 0) return nullptr;
@@ -154,11 +190,11 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_linear(const bitlinear_cuda_task* ta
   Device device;
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return report(error);
-  const int chosen = kernel_for(*task, kernel, device);
+  const int chosen = kernel_for(*task, tokens, kernel, device);
   if (chosen == BITLINEAR_CUDA_AUTO) {
     return kernel == BITLINEAR_CUDA_AUTO
                ? "no kernel was compiled for this GPU"
                : "the kernel asked for does not serve this shape, alignment or GPU";
   }
-  return report(run(chosen, {*task, device, static_cast<cudaStream_t>(stream)}));
+  return report(run(chosen, {*task, device, static_cast<cudaStream_t>(stream)}, tokens));
 }

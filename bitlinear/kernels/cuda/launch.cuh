@@ -139,9 +139,17 @@ inline bool tokens_aligned(const bitlinear_cuda_task& task) {
 Activations activations_of(const bitlinear_cuda_task& task);
 
 cudaError_t quantize(const Call& call, const Activations& out, Layout layout);
+// The same of tokens that are already quantised. The layout is not kInOrder.
+cudaError_t arrange(const Call& call, const bitlinear_cuda_tokens& tokens, const Activations& out,
+                    Layout layout);
+// Writes the weights of the task, (N, reordered K), as wgmma() reads them beside activations in
+// kInOrder.
+cudaError_t reorder(const Call& call, uint8_t* reordered);
+int64_t reordered_bytes(int64_t N, int64_t K);
 
 // The products. gemv() and small_layer() read x. The others read the output of quantize():
-// small_batch() in the layout kFragments, wgmma() in kTiles, dp4a() and mma() in kRows.
+// small_batch() in the layout kFragments, wgmma() in kTiles, dp4a() and mma() in kRows. wgmma()
+// also reads kInOrder if K is a multiple of 16, beside the output of reorder().
 cudaError_t dp4a(const Call& call, const Activations& q);
 cudaError_t gemv(const Call& call, const GemvPlan& plan);
 cudaError_t mma(const Call& call, const Activations& q);

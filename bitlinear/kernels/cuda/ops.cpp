@@ -80,11 +80,41 @@ void check_codes(const Tensor& w_packed, const uint8_t* packed, int64_t K,
   bitlinear::checked_weights().add(w_packed, K, {});
 }
 
+void add_weight(bitlinear_cuda_task& task, const bitlinear::Weight& weight) {
+  task.weights[task.weight_count++] = {weight.w(),         weight.s_w(),        weight.s_w_stride(),
+                                       weight.bias_data(), weight.bias_dtype(), weight.begin,
+                                       weight.end};
+}
+
+// Queues a task that lacks only its output. `tokens` is its input, or null if x is.
+Tensor run(bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tokens, Tensor y,
+           const c10::cuda::CUDAStream& stream) {
+  task.N = y.size(-1);
+  for (int64_t i = task.weight_count; i < BITLINEAR_MAX_WEIGHTS; ++i) {
+    task.weights[i].begin = task.weights[i].end = task.N;
+  }
+  task.y = y.data_ptr();
+  task.y_dtype = kernel_dtype(y.scalar_type());
+  const int kernel = forced_kernel.load(std::memory_order_relaxed);
+  // The workspace belongs to the current stream. Memory that is freed at the end of this call is
+  // reused only by work queued after the kernels, also in a captured graph.
+  at::DataPtr workspace;
+  if (const int64_t bytes = bitlinear_cuda_workspace_bytes(&task, tokens, kernel)) {
+    workspace = c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes));
+  }
+  task.workspace = workspace.get();
+  const char* const error =
+      bitlinear_cuda_linear(&task, tokens, kernel, static_cast<void*>(stream.stream()));
+  TORCH_CHECK(error == nullptr, "bitlinear: a product of (", y.numel() / task.N, ", ", task.K,
+              ") by (", task.N, ", ", task.K, ") failed on ", y.device(), ": ", error);
+  return y;
+}
+
 Tensor compute(const bitlinear::Product& product) {
   const c10::cuda::CUDAGuard guard(product.x.device());
-  const int64_t K = product.K, N = product.out_features(), tokens = product.tokens();
-  Tensor y = empty(product.y_shape(), product.y_dtype, product.x);
-  if (tokens == 0 || N == 0) return y;
+  const int64_t K = product.K, tokens = product.tokens();
+  const Tensor y = empty(product.y_shape(), product.y_dtype, product.x);
+  if (y.numel() == 0) return y;
 
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(product.x.device().index());
   bitlinear_cuda_task task = {};
@@ -92,17 +122,13 @@ Tensor compute(const bitlinear::Product& product) {
   task.x = product.x.const_data_ptr();
   task.x_dtype = kernel_dtype(product.x.scalar_type());
   task.M = tokens * bitlinear_rows_per_token(product.act_bits);
-  task.N = N;
   task.K = K;
   task.eps = product.eps;
   task.prologue = product.prologue();
-  for (bitlinear_cuda_weight& unused : task.weights) unused.begin = unused.end = N;
   task.w_prefetchable = 1;
   for (const bitlinear::Weight& weight : product.weights) {
     check_codes(weight.given, weight.w(), K, stream);
-    task.weights[task.weight_count++] = {
-        weight.w(),          weight.s_w(), weight.s_w_stride(), weight.bias_data(),
-        weight.bias_dtype(), weight.begin, weight.end};
+    add_weight(task, weight);
     const bool is_copy = !weight.packed.is_same(weight.given);
     if (is_copy || !is_prefetchable(weight.given, K, stream)) task.w_prefetchable = 0;
   }
@@ -110,19 +136,7 @@ Tensor compute(const bitlinear::Product& product) {
     task.residual = product.residual.const_data_ptr();
     task.residual_dtype = kernel_dtype(product.residual.scalar_type());
   }
-  task.y = y.data_ptr();
-  task.y_dtype = kernel_dtype(product.y_dtype);
-  const int kernel = forced_kernel.load(std::memory_order_relaxed);
-  // The workspace belongs to the current stream. Memory that is freed at the end of this call is
-  // reused only by work queued after the kernels, also in a captured graph.
-  at::DataPtr workspace;
-  if (const int64_t bytes = bitlinear_cuda_workspace_bytes(&task, kernel)) {
-    workspace = c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes));
-  }
-  task.workspace = workspace.get();
-  const char* error = bitlinear_cuda_linear(&task, kernel, static_cast<void*>(stream.stream()));
-  TORCH_CHECK(error == nullptr, "bitlinear: a product of (", tokens, ", ", K, ") by (", N, ", ", K,
-              ") failed on ", product.x.device(), ": ", error);
+  run(task, nullptr, y, stream);
   // Captured work does not count: it may never run.
   if (task.w_prefetchable || is_capturing(stream)) return y;
   for (const bitlinear::Weight& weight : product.weights) {
@@ -173,8 +187,12 @@ Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
   return weight;
 }
 
-std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps, int64_t act_bits) {
-  bitlinear::check_tokens(x, eps, act_bits);
+struct Quantized {
+  Tensor q, s_x, q_sum;
+};
+
+// Also their sums, if they are wanted.
+Quantized quantize(const Tensor& x, double eps, int64_t act_bits, bool sums) {
   const c10::cuda::CUDAGuard guard(x.device());
   const int64_t K = x.size(-1), M = K == 0 ? 0 : x.numel() / K;
   const Tensor input = x.contiguous();
@@ -182,11 +200,56 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps, int
   Tensor q = empty(shape, bitlinear::integer_type(act_bits), x);
   shape.back() = 1;
   Tensor scale = empty(shape, ScalarType::Float, x);
+  Tensor sum = sums ? empty(shape, ScalarType::Int, x) : Tensor();
   const char* const error = bitlinear_cuda_quantize_activations(
       checked_data(input, "x"), kernel_dtype(x.scalar_type()), M, K, static_cast<float>(eps),
-      act_bits, q.data_ptr(), scale.data_ptr<float>(), current_stream(x));
+      act_bits, q.data_ptr(), scale.data_ptr<float>(), sums ? sum.data_ptr<int32_t>() : nullptr,
+      current_stream(x));
   check_launch(error, "quantize_activations", x);
-  return {q, scale};
+  return {q, scale, sum};
+}
+
+std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps, int64_t act_bits) {
+  bitlinear::check_tokens(x, eps, act_bits);
+  const Quantized tokens = quantize(x, eps, act_bits, false);
+  return {tokens.q, tokens.s_x};
+}
+
+Tensor quantized_linear(const Tensor& q, const Tensor& s_x, const Tensor& q_sum,
+                        const Tensor& w_packed, const Tensor& w_scale,
+                        const std::optional<Tensor>& bias, ScalarType dtype) {
+  bitlinear::check_quantized_linear(q, s_x, q_sum, w_packed, w_scale, bias, dtype);
+  const c10::cuda::CUDAGuard guard(q.device());
+  const int64_t K = q.size(-1);
+  c10::DimVector shape(q.sizes());
+  shape.back() = w_packed.size(0);
+  const Tensor y = empty(shape, dtype, q);
+  if (y.numel() == 0) return y;
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(q.device().index());
+  const bitlinear::Weight weight(w_packed, w_scale, bias, 0);
+  check_codes(weight.given, weight.w(), K, stream);
+  const Tensor values = bitlinear::contiguous(q, "q"), scales = bitlinear::contiguous(s_x, "s_x"),
+               sums = bitlinear::contiguous(q_sum, "q_sum");
+  const bitlinear_cuda_tokens tokens = {values.const_data_ptr<int8_t>(),
+                                        scales.const_data_ptr<float>(),
+                                        sums.const_data_ptr<int32_t>()};
+  bitlinear_cuda_task task = {};
+  task.act_bits = 8;
+  task.M = scales.numel();
+  task.K = K;
+  add_weight(task, weight);
+  return run(task, &tokens, y, stream);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_with_activations(const Tensor& x, const Tensor& w_packed,
+                                                           const Tensor& w_scale,
+                                                           const std::optional<Tensor>& bias,
+                                                           double eps, ScalarType dtype) {
+  bitlinear::check_tokens(x, eps, 8);
+  const Quantized tokens = quantize(x, eps, 8, true);
+  const Tensor y =
+      quantized_linear(tokens.q, tokens.s_x, tokens.q_sum, w_packed, w_scale, bias, dtype);
+  return {y, tokens.q, tokens.s_x};
 }
 
 Tensor expand_activations(const Tensor& q, const Tensor& s_x, std::optional<ScalarType> dtype) {
@@ -291,4 +354,6 @@ TORCH_LIBRARY_IMPL(bitlinear, CUDA, m) {
   m.impl("expand_weight", expand_weight);
   m.impl("quantize_activations", quantize_activations);
   m.impl("expand_activations", expand_activations);
+  m.impl("quantized_linear", quantized_linear);
+  m.impl("linear_with_activations", linear_with_activations);
 }

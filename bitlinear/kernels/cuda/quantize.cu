@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(32 * (kFused ? kPrologueWarps : kQuantizerWarp
   for (int k = first + kQuantizerGroups * step; k < out.q_stride; k += step) {
     quantize(k, load_normalized(k));
   }
-  if constexpr (kLayout == Layout::kInOrder) {
+  if constexpr (kLayout == Layout::kInOrder && kRows == 2) {
     if (threadIdx.x == 0) out.s_x[m] = scale.s_x;
   } else {
 #pragma unroll
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(32 * (kFused ? kPrologueWarps : kQuantizerWarp
         int32_t sum = 0;
         for (int w = 0; w < warps; ++w) sum += warp_sum[r][first_warp + w];
         out.s_x[m * kRows + r] = scale.s_x;
-        out.q_sum[m * kRows + r] = sum;
+        if (kLayout != Layout::kInOrder || out.q_sum != nullptr) out.q_sum[m * kRows + r] = sum;
       }
     }
   }

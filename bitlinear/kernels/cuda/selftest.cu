@@ -60,9 +60,11 @@ std::string check_products(const Device& device, const Stream& stream) {
       for (const int kernel : {BITLINEAR_CUDA_DP4A, BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH,
                                BITLINEAR_CUDA_SMALL_LAYER, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_WGMMA,
                                BITLINEAR_CUDA_AUTO}) {
-        if (!supports_case(kernel, device, c, placement)) continue;
-        const std::string difference = check_case(kernel, example, placement, stream);
-        if (!difference.empty()) return difference;
+        for (const Input input : {Input::kValues, Input::kTokens}) {
+          if (!supports_case(kernel, device, c, placement, input)) continue;
+          const std::string difference = check_case(kernel, example, placement, input, stream);
+          if (!difference.empty()) return difference;
+        }
       }
     }
   }

@@ -102,10 +102,19 @@ inline Shape shape_of(const selftest::Case& c, Placement placement) {
           c.activation != BITLINEAR_NO_GATE || c.norm};
 }
 
-// Whether the kernel supports a case. AUTO supports every case.
+// Whether the kernels read x, or tokens that are already quantised.
+enum class Input { kValues, kTokens };
+
+// Whether the kernel supports a case. AUTO supports every case that exists.
 inline bool supports_case(int kernel, const Device& device, const selftest::Case& c,
-                          Placement placement) {
-  return kernel == BITLINEAR_CUDA_AUTO || supports(kernel, device, shape_of(c, placement));
+                          Placement placement, Input input) {
+  Shape shape = shape_of(c, placement);
+  if (input == Input::kTokens) {
+    if (c.act_bits != 8 || c.weights != 1 || shape.has_prologue) return false;
+    shape.is_quantized = true;
+    shape.q_aligned = c.K % 16 == 0;
+  }
+  return kernel == BITLINEAR_CUDA_AUTO || supports(kernel, device, shape);
 }
 
 // The weights of a case: consecutive rows of w, each in device arrays of its own.
@@ -152,7 +161,7 @@ class Weights {
 // this kernel and returns null or an error message. `name` stands for the kernel in messages.
 template <class Run>
 std::string check_case(const std::string& name, int kernel, const Run& run,
-                       const selftest::Example& example, Placement placement,
+                       const selftest::Example& example, Placement placement, Input input,
                        const Stream& stream) {
   const selftest::Operands& operands = example.operands;
   const selftest::Case& c = operands.shape;
@@ -184,14 +193,31 @@ std::string check_case(const std::string& name, int kernel, const Run& run,
   task.y = y.data() + kGuardBytes;
   // The weights are copied before y in the stream, so they can be prefetched.
   task.w_prefetchable = example.seed % 3 != 0;
-  const size_t workspace_bytes = static_cast<size_t>(bitlinear_cuda_workspace_bytes(&task, kernel));
+  const std::vector<uint8_t> unset(static_cast<size_t>(c.M * c.K));
+  const std::vector<float> unset_numbers(static_cast<size_t>(c.M));
+  const DeviceArray q(stream, unset.data(), unset.size());
+  const DeviceArray s_x(stream, unset_numbers.data(), unset_numbers.size() * sizeof(float));
+  const DeviceArray q_sum(stream, unset_numbers.data(), unset_numbers.size() * sizeof(int32_t));
+  const bitlinear_cuda_tokens quantized = {q.data<int8_t>(), s_x.data<float>(),
+                                           q_sum.data<int32_t>()};
+  const bitlinear_cuda_tokens* const tokens = input == Input::kTokens ? &quantized : nullptr;
+  if (tokens != nullptr) {
+    const char* const refusal =
+        bitlinear_cuda_quantize_activations(task.x, task.x_dtype, c.M, c.K, task.eps, 8, q.data(),
+                                            s_x.data<float>(), q_sum.data<int32_t>(), stream.get());
+    if (refusal != nullptr) return refusal;
+    task.x = nullptr;
+  }
+  const size_t workspace_bytes =
+      static_cast<size_t>(bitlinear_cuda_workspace_bytes(&task, tokens, kernel));
   // The old contents of the workspace must not matter.
   std::vector<uint8_t> guard(workspace_bytes + kGuardBytes, kGuard);
   const DeviceArray workspace(stream, guard.data(), guard.size());
   task.workspace = workspace.data();
 
-  const std::string where = " by " + name + (unaligned ? ", unaligned" : "");
-  const char* refusal = run(task, stream.get());
+  const std::string where =
+      " by " + name + (tokens != nullptr ? ", of tokens" : "") + (unaligned ? ", unaligned" : "");
+  const char* refusal = run(task, tokens, stream.get());
   if (refusal != nullptr) return std::string(refusal) + " at " + describe(c) + where;
   stream.download(y_memory.data(), y.data(), y_memory.size());
   stream.download(guard.data(), workspace.data() + workspace_bytes, kGuardBytes);
@@ -211,11 +237,13 @@ std::string check_case(const std::string& name, int kernel, const Run& run,
 }
 
 inline std::string check_case(int kernel, const selftest::Example& example, Placement placement,
-                              const Stream& stream) {
-  const auto run = [kernel](const bitlinear_cuda_task& task, cudaStream_t on) {
-    return bitlinear_cuda_linear(&task, kernel, on);
+                              Input input, const Stream& stream) {
+  const auto run = [kernel](const bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tokens,
+                            cudaStream_t on) {
+    return bitlinear_cuda_linear(&task, tokens, kernel, on);
   };
-  return check_case("kernel " + std::to_string(kernel), kernel, run, example, placement, stream);
+  const std::string name = "kernel " + std::to_string(kernel);
+  return check_case(name, kernel, run, example, placement, input, stream);
 }
 
 // Whether value i is this fp32 value, rounded to the dtype.
@@ -307,7 +335,7 @@ inline std::string check_training(const selftest::Case& c, uint64_t seed, Placem
   const DeviceArray device_scales(stream, s_x.data(), s_x.size() * sizeof(float));
   refusal = bitlinear_cuda_quantize_activations(x.data(), c.dtype, c.M, c.K, operands.eps,
                                                 c.act_bits, device_q.data(),
-                                                device_scales.data<float>(), stream.get());
+                                                device_scales.data<float>(), nullptr, stream.get());
   if (refusal != nullptr) return refusal + where;
   stream.download(q.data(), device_q.data(), q.size());
   stream.download(s_x.data(), device_scales.data(), s_x.size() * sizeof(float));

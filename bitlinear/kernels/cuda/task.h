@@ -36,6 +36,13 @@ struct bitlinear_cuda_task {
   int w_prefetchable;
 };
 
+// Tokens that are already quantised to 8 bits, in the order of x.
+struct bitlinear_cuda_tokens {
+  const int8_t* q;       // (M, K)
+  const float* s_x;      // (M,)
+  const int32_t* q_sum;  // (M,): the sum of each token
+};
+
 // Attention of one query token for each sequence. The last dimension of each array is contiguous,
 // its rows start at multiples of 16 bytes, and its other strides count values.
 struct bitlinear_cuda_attention {
@@ -74,11 +81,14 @@ enum bitlinear_cuda_kernel {
 extern "C" {
 // Bytes of workspace that this kernel needs on the current device; can be 0. Reads no output or
 // workspace pointer of the task.
-int64_t bitlinear_cuda_workspace_bytes(const bitlinear_cuda_task* task, int kernel);
+int64_t bitlinear_cuda_workspace_bytes(const bitlinear_cuda_task* task,
+                                       const bitlinear_cuda_tokens* tokens, int kernel);
 // Queues the product on the stream (a cudaStream_t) of the current device, without waiting or
-// allocating. Returns null or an error message. A kernel that does not support the task is an
+// allocating. If `tokens` is not null, it is the input of a single weight without a prologue, and x
+// is not read. Returns null or an error message. A kernel that does not support the task is an
 // error.
-const char* bitlinear_cuda_linear(const bitlinear_cuda_task* task, int kernel, void* stream);
+const char* bitlinear_cuda_linear(const bitlinear_cuda_task* task,
+                                  const bitlinear_cuda_tokens* tokens, int kernel, void* stream);
 // For training, on the current device. Each function queues its work on the stream and returns null
 // or an error message.
 //
@@ -95,9 +105,10 @@ const char* bitlinear_cuda_expand_weight(const uint8_t* packed, int64_t N, int64
                                          const float* s_w, int64_t s_w_stride, void* w, int dtype,
                                          void* stream);
 // x: (M, K). q: (M, K) of int8 or int16, at a multiple of 16 bytes; 0 where s_x, (M,), is NaN.
+// q_sum: (M,), the sums of int8 tokens; or null.
 const char* bitlinear_cuda_quantize_activations(const void* x, int dtype, int64_t M, int64_t K,
                                                 float eps, int64_t act_bits, void* q, float* s_x,
-                                                void* stream);
+                                                int32_t* q_sum, void* stream);
 // x: (M, K), at a multiple of 16 bytes: q * s_x.
 const char* bitlinear_cuda_expand_activations(const void* q, int64_t act_bits, const float* s_x,
                                               int64_t M, int64_t K, void* x, int dtype,

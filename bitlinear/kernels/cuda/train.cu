@@ -23,40 +23,50 @@ constexpr int64_t sum_blocks(int64_t count) {
   return blocks < 1 ? 1 : minimum<int64_t>(blocks, 1024);
 }
 
-// The sum over a block; valid in its first thread.
-__device__ inline double block_sum(double sum) {
+// Lets the next kernel of this file be launched while this one runs, and waits for the previous
+// one. In turn, no kernel here touches memory before it.
+__device__ inline void start() {
+  allow_successor();
+  wait_for_predecessor();
+}
+
+// The sum over a block of kSumThreads, in all threads.
+__device__ inline double block_sum(double sum, int thread) {
   __shared__ double warps[kSumThreads / 32];
   for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(~0u, sum, step);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+  if (thread % 32 == 0) warps[thread / 32] = sum;
   __syncthreads();
-  if (threadIdx.x > 0) return 0;
+  sum = warps[0];
   for (int w = 1; w < kSumThreads / 32; ++w) sum += warps[w];
   return sum;
+}
+
+__device__ inline double sum_of_magnitudes(const float (&values)[kGroup]) {
+  double sum = 0;
+#pragma unroll
+  for (const float value : values) sum += static_cast<double>(fabsf(value));
+  return sum;
+}
+
+__device__ inline float scale_of(double sum, double count, float eps) {
+  const float mean = __double2float_rn(__ddiv_rn(sum, count));
+  return mean < eps ? eps : mean;  // a NaN stays
 }
 
 template <class V>
 __global__ void __launch_bounds__(kSumThreads)
     sum_magnitudes(const V* w, int64_t count, bool aligned, double* sums) {
   const int64_t step = int64_t{gridDim.x} * kSumThreads * kGroup;
+  start();
   double sum = 0;
   for (int64_t i = (int64_t{blockIdx.x} * kSumThreads + threadIdx.x) * kGroup; i < count;
        i += step) {
     float values[kGroup];
     load_group(w + i, count - i, aligned).convert(values);
-#pragma unroll
-    for (const float value : values) sum += static_cast<double>(fabsf(value));
+    sum += sum_of_magnitudes(values);
   }
-  sum = block_sum(sum);
+  sum = block_sum(sum, static_cast<int>(threadIdx.x));
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
-}
-
-__global__ void __launch_bounds__(kSumThreads)
-    find_scale(const double* sums, int blocks, double count, float eps, float* s_w) {
-  double sum = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < blocks; i += kSumThreads) sum += sums[i];
-  sum = block_sum(sum);
-  const float mean = __double2float_rn(__ddiv_rn(sum, count));
-  if (threadIdx.x == 0) *s_w = mean < eps ? eps : mean;  // a NaN stays
 }
 
 // The scale of each row, by one block.
@@ -64,28 +74,48 @@ template <class V>
 __global__ void __launch_bounds__(kSumThreads)
     find_row_scales(const V* w, int K, bool aligned, float eps, float* s_w) {
   const V* const row = w + int64_t{blockIdx.x} * K;
+  start();
   double sum = 0;
   for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kSumThreads * kGroup) {
     float values[kGroup];
     load_group(row + k, K - k, aligned).convert(values);
-#pragma unroll
-    for (const float value : values) sum += static_cast<double>(fabsf(value));
+    sum += sum_of_magnitudes(values);
   }
-  sum = block_sum(sum);
-  const float mean = __double2float_rn(__ddiv_rn(sum, static_cast<double>(K)));
-  if (threadIdx.x == 0) s_w[blockIdx.x] = mean < eps ? eps : mean;  // a NaN stays
+  sum = block_sum(sum, static_cast<int>(threadIdx.x));
+  if (threadIdx.x == 0) s_w[blockIdx.x] = scale_of(sum, K, eps);
 }
 
+// The magnitudes that give the scale of a tensor: their sums by the blocks of sum_magnitudes().
+struct Magnitudes {
+  const double* sums;  // null: the rows have scales, which are known
+  int blocks;
+  double count;
+  float eps;
+};
+
+// Each block finds the scale of the tensor for itself, and the first one stores it.
 template <class V>
 __global__ void __launch_bounds__(kRowThreads* kBlockRows)
-    pack_rows(const V* w, int64_t N, int K, bool aligned, const float* s_w, int64_t s_w_stride,
+    pack_rows(const V* w, int64_t N, int K, bool aligned, Magnitudes magnitudes, float* s_w,
               uint8_t* packed) {
+  static_assert(kRowThreads * kBlockRows == kSumThreads, "block_sum() adds for such blocks");
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
+  start();
+  float scale = 0.0f;
+  if (magnitudes.sums != nullptr) {
+    const int thread = static_cast<int>(threadIdx.y * kRowThreads + threadIdx.x);
+    double sum = 0;
+    for (int i = thread; i < magnitudes.blocks; i += kSumThreads) sum += magnitudes.sums[i];
+    scale = scale_of(block_sum(sum, thread), magnitudes.count, magnitudes.eps);
+    if (blockIdx.x == 0 && thread == 0) *s_w = scale;
+  } else if (n < N) {
+    scale = s_w[n];
+  }
   if (n >= N) return;
   const int row_bytes = (K + 3) / 4;
   // w / s_w rounds to 1 if it exceeds 1/2 (1/2 itself rounds to even, 0). A quotient of floats
   // exceeds 1/2 exactly if w exceeds s_w / 2, and that product is exact.
-  const float half = __fmul_rn(0.5f, s_w[n * s_w_stride]);
+  const float half = __fmul_rn(0.5f, scale);
   for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
     float values[kGroup];
     load_group(w + n * K + k, K - k, aligned).convert(values);
@@ -130,12 +160,14 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
     expand_weights(const uint8_t* __restrict__ packed, int64_t N, int K, const float* s_w,
                    int64_t s_w_stride, T* __restrict__ w) {
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
+  start();
   if (n >= N) return;
   constexpr int kValues = kStoredValues<T>, kStep = kRowThreads * kValues;
   const int row_bytes = (K + 3) / 4;
   const float scale = s_w == nullptr ? 1.0f : s_w[n * s_w_stride];
-#pragma unroll 4
-  for (int k = static_cast<int>(threadIdx.x) * kValues; k < K; k += kStep) {
+  const int first = static_cast<int>(blockIdx.y * kStep + threadIdx.x * kValues);
+#pragma unroll 2
+  for (int k = first; k < K; k += static_cast<int>(gridDim.y) * kStep) {
     const uint8_t* const bytes = packed + n * row_bytes + k / 4;
     float values[kValues];
 #pragma unroll
@@ -152,12 +184,14 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
     expand_activations(const Integer* __restrict__ q, const float* s_x, int64_t M, int K,
                        T* __restrict__ x) {
   const int64_t m = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
+  start();
   if (m >= M) return;
   constexpr int kValues = kStoredValues<T>, kStep = kRowThreads * kValues;
   const float scale = s_x[m];
   const bool aligned = reinterpret_cast<uintptr_t>(q) % 16 == 0 && K % kValues == 0;
-#pragma unroll 4
-  for (int k = static_cast<int>(threadIdx.x) * kValues; k < K; k += kStep) {
+  const int first = static_cast<int>(blockIdx.y * kStep + threadIdx.x * kValues);
+#pragma unroll 2
+  for (int k = first; k < K; k += static_cast<int>(gridDim.y) * kStep) {
     struct alignas(kValues * sizeof(Integer)) Codes {
       Integer values[kValues];
     } codes;
@@ -183,6 +217,7 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
 __global__ void __launch_bounds__(kRowThreads* kBlockRows)
     find_invalid_byte(const uint8_t* packed, int64_t N, int K, unsigned long long* first) {
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
+  start();
   if (n >= N) return;
   const int row_bytes = (K + 3) / 4;
   const int unused = (1 << 2 * (4 * row_bytes - K)) - 1;
@@ -196,38 +231,36 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
   }
 }
 
-LaunchConfig row_blocks(int64_t N) {
-  return {dim3(static_cast<unsigned>(ceil_div<int64_t>(N, kBlockRows))),
+// Blocks of kBlockRows rows, which are cut into parts if a thread would take more than two steps of
+// `step` values.
+LaunchConfig row_blocks(int64_t N, int64_t K, int step) {
+  const int64_t parts = minimum<int64_t>(ceil_div<int64_t>(K, 2 * int64_t{step}), 65535);
+  return {dim3(static_cast<unsigned>(ceil_div<int64_t>(N, kBlockRows)),
+               static_cast<unsigned>(parts < 1 ? 1 : parts)),
           dim3(kRowThreads, kBlockRows)};
 }
-
-template <class V>
-cudaError_t find_scales(const Call& call, const V* w, int64_t N, int64_t K, float eps, float* s_w,
-                        int64_t s_w_stride, double* sums) {
-  if (s_w_stride == 1) {
-    if (N == 0) return cudaSuccess;
-    const bool aligned = rows_aligned(w, K * static_cast<int64_t>(sizeof(V)));
-    const LaunchConfig by_rows = {dim3(static_cast<unsigned>(N)), kSumThreads};
-    return launch_kernel<find_row_scales<V>>(by_rows, call, w, static_cast<int>(K), aligned, eps,
-                                             s_w);
-  }
-  const int blocks = static_cast<int>(sum_blocks(N * K));
-  const LaunchConfig by_blocks = {dim3(static_cast<unsigned>(blocks)), kSumThreads};
-  const cudaError_t error =
-      launch_kernel<sum_magnitudes<V>>(by_blocks, call, w, N * K, rows_aligned(w, 16), sums);
-  if (error != cudaSuccess) return error;
-  const double count = static_cast<double>(N * K);
-  return launch_kernel<find_scale>({dim3(1), kSumThreads}, call, sums, blocks, count, eps, s_w);
-}
+LaunchConfig row_blocks(int64_t N) { return row_blocks(N, 1, 1); }
 
 template <class V>
 cudaError_t quantize_weight(const Call& call, const V* w, int64_t N, int64_t K, float eps,
                             uint8_t* packed, float* s_w, int64_t s_w_stride, double* sums) {
-  const cudaError_t error = find_scales(call, w, N, K, eps, s_w, s_w_stride, sums);
-  if (error != cudaSuccess || N == 0) return error;
+  Magnitudes magnitudes = {};
   const bool aligned = rows_aligned(w, K * static_cast<int64_t>(sizeof(V)));
-  return launch_kernel<pack_rows<V>>(row_blocks(N), call, w, N, static_cast<int>(K), aligned, s_w,
-                                     s_w_stride, packed);
+  cudaError_t error = cudaSuccess;
+  if (s_w_stride == 1) {
+    if (N == 0) return cudaSuccess;
+    const LaunchConfig by_rows = {dim3(static_cast<unsigned>(N)), kSumThreads};
+    error =
+        launch_kernel<find_row_scales<V>>(by_rows, call, w, static_cast<int>(K), aligned, eps, s_w);
+  } else {
+    magnitudes = {sums, static_cast<int>(sum_blocks(N * K)), static_cast<double>(N * K), eps};
+    const LaunchConfig by_blocks = {dim3(static_cast<unsigned>(magnitudes.blocks)), kSumThreads};
+    error = launch_kernel<sum_magnitudes<V>>(by_blocks, call, w, N * K, rows_aligned(w, 16), sums);
+  }
+  if (error != cudaSuccess) return error;
+  // Without rows, one block stores the scale.
+  return launch_kernel<pack_rows<V>>(row_blocks(N == 0 ? 1 : N), call, w, N, static_cast<int>(K),
+                                     aligned, magnitudes, s_w, packed);
 }
 
 // Returns the error message of `launch`, called for the current device, or null.
@@ -239,7 +272,9 @@ const char* run_on_current_device(int64_t rows, int64_t K, void* stream, F&& lau
   Device device;
   const cudaError_t error = current_device(&device);
   if (error != cudaSuccess) return report(error);
-  return report(launch({{}, device, static_cast<cudaStream_t>(stream)}));
+  Call call = {{}, device, static_cast<cudaStream_t>(stream)};
+  call.task.w_prefetchable = 1;  // all kernels wait for their predecessor themselves
+  return report(launch(call));
 }
 
 }  // namespace
@@ -272,8 +307,9 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_expand_weight(const uint8_t* packed,
   return run_on_current_device(N, K, stream, [&](const Call& call) {
     return dispatch_dtype(dtype, [&](auto zero) {
       using T = decltype(zero);
-      return launch_kernel<expand_weights<T>>(row_blocks(N), call, packed, N, static_cast<int>(K),
-                                              s_w, s_w_stride, static_cast<T*>(w));
+      return launch_kernel<expand_weights<T>>(row_blocks(N, K, kRowThreads * kStoredValues<T>),
+                                              call, packed, N, static_cast<int>(K), s_w, s_w_stride,
+                                              static_cast<T*>(w));
     });
   });
 }
@@ -303,7 +339,8 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_find_invalid_byte(const uint8_t* pac
 BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_activations(const void* x, int dtype,
                                                                  int64_t M, int64_t K, float eps,
                                                                  int64_t act_bits, void* q,
-                                                                 float* s_x, void* stream) {
+                                                                 float* s_x, int32_t* q_sum,
+                                                                 void* stream) {
   using namespace bitlinear::cuda;
   if (M == 0 || K == 0) return nullptr;
   return run_on_current_device(M, K, stream, [&](Call call) {
@@ -313,7 +350,7 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_activations(const void* x, 
     call.task.M = M * bitlinear_rows_per_token(act_bits);
     call.task.K = K;
     call.task.eps = eps;
-    return quantize(call, {static_cast<int8_t*>(q), K, 0, s_x, nullptr}, Layout::kInOrder);
+    return quantize(call, {static_cast<int8_t*>(q), K, 0, s_x, q_sum}, Layout::kInOrder);
   });
 }
 
@@ -329,7 +366,8 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_expand_activations(const void* q, in
       const auto expand = [&](const auto* integers) {
         using Integer = std::remove_const_t<std::remove_pointer_t<decltype(integers)>>;
         return launch_kernel<expand_activations<Integer, T>>(
-            row_blocks(M), call, integers, s_x, M, static_cast<int>(K), static_cast<T*>(x));
+            row_blocks(M, K, kRowThreads * kStoredValues<T>), call, integers, s_x, M,
+            static_cast<int>(K), static_cast<T*>(x));
       };
       return act_bits == 8 ? expand(static_cast<const int8_t*>(q))
                            : expand(static_cast<const int16_t*>(q));

@@ -57,6 +57,8 @@
 // weights and whose residuals take time and registers.
 #pragma once
 
+#include <cuda.h>
+
 #include "epilogue.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
@@ -319,7 +321,8 @@ __device__ inline void add_cluster_sums(const TileRows<T::kRows, T::kConsumers>&
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     wgmma_kernel(const __grid_constant__ bitlinear_cuda_task task,
-                 const __grid_constant__ Activations activations, int splits) {
+                 const __grid_constant__ Activations activations,
+                 const __grid_constant__ CUtensorMap in_order, int splits) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int kTokens = T::kTokens, kBlocks = T::kBlocks, kConsumers = T::kConsumers;
   extern __shared__ uint8_t dynamic[];
@@ -368,11 +371,17 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           empty[ring.stage].wait(ring.parity ^ 1);
           barrier.arrive_expecting(T::kStageBytes);
           for (int half = 0; half < 2; ++half) {
-            const int8_t* q =
-                activations.q +
-                ((2 * int64_t{slice} + half) * activations.token_groups + group) * 1024;
-            copy_bulk(stages + ring.stage * T::kStageBytes + half * (T::kStageBytes / 2), q,
-                      T::kStageBytes / 2, barrier);
+            uint8_t* const stage =
+                stages + ring.stage * T::kStageBytes + half * (T::kStageBytes / 2);
+            const int64_t half_slice = 2 * int64_t{slice} + half;
+            if (activations.q == nullptr) {
+              copy_tile(stage, in_order, static_cast<int>(half_slice) * (kSliceValues / 2),
+                        static_cast<int>(8 * group), barrier);
+            } else {
+              copy_bulk(stage,
+                        activations.q + (half_slice * activations.token_groups + group) * 1024,
+                        T::kStageBytes / 2, barrier);
+            }
           }
         }
       }
@@ -507,14 +516,52 @@ LaunchConfig launch_config(int64_t blocks, int splits) {
   return {dim3(static_cast<unsigned>(blocks)), T::kThreads, T::kSharedBytes, splits};
 }
 
+// The map of tokens in order, (M, K), for tiles of this many tokens.
+inline cudaError_t map_tokens(const Activations& q, int64_t M, int tokens, CUtensorMap* map) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static std::atomic<Encode> cached;  // the driver's function: this library does not link to it
+  Encode encode = cached.load();
+  if (encode == nullptr) {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult answer;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                               12000, cudaEnableDefault, &answer);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &answer);
+#endif
+    if (error != cudaSuccess) return error;
+    if (found == nullptr) return cudaErrorNotSupported;
+    encode = reinterpret_cast<Encode>(found);
+    cached.store(encode);
+  }
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(q.q_stride), static_cast<cuuint64_t>(M)};
+  const cuuint64_t stride = static_cast<cuuint64_t>(q.q_stride);
+  const cuuint32_t box[] = {kSliceValues / 2, static_cast<cuuint32_t>(tokens)};
+  const cuuint32_t steps[] = {1, 1};
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, q.q, sizes, &stride, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 template <class T>
-cudaError_t launch(const Call& call, const Activations& q, int splits) {
+cudaError_t launch(const Call& call, const Activations& activations, int splits) {
   const bitlinear_cuda_task& task = call.task;
   int64_t tiles = row_tiles<T::kRows>(task) * ceil_div<int64_t>(task.M, T::kTokens);
   // A block computes one tile after the other; a cluster only one.
   if (splits == 1) tiles = minimum<int64_t>(tiles, call.device.multiprocessors);
+  Activations q = activations;
+  CUtensorMap in_order = {};
+  if (q.token_groups == 0) {
+    const cudaError_t error = map_tokens(q, task.M, T::kTokens, &in_order);
+    if (error != cudaSuccess) return error;
+    q.q = nullptr;  // the kernel reads through the map
+  }
   return launch_kernel<wgmma_kernel<T>>(launch_config<T>(tiles * splits, splits), call, task, q,
-                                        splits);
+                                        in_order, splits);
 }
 
 // Queried once per device, tile and number of splits.
