@@ -7,15 +7,20 @@ using bitlinear::cuda::Shape;
 namespace {
 
 Shape shape_of(const int64_t* shape) {
-  return {shape[0], shape[1],      shape[2],      shape[3] != 0, shape[4] != 0,
-          shape[5], shape[6] != 0, shape[7] != 0, shape[8] != 0};
+  return {shape[0], shape[1],      shape[2], shape[3] != 0, shape[4] != 0,
+          shape[5], shape[6] != 0, shape[7], shape[8] != 0, shape[9] != 0};
 }
 
 Device device_of(int capability, int multiprocessors) {
   // What a block can have: most of a server's multiprocessor, less on other GPUs.
+  constexpr int kImaginary = 999;  // more than any device has
   const bool server = capability == 90 || capability == 100;
-  const int shared_bytes = capability < 80 ? 48 : server ? 227 : capability == 80 ? 163 : 99;
-  return {capability, capability == 90, multiprocessors, shared_bytes * 1024, 0};
+  const int shared_kb = capability < 80            ? 48
+                        : capability == kImaginary ? 1024
+                        : server                   ? 227
+                        : capability == 80         ? 163
+                                                   : 99;
+  return {capability, capability == 90, multiprocessors, shared_kb * 1024, 0};
 }
 
 }  // namespace

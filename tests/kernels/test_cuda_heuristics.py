@@ -16,6 +16,7 @@ from tests.kernels.native import require
 SOURCE = Path(__file__).with_name("cuda_heuristics.cpp")
 AUTO, DP4A, GEMV, SMALL_BATCH, MMA, WGMMA, SMALL_LAYER = range(7)  # as in task.h
 CAPABILITIES = (61, 70, 75, 80, 86, 89, 90, 100, 120)
+IMAGINARY = 999  # cuda_heuristics.cpp: a device with more shared memory than any has
 
 sizes = st.integers(1, 500_000)
 shapes = st.tuples(
@@ -67,8 +68,9 @@ class Heuristics:
 
     @staticmethod
     def _shape(shape: tuple[int, ...]) -> ctypes.Array:
-        single_and_plain = (1, False, False, False)
-        return (ctypes.c_int64 * 9)(*shape, *single_and_plain[len(shape) - 5 :])
+        # One weight, no prologue, activations of 8 bits, which are not quantised yet.
+        defaults = (1, False, 1, False, False)
+        return (ctypes.c_int64 * 10)(*shape, *defaults[len(shape) - 5 :])
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_tokens_that_are_quantised_go_to_kernels_that_read_them(
     heuristics, shape, capability, q_aligned
 ):
     m, n, k, x_aligned, w_aligned, *_ = shape
-    shape = (m, n, k, x_aligned, w_aligned, 1, False, True, q_aligned)
+    shape = (m, n, k, x_aligned, w_aligned, 1, False, 1, True, q_aligned)
     kernel = heuristics.choose(capability, shape)
     assert heuristics.supports(kernel, capability, shape)
     assert kernel not in (GEMV, SMALL_LAYER)
@@ -203,23 +205,65 @@ def test_choices_for_small_layers(heuristics, m, n, k, kernel):
     assert heuristics.choose(80, (m, n, k, False, True)) == MMA
 
 
+# The largest K of a GEMV whose rows are aligned, by the KB of shared memory, by whether there is a
+# prologue, and by the rows of q and the rows of a token. Beyond it there is no room for the tokens
+# (and their fp32 values) with a ring of two stages. 1024 KB: the sums for the norm end first.
+GEMV_MAX_K = {
+    (memory, has_prologue): dict(zip(((1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 2)), limits))
+    for memory, has_prologue, *limits in (
+        (99, False, 60672, 30208, 20224, 15104, 30208, 15104),
+        (99, True, 8192, 4096, 2304, 2304, 8192, 4096),
+        (163, False, 126208, 62976, 41984, 31488, 62976, 31488),
+        (163, True, 24576, 12288, 6144, 6144, 16384, 8192),
+        (227, False, 191744, 95744, 63744, 47872, 95744, 47872),
+        (227, True, 32768, 16384, 9216, 8192, 30208, 15104),
+        (1024, True, 65536, 32768, 16384, 16384, 65536, 32768),
+    )
+}
+
+
+@pytest.mark.parametrize(
+    ("capability", "memory"), [(80, 163), (86, 99), (90, 227), (120, 99), (IMAGINARY, 1024)]
+)
+@pytest.mark.parametrize("has_prologue", [False, True])
+def test_the_longest_rows_of_a_gemv(heuristics, capability, memory, has_prologue):
+    for (m, rows_per_token), limit in GEMV_MAX_K.get((memory, has_prologue), {}).items():
+        for k, fits in ((limit, True), (limit + 64, False)):
+            shape = (m, 64, k, True, True, 1, has_prologue, rows_per_token)
+            assert heuristics.supports(GEMV, capability, shape) == fits
+
+
+def test_a_token_of_16_bits_has_as_many_values_as_one_of_8(heuristics):
+    """It is two rows of q, but its values are read, gated and kept in registers once."""
+    for has_prologue, held in ((False, 16_384), (True, 8192)):
+        for tokens in (1, 2):
+            for k, resident in ((held // tokens, True), (held // tokens + 64, False)):
+                of_16_bits = (2 * tokens, 4096, k, True, True, 1, has_prologue, 2)
+                of_8_bits = (tokens, 4096, k, True, True, 1, has_prologue)
+                assert heuristics.plan_gemv(of_16_bits)[5] == resident
+                assert heuristics.choose(90, of_16_bits) == heuristics.choose(90, of_8_bits)
+
+
 @given(
     shape=st.tuples(
         *(st.integers(1, 4), sizes, st.integers(1, 4000), st.booleans(), st.just(True)),
-        *(st.integers(1, 4), st.booleans()),
+        *(st.integers(1, 4), st.booleans(), st.sampled_from([1, 2])),
     ),
     multiprocessors=st.integers(1, 200),
     capability=st.sampled_from([80, 86, 89, 90, 100, 120]),
 )
 def test_the_plan_of_a_gemv(heuristics, shape, multiprocessors, capability):
-    m, n, slices, x_aligned, _, weights, has_prologue = shape
+    m, n, slices, x_aligned, _, weights, has_prologue, rows_per_token = shape
+    if m % rows_per_token != 0:
+        return
     k = 64 * slices
-    shape = (m, n, k, x_aligned, True, weights, has_prologue)
-    values = {1: 1, 2: 2, 3: 4, 4: 4}[m] * k
+    shape = (m, n, k, x_aligned, True, weights, has_prologue, rows_per_token)
+    values = {1: 1, 2: 2, 3: 4, 4: 4}[m // rows_per_token] * k
     held = values <= (8192 if has_prologue else 16_384)
-    if not heuristics.supports(GEMV, capability, shape):
-        # The room for the tokens, or for their fp32 values, is too small; or x is not aligned.
-        assert not x_aligned or (m * k > 50_000 if not has_prologue else not held)
+    memory = {80: 163, 90: 227, 100: 227}.get(capability, 99)
+    fits = k <= GEMV_MAX_K[memory, has_prologue][m, rows_per_token]
+    assert heuristics.supports(GEMV, capability, shape) == (x_aligned and fits)
+    if not (x_aligned and fits):
         return
     blocks, log_split, ring, room, stage, resident = heuristics.plan_gemv(
         shape, multiprocessors, capability

@@ -79,11 +79,14 @@ struct Shared {
   union {
     // Partial sums by warp of a split, token and row; double-buffered.
     int32_t partial[2][kWarps * kGemvTokens * (kFragmentRows + 4)];
-    float norm_sums[kGemvMaxValues / kWarpValues + kGemvTokens];  // before them
+    float norm_sums[kGemvNormSums];  // before them
   };
   Tokens tokens;
 };
 static_assert(sizeof(Shared) <= kGemvStaticBytes, "see heuristics.h");
+// A resident token has a sum for each group of a warp, and supports() limits the others.
+static_assert(kWarpValues == kGemvNormValues && kGemvPrologueGroups * kWarps <= kGemvNormSums,
+              "see heuristics.h");
 
 // Derived sizes of a call.
 struct Sizes {

@@ -25,12 +25,15 @@ struct Device {
 };
 
 struct Shape {
-  int64_t M, N, K;
+  int64_t M, N, K;            // M counts rows of q
   bool x_aligned, w_aligned;  // every row of x, or of w, starts at a multiple of 16 bytes
   int64_t weights = 1;        // of the product; they have N rows together
   bool has_prologue = false;
+  int64_t rows_per_token = 1;  // 2 with activations of 16 bits
   // The tokens are quantised already, in the order of x; and each starts at a multiple of 16 bytes.
   bool is_quantized = false, q_aligned = false;
+
+  constexpr int64_t tokens() const { return M / rows_per_token; }
 };
 
 // Packed bytes of a weight row that the tensor-core kernels multiply at a time: 16 for each of the
@@ -86,8 +89,8 @@ constexpr int row_pitch(int64_t row_bytes) {
 
 // ------------------------------------------------------------------------------------- GEMV
 
-constexpr int kGemvTokens = 4;
-constexpr int kGemvWarps = 8;  // warps that multiply, each 16 rows at a time
+constexpr int kGemvTokens = 4;  // rows of q
+constexpr int kGemvWarps = 8;   // warps that multiply, each 16 rows at a time
 // The GEMV quantises the tokens itself. If they are short enough it keeps them in registers
 // meanwhile: groups of 16 values per thread.
 constexpr int64_t kGemvGroupValues = 16 * 32 * kGemvWarps;  // of all threads: a group each
@@ -96,9 +99,12 @@ constexpr int64_t kGemvRegisterValues = kGemvGroups * kGemvGroupValues;
 // With a prologue the groups are fp32, and more than two do not fit the registers.
 constexpr int kGemvPrologueGroups = 2;
 constexpr int64_t kGemvPrologueValues = kGemvPrologueGroups * kGemvGroupValues;
-// Of all tokens together, whether in registers or not: the norm has shared memory for so many.
-constexpr int64_t kGemvMaxValues = 512 * 1024;
-constexpr int kGemvTokenPad = 64;  // between tokens in shared memory, against bank conflicts
+// The norm of tokens that do not stay in registers has static shared memory for the sums of squares
+// of so many blocks of 512 values. On today's devices the fp32 values, in shared memory too, end at
+// 72 blocks.
+constexpr int64_t kGemvNormSums = 128;
+constexpr int64_t kGemvNormValues = 512;  // of a sum
+constexpr int kGemvTokenPad = 64;         // between tokens in shared memory, against bank conflicts
 // The maximum of its static shared memory (the compiler adds a little of its own).
 constexpr int kGemvStaticBytes = 5632;
 
@@ -109,16 +115,20 @@ constexpr int64_t gemv_stage_bytes(int64_t row_bytes, int log_split) {
   return int64_t{gemv_tile_rows(log_split)} * row_pitch(row_bytes);
 }
 
-// The values of all threads, if each token has the same power-of-two share of the threads.
-constexpr int64_t gemv_values(int64_t tokens, int64_t K) {
+// Each token has the same share of the threads, one of a power of two: of three tokens a quarter.
+constexpr int64_t gemv_shares(int64_t tokens) {
   int64_t shares = 1;
   while (shares < tokens) shares *= 2;
-  return shares * K;
+  return shares;
 }
 
-// Whether the tokens stay in registers while they are quantised.
+// The values of all threads.
+constexpr int64_t gemv_values(int64_t tokens, int64_t K) { return gemv_shares(tokens) * K; }
+
+// Whether the tokens stay in registers while they are quantised. These are the values of x: a token
+// of 16 bits has as many as one of 8 bits.
 constexpr bool are_resident(const Shape& shape) {
-  return gemv_values(shape.M, shape.K) <=
+  return gemv_values(shape.tokens(), shape.K) <=
          (shape.has_prologue ? kGemvPrologueValues : kGemvRegisterValues);
 }
 
@@ -127,10 +137,16 @@ constexpr int64_t gemv_stash_bytes(int64_t tokens, int64_t K) {
   return 4 * round_up(gemv_values(tokens, K), kGemvPrologueValues);
 }
 
+// The sums of squares for the norm of such tokens. Threads without a token store some, too.
+constexpr int64_t gemv_norm_sums(int64_t tokens, int64_t K) {
+  return gemv_shares(tokens) * ceil_div(K, kGemvNormValues);
+}
+
 // The shared memory that is left for a ring of stages.
 constexpr int64_t gemv_room(const Device& device, const Shape& shape, bool resident) {
   const int64_t activations = shape.M * (round_up(shape.K, kSliceValues) + kGemvTokenPad);
-  const int64_t stash = shape.has_prologue && !resident ? gemv_stash_bytes(shape.M, shape.K) : 0;
+  const int64_t stash =
+      shape.has_prologue && !resident ? gemv_stash_bytes(shape.tokens(), shape.K) : 0;
   return device.shared_bytes - kGemvStaticBytes - activations - stash;
 }
 
@@ -353,7 +369,8 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
       return device.capability >= 61;
     case BITLINEAR_CUDA_GEMV:
       return device.capability >= 80 && shape.w_aligned && shape.x_aligned && !shape.is_quantized &&
-             shape.M <= kGemvTokens && shape.M * shape.K <= kGemvMaxValues &&
+             shape.M <= kGemvTokens &&
+             (!shape.has_prologue || gemv_norm_sums(shape.tokens(), shape.K) <= kGemvNormSums) &&
              gemv_room(device, shape, are_resident(shape)) >=
                  2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
     case BITLINEAR_CUDA_SMALL_BATCH:
@@ -375,14 +392,14 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
 // Whether the GEMV, if it supports the shape, is faster than the others on an H100. Each of its
 // blocks quantises all tokens. If several are not resident, this takes longer than the quantiser
 // and the small-batch kernel together, except in a few cases. Before sm_90 the alternative is
-// slower.
+// slower. Fitted to tokens of 8 bits; those of 16 bits are read and gated as often.
 constexpr bool prefers_gemv(const Device& device, const Shape& shape) {
-  if (shape.M == 1 || are_resident(shape)) return true;
-  const int64_t values = gemv_values(shape.M, shape.K);
+  if (shape.tokens() == 1 || are_resident(shape)) return true;
+  const int64_t values = gemv_values(shape.tokens(), shape.K);
   if (device.capability < 90) {
     return values <= (shape.has_prologue ? 2 * kGemvPrologueValues : 5 * kGemvRegisterValues);
   }
-  const bool has_rows = shape.M == 2 || shape.N >= int64_t{48} * device.multiprocessors;
+  const bool has_rows = shape.tokens() == 2 || shape.N >= int64_t{48} * device.multiprocessors;
   return !shape.has_prologue && has_rows && values <= 3 * kGemvRegisterValues;
 }
 

@@ -74,6 +74,7 @@ Shape shape_of(const bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tok
           weights_aligned(task),
           task.weight_count,
           !bitlinear_is_plain(&task.prologue),
+          bitlinear_rows_per_token(task.act_bits),
           tokens != nullptr,
           reads_in_order(task, tokens)};
 }

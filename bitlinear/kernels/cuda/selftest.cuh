@@ -99,7 +99,8 @@ inline Shape shape_of(const selftest::Case& c, Placement placement) {
           row_aligned(placement, c.K * element),
           row_aligned(placement, (c.K + 3) / 4),
           c.weights,
-          c.activation != BITLINEAR_NO_GATE || c.norm};
+          c.activation != BITLINEAR_NO_GATE || c.norm,
+          bitlinear_rows_per_token(c.act_bits)};
 }
 
 // Whether the kernels read x, or tokens that are already quantised.
