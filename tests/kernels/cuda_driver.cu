@@ -166,7 +166,7 @@ class Driver {
   // Tokens that the GEMV just holds, or does not hold any more, in registers: in one chunk of them,
   // or in the several chunks of a long token.
   void check_gemv_tokens() {
-    constexpr int64_t kThreadGroups[] = {1, 2, 4, 6, 12};  // of a chunk, by kind of token
+    constexpr int64_t kThreadGroups[] = {1, 2, 4, 6, 11, 12};  // of a chunk, by kind of token
     for (const int64_t M : {1, 2, 3, 4}) {
       const int64_t shares = M == 3 ? 4 : M;
       for (const int64_t groups : kThreadGroups) {

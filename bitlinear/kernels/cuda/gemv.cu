@@ -212,10 +212,23 @@ __device__ inline void end_copies() {
 }
 #endif
 
+// The blocks of a multiprocessor among which its registers are divided. Code for sm_120 would spill
+// a prologue in half of them; there the shared memory (99 KB) suffices for one block anyway, unless
+// rows are short.
+#if __CUDA_ARCH__ >= 1200
+constexpr int kPrologueBlocks = 1;
+#else
+constexpr int kPrologueBlocks = 2;
+#endif
+template <class Source>
+constexpr int kBlocks = !Source::kResident ? 1
+                        : Source::kFused   ? kPrologueBlocks
+                                           : 2;
+
 // log_split: log2 of the number of warps that share 16 rows, along K. kTokenRows: the rows of q of
 // a token. "Tokens" below counts rows of q.
 template <class Source, int kTokenRows>
-__global__ void __launch_bounds__(kThreads, (Source::kResident ? 2 : 1))
+__global__ void __launch_bounds__(kThreads, kBlocks<Source>)
     gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages, int log_split) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(128) uint8_t dynamic[];

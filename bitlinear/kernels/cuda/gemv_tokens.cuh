@@ -56,14 +56,21 @@ struct Part {
   }
 };
 
+// Groups of 16-bit values that a thread holds of tokens that are not resident, with 168 registers
+// instead of 96. Code for sm_100 and later would spill 12.
+#if __CUDA_ARCH__ >= 1000
+constexpr int kNarrowGroups = 11;
+#else
+constexpr int kNarrowGroups = 12;
+#endif
+
 // What the quantiser reads: x in its dtype. A source is constructed before the predecessor has
 // ended. load() loads the groups of the part, as many as fit the registers; it also calls
 // load_rows(), which starts the loads of the epilogue.
 template <class X, bool kResident_>
 struct PlainSource {
   static constexpr bool kFused = false, kWide = sizeof(X) == 4, kResident = kResident_;
-  // Tokens that are not resident have 168 registers a thread instead of 96.
-  static constexpr int kGroups = kResident ? kGemvGroups : kWide ? 6 : 12;
+  static constexpr int kGroups = kResident ? kGemvGroups : kWide ? 6 : kNarrowGroups;
   using Values = Group<X>;
   const X* x;
 
