@@ -35,6 +35,19 @@ std::string check_products(const Device& device, const Stream& stream) {
   constexpr Data kDataKinds[] = {Data::kRandom, Data::kLargestSums, Data::kZero, Data::kNonFinite,
                                  Data::kSubnormal};
   uint64_t seed = 0;
+  const auto check = [&](const Case& c, Placement placement) -> std::string {
+    const selftest::Example example(c, seed);
+    for (const int kernel : {BITLINEAR_CUDA_DP4A, BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH,
+                             BITLINEAR_CUDA_SMALL_LAYER, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_WGMMA,
+                             BITLINEAR_CUDA_AUTO}) {
+      for (const Input input : {Input::kValues, Input::kTokens}) {
+        if (!supports_case(kernel, device, c, placement, input)) continue;
+        const std::string difference = check_case(kernel, example, placement, input, stream);
+        if (!difference.empty()) return difference;
+      }
+    }
+    return "";
+  };
   // Rows of 192, 256 and more are aligned, as the GEMV requires. The longest tokens do not fit the
   // registers of its blocks.
   for (const int64_t K : {5, 192, 255, 256, 1100, 4160, 16448}) {
@@ -56,16 +69,26 @@ std::string check_products(const Device& device, const Stream& stream) {
                       seed % 3 == 1,
                       1 + static_cast<int64_t>(seed / 2 % 4)};
       const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
-      const selftest::Example example(c, seed);
-      for (const int kernel : {BITLINEAR_CUDA_DP4A, BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH,
-                               BITLINEAR_CUDA_SMALL_LAYER, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_WGMMA,
-                               BITLINEAR_CUDA_AUTO}) {
-        for (const Input input : {Input::kValues, Input::kTokens}) {
-          if (!supports_case(kernel, device, c, placement, input)) continue;
-          const std::string difference = check_case(kernel, example, placement, input, stream);
-          if (!difference.empty()) return difference;
-        }
-      }
+      const std::string difference = check(c, placement);
+      if (!difference.empty()) return difference;
+    }
+  }
+  // The cases above with the longest tokens have a prologue. Without one the GEMV has other code
+  // for each dtype and number of bits.
+  for (const int dtype : {BITLINEAR_F32, BITLINEAR_BF16}) {
+    for (const int64_t act_bits : {8, 16}) {
+      ++seed;
+      const Case c = {1, 9, 16448, dtype, true, false, Data::kRandom, 0, false, act_bits};
+      const std::string difference = check(c, Placement::kAligned);
+      if (!difference.empty()) return difference;
+    }
+  }
+  // Tokens that are quantised already: rows of weights that are aligned, and not.
+  for (const int64_t K : {80, 1088}) {
+    for (const int64_t M : {3, 70}) {
+      ++seed;
+      const std::string difference = check({M, 41, K, BITLINEAR_F32}, Placement::kAligned);
+      if (!difference.empty()) return difference;
     }
   }
   return "";
