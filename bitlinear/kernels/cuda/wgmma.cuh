@@ -5,7 +5,7 @@
 // weights never pass through shared memory. The activations do: one thread copies a tile of tokens
 // at a time, which the quantiser has stored in the order of the tensor cores. One or two warpgroups
 // multiply. They store the sums of a tile in shared memory and continue with the block's next tile,
-// while two warps write y from the sums. If there are fewer tiles than multiprocessors, two
+// while three warps write y from the sums. If there are fewer tiles than multiprocessors, two
 // warpgroups share a tile along K, or the blocks of a cluster do, which add their sums through
 // distributed shared memory.
 //
@@ -14,7 +14,7 @@
 //   copier      |q t0s0|q t0s1|q t0s2|q t1s0|q t1s1|...                      1 thread
 //   consumers          |mma t0s0|mma t0s1|mma t0s2|store t0|mma t1s0|...     1 or 2 warpgroups
 //   their loads |w t0s0|w t0s1|w t0s2|w t1s0|w t1s1|...                      into registers
-//   storers                                                |write y of t0|   2 warps
+//   storers                                                |write y of t0|   3 warps
 //
 //   full[stage]    copier -> consumers: the activations of a stage have arrived
 //   empty[stage]   consumers -> copier: no product reads the stage any more
@@ -32,6 +32,11 @@
 // of the bytes. Between two tiles the tensor cores wait for 2500 cycles: 1200 store the sums, the
 // rest passes until the next product runs. The last tile of a block is written 4000 cycles after
 // its sums are ready.
+//
+// With short rows the warps that write y decide. Products read and write their sums in registers, so
+// they and other instructions take turns: while y is written a product takes 1.6 times as long. 2048
+// x 768 with M = 16384 takes 61 us, 12000 cycles a tile, of which the products need 6150; with two
+// warps that write, 4 values at a time instead of 8, it took 82.
 //
 // Bound for few tokens: a product of a warpgroup takes 70 cycles, where the tensor cores need 8 to
 // 32, because reading its fragment from registers takes about 50. Two warpgroups side by side take
@@ -67,7 +72,7 @@ namespace bitlinear {
 namespace cuda {
 namespace {
 
-constexpr int kStorers = 64;  // threads of the warpgroup that does not multiply
+constexpr int kStorers = 96;  // threads of the warpgroup that does not multiply
 
 template <int kTokens>
 struct Wgmma;
@@ -196,8 +201,8 @@ struct Tile {
   // Two warpgroups that multiply need registers of the third. Registers per thread, after the
   // change:
   static constexpr bool kReallocatesRegisters = kWarpgroups == 2;
-  static constexpr int kProducerRegisters = kIsGeneral ? 104 : 72;
-  static constexpr int kConsumerRegisters = kIsGeneral ? 200 : 216;
+  static constexpr int kProducerRegisters = kIsGeneral ? 104 : 88;
+  static constexpr int kConsumerRegisters = kIsGeneral ? 200 : 208;
 
   // The index of the sum of a row and a token. A warp writes 8 rows for every other of 8 tokens at
   // a time: the exclusive or spreads them over the banks, and keeps groups of four rows contiguous.
@@ -354,8 +359,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     const auto load_sums = [&](int token, int row) {
       return *reinterpret_cast<const int4*>(sums_out + T::sum_index(token, row));
     };
-    write_tile<4, T::kIsGeneral>(task, share.weight_of(tile), rows, m, {first, step, tokens}, s_x,
-                                 q_sum, load_sums);
+    constexpr int kBatch = T::kIsGeneral ? 4 / rows.kParts : 8;
+    write_tile<kBatch, T::kIsGeneral>(task, share.weight_of(tile), rows, m, {first, step, tokens},
+                                      s_x, q_sum, load_sums);
   };
 
   if (warp >= kConsumers / 32) {
@@ -385,11 +391,13 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           }
         }
       }
-    } else if (thread >= 32 && thread < 32 + kStorers) {
+    } else if (thread >= 32) {
       uint32_t parity = 0;
       for (int tile = share.first_tile; !share.is_last(tile); tile += share.step, parity ^= 1) {
-        const TileRows<T::kRows, kStorers> rows(share.weight_of(tile), share.row_of(tile),
-                                                thread - 32);
+        // A warp writes a token of a tile of 128 or 256 rows.
+        constexpr int kParts = T::kRows == 256 ? 2 : 1;
+        const TileRows<T::kRows, kStorers, kParts> rows(share.weight_of(tile), share.row_of(tile),
+                                                        thread - 32);
         sums_full.wait(parity);
         write(rows, tile, 0, 1);
         sums_empty.arrive();
