@@ -33,10 +33,10 @@
 // rest passes until the next product runs. The last tile of a block is written 4000 cycles after
 // its sums are ready.
 //
-// With short rows the warps that write y decide. Products read and write their sums in registers, so
-// they and other instructions take turns: while y is written a product takes 1.6 times as long. 2048
-// x 768 with M = 16384 takes 61 us, 12000 cycles a tile, of which the products need 6150; with two
-// warps that write, 4 values at a time instead of 8, it took 82.
+// With short rows the warps that write y decide. Products read and write their sums in registers,
+// so they and other instructions take turns: while y is written a product takes 1.6 times as long.
+// 2048 x 768 with M = 16384 takes 61 us, 12000 cycles a tile, of which the products need 6150; with
+// two warps that write, 4 values at a time instead of 8, it took 82.
 //
 // Bound for few tokens: a product of a warpgroup takes 70 cycles, where the tensor cores need 8 to
 // 32, because reading its fragment from registers takes about 50. Two warpgroups side by side take
