@@ -87,7 +87,8 @@ std::string check_products(const Device& device, const Stream& stream) {
   for (const int64_t K : {80, 1088}) {
     for (const int64_t M : {3, 70}) {
       ++seed;
-      const std::string difference = check({M, 41, K, BITLINEAR_F32}, Placement::kAligned);
+      const Case c = {M, 41, K, BITLINEAR_F32, false, false, Data::kRandom, 0};
+      const std::string difference = check(c, Placement::kAligned);
       if (!difference.empty()) return difference;
     }
   }
