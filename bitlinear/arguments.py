@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from . import packing
+from .groups import GROUP_UNIT, count_groups
 from .prologue import ACTIVATIONS, input_width
 from .quantize import PER_ROW, QMAX
 
 WEIGHT_TYPES = {"wpt": 0, "wpc": PER_ROW}
 """The ``group_size`` of ternary weights (``w``) with one scale per tensor (``pt``) or per row of
-the weight (``pc``)."""
+the weight (``pc``). ``wpg<G>`` has one for each group of ``G`` weights of a row; the ``group_size``
+is ``G``."""
 
 
 class QuantType(NamedTuple):
@@ -26,7 +29,8 @@ class QuantType(NamedTuple):
 
     Attributes:
         act_bits: The bits of a quantised activation, 8 or 16.
-        group_size: 0 for one scale of the weights per tensor, -1 for one per output feature.
+        group_size: 0 for one scale of the weights per tensor, -1 for one per output feature, or the
+            number of weights of an output feature that share one.
     """
 
     act_bits: int
@@ -39,8 +43,41 @@ class QuantType(NamedTuple):
 
 
 def weight_type_name(group_size: int) -> str:
-    """The name of the type of weights with this ``group_size``, ``"wpt"`` or ``"wpc"``."""
+    """The name of the type of weights with this ``group_size``, such as ``"wpt"``."""
+    if group_size > 0:
+        return f"wpg{group_size}"
     return next(name for name, value in WEIGHT_TYPES.items() if value == group_size)
+
+
+def parse_weight_type(name: str) -> int:
+    """The ``group_size`` of a type such as ``"wpg128"``; raises ValueError for another name."""
+    group_size = _find_group_size(name)
+    if group_size is None:
+        raise ValueError(_bad_type(WEIGHT_TYPES, "wpg<G>", name))
+    return group_size
+
+
+def parse_quant_type(name: str) -> QuantType:
+    """What the name of a quantisation type says; raises ValueError for another name."""
+    match = re.fullmatch(r"ai(8|16)pc_(\w+)", name) if isinstance(name, str) else None
+    group_size = match and _find_group_size(match[2])
+    if match is None or group_size is None:
+        raise ValueError(_bad_type(QUANT_TYPES, "ai8pc_wpg<G>, ai16pc_wpg<G>", name))
+    return QuantType(int(match[1]), group_size)
+
+
+def _find_group_size(name: str) -> int | None:
+    match = re.fullmatch(r"wpg([1-9][0-9]*)", name) if isinstance(name, str) else None
+    if match is None:
+        return WEIGHT_TYPES.get(name)
+    return int(match[1]) if int(match[1]) % GROUP_UNIT == 0 else None
+
+
+def _bad_type(names: Iterable[str], groups: str, name: str) -> str:
+    return (
+        f"quant_type must be one of {[*names]}, or {groups} with a multiple G of {GROUP_UNIT}, but "
+        f"it is {name!r}"
+    )
 
 
 QUANT_TYPES = {
@@ -66,19 +103,13 @@ the largest quantised activation."""
 
 
 def group_size_of(w_scale: Tensor) -> int:
-    """The ``group_size`` of weights with this scale, of shape ``(1,)`` or ``(N, 1)``."""
+    """The ``group_size`` of weights with this scale, ``(1,)`` or ``(N, 1)``: without groups."""
     return PER_ROW if w_scale.dim() == 2 else 0
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``"float32"`` for ``torch.float32``, as the C++ messages spell it."""
     return str(dtype).replace("torch.", "")
-
-
-def check_quant_type(quant_type: str, valid: Iterable[str] = tuple(QUANT_TYPES)) -> None:
-    """Raise ValueError, which lists the valid names, unless ``quant_type`` is one of them."""
-    if quant_type not in valid:
-        raise ValueError(f"quant_type must be one of {[*valid]}, but it is {quant_type!r}")
 
 
 def check_act_bits(act_bits: int) -> None:
@@ -88,11 +119,12 @@ def check_act_bits(act_bits: int) -> None:
 
 
 def check_group_size(group_size: int) -> None:
-    """Raise NotImplementedError unless the quantiser of weights knows such groups."""
-    if group_size not in (0, PER_ROW):
-        raise NotImplementedError(
-            f"bitlinear: group_size = {group_size} is reserved for a later version: use 0 for one "
-            f"scale per tensor, -1 for one per output feature"
+    """Raise ValueError unless weights can have such groups."""
+    is_group = group_size > 0 and group_size % GROUP_UNIT == 0
+    if group_size not in (0, PER_ROW) and not is_group:
+        raise ValueError(
+            f"bitlinear: group_size must be 0 (one scale per tensor), -1 (one per output feature) "
+            f"or a positive multiple of {GROUP_UNIT}, but it is {group_size}"
         )
 
 
@@ -194,12 +226,12 @@ def check_linear(
     """Check the arguments of ``torch.ops.bitlinear.linear``.
 
     Raises:
-        NotImplementedError: ``group_size`` has a reserved value.
         TypeError: A dtype is wrong.
-        ValueError: ``in_features``, ``eps``, ``act_bits``, a shape or a device is wrong.
+        ValueError: ``in_features``, ``eps``, ``group_size``, ``act_bits``, a shape or a device is
+            wrong.
     """
     _check_product(x, in_features, in_features, eps, group_size, act_bits, out_dtype)
-    check_operand(x, w_packed, w_scale, bias, in_features)
+    check_operand(x, w_packed, w_scale, bias, in_features, group_size)
 
 
 def check_fused_linear(
@@ -220,7 +252,6 @@ def check_fused_linear(
     """Check the arguments of ``torch.ops.bitlinear.fused_linear``.
 
     Raises:
-        NotImplementedError: ``group_size`` has a reserved value.
         TypeError: A dtype is wrong.
         ValueError: A number, a name, a shape, the length of a list or a device is wrong.
     """
@@ -238,7 +269,7 @@ def check_fused_linear(
             f"{MAX_WEIGHTS}, but they have {count}, {len(w_scale)} and {len(bias)} elements"
         )
     for operands in zip(w_packed, w_scale, bias):
-        check_operand(x, *operands, in_features)
+        check_operand(x, *operands, in_features, group_size)
     if norm_weight is not None:
         _check_vector(x, "norm_weight", norm_weight, in_features, "in_features")
         if not 0 <= norm_eps <= _MAX_EPS:
@@ -279,10 +310,7 @@ def _check_product(
     out_dtype: torch.dtype | None,
 ) -> None:
     """Check everything but the weights; ``width`` is the last dimension of ``x``."""
-    if group_size != 0:
-        raise NotImplementedError(
-            f"bitlinear: group_size = {group_size} is reserved for a later version: use 0"
-        )
+    check_group_size(group_size)
     check_act_bits(act_bits)
     check_in_features(in_features)
     check_eps(eps, act_bits)
@@ -298,7 +326,12 @@ def _check_product(
 
 
 def check_operand(
-    x: Tensor, w_packed: Tensor, w_scale: Tensor, bias: Tensor | None, in_features: int
+    x: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    group_size: int = 0,
 ) -> None:
     """Check one weight, with its scale and its bias."""
     packing.check_packed_dtype(w_packed)
@@ -309,10 +342,14 @@ def check_operand(
         )
     packing.check_packed_shape(w_packed, in_features)
     out_features = w_packed.shape[0]
-    if list(w_scale.shape) not in ([1], [out_features, 1]):
+    has_groups = group_size > 0
+    groups = count_groups(in_features, group_size) if has_groups else 1
+    shape = list(w_scale.shape)
+    if shape != [out_features, groups] and (has_groups or shape != [1]):
+        one = "" if has_groups else "(1,) or "
         raise ValueError(
-            f"bitlinear: w_scale must have shape (1,) or ({out_features}, 1), but it has shape "
-            f"{list(w_scale.shape)}: scales are per tensor or per output feature"
+            f"bitlinear: w_scale must have shape {one}({out_features}, {groups}) for group_size = "
+            f"{group_size}, but it has shape {shape}"
         )
     check_device(x, "w_packed", w_packed)
     check_device(x, "w_scale", w_scale)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import foreign, integrations
-from .arguments import check_quant_type, check_strength
+from .arguments import check_strength, parse_quant_type
 from .conversion import coverage, references
 from .conversion.exclusion import DEFAULT_EXCLUDE, Exclusion
 from .conversion.layers import Convertibility, LinearLayer, find_linear_layers
@@ -84,7 +84,7 @@ def convert(
         UserWarning: The model has packed BitNet layers of transformers.
     """
     check_model(model, "convert")
-    check_quant_type(quant_type)
+    parse_quant_type(quant_type)
     exclusion = Exclusion(exclude, filter_fn)
     convertibility = Convertibility(model)
     layers = find_linear_layers(model)

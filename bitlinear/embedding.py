@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from . import foreign, ties
 from .arguments import (
-    WEIGHT_TYPES,
     check_eps,
     check_features,
-    check_quant_type,
+    parse_weight_type,
     weight_type_name,
 )
 from .lookup import blended_lookup, deployed_lookup, straight_through_lookup
@@ -46,7 +45,8 @@ class Embedding(TernaryLayer, nn.Embedding):
         norm_type: Of no effect without ``max_norm``.
         scale_grad_by_freq, sparse: As in ``nn.Embedding``.
         eps: Lower bound of the absmean of the weights; at least 2e-36.
-        quant_type: ``"wpt"``: one scale for the table. ``"wpc"``: one for each row.
+        quant_type: ``"wpt"``: one scale for the table. ``"wpc"``: one for each row. ``"wpg128"``,
+            or another multiple of 32: one for each group of so many values of a row.
         device: Device of the parameter.
         dtype: Floating-point dtype of the parameter, and of the output.
 
@@ -58,9 +58,10 @@ class Embedding(TernaryLayer, nn.Embedding):
             without memory (see :mod:`bitlinear.packed_weight`), neither parameter nor buffer.
         w_packed: uint8 buffer ``(N, ceil(embedding_dim/4))`` of a deployed embedding; see
             :mod:`bitlinear.packing`.
-        w_scale: fp32 buffer ``(1,)`` of a deployed embedding, or ``(N, 1)``. It stays fp32 through
-            ``half()`` or ``to(dtype)``. Loading the other shape changes ``quant_type``, unless the
-            state has metadata, which then must fit.
+        w_scale: fp32 buffer ``(1,)`` of a deployed embedding, ``(N, 1)``, or
+            ``(N, ceil(embedding_dim/128))`` with groups of 128. It stays fp32 through ``half()`` or
+            ``to(dtype)``. Loading ``(1,)`` or ``(N, 1)`` changes ``quant_type``, unless the state
+            has metadata, which then must fit.
 
     Raises:
         TypeError: ``num_embeddings`` or ``embedding_dim`` is not an integer, ``eps`` is not a
@@ -95,7 +96,7 @@ class Embedding(TernaryLayer, nn.Embedding):
                 f"would change the scale of the whole table; normalise the output instead"
             )
         check_eps(eps)
-        check_quant_type(quant_type, WEIGHT_TYPES)
+        parse_weight_type(quant_type)
         if not (dtype or torch.get_default_dtype()).is_floating_point:
             raise TypeError(f"bitlinear: dtype must be floating point, but it is {dtype}")
         super().__init__(
@@ -189,7 +190,7 @@ class Embedding(TernaryLayer, nn.Embedding):
 
     @property
     def quant_type(self) -> str:
-        """The quantisation type, ``"wpt"`` or ``"wpc"``; see :class:`Embedding`.
+        """The quantisation type, such as ``"wpt"``; see :class:`Embedding`.
 
         Raises:
             ValueError: The new value is not a type, or the embedding is deployed with scales of
@@ -199,8 +200,7 @@ class Embedding(TernaryLayer, nn.Embedding):
 
     @quant_type.setter
     def quant_type(self, name: str) -> None:
-        check_quant_type(name, WEIGHT_TYPES)
-        self._set_group_size(WEIGHT_TYPES[name], name)
+        self._set_group_size(parse_weight_type(name), name)
 
     def forward(self, input: Tensor) -> Tensor:
         """Look the rows of the indices ``input`` up; see :class:`Embedding`."""
@@ -212,7 +212,10 @@ class Embedding(TernaryLayer, nn.Embedding):
         if "w_packed" in buffers:
             w_packed: Any = buffers["w_packed"]
             w_scale: Any = buffers["w_scale"]
-            return deployed_lookup(input, w_packed, w_scale, self.embedding_dim, self._weight_dtype)
+            return deployed_lookup(
+                *(input, w_packed, w_scale, self.embedding_dim, self._weight_dtype),
+                self._group_size,
+            )
         if not torch.compiler.is_compiling():
             self.__dict__["_called"] = True  # nn.Module.__setattr__ takes longer.
         weight = self.weight

@@ -27,11 +27,18 @@ class PackedTensors(NamedTuple):
 
     Attributes:
         w_packed: uint8, shape ``(N, ceil(K/4))``; see :mod:`bitlinear.packing`.
-        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``; it multiplies.
+        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``; with groups ``(N, ceil(K/group_size))``, as
+            :func:`bitlinear.groups.round_scales` rounds them. It multiplies.
+        group_size: The number of weights of a row that share a scale; None if all do.
     """
 
     w_packed: Tensor
     w_scale: Tensor
+    group_size: int | None = None
+
+    def quant_type(self, act_bits: int) -> str:
+        """The type of a layer with this weight."""
+        return QuantType(act_bits, self.group_size or group_size_of(self.w_scale)).name
 
 
 @torch.inference_mode(False)  # Nothing could be loaded into tensors made in inference mode.
@@ -75,8 +82,7 @@ def fill(
     dense = {name: _checked(name, tensor, source) for name, tensor in dense.items()}
     _check_names(model, layers, dense, source)
     quant_types = {
-        id(layer.module): QuantType(act_bits, group_size_of(packed[name].w_scale)).name
-        for name, layer in layers.items()
+        id(layer.module): packed[name].quant_type(act_bits) for name, layer in layers.items()
     }
     # A module can have several names.
     new = {id(layer.module): layer for layer in layers.values() if not _is_ours(layer)}
@@ -169,7 +175,7 @@ def _why_not_fitting(linear: Any, tensors: PackedTensors) -> str:
         )
     try:
         packing.check_packed(tensors.w_packed, in_features)
-        state.check_scale(tensors.w_scale, out_features)
+        state.check_scale(tensors.w_scale, out_features, in_features, tensors.group_size or 0)
     except (TypeError, ValueError) as error:
         return str(error)
     return ""

@@ -86,7 +86,7 @@ def why_not_fused(parent: nn.Module, names: Sequence[str], norm: nn.Module | Non
 
 def _operands(
     parent: nn.Module, names: Sequence[str], norm: nn.Module | None
-) -> str | tuple[list[Tensor], list[Tensor], list[Tensor | None], int, float, int]:
+) -> str | tuple[list[Tensor], list[Tensor], list[Tensor | None], int, float, int, int]:
     """The arguments of ``fused_linear`` after ``x`` that the layers hold; or why not."""
     modules = parent._modules
     first: Any = modules[names[0]]
@@ -114,13 +114,16 @@ def _operands(
                 return f"{names[0]} and {name} differ in in_features"
             if layer.eps != first.eps or layer._act_bits != first._act_bits:
                 return f"{names[0]} and {name} quantise activations in different ways"
+            if max(layer._group_size, 0) != max(first._group_size, 0):
+                return f"{names[0]} and {name} have scales for groups of different sizes"
             if packed.device != w_packed[0].device:
                 return f"{names[0]} and {name} are on different devices"
     if norm is not None:
         reason = why_not_norm(norm)
         if reason:
             return reason
-    return w_packed, w_scale, bias, first.in_features, first.eps, first._act_bits
+    quantisation = first.eps, first._group_size, first._act_bits
+    return w_packed, w_scale, bias, first.in_features, *quantisation
 
 
 def why_called(module: nn.Module, recorders: str = "") -> str:

@@ -25,6 +25,7 @@ def fused_linear(
     bias: Sequence[Tensor | None],
     in_features: int,
     eps: float = 1e-6,
+    group_size: int = 0,
     act_bits: int = 8,
     activation: str | None = None,
     norm_weight: Tensor | None = None,
@@ -37,10 +38,12 @@ def fused_linear(
         x: fp32, fp16 or bf16, shape ``(..., K)``; with an activation ``(..., 2 K)``: two halves
             ``a`` and ``b``, of which the product reads ``activation(a) * b``.
         w_packed: 1 to 4 weights: uint8, shapes ``(N_i, ceil(K/4))``; see :mod:`bitlinear.packing`.
-        w_scale: The scale of each weight: fp32, shape ``(1,)`` or ``(N_i, 1)``.
+        w_scale: The scale of each weight: fp32, shape ``(1,)`` or ``(N_i, 1)``; with groups
+            ``(N_i, ceil(K/group_size))``.
         bias: The bias of each weight: floating point, shape ``(N_i,)``; or None.
         in_features: ``K``.
         eps: Lower bound of the absmax of a token.
+        group_size: The number of weights of a row that share a scale; 0 or -1 if all do.
         act_bits: 8 or 16, the bits of a quantised activation.
         activation: ``"silu"``; ``"relu2"``, the square of ReLU; or None for no gate.
         norm_weight: The weight of an RMSNorm in front of the product (behind the gate): floating
@@ -62,12 +65,13 @@ def fused_linear(
         or any(t is not None and t.requires_grad for t in (x, norm_weight, residual, *bias))
     ):
         output: Tensor = _FusedLinear.apply(  # type: ignore[no-untyped-call]
-            *(x, norm_weight, residual, in_features, eps, act_bits, activation, norm_eps),
+            *(x, norm_weight, residual, in_features, eps, group_size, act_bits, activation),
+            norm_eps,
             *(*w_packed, *w_scale, *bias),
         )
     else:
         output = _fused_linear(
-            *(x, w_packed, w_scale, bias, in_features, eps, 0, act_bits),
+            *(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits),
             *(activation, norm_weight, norm_eps, residual),
         )
     return output
@@ -83,21 +87,23 @@ class _FusedLinear(Function):
         residual: Tensor | None,
         in_features: int,
         eps: float,
+        group_size: int,
         act_bits: int,
         activation: str | None,
         norm_eps: float,
         *weights: Tensor | None,
     ) -> Tensor:
         output: Tensor = _fused_linear(
-            *(x, *_thirds(weights), in_features, eps, 0, act_bits),
+            *(x, *_thirds(weights), in_features, eps, group_size, act_bits),
             *(activation, norm_weight, norm_eps, residual),
         )
         return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, norm_weight, residual, ctx.in_features, _, _, ctx.activation, ctx.norm_eps = inputs[:8]
-        w_packed, w_scale, bias = _thirds(inputs[8:])
+        x, norm_weight, residual, ctx.in_features, _, ctx.group_size, *_ = inputs[:9]
+        ctx.activation, ctx.norm_eps = inputs[7:9]
+        w_packed, w_scale, bias = _thirds(inputs[9:])
         ctx.has_prologue = ctx.activation is not None or norm_weight is not None
         ctx.save_for_backward(x if ctx.has_prologue else None, norm_weight, *w_packed, *w_scale)
         ctx.x_dtype = x.dtype
@@ -109,13 +115,13 @@ class _FusedLinear(Function):
         x, norm_weight, *weights = ctx.saved_tensors
         count = len(weights) // 2
         needs_x, needs_norm, needs_residual = ctx.needs_input_grad[:3]
-        _, needs_scale, needs_bias = _thirds(ctx.needs_input_grad[8:])
+        _, needs_scale, needs_bias = _thirds(ctx.needs_input_grad[9:])
         raise_if_scale_needs_gradient(any(needs_scale))
         grads = grad.split([len(w) for w in weights[:count]], dim=-1)
         grad_x = grad_norm = None
         if needs_x or needs_norm:
             parts = [
-                input_gradient(g, w, s, ctx.in_features).to(torch.float32)
+                input_gradient(g, w, s, ctx.in_features, ctx.group_size).to(torch.float32)
                 for g, w, s in zip(grads, weights[:count], weights[count:])
             ]
             grad_values = sum(parts[1:], parts[0])
@@ -130,7 +136,7 @@ class _FusedLinear(Function):
             for g, dtype, needed in zip(grads, ctx.bias_dtypes, needs_bias)
         ]
         no_weights = [None] * (2 * count)
-        return grad_x, grad_norm, grad_residual, *[None] * 5, *no_weights, *grad_bias
+        return grad_x, grad_norm, grad_residual, *[None] * 6, *no_weights, *grad_bias
 
 
 def _thirds(weights: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:

@@ -10,12 +10,18 @@ from torch import Tensor
 
 from . import packing
 from .arguments import dtype_name
+from .groups import round_scales
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def latent_weight(
-    w_packed: Tensor, w_scale: Tensor, in_features: int, eps: float, dtype: torch.dtype
+    w_packed: Tensor,
+    w_scale: Tensor,
+    in_features: int,
+    eps: float,
+    dtype: torch.dtype,
+    group_size: int = 0,
 ) -> Tensor:
     """A weight that quantises to the same ternary weights and the same scale again.
 
@@ -25,10 +31,11 @@ def latent_weight(
 
     Args:
         w_packed: uint8, shape ``(N, ceil(K/4))``.
-        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``.
+        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``; with groups ``(N, ceil(K/group_size))``.
         in_features: ``K``.
         eps: Lower bound of the scale in training.
         dtype: Floating-point dtype of the result.
+        group_size: The number of weights of a row that share a scale; 0 or -1 if all do.
 
     Returns:
         Shape ``(N, K)``, on the device of ``w_packed``.
@@ -41,14 +48,34 @@ def latent_weight(
     weight = torch.empty(shape, dtype=dtype, device=w_packed.device)
     if not weight.is_meta:
         smallest = float(w_scale.min())
-        if smallest < torch.tensor(eps, dtype=torch.float32):
+        lowest = w_scale.clamp_min(eps)
+        if not torch.equal(round_scales(lowest) if group_size > 0 else lowest, w_scale):
             raise ValueError(
                 f"w_scale is {smallest:g}, but no weight in training has a scale below eps = "
                 f"{eps:g}: set layer.eps to at most w_scale first"
             )
         packing.check_packed(w_packed, in_features)
-        _fill(weight, w_packed, w_scale)
+        if group_size > 0:
+            _fill_groups(weight, w_packed, w_scale, group_size)
+        else:
+            _fill(weight, w_packed, w_scale)
     return weight
+
+
+def _fill_groups(weight: Tensor, w_packed: Tensor, w_scale: Tensor, group_size: int) -> None:
+    """As :func:`_fill`: the groups are the rows of a weight, and the last ones of another."""
+    out_features, in_features = weight.shape
+    whole = in_features // group_size
+    for first, count, size in ((0, whole, group_size), (whole, 1, in_features % group_size)):
+        if count == 0 or size == 0:
+            continue
+        begin = first * group_size
+        columns = slice(begin, begin + count * size)
+        groups = weight.new_empty((out_features * count, size))
+        packed = w_packed[:, begin // 4 : (begin + count * size + 3) // 4]
+        scales = w_scale[:, first : first + count]
+        _fill(groups, packed.reshape(len(groups), -1), scales.reshape(-1, 1))
+        weight[:, columns] = groups.reshape(out_features, -1)
 
 
 def _fill(weight: Tensor, w_packed: Tensor, w_scale: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import foreign, ties
-from .arguments import QUANT_TYPES, QuantType, check_eps, check_features, check_quant_type
+from .arguments import QuantType, check_eps, check_features, parse_quant_type
 from .deployed import deployed_linear
 from .preconditions import why_no_plain_weight
 from .ternary_layer import DEFAULT_EPS, TernaryLayer, is_jagged
@@ -40,7 +40,8 @@ class BitLinear(TernaryLayer, nn.Linear):
         quant_type: ``"ai8pc_wpt"``: activations of 8 bits, one scale per token; ternary weights,
             one scale per tensor. ``ai16pc``: 16 bits (15 and a sign, in steps of absmax / 32385),
             for models that were not trained with quantised activations. ``wpc``: one scale of the
-            weights per output feature.
+            weights per output feature. ``wpg128``, or another multiple of 32: one for each group of
+            so many inputs of an output feature; see :mod:`bitlinear.groups`.
         device: Device of the parameters.
         dtype: Floating-point dtype of the parameters.
 
@@ -55,9 +56,10 @@ class BitLinear(TernaryLayer, nn.Linear):
         bias: Parameter ``(N,)`` or None. In a deployed layer, a buffer.
         w_packed: uint8 buffer ``(N, ceil(K/4))`` of a deployed layer; see
             :mod:`bitlinear.packing`.
-        w_scale: fp32 buffer ``(1,)`` of a deployed layer, or ``(N, 1)`` with a scale per output
-            feature. It stays fp32 through ``half()`` or ``to(dtype)``. Loading the other shape
-            changes ``quant_type``, unless the state has metadata, which then must fit.
+        w_scale: fp32 buffer ``(1,)`` of a deployed layer, ``(N, 1)`` with a scale per output
+            feature, or ``(N, ceil(K/128))`` with groups of 128. It stays fp32 through ``half()`` or
+            ``to(dtype)``. Loading ``(1,)`` or ``(N, 1)`` changes ``quant_type``, unless the state
+            has metadata, which then must fit.
 
     Raises:
         TypeError: ``in_features`` or ``out_features`` is not an integer, ``eps`` is not a number
@@ -82,7 +84,7 @@ class BitLinear(TernaryLayer, nn.Linear):
     ) -> None:
         check_features(in_features, out_features)
         check_eps(eps)  # first: its message helps those who pass device and dtype by position
-        check_quant_type(quant_type)
+        parse_quant_type(quant_type)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         if not self.weight.is_floating_point():
             raise TypeError(f"bitlinear: dtype must be floating point, but it is {dtype}")
@@ -155,8 +157,7 @@ class BitLinear(TernaryLayer, nn.Linear):
 
     @quant_type.setter
     def quant_type(self, name: str) -> None:
-        check_quant_type(name)
-        new = QUANT_TYPES[name]
+        new = parse_quant_type(name)
         check_eps(self.eps, new.act_bits)
         self._set_group_size(new.group_size, name)
         self._act_bits = new.act_bits
@@ -173,10 +174,10 @@ class BitLinear(TernaryLayer, nn.Linear):
         bias = buffers["bias"] if "bias" in buffers else self.bias  # noqa: SIM401
         w_packed: Any = buffers["w_packed"]
         w_scale: Any = buffers["w_scale"]
-        K, eps, act_bits = self.in_features, self.eps, self._act_bits
+        K, eps, group_size, act_bits = self.in_features, self.eps, self._group_size, self._act_bits
         if torch.is_grad_enabled():
-            return deployed_linear(input, w_packed, w_scale, bias, K, eps, act_bits)
-        output: Tensor = _linear(input, w_packed, w_scale, bias, K, eps, 0, act_bits)
+            return deployed_linear(input, w_packed, w_scale, bias, K, eps, group_size, act_bits)
+        output: Tensor = _linear(input, w_packed, w_scale, bias, K, eps, group_size, act_bits)
         return output
 
     def _forward_in_training(self, input: Tensor) -> Tensor:

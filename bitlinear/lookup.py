@@ -13,11 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import Function, compiles_transform
-from .quantize import PER_ROW
 
 
 def deployed_lookup(
-    ids: Tensor, w_packed: Tensor, w_scale: Tensor, dim: int, dtype: torch.dtype
+    ids: Tensor,
+    w_packed: Tensor,
+    w_scale: Tensor,
+    dim: int,
+    dtype: torch.dtype,
+    group_size: int = 0,
 ) -> Tensor:
     """Look rows up in a packed table, and expand these rows alone.
 
@@ -25,9 +29,10 @@ def deployed_lookup(
         ids: int32 or int64, any shape, values from 0 to ``N - 1``.
         w_packed: uint8, shape ``(N, ceil(dim/4))``; see :mod:`bitlinear.packing`. Its codes are not
             checked.
-        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``.
+        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``; with groups ``(N, ceil(dim/group_size))``.
         dim: The values of a row.
         dtype: Floating-point dtype of the result.
+        group_size: The number of values of a row that share a scale; 0 or -1 if all do.
 
     Returns:
         Shape ``(*ids.shape, dim)``: new memory, without a gradient.
@@ -37,7 +42,7 @@ def deployed_lookup(
         RuntimeError: ``ids`` has another dtype.
     """
     rows, scales = _gather(ids, w_packed, w_scale.detach())
-    return _expand(rows, scales, dim, dtype).reshape(*ids.shape, dim)
+    return _expand(rows, scales, dim, dtype, group_size).reshape(*ids.shape, dim)
 
 
 def straight_through_lookup(
@@ -46,13 +51,14 @@ def straight_through_lookup(
     """Look rows up in a table that is quantised in every call, with straight-through gradients.
 
     The gradient of the weight is that of ``F.embedding(ids, weight, **options)``. Only the rows
-    that are looked up are expanded. With one scale per row, only they are quantised.
+    that are looked up are expanded. With scales of the rows, only they are quantised.
 
     Args:
         ids: As for :func:`deployed_lookup`.
         weight: Floating point, shape ``(N, dim)``.
         eps: Lower bound of a scale.
-        group_size: 0 for one scale per tensor, -1 for one per row.
+        group_size: 0 for one scale per tensor, -1 for one per row, or the number of values of a row
+            that share one.
         options: ``padding_idx``, ``scale_grad_by_freq``, ``sparse`` of ``F.embedding``.
 
     Returns:
@@ -67,9 +73,11 @@ def straight_through_lookup(
     latent = F.embedding(ids.reshape(-1), weight, **options)
     rows, scales = _quantize_rows(ids, latent, weight, eps, group_size)
     if torch.is_grad_enabled():
-        output = _StraightThroughRows.apply(latent, rows, scales)  # type: ignore[no-untyped-call]
+        output = _StraightThroughRows.apply(  # type: ignore[no-untyped-call]
+            latent, rows, scales, group_size
+        )
     else:
-        output = _expand(rows, scales, weight.shape[1], weight.dtype)
+        output = _expand(rows, scales, weight.shape[1], weight.dtype, group_size)
     return cast(Tensor, output.reshape(*ids.shape, weight.shape[1]))
 
 
@@ -88,7 +96,8 @@ def blended_lookup(
     latent = F.embedding(ids.reshape(-1), weight, **options)
     with torch.no_grad():
         rows, scales = _quantize_rows(ids, latent, weight, eps, group_size)
-        step = strength * (_expand(rows, scales, weight.shape[1], torch.float32) - latent)
+        quantized = _expand(rows, scales, weight.shape[1], torch.float32, group_size)
+        step = strength * (quantized - latent)
     return (latent + step).to(weight.dtype).reshape(*ids.shape, weight.shape[1])
 
 
@@ -97,7 +106,7 @@ def _quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """The packed rows of these indices, uint8 ``(M, ceil(dim/4))``, and their scales."""
     quantize_weight = torch.ops.bitlinear.quantize_weight.default
-    if group_size == PER_ROW:
+    if group_size != 0:
         return cast("tuple[Tensor, Tensor]", quantize_weight(latent.detach(), eps, group_size))
     # The operator adds in an order of its own: only its scale has the bits of the deployed table.
     # It also packs the whole table, 2 bits a value, which is freed after the gather.
@@ -111,11 +120,12 @@ def _gather(ids: Tensor, w_packed: Tensor, w_scale: Tensor) -> tuple[Tensor, Ten
     return F.embedding(ids, w_packed), scales
 
 
-def _expand(rows: Tensor, scales: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+def _expand(rows: Tensor, scales: Tensor, dim: int, dtype: torch.dtype, group_size: int) -> Tensor:
     """The values of packed rows, ``(M, dim)``, in new memory."""
     # The operator has no fp64; an fp32 product is exact in it.
     out_dtype = torch.float32 if dtype == torch.float64 else dtype
-    values: Tensor = torch.ops.bitlinear.expand_weight.default(rows, dim, scales, out_dtype)
+    expand = torch.ops.bitlinear.expand_weight.default
+    values: Tensor = expand(rows, dim, scales, out_dtype, group_size)
     return values.to(dtype)
 
 
@@ -123,13 +133,13 @@ class _StraightThroughRows(Function):
     """The quantised rows forward; the gradient passes to the rows before they were quantised."""
 
     @staticmethod
-    def forward(latent: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
-        return _expand(rows, scales, latent.shape[1], latent.dtype)
+    def forward(latent: Tensor, rows: Tensor, scales: Tensor, group_size: int) -> Tensor:
+        return _expand(rows, scales, latent.shape[1], latent.dtype, group_size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad, None, None, None

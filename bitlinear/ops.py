@@ -23,6 +23,7 @@ from .arguments import (
     raise_unsupported_layout,
 )
 from .attend import fake_attend, reference_attend
+from .groups import count_groups, repeat_scales
 from .head_products import (
     fake_bf16_product,
     fake_int8_product,
@@ -39,8 +40,6 @@ from .quantize import (
 )
 from .quantized_linear import fake_quantized_linear, multiply, reference_quantized_linear
 
-# The group_size of linear is reserved: a graph that is exported today can be loaded by a later
-# version whose kernels use it.
 SCHEMAS = (
     "linear(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, int in_features, "
     "float eps=1e-6, int group_size=0, int act_bits=8, ScalarType? out_dtype=None) -> Tensor",
@@ -50,7 +49,7 @@ SCHEMAS = (
     "ScalarType? out_dtype=None) -> Tensor",
     "quantize_weight(Tensor weight, float eps=1e-6, int group_size=0) -> (Tensor, Tensor)",
     "expand_weight(Tensor w_packed, int in_features, Tensor? w_scale=None, "
-    "ScalarType? dtype=None) -> Tensor",
+    "ScalarType? dtype=None, int group_size=0) -> Tensor",
     "quantize_activations(Tensor x, float eps=1e-6, int act_bits=8) -> (Tensor, Tensor)",
     "expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
     "quantized_linear(Tensor q, Tensor s_x, Tensor q_sum, Tensor w_packed, Tensor w_scale, "
@@ -160,11 +159,11 @@ def reference_linear(
     Args:
         x: fp32, fp16 or bf16, shape ``(..., K)``.
         w_packed: uint8, shape ``(N, ceil(K/4))``; see :mod:`bitlinear.packing`.
-        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``.
+        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``; with groups ``(N, ceil(K/group_size))``.
         bias: Floating point, shape ``(N,)``, or None; used as fp32.
         in_features: ``K``, at most 500,000.
         eps: Lower bound of the absmax of a token.
-        group_size: Reserved; 0.
+        group_size: The number of weights of a row that share a scale; 0 or -1 if all do.
         act_bits: 8 or 16, the bits of a quantised activation.
         out_dtype: fp32, fp16 or bf16; None for the dtype of ``x``.
 
@@ -177,7 +176,7 @@ def reference_linear(
     check_linear(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, out_dtype)
     packing.check_packed(w_packed, in_features)
     q, s_x = quantize_activations(x.reshape(-1, in_features), eps, act_bits)
-    y = multiply(q, s_x, w_packed, w_scale, bias, out_dtype or x.dtype)
+    y = multiply(q, s_x, w_packed, w_scale, bias, out_dtype or x.dtype, group_size)
     return y.reshape(*x.shape[:-1], len(w_packed))
 
 
@@ -224,7 +223,7 @@ def reference_fused_linear(
         bias: The bias of each weight, or None.
         in_features: ``K``, at most 500,000.
         eps: Lower bound of the absmax of a token.
-        group_size: Reserved; 0.
+        group_size: As for :func:`reference_linear`, for all weights.
         act_bits: 8 or 16, the bits of a quantised activation.
         activation: ``"silu"``, ``"relu2"``, or None for no gate.
         norm_weight: Floating point, shape ``(K,)``; None for no norm.
@@ -245,7 +244,7 @@ def reference_fused_linear(
     )
     values = apply_prologue(x, activation, norm_weight, norm_eps)
     outputs = [
-        reference_linear(values, *operands, in_features, eps, act_bits=act_bits)
+        reference_linear(values, *operands, in_features, eps, group_size, act_bits)
         for operands in zip(w_packed, w_scale, bias)
     ]
     y = torch.cat(outputs, dim=-1)
@@ -285,22 +284,23 @@ def reference_quantize_weight(
     Args:
         weight: Floating point, shape ``(N, K)``.
         eps: Lower bound of a scale.
-        group_size: 0 for one scale per tensor, -1 for one per output feature.
+        group_size: 0 for one scale per tensor, -1 for one per output feature, or the number of
+            weights of an output feature that share one, a multiple of 32.
 
     Returns:
         ``w_packed``: uint8, shape ``(N, ceil(K/4))``, see :mod:`bitlinear.packing`; and
-        ``w_scale``: fp32, shape ``(1,)`` or ``(N, 1)``. A scale is NaN or infinite if one of its
-        weights is (their codes are then 0).
+        ``w_scale``: fp32, shape ``(1,)``, ``(N, 1)`` or ``(N, ceil(K/group_size))``, the last as
+        :func:`bitlinear.groups.round_scales` rounds them. A scale is NaN or infinite if one of its
+        weights is (their codes are then 0); with groups, all scales of the row are NaN.
     """
     check_group_size(group_size)
     chunks = packing.enumerate_chunks(weight)
-    sums = row_sums(weight[:0]).new_empty(len(weight))
-    for first, rows in chunks:
-        sums[first : first + len(rows)] = row_sums(rows)
+    sums = torch.cat([row_sums(part, group_size) for part in (weight[:0], *(r for _, r in chunks))])
     w_scale = scale_from_row_sums(sums, weight.shape[1], eps, group_size)
 
     def to_ternary(first: int, rows: Tensor) -> Tensor:
-        return ternarize(rows, w_scale[first : first + len(rows)] if group_size else w_scale)
+        scale = w_scale[first : first + len(rows)] if group_size else w_scale
+        return ternarize(rows, scale, group_size)
 
     return packing.pack_quantized(weight, to_ternary), w_scale
 
@@ -311,7 +311,8 @@ def _fake_quantize_weight(
     check_group_size(group_size)
     shape = packing.packed_shape(*weight.shape)
     # Not len(weight), which would fix a symbolic number of rows.
-    scale_shape = (weight.shape[0], 1) if group_size else (1,)
+    groups = count_groups(weight.shape[1], group_size) if group_size > 0 else 1
+    scale_shape = (weight.shape[0], groups) if group_size else (1,)
     scale = weight.new_empty(scale_shape, dtype=torch.float32)
     return weight.new_empty(shape, dtype=torch.uint8), scale
 
@@ -321,20 +322,24 @@ def reference_expand_weight(
     in_features: int,
     w_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    group_size: int = 0,
 ) -> Tensor:
     """Unpack ternary weights, and multiply them with their scale if it is given.
 
     Args:
         w_packed: uint8, shape ``(N, ceil(K/4))``.
         in_features: K.
-        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``.
+        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``; with groups ``(N, ceil(K/group_size))``.
         dtype: fp32 (if None), fp16 or bf16.
+        group_size: The number of weights of a row that share a scale; 0 or -1 if all do.
 
     Returns:
         Shape ``(N, K)``.
     """
     weight = packing.unpack_unchecked(w_packed, in_features).to(torch.float32)
     if w_scale is not None:
+        if group_size > 0:
+            w_scale = repeat_scales(w_scale, group_size, in_features)
         weight = weight * w_scale
     return weight.to(dtype or torch.float32)
 
@@ -344,6 +349,7 @@ def _fake_expand_weight(
     in_features: int,
     w_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    group_size: int = 0,
 ) -> Tensor:
     shape = (w_packed.shape[0], in_features)
     return w_packed.new_empty(shape, dtype=dtype or torch.float32)

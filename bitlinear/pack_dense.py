@@ -95,7 +95,7 @@ def pack(
             with torch.inference_mode(False):
                 tensors[id(weight)] = (pack_signs(new.weight.detach()), scales.values.clone())
         shared = sum(other is weight for other in weights) > 1
-        new._become_packed(*tensors[id(weight)], shared)
+        new._become_packed(*tensors[id(weight)], scales.group_size, shared)
         _logger.info("%s: packed as %s: %s", layer.label, new.quant_type, scales)
     for layer in layers:
         if layer.reason:

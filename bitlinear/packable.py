@@ -84,8 +84,9 @@ class Packable(nn.Module):
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         super().__setstate__(saved)  # type: ignore[no-untyped-call]
-        if self.is_deployed:  # Layers of version 0.2 did not say it.
-            self._group_size = group_size_of(self.w_scale)
+        if self.is_deployed:
+            if "_group_size" not in saved:  # Layers of version 0.2 did not say it.
+                self._group_size = group_size_of(self.w_scale)
             for name, buffer in self._buffers.items():  # of a copy made in inference mode
                 if buffer is not None:
                     self._buffers[name] = state.as_buffer_of_copies(buffer)
@@ -114,7 +115,7 @@ class Packable(nn.Module):
     def _make_packed_weight(self) -> PackedWeight:
         w_packed, w_scale = self.w_packed, self.w_scale
         dtype, shape = self._weight_dtype, self.weight_shape
-        columns = shape[1]
+        columns, group_size = shape[1], self._group_size
 
         def dequantize() -> Tensor:
             if not self._has_warned_of_values:
@@ -124,10 +125,11 @@ class Packable(nn.Module):
                 return self._dequantize(w_packed, w_scale).to(dtype)
 
         def linear(x: Tensor, bias: Tensor | None) -> Tensor:
-            return deployed_linear(x, w_packed, w_scale, bias, columns, self.eps, self._act_bits)
+            quantisation = self.eps, group_size, self._act_bits
+            return deployed_linear(x, w_packed, w_scale, bias, columns, *quantisation)
 
         def lookup(ids: Tensor) -> Tensor:
-            return deployed_lookup(ids, w_packed, w_scale, columns, dtype)
+            return deployed_lookup(ids, w_packed, w_scale, columns, dtype, group_size)
 
         return PackedWeight(shape, dtype, w_packed.device, dequantize, linear, lookup)
 
@@ -135,8 +137,10 @@ class Packable(nn.Module):
         """Scale times ternary weights, fp32; raises ValueError for an invalid code."""
         columns = self.weight_shape[1]
         packing.check_packed(w_packed, columns)
-        weight: Tensor = torch.ops.bitlinear.expand_weight.default(w_packed, columns)
-        return weight.mul_(w_scale)
+        weight: Tensor = torch.ops.bitlinear.expand_weight.default(
+            w_packed, columns, w_scale, torch.float32, self._group_size
+        )
+        return weight
 
     # --- From one kind of weight to the other ---
 
@@ -149,7 +153,9 @@ class Packable(nn.Module):
             torch.ops.bitlinear.quantize_weight.default(self.weight, self.eps, self._group_size),
         )
 
-    def _become_packed(self, w_packed: Tensor, w_scale: Tensor, shared: bool = False) -> None:
+    def _become_packed(
+        self, w_packed: Tensor, w_scale: Tensor, group_size: int, shared: bool = False
+    ) -> None:
         """Replace the parameters by the buffers of a deployed layer.
 
         ``shared`` tells whether other layers get the same buffers.
@@ -160,7 +166,7 @@ class Packable(nn.Module):
         del self.weight
         self.register_buffer("w_packed", w_packed)
         self.register_buffer("w_scale", w_scale)
-        self._group_size = group_size_of(w_scale)
+        self._group_size = group_size
         if "bias" in self._parameters:
             bias = self._parameters.pop("bias")
             # A copy: an optimizer that still holds the parameter must not reach the deployed layer.
@@ -296,25 +302,26 @@ class Packable(nn.Module):
     ) -> None:
         """Give this layer and those tied to it packed weights of the shapes of these."""
         layers = (self, *tied)
+        group_size = state.group_size_in(self, w_scale)
         if not self.is_deployed:
             device = self.weight.device
             if not assigns:
                 w_packed, w_scale = (t.to(device, copy=True) for t in (w_packed, w_scale))
             for layer in layers:
-                layer._become_packed(w_packed, w_scale, shared=bool(tied))
+                layer._become_packed(w_packed, w_scale, group_size, shared=bool(tied))
         elif self.w_scale.shape != w_scale.shape:
             if not assigns:
                 w_scale = w_scale.to(self.w_scale.device, copy=True)
             for layer in layers:
                 layer._buffers["w_scale"] = w_scale
-                layer._group_size = group_size_of(w_scale)
+                layer._group_size = group_size
 
 
 def pack_together(layers: Sequence[Packable]) -> None:
     """Deploy layers that share one weight: they share the packed one too."""
     w_packed, w_scale = layers[0]._pack()
     for layer in layers:
-        layer._become_packed(w_packed, w_scale, shared=len(layers) > 1)
+        layer._become_packed(w_packed, w_scale, layers[0]._group_size, shared=len(layers) > 1)
 
 
 def update_ties(layers: Iterable[Packable]) -> None:

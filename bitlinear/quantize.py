@@ -14,8 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .groups import group_product, repeat_scales, round_scales, split_scales, sum_groups
+
 PER_ROW = -1
-"""The ``group_size`` of a weight with a scale per output feature; 0: one scale per tensor."""
+"""The ``group_size`` of a weight with a scale per output feature; 0: one scale per tensor; other
+sizes: see :mod:`bitlinear.groups`."""
 
 _QMAX8 = 127
 HIGH_WEIGHT = 254
@@ -111,39 +114,72 @@ def quantize_weights(
     Args:
         weight: Floating point, shape ``(N, K)``.
         eps: Lower bound of a scale.
-        group_size: 0 for one scale per tensor, :data:`PER_ROW` for one per output feature.
+        group_size: 0 for one scale per tensor, :data:`PER_ROW` for one per output feature, or the
+            number of weights in a group.
 
     Returns:
-        ``t``: int8 in {-1, 0, 1}, shape ``(N, K)``, and ``s_w``: fp32, shape ``(1,)`` or
-        ``(N, 1)``, NaN or infinite if a weight is.
+        ``t``: int8 in {-1, 0, 1}, shape ``(N, K)``, and ``s_w``: fp32, shape ``(1,)``, ``(N, 1)``
+        or ``(N, ceil(K/group_size))``, NaN or infinite if a weight is.
     """
-    scale = scale_from_row_sums(row_sums(weight), weight.shape[1], eps, group_size)
-    return ternarize(weight, scale), scale
+    scale = scale_from_row_sums(row_sums(weight, group_size), weight.shape[1], eps, group_size)
+    return ternarize(weight, scale, group_size), scale
 
 
-def row_sums(weight: Tensor) -> Tensor:
-    """Sum of the magnitudes in each row, shape ``(N,)``.
+def row_sums(weight: Tensor, group_size: int = 0) -> Tensor:
+    """Sum of the magnitudes in each row, ``(N, 1)``, or in each of its groups, ``(N, groups)``.
 
     The sums are float64, so that the order of the additions hardly matters; MPS has no float64.
     """
     dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    return weight.abs().sum(dim=-1, dtype=dtype)
+    if group_size > 0:
+        return sum_groups(weight.abs(), group_size, dtype)
+    return weight.abs().sum(dim=-1, keepdim=True, dtype=dtype)
 
 
 def scale_from_row_sums(sums: Tensor, in_features: int, eps: float, group_size: int = 0) -> Tensor:
     """The scales of a weight with these :func:`row_sums`; see :func:`quantize_weights`."""
-    if group_size == PER_ROW:
-        means = sums[:, None] / in_features
-    else:
+    if group_size == 0:
         # Rows first, then their sums: the order does not depend on the number of threads, so a
         # layer quantises to the same bits in every call.
         means = sums.sum().reshape(1) / (len(sums) * in_features)
-    return means.to(torch.float32).clamp_min(eps)
+    elif group_size == PER_ROW:
+        means = sums / in_features
+    else:
+        last = in_features - group_size * (sums.shape[1] - 1)
+        means = torch.cat([sums[:, :-1] / group_size, sums[:, -1:] / last], dim=1)
+    scale = means.to(torch.float32).clamp_min(eps)
+    return round_scales(scale) if group_size > 0 else scale
 
 
-def ternarize(weight: Tensor, scale: Tensor) -> Tensor:
+def ternarize(weight: Tensor, scale: Tensor, group_size: int = 0) -> Tensor:
     """``clamp(rint(weight / scale), -1, 1)`` as int8, in the shape of ``weight``."""
+    if group_size > 0:
+        scale = repeat_scales(scale, group_size, weight.shape[1])
     return _round_to_integers(weight.to(torch.float32) / scale, 1).to(torch.int8)
+
+
+def linear_of_quantized(
+    q: Tensor, s_x: Tensor, t: Tensor, s_w: Tensor, bias: Tensor | None, group_size: int = 0
+) -> Tensor:
+    """The output of a layer, from quantised operands.
+
+    Args:
+        q: int8 in [-127, 127] or int16 in [-32385, 32385], shape ``(M, K)``.
+        s_x: fp32, shape ``(M, 1)``.
+        t: fp32 integers in {-1, 0, 1}, shape ``(N, K)``.
+        s_w: fp32, shape ``(1,)`` or ``(N, 1)``; with groups ``(N, groups)``.
+        bias: Floating point, shape ``(N,)``, or None.
+        group_size: The number of weights in a group, or 0.
+
+    Returns:
+        fp32, shape ``(M, N)``.
+    """
+    if group_size > 0:
+        multipliers, s_w = split_scales(s_w)
+        product = group_product(q, t, multipliers, group_size).to(torch.float32)
+    else:
+        product = integer_product(q, t)
+    return epilogue(product, s_x, s_w, bias)
 
 
 def integer_product(q: Tensor, t: Tensor) -> Tensor:

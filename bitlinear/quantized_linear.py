@@ -17,7 +17,7 @@ from .arguments import (
     check_operand,
     dtype_name,
 )
-from .quantize import epilogue, integer_product
+from .quantize import linear_of_quantized
 
 
 def reference_quantized_linear(
@@ -73,6 +73,7 @@ def multiply(
     w_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    group_size: int = 0,
 ) -> Tensor:
     """Multiply quantised tokens ``(M, K)`` by packed weights; return ``(M, N)``."""
     in_features, out_features = q.shape[-1], w_packed.shape[0]
@@ -81,11 +82,11 @@ def multiply(
     for first in range(0, out_features, step):
         rows = slice(first, first + step)
         t = packing.unpack_unchecked(w_packed[rows], in_features).to(torch.float32)
-        y[:, rows] = epilogue(
-            integer_product(q, t),
-            s_x,
+        y[:, rows] = linear_of_quantized(
+            *(q, s_x, t),
             w_scale[rows] if w_scale.dim() == 2 else w_scale,
             None if bias is None else bias[rows],
+            group_size,
         )
     return y
 

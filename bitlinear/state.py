@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import packing
-from .arguments import QUANT_TYPES, WEIGHT_TYPES, group_size_of
+from .arguments import QUANT_TYPES, group_size_of
+from .groups import GROUP_UNIT, count_groups, round_scales
 from .packing import PACKED_NAMES
 from .preconditions import GATHER, is_distributed, why_no_plain_weight
 
@@ -90,6 +91,7 @@ def check(
     for name, value in tensors.items():
         if not torch.overrides.is_tensor_like(value):
             raise TypeError(f"{name} must be a tensor, but it is a {type(value).__name__}")
+    _check_metadata(layer, metadata, tensors.get("w_scale"))
     kind = ""
     if any(name in tensors for name in PACKED_NAMES):
         kind = "packed"
@@ -112,7 +114,6 @@ def check(
             raise TypeError(f"{name} must be strided, but it is {tensor.layout}: use to_dense()")
         if tensor.is_meta and not assigns and _device(layer).type != "meta":
             raise ValueError(f"{name} is on the meta device, so it has no values to load")
-    _check_metadata(layer, metadata, tensors.get("w_scale"))
     if strict:
         _check_names(layer, found, kind)
     return CheckedState(tensors, kind)
@@ -151,8 +152,16 @@ def check_packed(layer: Packable, state: dict[str, Tensor]) -> dict[str, Tensor]
     w_packed = _local_part(tensors["w_packed"])
     # A shard of the columns holds whole bytes.
     packing.check_packed(w_packed, min(columns, 4 * w_packed.shape[1]))
-    tensors["w_scale"] = check_scale(tensors["w_scale"], rows)
+    tensors["w_scale"] = check_scale(tensors["w_scale"], rows, columns, layer._group_size)
     return tensors
+
+
+def group_size_in(layer: Packable, w_scale: Tensor) -> int:
+    """The ``group_size`` of a layer with this ``w_scale``, which :func:`check` has accepted."""
+    own, rows_and_groups = layer._group_size, list(w_scale.shape)
+    if own > 0 and rows_and_groups[1:] == [count_groups(layer.weight_shape[1], own)]:
+        return own
+    return group_size_of(w_scale)
 
 
 def as_buffer(tensor: Tensor) -> Tensor:
@@ -189,12 +198,19 @@ def _check_version(metadata: dict[str, Any]) -> None:
         )
 
 
-def check_scale(w_scale: Tensor, out_features: int) -> Tensor:
-    """Check the scales of a weight with ``out_features`` rows, and reshape a scalar to ``(1,)``.
+def check_scale(
+    w_scale: Tensor, out_features: int, in_features: int, group_size: int = 0
+) -> Tensor:
+    """Check the scales of a weight, and reshape a scalar to ``(1,)``.
+
+    Args:
+        w_scale: Shape ``(1,)`` or ``(N, 1)``; with groups also ``(N, ceil(K/group_size))``.
+        out_features, in_features: ``N`` and ``K``.
+        group_size: The number of weights of a row that share a scale; 0 or -1 if all do.
 
     Raises:
         TypeError: The dtype is not fp32.
-        ValueError: The shape is wrong, or a scale is not finite and positive.
+        ValueError: The shape is wrong, or a scale is not finite, negative, or 0 without groups.
     """
     if w_scale.dtype != torch.float32:
         raise TypeError(
@@ -203,16 +219,40 @@ def check_scale(w_scale: Tensor, out_features: int) -> Tensor:
         )
     if w_scale.dim() == 0:
         w_scale = w_scale.reshape(1)
-    if list(w_scale.shape) not in ([1], [out_features, 1]):
-        raise ValueError(
-            f"w_scale must have shape [1] or [{out_features}, 1], one scale per tensor or per "
-            f"output feature, but it has {list(w_scale.shape)}; scales per group are not supported "
-            f"by this version"
-        )
+    shape, valid = list(w_scale.shape), [[1], [out_features, 1]]
+    if group_size > 0:
+        valid.append([out_features, count_groups(in_features, group_size)])
+    if shape not in valid:
+        remedy = ""
+        if group_size <= 0 and w_scale.dim() == 2 and shape[0] == out_features:
+            remedy = f": {_name_groups(in_features, shape[1])}"
+        shapes = " or ".join(map(str, valid))
+        raise ValueError(f"w_scale must have shape {shapes}, but it has {shape}{remedy}")
     values = _local_part(w_scale)
-    if not values.is_meta and not bool((values.isfinite() & (values > 0)).all()):
+    # The scale of a group is rounded to 0 if it is far below the largest of its row.
+    is_valid = values >= 0 if group_size > 0 else values > 0
+    if not values.is_meta and not bool((values.isfinite() & is_valid).all()):
         raise ValueError("w_scale must be finite and positive: the checkpoint is damaged")
+    has_groups = group_size > 0 and shape == valid[-1] and not values.is_meta
+    if has_groups and not torch.equal(round_scales(values), values):
+        raise ValueError(
+            "w_scale has scales that are no multiples, by integers of 15 bits, of one power of two "
+            "per row: round them with bitlinear.groups.round_scales"
+        )
     return w_scale
+
+
+def _name_groups(in_features: int, groups: int) -> str:
+    """Which layer would take so many scales in each row."""
+    fitting = [
+        size
+        for size in range(GROUP_UNIT, in_features + GROUP_UNIT, GROUP_UNIT)
+        if count_groups(in_features, size) == groups
+    ]
+    if not fitting:
+        return f"no groups of a multiple of {GROUP_UNIT} weights have {groups} scales in a row"
+    types = " or ".join(f"'ai8pc_wpg{size}'" for size in fitting[:3])
+    return f"it has scales for groups of inputs; make the layer with quant_type={types}"
 
 
 def _check_orientation(weight: Tensor, shape: list[int]) -> None:
@@ -255,7 +295,7 @@ def _check_metadata(layer: Packable, metadata: dict[str, Any], w_scale: Tensor |
         if name == "quant_type" and saved != value and saved in QUANT_TYPES and w_scale is not None:
             # Version 0.2 named one type for scales of any shape.
             saved = QUANT_TYPES[saved]._replace(group_size=group_size_of(w_scale)).name
-        if name == "quant_type" and (saved in WEIGHT_TYPES) != (value in WEIGHT_TYPES):
+        if name == "quant_type" and str(saved).startswith("w") != value.startswith("w"):
             # An embedding and a linear layer: only the type of the weights is of both.
             value, saved = (text.rpartition("_")[2] for text in (value, saved))
         if saved != value:

@@ -110,6 +110,11 @@ class RowwiseParallel(parallel.RowwiseParallel):
                 f"processes, but they are {layer.in_features}: use ColwiseParallel for this layer, "
                 f"or fewer processes"
             )
+        if layer._group_size > 0:
+            raise ValueError(
+                f"RowwiseParallel cannot divide a layer with quant_type={layer.quant_type!r}: use "
+                f"ColwiseParallel for it"
+            )
         return super()._apply(module, device_mesh)
 
     def _partition_linear_fn(self, name: str, module: Any, device_mesh: DeviceMesh) -> None:
@@ -183,7 +188,9 @@ class _DividedLinear(torch.autograd.Function):
         local_packed = w_packed.to_local()
         in_features = ctx.layer.in_features if colwise else 4 * local_packed.shape[1]
         local_scale = _local(w_scale, scale_placement)
-        product = input_gradient(local_grad, local_packed, local_scale, in_features)
+        product = input_gradient(
+            local_grad, local_packed, local_scale, in_features, ctx.layer._group_size
+        )
         placement = Partial() if colwise else Shard(grad.dim() - 1)
         grad_x: Any = _dtensor(product, grad.device_mesh, placement)
         if colwise:
@@ -196,7 +203,7 @@ def _colwise_linear(layer: BitLinear, x: DTensor) -> DTensor:
     w_scale, bias = _scale_and_bias(layer, Shard(0))
     y = _linear(
         *(_local(x, Replicate()), w_packed, w_scale, bias, layer.in_features, layer.eps),
-        *(0, layer._act_bits),
+        *(layer._group_size, layer._act_bits),
     )
     # DTensor cannot infer the shape from parts that are not equal.
     shape = torch.Size((*x.shape[:-1], layer.out_features))

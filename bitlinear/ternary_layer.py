@@ -89,8 +89,10 @@ class TernaryLayer(Packable):
             pack_together([self])
         return self
 
-    def _become_packed(self, w_packed: Tensor, w_scale: Tensor, shared: bool = False) -> None:
-        super()._become_packed(w_packed, w_scale, shared)
+    def _become_packed(
+        self, w_packed: Tensor, w_scale: Tensor, group_size: int, shared: bool = False
+    ) -> None:
+        super()._become_packed(w_packed, w_scale, group_size, shared)
         self.quantization_strength = 1.0
 
     def undeploy(self: _Layer) -> _Layer:
@@ -124,7 +126,7 @@ class TernaryLayer(Packable):
                 weight = nn.Parameter(
                     latent_weight(
                         *(self.w_packed, self.w_scale, self.weight_shape[1]),
-                        *(self.eps, self._weight_dtype),
+                        *(self.eps, self._weight_dtype, self._group_size),
                     )
                 )
             for layer in self._sharing_layers():

@@ -20,6 +20,7 @@ from .autograd import (
     output_dtype,
     without_autocast,
 )
+from .groups import repeat_scales
 from .ops import has_cpu_kernels
 from .quantize import quantize_activations, quantize_weights
 
@@ -47,7 +48,8 @@ def straight_through_linear(
         bias: Floating point, shape ``(N,)``, or None.
         eps: Lower bound of the absmax of a token and of the absmean of the weights.
         act_bits: 8 or 16, the bits of a quantised activation.
-        group_size: 0 for one scale of the weights per tensor, -1 for one per output feature.
+        group_size: 0 for one scale of the weights per tensor, -1 for one per output feature, or the
+            number of weights of an output feature that share one.
 
     Returns:
         Shape ``(..., N)``, in the dtype of ``x``; under autocast, in the dtype of autocast.
@@ -71,12 +73,12 @@ def straight_through_linear(
     )
     if not needs_gradients:
         with without_autocast(x.device.type):
-            return _packed_linear(x, w_packed, w_scale, bias, eps, act_bits, dtype)
+            return _packed_linear(x, w_packed, w_scale, bias, eps, group_size, act_bits, dtype)
     edges = (x, weight)
     if not compiling:
         edges = _GradientEdges.apply(x, weight)  # type: ignore[no-untyped-call]
     output, *_ = _StraightThroughLinear.apply(  # type: ignore[no-untyped-call]
-        *edges, bias, x.detach(), eps, act_bits, dtype, w_packed, w_scale
+        *edges, bias, x.detach(), eps, group_size, act_bits, dtype, w_packed, w_scale
     )
     return cast(Tensor, output)
 
@@ -116,6 +118,8 @@ def blended_linear(
             q, s_x = quantize_activations(x, eps, act_bits)
             t, s_w = quantize_weights(weight, eps, group_size)
             step_x = strength * (q * s_x - x)
+            if group_size > 0:
+                s_w = repeat_scales(s_w, group_size, weight.shape[1])
             step_w = strength * (t * s_w - weight)
         operands = ((x + step_x).float(), (weight + step_w).float())
         y = F.linear(*operands, None if bias is None else bias.float())
@@ -148,11 +152,12 @@ def _packed_linear(
     w_scale: Tensor,
     bias: Tensor | None,
     eps: float,
+    group_size: int,
     act_bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
     output: Tensor = torch.ops.bitlinear.linear.default(
-        x, w_packed, w_scale, bias, x.shape[-1], eps, 0, act_bits, dtype
+        x, w_packed, w_scale, bias, x.shape[-1], eps, group_size, act_bits, dtype
     )
     return output
 
@@ -208,19 +213,20 @@ def _multiply(
     w_scale: Tensor,
     bias: Tensor | None,
     eps: float,
+    group_size: int,
     act_bits: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the product, and the quantised tokens for the backward pass."""
     ops = torch.ops.bitlinear
-    if _is_fused(x, act_bits):
+    if _is_fused(x, act_bits) and group_size <= 0:
         q, s_x = quantize_activations(x, eps)
         q_sum = q.sum(dim=-1, keepdim=True, dtype=torch.int32)
         y = ops.quantized_linear.default(q, s_x, q_sum, w_packed, w_scale, bias, dtype)
     else:
         # torch.onnx.export(dynamo=False) takes the order of these calls for the order of the
         # outputs. The first one quantises x too, but to a layout of its own.
-        y = _packed_linear(x, w_packed, w_scale, bias, eps, act_bits, dtype)
+        y = _packed_linear(x, w_packed, w_scale, bias, eps, group_size, act_bits, dtype)
         q, s_x = ops.quantize_activations.default(x, eps, act_bits)
     return y, q, s_x
 
@@ -257,17 +263,18 @@ class _StraightThroughLinear(Function):
         bias: Tensor | None,
         x: Tensor,
         eps: float,
+        group_size: int,
         act_bits: int,
         dtype: torch.dtype,
         w_packed: Tensor,
         w_scale: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with without_autocast(x.device.type):
-            return _multiply(x, w_packed, w_scale, bias, eps, act_bits, dtype)
+            return _multiply(x, w_packed, w_scale, bias, eps, group_size, act_bits, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x_edge, weight_edge, bias, *_, w_packed, w_scale = inputs
+        x_edge, weight_edge, bias, _, _, group_size, *_, w_packed, w_scale = inputs
         _, q, s_x = output
         ctx.mark_non_differentiable(q, s_x)
         ctx.set_materialize_grads(False)  # allocates no zeros for the gradients of q and s_x
@@ -276,11 +283,12 @@ class _StraightThroughLinear(Function):
         # Hooks of saved tensors (offloading to the CPU) would give the edges memory.
         ctx.edges = (x_edge, weight_edge)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.group_size = group_size
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         expand_weight = torch.ops.bitlinear.expand_weight.default
         q, s_x, w_packed, w_scale = ctx.saved_tensors
         x_edge, weight_edge = ctx.edges
@@ -291,7 +299,7 @@ class _StraightThroughLinear(Function):
             dtype = backward_dtype(device_type, grad.dtype)
             g = grad.reshape(-1, grad.shape[-1]).to(dtype)
             if needs_x:
-                weight = expand_weight(w_packed, q.shape[-1], w_scale, dtype)
+                weight = expand_weight(w_packed, q.shape[-1], w_scale, dtype, ctx.group_size)
                 grad_x = g @ _straight_through(weight, weight_edge)
                 grad_x = grad_x.to(x_edge.dtype).reshape(q.shape)
             if needs_weight:
@@ -300,4 +308,4 @@ class _StraightThroughLinear(Function):
                 grad_weight = grad_weight.to(weight_edge.dtype)
             if needs_bias:
                 grad_bias = g.sum(dim=0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, *(None,) * 6
+        return grad_x, grad_weight, grad_bias, *(None,) * 7

@@ -42,7 +42,7 @@ def test_repr():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"quant_type": "fp4"}, r"one of \['ai8pc_wpt', 'ai8pc_wpc', .*\], but it is 'fp4'"),
+        ({"quant_type": "fp4"}, r"one of \['ai8pc_wpt', 'ai8pc_wpc', .*, but it is 'fp4'"),
         ({"eps": 0.0}, "eps must be between 2e-36 and 1e"),
         ({"eps": float("nan")}, "eps must be between"),
         ({"in_features": 0}, "at least 1, but they are 0 and 6"),

@@ -68,11 +68,22 @@ def test_a_scale_per_row_and_per_shard_of_rows(dtype, rows):
     )
 
 
-@pytest.mark.parametrize("width", [32, 64, 128])
-def test_blocks_of_columns_are_refused(width):
-    scales = torch.linspace(0.5, 2, 256 // width).repeat_interleave(width)
-    model = nn.Sequential(linear_of(ternary(8, 64)), linear_of(ternary(8, 256) * scales))
-    message = f"1: each of its blocks of {width} columns has scales of its own; scales for groups"
+@pytest.mark.parametrize("width", [32, 64, 128, 96])
+def test_blocks_of_columns_become_groups(width):
+    scales = torch.linspace(0.5, 2, 384 // width).half().float()
+    weight = ternary(8, 384) * scales.repeat_interleave(width)
+    model = nn.Sequential(linear_of(ternary(8, 384)), linear_of(weight))
+    bitlinear.pack(model)
+    assert model[0].quant_type == "ai8pc_wpt"
+    assert model[1].quant_type == f"ai8pc_wpg{width}"
+    assert torch.equal(model[1].w_scale, scales.expand(8, -1))
+    assert torch.equal(model[1].dequantize(), weight)
+
+
+def test_blocks_that_are_no_groups_are_refused():
+    scales = torch.linspace(0.5, 2, 4).repeat_interleave(24)
+    model = nn.Sequential(linear_of(ternary(8, 96)), linear_of(ternary(8, 96) * scales))
+    message = "1: each of its blocks of 24 columns has scales of its own, but groups must be"
     with pytest.raises(ValueError, match=message):
         bitlinear.pack(model)
     assert type(model[0]) is type(model[1]) is nn.Linear
@@ -81,12 +92,24 @@ def test_blocks_of_columns_are_refused(width):
     assert type(model[1]) is nn.Linear
 
 
-def test_groups_with_scales_of_their_own_in_every_row_are_refused():
+def test_groups_with_scales_of_their_own_in_every_row():
     """As Ternary-Bonsai stores them."""
-    scales = torch.rand(8, 3).repeat_interleave(128, dim=1) + 0.1
-    found = find_scales(ternary(8, 384) * scales)
-    assert found.is_refused
-    assert "blocks of 128 columns" in found.reason
+    scales = (torch.rand(8, 3) + 0.1).half().float()
+    weight = ternary(8, 384)
+    weight[2, 128:256] = 0
+    found = find_scales(weight * scales.repeat_interleave(128, dim=1))
+    assert found.group_size == 128
+    scales[2, 1] = scales[torch.arange(24).reshape(8, 3) != 7].max()  # of zeros: the largest
+    assert torch.equal(found.values, scales)
+    assert found.deviation == 0
+    assert "a scale for each group of 128 inputs" in str(found)
+
+
+def test_scales_that_groups_round_are_reported():
+    scales = torch.tensor([[1.0, 1 / 3, 1e-7]]).expand(8, 3)
+    found = find_scales(ternary(8, 384) * scales.repeat_interleave(128, dim=1))
+    assert found.values[0].tolist() == pytest.approx([1.0, 1 / 3, 0], abs=2**-15)
+    assert 0 < found.deviation < 2**-15
 
 
 # --- The rounding of 16-bit storage --------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The quantisation types: activations of 8 or 16 bits, a scale per tensor or per output feature."""
+"""The quantisation types: bits of activations; scales per tensor, output feature or group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from tests import oracle
 
 OPS = torch.ops.bitlinear
 
-types = pytest.mark.parametrize("quant_type", QUANT_TYPES)
+TYPES = [*QUANT_TYPES, "ai8pc_wpg32", "ai16pc_wpg32", "ai8pc_wpg64"]
+
+types = pytest.mark.parametrize("quant_type", TYPES)
 
 
 def is_per_row(quant_type):
@@ -28,6 +30,23 @@ def is_per_row(quant_type):
 
 def act_bits_of(quant_type):
     return 16 if quant_type.startswith("ai16") else 8
+
+
+def groups_of(quant_type):
+    """The ``group_size``, or 0 without groups."""
+    return int(quant_type.partition("wpg")[2] or 0)
+
+
+def scale_shape(quant_type, out_features=7, in_features=33):
+    if group_size := groups_of(quant_type):
+        return (out_features, -(-in_features // group_size))
+    return (out_features, 1) if is_per_row(quant_type) else (1,)
+
+
+def spread(scale, quant_type, in_features=33):
+    """The scales in a shape that weights can be multiplied with."""
+    group_size = groups_of(quant_type)
+    return oracle.spread(scale, group_size, in_features) if group_size else scale
 
 
 def layer_of(quant_type, in_features=33, out_features=7, **kwargs):
@@ -39,13 +58,25 @@ def layer_of(quant_type, in_features=33, out_features=7, **kwargs):
 
 def oracle_of(layer, x):
     """The output by the oracle, from the layer's own scales, which may be off by an ulp."""
+    quant_type = layer.quant_type
     w_scale = copy.deepcopy(layer).deploy().w_scale
-    per_row = is_per_row(layer.quant_type)
-    wanted = oracle.weight_scale(layer.weight.detach(), layer.eps, per_row)
-    np.testing.assert_allclose(w_scale.squeeze(), np.squeeze(wanted), rtol=1.2e-7)
-    t = oracle.ternarize(layer.weight.detach(), w_scale)
-    bits = act_bits_of(layer.quant_type)
-    return oracle.expected(x, t, w_scale, layer.bias, layer.eps, act_bits=bits)
+    group_size = groups_of(quant_type)
+    wanted = oracle.weight_scale(
+        layer.weight.detach(), layer.eps, is_per_row(quant_type), group_size
+    )
+    assert w_scale.shape == scale_shape(quant_type, *layer.weight.shape)
+    if group_size:
+        _, unit = oracle.integer_scales(wanted)
+        assert (np.abs(w_scale.numpy() - wanted) <= 0.5001 * unit).all()
+        m, unit = oracle.integer_scales(w_scale)
+        np.testing.assert_array_equal(w_scale, m * unit)
+    else:
+        np.testing.assert_allclose(w_scale.squeeze(), np.squeeze(wanted), rtol=1.2e-7)
+    t = oracle.ternarize(layer.weight.detach(), spread(w_scale, quant_type, layer.in_features))
+    bits = act_bits_of(quant_type)
+    return oracle.expected(
+        x, t, w_scale, layer.bias, layer.eps, act_bits=bits, group_size=group_size
+    )
 
 
 # --- The layer -----------------------------------------------------------------------------------
@@ -62,7 +93,7 @@ def test_the_layer_equals_the_oracle_in_training_and_deployed(quant_type, dtype,
     with torch.no_grad():
         oracle.assert_same_bits(layer(x), wanted)
     layer.deploy()
-    assert layer.w_scale.shape == ((7, 1) if is_per_row(quant_type) else (1,))
+    assert layer.w_scale.shape == scale_shape(quant_type)
     oracle.assert_same_bits(layer(x), wanted)
     with torch.no_grad():
         oracle.assert_same_bits(layer(x), wanted)
@@ -86,9 +117,9 @@ def test_gradients_are_those_of_the_formula(quant_type):
     y = layer(x)
     grad = torch.randn_like(y)
     y.backward(grad)
-    per_row = is_per_row(quant_type)
     w = layer.weight.detach()
-    s_w = np.asarray(oracle.weight_scale(w, 1e-6, per_row), np.float64)
+    s_w = copy.deepcopy(layer).deploy().w_scale.double().numpy()
+    s_w = spread(s_w, quant_type)
     t = oracle.ternarize(w, s_w)
     q, s_x = oracle.quantize_activations(x.detach(), 1e-6, act_bits_of(quant_type))
     g = grad.double().numpy()
@@ -182,7 +213,7 @@ def test_compiled(quant_type):
 def test_the_type_can_change_while_the_layer_trains():
     layer = layer_of("ai8pc_wpt")
     x = torch.randn(3, 33)
-    for quant_type in QUANT_TYPES:
+    for quant_type in TYPES:
         layer.quant_type = quant_type
         oracle.assert_same_bits(layer(x), oracle_of(layer, x))
 
@@ -229,11 +260,23 @@ def test_other_numbers_of_bits(act_bits):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_other_groups_of_weights(device):
-    with pytest.raises(
-        NotImplementedError, match="group_size = 64 is reserved for a later version"
-    ):
-        OPS.quantize_weight(torch.ones(4, 128, device=device), 1e-6, 64)
+@pytest.mark.parametrize("group_size", [-2, 1, 16, 48])
+def test_other_groups_of_weights(device, group_size):
+    message = rf"group_size must be 0 .* positive multiple of 32, but it is {group_size}"
+    with pytest.raises(ValueError, match=message):
+        OPS.quantize_weight(torch.ones(4, 128, device=device), 1e-6, group_size)
+    layer = BitLinear(8, 2, device=device).deploy()
+    for function in (OPS.linear, ops.reference_linear):
+        with pytest.raises(ValueError, match=message):
+            function(
+                torch.ones(8, device=device),
+                layer.w_packed,
+                layer.w_scale,
+                None,
+                8,
+                1e-6,
+                group_size,
+            )
 
 
 # --- States --------------------------------------------------------------------------------------
@@ -287,7 +330,7 @@ def test_the_scale_of_a_state_without_metadata_decides_the_type():
 @types
 def test_a_state_that_names_another_type_is_rejected(quant_type):
     state = layer_of(quant_type).deploy().state_dict()
-    for other in QUANT_TYPES:
+    for other in TYPES:
         layer = layer_of(other)
         if other == quant_type:
             layer.load_state_dict(state)
@@ -334,6 +377,34 @@ def test_weights_with_a_scale_per_row(dtype, shape):
     assert torch.equal(quantize.quantize_weights(w, 1e-6, -1)[1], reference[1])
 
 
+@pytest.mark.parametrize("dtype", [*oracle.DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("group_size", [32, 96, 128])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (40, 2050), (0, 8), (3, 256)])
+def test_weights_with_scales_of_groups(shape, group_size, dtype):
+    magnitudes = torch.logspace(-6, 3, shape[1])[torch.randperm(shape[1])]
+    w = (torch.randn(shape) * magnitudes).to(dtype)
+    w_packed, w_scale = OPS.quantize_weight(w, 1e-6, group_size)
+    assert w_scale.shape == (shape[0], -(-shape[1] // group_size))
+    wanted = oracle.weight_scale(w.float(), 1e-6, group_size=group_size)
+    if shape[0] > 0:
+        _, unit = oracle.integer_scales(wanted)
+        assert (np.abs(w_scale.numpy() - wanted) <= 0.5001 * unit).all()
+        m, unit = oracle.integer_scales(w_scale)
+        np.testing.assert_array_equal(w_scale, m * unit)
+    with np.errstate(all="ignore"):
+        scales = oracle.spread(w_scale, group_size, shape[1])
+        quotients = np.asarray(w.float()) / scales
+        t = np.nan_to_num(np.clip(np.rint(quotients), -1, 1)).astype(np.int64)
+    np.testing.assert_array_equal(w_packed, oracle.pack(t))
+    for expand in (OPS.expand_weight, ops.reference_expand_weight):
+        values = expand(w_packed, shape[1], w_scale, None, group_size)
+        np.testing.assert_array_equal(values, t * scales)
+    reference = ops.reference_quantize_weight(w, 1e-6, group_size)
+    same = (reference[1] == w_scale).all(dim=1)
+    assert torch.equal(reference[0][same], w_packed[same])
+    assert torch.equal(quantize.quantize_weights(w, 1e-6, group_size)[1], reference[1])
+
+
 def test_a_row_that_is_not_finite_leaves_the_others_alone():
     w = torch.randn(3, 50)
     wanted = OPS.quantize_weight(w, 1e-6, -1)
@@ -376,21 +447,22 @@ def test_the_reference_gives_the_bits_of_the_kernel(quant_type):
     layer = layer_of(quant_type, 1100, 40).deploy()
     for rows in (1, 3, 40):
         x = torch.randn(rows, 1100)
-        arguments = (x, layer.w_packed, layer.w_scale, layer.bias, 1100, 1e-6, 0, layer._act_bits)
+        quantisation = 1e-6, layer._group_size, layer._act_bits
+        arguments = (x, layer.w_packed, layer.w_scale, layer.bias, 1100, *quantisation)
         assert torch.equal(ops.reference_linear(*arguments), OPS.linear(*arguments))
 
 
 @pytest.mark.parametrize("act_bits", [8, 16])
-@pytest.mark.parametrize("group_size", [0, -1])
+@pytest.mark.parametrize("group_size", [0, -1, 32])
 def test_operators_pass_the_checks_of_torch(act_bits, group_size):
-    x, weight = torch.randn(2, 6, 11), torch.randn(6, 11)
+    x, weight = torch.randn(2, 6, 43), torch.randn(6, 43)
     w_packed, w_scale = OPS.quantize_weight(weight, 1e-6, group_size)
     for operator, arguments in (
         (OPS.quantize_weight, (weight, 1e-6, group_size)),
-        (OPS.expand_weight, (w_packed, 11, w_scale)),
+        (OPS.expand_weight, (w_packed, 43, w_scale, None, group_size)),
         (OPS.quantize_activations, (x, 1e-6, act_bits)),
         (OPS.expand_activations, OPS.quantize_activations(x, 1e-6, act_bits)),
-        (OPS.linear, (x, w_packed, w_scale, None, 11, 1e-6, 0, act_bits)),
+        (OPS.linear, (x, w_packed, w_scale, None, 43, 1e-6, group_size, act_bits)),
     ):
         torch.library.opcheck(operator.default, arguments)
 

@@ -184,7 +184,7 @@ CORRUPT = [
     ("w_packed must be a tensor, but it is a list", corrupt("w_packed", lambda w: w.tolist())),
     (r"w_scale must be float32, but it is torch\.float16", corrupt("w_scale", lambda s: s.half())),
     (
-        r"w_scale must have shape \[1\] or \[6, 1\].*\[6, 5\].*per group",
+        r"w_scale must have shape \[1\] or \[6, 1\].*\[6, 5\]: no groups .* 5 scales in a row",
         corrupt("w_scale", lambda s: s.expand(6, 5)),
     ),
     (r"w_scale must have shape .* it has \[2\]", corrupt("w_scale", lambda s: s.expand(2))),

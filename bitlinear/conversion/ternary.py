@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import packing
+from ..groups import GROUP_UNIT, round_scales
 from ..quantize import PER_ROW
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -24,24 +26,26 @@ class Scales:
     """The scales of a ternary weight.
 
     Attributes:
-        values: fp32, ``(1,)`` or ``(N, 1)``. The scale of a row of zeros is the largest of all.
+        values: fp32, ``(1,)``, ``(N, 1)`` or ``(N, groups)``, the last as
+            :func:`bitlinear.groups.round_scales` rounds them. Zeros that share a scale get the
+            largest of all.
         count: How many different scales there are.
         zeros: The share of weights that are 0.
         deviation: The largest distance of a magnitude from its scale; 0 if all are equal.
+        group_size: 0 for one scale per tensor, -1 for one per output feature, or the number of
+            weights of an output feature that share one.
     """
 
     values: Tensor
     count: int
     zeros: float
     deviation: float
-
-    @property
-    def group_size(self) -> int:
-        """0 for one scale per tensor, -1 for one per output feature."""
-        return PER_ROW if self.values.dim() == 2 else 0
+    group_size: int
 
     def __str__(self) -> str:
-        kind = "a scale per output feature" if self.group_size else "one scale"
+        kind = {0: "one scale", PER_ROW: "a scale per output feature"}.get(
+            self.group_size, f"a scale for each group of {self.group_size} inputs"
+        )
         range_ = f"{float(self.values.min()):.6g}"
         if self.count > 1:
             range_ = f"{self.count} different ones, {range_} to {float(self.values.max()):.6g}"
@@ -74,9 +78,8 @@ def find_scales(weight: Tensor) -> Scales | NotTernary:
         weight: Floating point, shape ``(N, K)``, with values.
 
     Returns:
-        The scales, or why there are none. A weight is refused if blocks of columns have scales of
-        their own, further apart than the rule allows, and if it has fewer than two weights other
-        than 0 for each scale: any numbers would look like that.
+        The scales, or why there are none. A weight is refused if it has fewer than two weights
+        other than 0 for each scale: any numbers would look like that.
     """
     rows = _Rows(weight)
     if not rows.is_finite:
@@ -86,7 +89,7 @@ def find_scales(weight: Tensor) -> Scales | NotTernary:
     used = rows.nonzero > 0
     if not used.any():
         scale = torch.ones(1, dtype=torch.float32, device=weight.device)
-        return Scales(scale, 1, 1.0, 0.0)
+        return Scales(scale, 1, 1.0, 0.0, 0)
     lowest, highest = rows.lowest[used], rows.highest[used]
     if torch.equal(lowest, highest):
         scales = one_or_each(rows.highest, used)
@@ -103,11 +106,7 @@ def find_scales(weight: Tensor) -> Scales | NotTernary:
             deviation = float(((highest - lowest) / 2).max())
             return _checked(scales, means[used].unique().numel(), rows, deviation)
     if columns := _equal_columns(weight):
-        return NotTernary(
-            f"each of its blocks of {columns} columns has scales of its own; scales for groups of "
-            f"inputs are not supported by this version",
-            is_refused=True,
-        )
+        return _group_scales(weight, columns, rows)
     row = int((lowest != highest).nonzero()[0])
     return NotTernary(
         f"{int((lowest != highest).sum())} of {len(weight)} rows have several magnitudes, the "
@@ -186,16 +185,48 @@ def pack(weight: Tensor) -> Tensor:
 def _checked(scales: Tensor, count: int, rows: _Rows, deviation: float) -> Scales | NotTernary:
     nonzero = int(rows.nonzero.sum())
     if nonzero < 2 * count:
-        return NotTernary(
-            f"it has {nonzero} weights other than 0 and {count} scales, as any weight of this "
-            f"shape would",
-            is_refused=True,
-        )
+        return _too_few(nonzero, count)
     values = scales.to(torch.float32)
     if not bool((values.isfinite() & (values > 0)).all()):
         return NotTernary("a scale does not fit float32", is_refused=True)
     rounding = float((values.double() - scales.double()).abs().max())
-    return Scales(values, count, 1 - nonzero / rows.count, max(deviation, rounding))
+    group_size = PER_ROW if values.dim() == 2 else 0
+    return Scales(values, count, 1 - nonzero / rows.count, max(deviation, rounding), group_size)
+
+
+def _group_scales(weight: Tensor, group_size: int, rows: _Rows) -> Scales | NotTernary:
+    """The scales of a weight whose groups have one magnitude each."""
+    if group_size % GROUP_UNIT != 0:
+        return NotTernary(
+            f"each of its blocks of {group_size} columns has scales of its own, but groups must be "
+            f"multiples of {GROUP_UNIT}",
+            is_refused=True,
+        )
+    missing = -weight.shape[1] % group_size
+    highest = torch.cat(
+        [
+            F.pad(part.abs(), (0, missing)).unflatten(1, (-1, group_size)).amax(dim=-1)
+            for _, part in packing.enumerate_chunks(weight)
+        ]
+    ).double()
+    exact = torch.where(highest > 0, highest, highest.max())
+    values = round_scales(exact.to(torch.float32))
+    count = int(highest[highest > 0].unique().numel())
+    nonzero = int(rows.nonzero.sum())
+    if nonzero < 2 * count:
+        return _too_few(nonzero, count)
+    if not bool(values.isfinite().all()):
+        return NotTernary("a scale does not fit float32", is_refused=True)
+    deviation = float((values.double() - exact).abs().max())
+    return Scales(values, count, 1 - nonzero / rows.count, deviation, group_size)
+
+
+def _too_few(nonzero: int, count: int) -> NotTernary:
+    return NotTernary(
+        f"it has {nonzero} weights other than 0 and {count} scales, as any weight of this shape "
+        f"would",
+        is_refused=True,
+    )
 
 
 class _Rows:

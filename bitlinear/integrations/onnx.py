@@ -31,6 +31,14 @@ from ..quantize import EXACT_K, HIGH_WEIGHT, INTEGER_DTYPES, PER_ROW, QMAX
 _MIN_OPSET = 13
 
 
+def _check_no_groups(group_size: int) -> None:
+    if group_size > 0:
+        raise NotImplementedError(
+            f"bitlinear: a layer with scales for groups of {group_size} inputs cannot be exported "
+            f"to ONNX"
+        )
+
+
 def _scale_activations(x: Tensor, eps: float, act_bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """``q`` as fp32, with the absmax and the scale of each token.
 
@@ -61,7 +69,12 @@ def expand_activations(q: Tensor, s_x: Tensor, dtype: torch.dtype | None = None)
 def quantize_weight(
     weight: Tensor, eps: float = 1e-6, group_size: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """``torch.ops.bitlinear.quantize_weight``."""
+    """``torch.ops.bitlinear.quantize_weight``.
+
+    Raises:
+        NotImplementedError: ``group_size`` is positive.
+    """
+    _check_no_groups(group_size)
     out_features, in_features = weight.shape
     weight = weight.to(torch.float32)
     sums = weight.abs().to(torch.float64).sum(dim=-1)
@@ -87,8 +100,14 @@ def expand_weight(
     in_features: int,
     w_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    group_size: int = 0,
 ) -> Tensor:
-    """``torch.ops.bitlinear.expand_weight``."""
+    """``torch.ops.bitlinear.expand_weight``.
+
+    Raises:
+        NotImplementedError: ``group_size`` is positive.
+    """
+    _check_no_groups(group_size)
     # The table holds the four weights of each byte. It is computed, because a decomposition cannot
     # contain a constant tensor.
     byte = torch.arange(256, dtype=torch.float32, device=w_packed.device)
@@ -116,12 +135,9 @@ def linear(
     """``torch.ops.bitlinear.linear``.
 
     Raises:
-        NotImplementedError: ``group_size`` is not 0.
+        NotImplementedError: ``group_size`` is positive.
     """
-    if group_size != 0:
-        raise NotImplementedError(
-            f"bitlinear: a layer with group_size = {group_size} cannot be exported to ONNX: use 0"
-        )
+    _check_no_groups(group_size)
     q, _, s_x = _scale_activations(x, eps, act_bits)
     t = expand_weight(w_packed, in_features)
     if act_bits == 8:

@@ -6,7 +6,7 @@
 
 #include "portability.h"
 
-#define BITLINEAR_ABI_VERSION 9
+#define BITLINEAR_ABI_VERSION 10
 
 // Sums are int32. The codes of the most significant plane of a packed byte are 64 times too large
 // (see gemv.h), so |acc| <= 127 * 2 * 64 * K / 4, which is below 2^31 for K < 528,000.
@@ -19,6 +19,9 @@
 // Other values at ties may go either way.
 #define BITLINEAR_HIGH_FACTOR (0.99999905f / 254.0f)
 static inline int64_t bitlinear_rows_per_token(int64_t act_bits) { return act_bits / 8; }
+
+// Groups of weights that share a scale are multiples of this many.
+#define BITLINEAR_GROUP_UNIT 32
 
 enum bitlinear_dtype { BITLINEAR_F32 = 0, BITLINEAR_F16 = 1, BITLINEAR_BF16 = 2 };
 
@@ -49,8 +52,9 @@ struct bitlinear_task {
   const uint8_t* w;      // (N, row_bytes): packed weights, format version 1
   int64_t row_bytes;     // ceil(K / 4)
   const float* s_w;
-  int64_t s_w_stride;  // 0: one scale per tensor; 1: one per output channel
-  const void* bias;    // (N,) or null
+  int64_t s_w_stride;   // scales of a row: 0: one scale per tensor; 1: one per output channel
+  int64_t group_bytes;  // with several scales of a row: packed bytes that share one; else 0
+  const void* bias;     // (N,) or null
   int bias_dtype;
   const void* residual;  // (tokens, y_stride), added last; or null
   int residual_dtype;
@@ -112,9 +116,9 @@ struct bitlinear_kernel_table {
   // Computes the rectangle of the task.
   void (*linear)(const bitlinear_task* task);
   // The bytes of scratch memory for a task of at most M rows of q.
-  int64_t (*scratch_bytes)(int64_t M, int64_t row_bytes);
+  int64_t (*scratch_bytes)(int64_t M, int64_t row_bytes, int64_t group_bytes);
   // The costs of a product of M rows of q.
-  bitlinear_costs (*costs)(int64_t M, int64_t row_bytes);
+  bitlinear_costs (*costs)(int64_t M, int64_t row_bytes, int64_t group_bytes);
 
   // The functions below are for training. Rows have K values of `dtype`, in the order of torch.
   //

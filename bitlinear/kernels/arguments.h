@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 
 #include "abi.h"
@@ -68,10 +69,30 @@ inline void check_eps(double eps, int64_t act_bits = 8) {
                     " / eps and eps * eps have to fit float32), but it is ", eps);
 }
 
-// Whether a tensor has the shape of the scales of this many rows: one for all, or one for each.
-inline bool has_scale_shape(const at::Tensor& w_scale, int64_t rows) {
-  return (w_scale.dim() == 1 && w_scale.size(0) == 1) ||
-         (w_scale.dim() == 2 && w_scale.size(0) == rows && w_scale.size(1) == 1);
+inline void check_group_size(int64_t group_size) {
+  const bool is_group = group_size > 0 && group_size % BITLINEAR_GROUP_UNIT == 0;
+  TORCH_CHECK_VALUE(is_group || group_size == 0 || group_size == -1,
+                    "bitlinear: group_size must be 0 (one scale per tensor), -1 (one per output "
+                    "feature) or a positive multiple of ",
+                    BITLINEAR_GROUP_UNIT, ", but it is ", group_size);
+}
+
+// The scales of a row, if it has several.
+inline int64_t scales_of_row(int64_t in_features, int64_t group_size) {
+  return group_size > 0 ? (in_features + group_size - 1) / group_size : 1;
+}
+
+// Whether a tensor has the shape of the scales of so many rows: one for all, or some for each.
+inline bool has_scale_shape(const at::Tensor& w_scale, int64_t rows, int64_t in_features,
+                            int64_t group_size) {
+  return (group_size <= 0 && w_scale.dim() == 1 && w_scale.size(0) == 1) ||
+         (w_scale.dim() == 2 && w_scale.size(0) == rows &&
+          w_scale.size(1) == scales_of_row(in_features, group_size));
+}
+
+inline std::string scale_shapes(int64_t rows, int64_t in_features, int64_t group_size) {
+  return (group_size > 0 ? "(" : "(1,) or (") + std::to_string(rows) + ", " +
+         std::to_string(scales_of_row(in_features, group_size)) + ")";
 }
 
 inline void check_act_bits(int64_t act_bits) {
@@ -95,8 +116,7 @@ inline void check_in_features(int64_t in_features) {
 // Checks everything but the weights; `width` is the last dimension of x.
 inline void check_product(const at::Tensor& x, int64_t in_features, int64_t width, double eps,
                           int64_t group_size, int64_t act_bits, at::ScalarType out_dtype) {
-  TORCH_CHECK_NOT_IMPLEMENTED(group_size == 0, "bitlinear: group_size = ", group_size,
-                              " is reserved for a later version: use 0");
+  check_group_size(group_size);
   check_act_bits(act_bits);
   check_in_features(in_features);
   check_eps(eps, act_bits);
@@ -125,7 +145,7 @@ inline void check_vector(const at::Tensor& x, const char* name, const at::Tensor
 // Checks one weight, with its scale and its bias.
 inline void check_operand(const at::Tensor& x, const at::Tensor& w_packed,
                           const at::Tensor& w_scale, const std::optional<at::Tensor>& bias,
-                          int64_t in_features) {
+                          int64_t in_features, int64_t group_size) {
   TORCH_CHECK_TYPE(w_packed.scalar_type() == at::ScalarType::Byte,
                    "bitlinear: w_packed must be uint8, but it is ",
                    dtype_name(w_packed.scalar_type()),
@@ -139,10 +159,10 @@ inline void check_operand(const at::Tensor& x, const at::Tensor& w_packed,
                     ") for in_features = ", in_features,
                     ", four weights to a byte, but it has shape ", w_packed.sizes());
   const int64_t out_features = w_packed.size(0);
-  TORCH_CHECK_VALUE(has_scale_shape(w_scale, out_features),
-                    "bitlinear: w_scale must have shape (1,) or (", out_features,
-                    ", 1), but it has shape ", w_scale.sizes(),
-                    ": scales are per tensor or per output feature");
+  TORCH_CHECK_VALUE(has_scale_shape(w_scale, out_features, in_features, group_size),
+                    "bitlinear: w_scale must have shape ",
+                    scale_shapes(out_features, in_features, group_size),
+                    " for group_size = ", group_size, ", but it has shape ", w_scale.sizes());
   check_device(x, "w_packed", w_packed);
   check_device(x, "w_scale", w_scale);
   if (bias.has_value()) check_vector(x, "bias", *bias, out_features, "rows of w_packed");
@@ -154,7 +174,7 @@ inline void check_arguments(const at::Tensor& x, const at::Tensor& w_packed,
                             int64_t in_features, double eps, int64_t group_size, int64_t act_bits,
                             at::ScalarType out_dtype) {
   check_product(x, in_features, in_features, eps, group_size, act_bits, out_dtype);
-  check_operand(x, w_packed, w_scale, bias, in_features);
+  check_operand(x, w_packed, w_scale, bias, in_features, group_size);
 }
 
 // The activation's number in the kernels' interface.
@@ -185,7 +205,7 @@ inline void check_fused_arguments(const at::Tensor& x, at::TensorList w_packed,
                     bias.size(), " elements");
   int64_t out_features = 0;
   for (size_t i = 0; i < count; ++i) {
-    check_operand(x, w_packed[i], w_scale[i], bias[i], in_features);
+    check_operand(x, w_packed[i], w_scale[i], bias[i], in_features, group_size);
     out_features += w_packed[i].size(0);
   }
   if (norm_weight.has_value()) {
@@ -207,15 +227,9 @@ inline void check_fused_arguments(const at::Tensor& x, at::TensorList w_packed,
   }
 }
 
-// Whether each row of a weight has a scale of its own.
-inline bool has_row_scales(int64_t group_size) { return group_size == -1; }
-
 inline void check_weight(const at::Tensor& weight, double eps, int64_t group_size) {
   check_eps(eps);
-  TORCH_CHECK_NOT_IMPLEMENTED(group_size == 0 || has_row_scales(group_size),
-                              "bitlinear: group_size = ", group_size,
-                              " is reserved for a later version: use 0 for one scale per tensor, "
-                              "-1 for one per output feature");
+  check_group_size(group_size);
   TORCH_CHECK_VALUE(weight.dim() == 2 && at::isFloatingType(weight.scalar_type()),
                     "bitlinear: weight must be floating point, of shape (N, K), but it is ",
                     dtype_name(weight.scalar_type()), " of shape ", weight.sizes());
@@ -228,7 +242,9 @@ inline void check_output_dtype(at::ScalarType dtype) {
 }
 
 inline void check_packed(const at::Tensor& w_packed, int64_t in_features,
-                         const std::optional<at::Tensor>& w_scale, at::ScalarType dtype) {
+                         const std::optional<at::Tensor>& w_scale, at::ScalarType dtype,
+                         int64_t group_size) {
+  check_group_size(group_size);
   const int64_t columns = (in_features + 3) / 4;
   TORCH_CHECK_VALUE(w_packed.scalar_type() == at::ScalarType::Byte && w_packed.dim() == 2 &&
                         w_packed.size(1) == columns,
@@ -236,12 +252,13 @@ inline void check_packed(const at::Tensor& w_packed, int64_t in_features,
                     ") for in_features = ", in_features, ", but it is ",
                     dtype_name(w_packed.scalar_type()), " of shape ", w_packed.sizes());
   if (w_scale.has_value()) {
-    TORCH_CHECK_VALUE(
-        w_scale->scalar_type() == at::ScalarType::Float &&
-            has_scale_shape(*w_scale, w_packed.size(0)) && w_scale->device() == w_packed.device(),
-        "bitlinear: w_scale must be float32, of shape (1,) or (", w_packed.size(0), ", 1), on ",
-        w_packed.device(), ", but it is ", dtype_name(w_scale->scalar_type()), " of shape ",
-        w_scale->sizes(), " on ", w_scale->device());
+    TORCH_CHECK_VALUE(w_scale->scalar_type() == at::ScalarType::Float &&
+                          has_scale_shape(*w_scale, w_packed.size(0), in_features, group_size) &&
+                          w_scale->device() == w_packed.device(),
+                      "bitlinear: w_scale must be float32, of shape ",
+                      scale_shapes(w_packed.size(0), in_features, group_size), ", on ",
+                      w_packed.device(), ", but it is ", dtype_name(w_scale->scalar_type()),
+                      " of shape ", w_scale->sizes(), " on ", w_scale->device());
   }
   check_output_dtype(dtype);
 }
@@ -373,8 +390,8 @@ inline at::ScalarType integer_type(int64_t act_bits) {
 
 // The shape of the scale of a weight.
 inline c10::SmallVector<int64_t, 2> scale_shape(const at::Tensor& weight, int64_t group_size) {
-  if (has_row_scales(group_size)) return {weight.size(0), 1};
-  return {1};
+  if (group_size == 0) return {1};
+  return {weight.size(0), scales_of_row(weight.size(1), group_size)};
 }
 
 // The tensor, contiguous and in a dtype that the kernels read.

@@ -44,9 +44,11 @@ extern "C" __declspec(dllimport) long long(__stdcall* __stdcall GetProcAddress(H
 #if defined(BITLINEAR_MSVC)
 #define BITLINEAR_NOINLINE __declspec(noinline)
 #define BITLINEAR_UNROLL_4
+#define BITLINEAR_UNROLL_8
 #else
 #define BITLINEAR_NOINLINE __attribute__((noinline))
 #define BITLINEAR_UNROLL_4 _Pragma("GCC unroll 4")
+#define BITLINEAR_UNROLL_8 _Pragma("GCC unroll 8")
 #endif
 
 // --- Inline assembly -----------------------------------------------------------------------------

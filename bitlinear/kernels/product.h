@@ -43,7 +43,7 @@ struct Weight {
 
   const uint8_t* w() const { return static_cast<const uint8_t*>(packed.const_data_ptr()); }
   const float* s_w() const { return static_cast<const float*>(scale.const_data_ptr()); }
-  int64_t s_w_stride() const { return scale.dim() == 2 ? 1 : 0; }
+  int64_t s_w_stride() const { return scale.dim() == 2 ? scale.size(1) : 0; }
   const void* bias_data() const { return bias.defined() ? bias.const_data_ptr() : nullptr; }
   int bias_dtype() const {
     return bias.defined() ? kernel_dtype(bias.scalar_type()) : BITLINEAR_F32;
@@ -57,6 +57,7 @@ struct Product {
   int64_t K;
   float eps;
   int64_t act_bits;
+  int64_t group_bytes;  // packed bytes of a row that share a scale; 0: all of them
   at::ScalarType y_dtype;
   c10::SmallVector<Weight, BITLINEAR_MAX_WEIGHTS> weights = {};
   int activation = BITLINEAR_NO_GATE;
@@ -79,6 +80,8 @@ struct Product {
   }
 };
 
+inline int64_t group_bytes(int64_t group_size) { return group_size > 0 ? group_size / 4 : 0; }
+
 // The operators. kCompute: computes a product on a device.
 template <at::Tensor (*kCompute)(const Product&)>
 at::Tensor linear(const at::Tensor& x, const at::Tensor& w_packed, const at::Tensor& w_scale,
@@ -86,7 +89,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& w_packed, const at::Ten
                   int64_t group_size, int64_t act_bits, std::optional<at::ScalarType> out_dtype) {
   const at::ScalarType y_dtype = out_dtype.value_or(x.scalar_type());
   check_arguments(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, y_dtype);
-  Product product = {contiguous(x, "x"), in_features, static_cast<float>(eps), act_bits, y_dtype};
+  Product product = {contiguous(x, "x"),      in_features, static_cast<float>(eps), act_bits,
+                     group_bytes(group_size), y_dtype};
   product.weights.emplace_back(w_packed, w_scale, bias, 0);
   return kCompute(product);
 }
@@ -104,7 +108,8 @@ at::Tensor fused_linear(const at::Tensor& x, at::TensorList w_packed, at::Tensor
                                                                                   bias.end());
   check_fused_arguments(x, w_packed, w_scale, biases, in_features, eps, group_size, act_bits,
                         activation, norm_weight, norm_eps, residual, y_dtype);
-  Product product = {contiguous(x, "x"), in_features, static_cast<float>(eps), act_bits, y_dtype};
+  Product product = {contiguous(x, "x"),      in_features, static_cast<float>(eps), act_bits,
+                     group_bytes(group_size), y_dtype};
   int64_t begin = 0;
   for (size_t i = 0; i < w_packed.size(); ++i) {
     product.weights.emplace_back(w_packed[i], w_scale[i], biases[i], begin);

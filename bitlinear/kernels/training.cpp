@@ -43,7 +43,8 @@ Tensor pass_gradient(Tensor values, uint32_t index) {
 // The product, and the quantised tokens for the backward pass.
 std::tuple<Tensor, Tensor, Tensor> multiply(const Tensor& x, const Tensor& w_packed,
                                             const Tensor& w_scale, const OptionalTensor& bias,
-                                            double eps, int64_t act_bits, ScalarType dtype) {
+                                            double eps, int64_t group_size, int64_t act_bits,
+                                            ScalarType dtype) {
   static const auto linear_with_activations = find<std::tuple<Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, ScalarType)>(
       "bitlinear::linear_with_activations");
@@ -53,10 +54,10 @@ std::tuple<Tensor, Tensor, Tensor> multiply(const Tensor& x, const Tensor& w_pac
   static const auto quantize_activations =
       find<std::tuple<Tensor, Tensor>(const Tensor&, double, int64_t)>(
           "bitlinear::quantize_activations");
-  if (x.is_cuda() && act_bits == 8) {
+  if (x.is_cuda() && act_bits == 8 && group_size <= 0) {
     return linear_with_activations.call(x, w_packed, w_scale, bias, eps, dtype);
   }
-  Tensor y = linear.call(x, w_packed, w_scale, bias, x.size(-1), eps, 0, act_bits, dtype);
+  Tensor y = linear.call(x, w_packed, w_scale, bias, x.size(-1), eps, group_size, act_bits, dtype);
   auto [q, s_x] = quantize_activations.call(x, eps, act_bits);
   return {y, q, s_x};
 }
@@ -78,11 +79,12 @@ struct StraightThrough : torch::autograd::Function<StraightThrough> {
             "bitlinear::quantize_weight");
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto [w_packed, w_scale] = quantize_weight.call(weight, eps, group_size);
-    const auto [y, q, s_x] = multiply(x, w_packed, w_scale, bias, eps, act_bits, dtype);
+    const auto [y, q, s_x] = multiply(x, w_packed, w_scale, bias, eps, group_size, act_bits, dtype);
     // 1 or 2 bytes per activation and 2 bits per weight; nn.Linear keeps 4 bytes of each.
     ctx->save_for_backward({q, s_x, w_packed, w_scale});
     ctx->saved_data["x"] = x.scalar_type();
     ctx->saved_data["weight"] = weight.scalar_type();
+    ctx->saved_data["group_size"] = group_size;
     if (bias.has_value()) ctx->saved_data["bias"] = bias->scalar_type();
     ctx->set_materialize_grads(false);  // an undefined gradient is not 0
     return y;
@@ -90,7 +92,7 @@ struct StraightThrough : torch::autograd::Function<StraightThrough> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto expand_weight =
-        find<Tensor(const Tensor&, int64_t, const OptionalTensor&, OptionalType)>(
+        find<Tensor(const Tensor&, int64_t, const OptionalTensor&, OptionalType, int64_t)>(
             "bitlinear::expand_weight");
     static const auto expand_activations =
         find<Tensor(const Tensor&, const Tensor&, OptionalType)>("bitlinear::expand_activations");
@@ -105,7 +107,8 @@ struct StraightThrough : torch::autograd::Function<StraightThrough> {
     const ScalarType dtype = grad.is_cuda() ? grad.scalar_type() : ScalarType::Float;
     const Tensor g = grad.reshape({-1, grad.size(-1)}).to(dtype);
     if (ctx->needs_input_grad(0)) {
-      const Tensor expanded = expand_weight.call(w_packed, K, w_scale, dtype);
+      const Tensor expanded =
+          expand_weight.call(w_packed, K, w_scale, dtype, ctx->saved_data["group_size"].toInt());
       const Tensor grad_x = g.matmul(pass_gradient(expanded, 1));
       result[0] = grad_x.to(ctx->saved_data["x"].toScalarType()).reshape(q.sizes());
     }

@@ -9,6 +9,7 @@
 // thread: M = 32 1120, M = 256 1920; 16 threads on 8 cores: 9000. The loop loads 4 tiles for 4
 // products. Loads of activations from the L2 cache take longer than the products.
 #include "avx512.h"
+#include "gemm_groups.h"
 #include "gemm_panel.h"
 
 namespace bitlinear {
@@ -24,6 +25,10 @@ struct AmxInt8 : Vnni<Zmm> {
   static constexpr int64_t kPanelDepth = 512;
   static constexpr int kDecodingTokens = 25;
   static constexpr int kFetchingRows = 64;
+  static constexpr int64_t kGroupGemmTokens = 6;
+  static constexpr int kGroupTokens = 8;
+  static constexpr int kGroupStrips = 3;
+  static constexpr int64_t kGroupDepth = 512;
 };
 
 // Tiles 0 .. 3 hold sums, 4 and 5 activations, 6 and 7 codes. Intrinsics take tile numbers as
@@ -112,7 +117,7 @@ class AmxTiles {
 };
 
 constexpr bitlinear_kernel_table kTable =
-    make_table<AmxInt8, PanelGemm<AmxInt8, AmxTiles>>("amx_int8");
+    make_table<AmxInt8, PanelGemm<AmxInt8, AmxTiles>, GroupProduct<AmxInt8>>("amx_int8");
 
 }  // namespace
 }  // namespace bitlinear

@@ -43,6 +43,7 @@ struct Avx2 : X86Ymm {
     }
     __m256i lanes() const { return sum; }
   };
+  using BlockSum = PlaneSum;
 };
 
 constexpr bitlinear_kernel_table kTable = make_table<Avx2, LookupGemm<Avx2>>("avx2");

@@ -45,6 +45,16 @@ struct Zmm : X86Half {
   static Bytes load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_ints(int32_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
 
+  using Ints = Bytes;
+  static int32_t as_factor(int32_t value) { return value & 0xFFFF; }
+  static Ints choose(const int32_t* p, Ints indices) {
+    return _mm512_permutexvar_epi32(indices, load_ints(p));
+  }
+  static Ints add_groups(Ints sum, Ints codes, Ints q, Ints factors) {
+    // The difference fits 16 bits, and the upper half of a factor is 0.
+    return _mm512_dpwssd_epi32(sum, _mm512_sub_epi32(codes, q), factors);
+  }
+
   static Bytes zero() { return _mm512_setzero_si512(); }
   static Bytes broadcast_byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
   static Bytes bitwise_and(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }

@@ -7,6 +7,7 @@
 #include <stddef.h>
 
 #include "avx512.h"
+#include "gemm_groups.h"
 #include "gemm_lookup.h"
 #include "gemm_panel.h"
 #include "part.h"
@@ -23,6 +24,10 @@ struct Avx512Vnni : Vnni<Zmm> {
   static constexpr int64_t kPanelDepth = 512;
   static constexpr int kDecodingTokens = 3;
   static constexpr int kFetchingRows = 32;
+  static constexpr int64_t kGroupGemmTokens = 6;
+  static constexpr int kGroupTokens = 8;
+  static constexpr int kGroupStrips = 3;
+  static constexpr int64_t kGroupDepth = 512;
 };
 
 // A store takes two cycles, and masks run beside the dot products, so panels stay packed: decoding
@@ -69,9 +74,9 @@ struct TablesAndPanels {
 static_assert(sizeof(Panel<Zen4>) <= offsetof(Tables::L, sums), "they share scratch memory");
 
 constexpr bitlinear_kernel_table kPanels =
-    make_table<Avx512Vnni, PanelGemm<Avx512Vnni>>("avx512_vnni");
+    make_table<Avx512Vnni, PanelGemm<Avx512Vnni>, GroupProduct<Avx512Vnni>>("avx512_vnni");
 constexpr bitlinear_kernel_table kTablesAndPanels =
-    make_table<Zen4, TablesAndPanels>("avx512_vnni");
+    make_table<Zen4, TablesAndPanels, GroupProduct<Zen4>>("avx512_vnni");
 
 // A test defines this, to run both forms on any CPU with AVX-512.
 #ifndef BITLINEAR_IS_ZEN4

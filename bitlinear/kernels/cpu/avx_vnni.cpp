@@ -1,5 +1,6 @@
 // AVX-VNNI: the dot product of AVX512-VNNI on 256-bit vectors, VEX-encoded. Intel from Alder Lake
 // on (which has AVX-512 fused off), AMD from Zen 5 on.
+#include "gemm_groups.h"
 #include "gemm_panel.h"
 #include "vnni.h"
 #include "x86.h"
@@ -11,8 +12,6 @@ struct Ymm : X86Ymm {
   static constexpr int kGemvTokens = 3;  // 3 tokens * 4 planes = 12 sums; 4 registers remain
   static constexpr int kGemvRows = 2;
 
-  static Bytes load_ints(const int32_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
-  static void store_ints(int32_t* p, Bytes a) { store(reinterpret_cast<uint8_t*>(p), a); }
   static Bytes zero() { return _mm256_setzero_si256(); }
   static Bytes broadcast_byte(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
   static Bytes bitwise_and(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
@@ -41,9 +40,14 @@ struct AvxVnni : Vnni<Ymm> {
   static constexpr int64_t kPanelDepth = 1024;
   static constexpr int kDecodingTokens = 3;
   static constexpr int kFetchingRows = 16;
+  static constexpr int64_t kGroupGemmTokens = 6;
+  static constexpr int kGroupTokens = 6;
+  static constexpr int kGroupStrips = 2;
+  static constexpr int64_t kGroupDepth = 512;
 };
 
-constexpr bitlinear_kernel_table kTable = make_table<AvxVnni, PanelGemm<AvxVnni>>("avx_vnni");
+constexpr bitlinear_kernel_table kTable =
+    make_table<AvxVnni, PanelGemm<AvxVnni>, GroupProduct<AvxVnni>>("avx_vnni");
 
 }  // namespace
 }  // namespace bitlinear

@@ -25,6 +25,11 @@ inline float bits_float(uint32_t bits) {
 // integer, ties to even, and its low mantissa bits hold that integer. Exact for |x| < 2^22.
 constexpr float kRoundMagic = 12582912.0f;
 
+// |x| < 2^22.
+inline int32_t round_to_int(float x) {
+  return static_cast<int32_t>(float_bits(x + kRoundMagic) - float_bits(kRoundMagic));
+}
+
 inline float float_from_bf16(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
 
 // Round to nearest even; NaN becomes the quiet NaN, as torch does.

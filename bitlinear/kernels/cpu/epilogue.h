@@ -1,11 +1,12 @@
 // From integer sums to the output: y = float(acc) * (s_x * s_w) + bias + residual, each operation
 // rounded to fp32 on its own and in this order, then one rounding to the output dtype. With
-// activations of 16 bits, acc = 254 * high + low.
+// activations of 16 bits, acc = 254 * high + low. With groups, s_w is the unit of the row's scales.
 #pragma once
 
 #include <stdint.h>
 
 #include "convert.h"
+#include "groups.h"
 
 namespace bitlinear {
 
@@ -16,7 +17,10 @@ class Epilogue {
  public:
   Epilogue(const bitlinear_task& task, int64_t n, int64_t count)
       : task_(task), n_(n), count_(count) {
-    for (int64_t i = 0; i < count; ++i) s_w_[i] = task.s_w[(n + i) * task.s_w_stride];
+    for (int64_t i = 0; i < count; ++i) {
+      const float* const scales = task.s_w + (n + i) * task.s_w_stride;
+      s_w_[i] = task.group_bytes == 0 ? *scales : unit_of(scales, task.s_w_stride).value;
+    }
     if (task.bias == nullptr) {
       // Adding -0 changes no value, not even the sign of a zero: one loop serves both cases.
       for (int64_t i = 0; i < count; ++i) bias_[i] = -0.0f;
@@ -34,6 +38,22 @@ class Epilogue {
       for (int64_t i = 0; i < rows; ++i) store_row(m + i, codes + i * stride);
     } else {
       for (int64_t i = 0; i < rows; i += 2) store_pair(m + i, codes + i * stride, stride);
+    }
+  }
+
+  // The same with sums of groups: sum_g multiplier[g] * sum_k t * q.
+  void store(int64_t m, int64_t rows, const int64_t* sums, int64_t stride) const {
+    if (task_.act_bits == 8) {
+      for (int64_t r = 0; r < rows; ++r) {
+        store_token(m + r, [=](int64_t i) { return static_cast<float>(sums[r * stride + i]); });
+      }
+    } else {
+      for (int64_t r = 0; r < rows; r += 2) {
+        const int64_t* const high = sums + r * stride;
+        store_token((m + r) / 2, [=](int64_t i) {
+          return static_cast<float>(BITLINEAR_HIGH_WEIGHT * high[i] + high[stride + i]);
+        });
+      }
     }
   }
 

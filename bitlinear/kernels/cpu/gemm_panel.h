@@ -45,7 +45,7 @@ struct Panel {
 // Decodes `bytes` packed bytes of up to kLanes rows into every kStrips-th vector of `codes`; rows
 // beyond the last one become zeros. A packed panel gets the transposed bytes as they are.
 // Prefetches the bytes that lie `ahead`.
-template <class V, int kStrips>
+template <class V, int kStrips, bool kPacked = V::kPackedPanels>
 inline void decode_strip(const uint8_t* w, int64_t row_bytes, int64_t rows, int64_t bytes,
                          int64_t ahead, uint8_t* codes) {
   constexpr int kLanes = Panel<V>::kLanes;
@@ -60,9 +60,9 @@ inline void decode_strip(const uint8_t* w, int64_t row_bytes, int64_t rows, int6
                                               : V::load_partial(packed, bytes - begin);
     }
     V::transpose(words);  // words[i] now holds packed bytes 4i .. 4i + 3 of every row
-    for (int j = 0; j < (V::kPackedPanels ? 1 : 4); ++j) {
+    for (int j = 0; j < (kPacked ? 1 : 4); ++j) {
       for (int i = 0; i < kLanes; ++i) {
-        V::store(codes, V::kPackedPanels ? words[i] : V::codes(words[i], 6 - 2 * j));
+        V::store(codes, kPacked ? words[i] : V::codes(words[i], 6 - 2 * j));
         codes += kStrips * V::kWidth;
       }
     }

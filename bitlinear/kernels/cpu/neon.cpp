@@ -56,6 +56,27 @@ struct Neon : NeonBytes {
       return sums;
     }
   };
+
+  // The lanes of PlaneSum mix bytes of both halves of a vector.
+  struct BlockSum {
+    int16x8_t low = vdupq_n_s16(0), high = vdupq_n_s16(0);
+    void add(Bytes w, const Bytes (&q)[4]) {
+      const Bytes mask = vdupq_n_u8(0x03);
+      add_products(vshrq_n_u8(w, 6), q[0]);
+      add_products(vandq_u8(vshrq_n_u8(w, 4), mask), q[1]);
+      add_products(vandq_u8(vshrq_n_u8(w, 2), mask), q[2]);
+      add_products(vandq_u8(w, mask), q[3]);
+    }
+    void flush() {}
+    int32x4_t lanes() const { return vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)); }
+
+   private:
+    void add_products(Bytes codes, Bytes plane) {
+      const int8x16_t a = vreinterpretq_s8_u8(codes), b = vreinterpretq_s8_u8(plane);
+      low = vmlal_s8(low, vget_low_s8(a), vget_low_s8(b));
+      high = vmlal_high_s8(high, a, b);
+    }
+  };
 };
 
 constexpr bitlinear_kernel_table kTable = make_table<Neon, LookupGemm<Neon>>("neon");

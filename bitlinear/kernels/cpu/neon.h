@@ -30,6 +30,20 @@ struct NeonBytes {
     return vaddlvq_s16(sum);
   }
 
+  using Ints = int32x4_t;
+  static int32_t as_factor(int32_t value) { return value; }
+  static Ints load_ints(const int32_t* p) { return vld1q_s32(p); }
+  static void store_ints(int32_t* p, Ints a) { vst1q_s32(p, a); }
+  static Ints choose(const int32_t* p, Ints indices) {
+    // Byte i of the index of a lane is 4 * index + i.
+    const uint8x16_t bytes = vreinterpretq_u8_u32(
+        vmlaq_n_u32(vdupq_n_u32(0x03020100u), vreinterpretq_u32_s32(indices), 0x04040404u));
+    return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(load_ints(p)), bytes));
+  }
+  static Ints add_groups(Ints sum, Ints codes, Ints q, Ints factors) {
+    return vmlaq_s32(sum, vsubq_s32(codes, q), factors);
+  }
+
   static int32_t reduce(int32x4_t sum) { return vaddvq_s32(sum); }
   static void reduce4(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d, int32_t* out) {
     vst1q_s32(out, vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));

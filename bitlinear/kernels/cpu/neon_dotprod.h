@@ -40,6 +40,8 @@ struct NeonDot : NeonBytes {
     int32x4_t lanes() const { return vsraq_n_s32(vsraq_n_s32(by1, by16, 4), by4, 2); }
   };
 
+  using BlockSum = PlaneSum;
+
   static Bytes zero() { return vdupq_n_u8(0); }
   static Bytes codes(Bytes w, int shift) {
     const Bytes mask = vdupq_n_u8(3);

@@ -21,6 +21,7 @@
 #include "../product.h"
 #include "call.h"
 #include "decode_ops.h"
+#include "groups.h"
 #include "heuristics.h"
 #include "parallel.h"
 #include "part.h"
@@ -81,7 +82,7 @@ Tensor compute(const bitlinear::Product& product) {
 
   const int64_t threads = at::get_num_threads();
   const int64_t row_bytes = bitlinear::ceil_div(K, 4);
-  const bitlinear_costs costs = kernels->costs(M, row_bytes);
+  const bitlinear_costs costs = kernels->costs(M, row_bytes, product.group_bytes);
   const bitlinear::Pieces pieces = bitlinear::choose_pieces(M, N, row_bytes, threads, costs);
   const int64_t workers = std::min(threads, pieces.count());
   const bool is_plain = bitlinear_is_plain(&prologue) != 0;
@@ -94,7 +95,7 @@ Tensor compute(const bitlinear::Product& product) {
   // prologue; quantised activations, scales and sums, of all threads or of each.
   const int64_t largest = bitlinear::largest_part(M, costs.token_unit, pieces.grid.tokens);
   const int64_t scratch_step =
-      bitlinear::spaced(kernels->scratch_bytes(largest, row_bytes), workers);
+      bitlinear::spaced(kernels->scratch_bytes(largest, row_bytes, product.group_bytes), workers);
   const int64_t quantizers = each ? workers : quantize_parts;
   const int64_t float_step =
       bitlinear::spaced(is_plain ? 0 : K * int64_t{sizeof(float)}, quantizers);
@@ -116,6 +117,7 @@ Tensor compute(const bitlinear::Product& product) {
   task.q_stride = q_stride;
   task.M = M;
   task.row_bytes = row_bytes;
+  task.group_bytes = product.group_bytes;
   task.y = y.data_ptr();
   task.y_stride = N;
   task.y_dtype = kernel_dtype(product.y_dtype);
@@ -176,6 +178,22 @@ Tensor compute(const bitlinear::Product& product) {
   return y;
 }
 
+// The weights of a row, cut where their scales change.
+struct Parts {
+  int64_t K, size, count;
+
+  Parts(int64_t in_features, int64_t group_size)
+      : K(in_features),
+        size(group_size > 0 ? group_size : in_features),
+        count(bitlinear::scales_of_row(in_features, group_size)) {}
+
+  // Calls part(index, first weight, number of weights) for each.
+  template <class Part>
+  void for_each(const Part& part) const {
+    for (int64_t g = 0; g < count; ++g) part(g, g * size, std::min(size, K - g * size));
+  }
+};
+
 std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int64_t group_size) {
   bitlinear::check_weight(weight, eps, group_size);
   const bitlinear_kernel_table* const kernels = active_table();
@@ -195,31 +213,44 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int
     return mean < floor ? floor : mean;  // a NaN stays
   };
 
-  // Each row is summed in a fixed order, then the rows one after the other: the bits do not depend
-  // on the number of threads.
-  std::vector<double> sums(static_cast<size_t>(N));
-  for_each_row(N, K, [&](int64_t n) {
-    sums[static_cast<size_t>(n)] = kernels->sum_magnitudes(rows + n * bytes, dtype, K);
-  });
-  const int64_t stride = scale.dim() == 2 ? 1 : 0;
-  if (stride == 0) {
+  const Parts parts(K, group_size);
+  if (group_size == 0) {
+    // Each row is summed in a fixed order, then the rows one after the other: the bits do not
+    // depend on the number of threads.
+    std::vector<double> sums(static_cast<size_t>(N));
+    for_each_row(N, K, [&](int64_t n) {
+      sums[static_cast<size_t>(n)] = kernels->sum_magnitudes(rows + n * bytes, dtype, K);
+    });
     double sum = 0.0;
     for (const double row : sums) sum += row;
     *s_w = scale_of(sum, N * K);
   } else {
-    for (int64_t n = 0; n < N; ++n) s_w[n] = scale_of(sums[static_cast<size_t>(n)], K);
+    for_each_row(N, K, [&](int64_t n) {
+      float* const scales = s_w + n * parts.count;
+      parts.for_each([&](int64_t g, int64_t k, int64_t count) {
+        const char* const part = rows + n * bytes + k * input.element_size();
+        scales[g] = scale_of(kernels->sum_magnitudes(part, dtype, count), count);
+      });
+      if (group_size > 0) bitlinear::round_scales(scales, parts.count);
+    });
   }
+  const int64_t stride = group_size == 0 ? 0 : parts.count;
   uint8_t* const out = packed.data_ptr<uint8_t>();
   for_each_row(N, K, [&](int64_t n) {
-    kernels->pack_row(rows + n * bytes, dtype, K, s_w[n * stride], out + n * row_bytes);
+    parts.for_each([&](int64_t g, int64_t k, int64_t count) {
+      kernels->pack_row(rows + n * bytes + k * input.element_size(), dtype, count,
+                        s_w[n * stride + g], out + n * row_bytes + k / 4);
+    });
   });
   bitlinear::checked_weights().add(packed, K, {});
   return {packed, scale};
 }
 
 Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
-                     const std::optional<Tensor>& w_scale, std::optional<ScalarType> dtype) {
-  bitlinear::check_packed(w_packed, in_features, w_scale, dtype.value_or(ScalarType::Float));
+                     const std::optional<Tensor>& w_scale, std::optional<ScalarType> dtype,
+                     int64_t group_size) {
+  bitlinear::check_packed(w_packed, in_features, w_scale, dtype.value_or(ScalarType::Float),
+                          group_size);
   const bitlinear_kernel_table* const kernels = active_table();
   const int64_t N = w_packed.size(0);
   // Columns of a weight need no copy.
@@ -231,12 +262,15 @@ Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
   const float one = 1.0f;
   const Tensor scale = w_scale.has_value() ? w_scale->contiguous() : Tensor();
   const float* const s_w = scale.defined() ? scale.const_data_ptr<float>() : &one;
-  const int64_t stride = scale.defined() && scale.dim() == 2 ? 1 : 0;
+  const int64_t stride = scale.defined() && scale.dim() == 2 ? scale.size(1) : 0;
   char* const out = static_cast<char*>(weight.data_ptr());
   const int64_t bytes = in_features * weight.element_size();
+  const Parts parts(in_features, scale.defined() ? group_size : 0);
   for_each_row(N, in_features, [&](int64_t n) {
-    kernels->expand_row(rows + n * row_bytes, in_features, s_w[n * stride], out + n * bytes,
-                        kernel_dtype(w_dtype));
+    parts.for_each([&](int64_t g, int64_t k, int64_t count) {
+      kernels->expand_row(rows + n * row_bytes + k / 4, count, s_w[n * stride + g],
+                          out + n * bytes + k * weight.element_size(), kernel_dtype(w_dtype));
+    });
   });
   return weight;
 }
@@ -300,7 +334,7 @@ TORCH_LIBRARY(bitlinear, m) {
         {at::Tag::pt2_compliant_tag});
   m.def(
       "expand_weight(Tensor w_packed, int in_features, Tensor? w_scale=None, "
-      "ScalarType? dtype=None) -> Tensor",
+      "ScalarType? dtype=None, int group_size=0) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def("quantize_activations(Tensor x, float eps=1e-6, int act_bits=8) -> (Tensor, Tensor)",
         {at::Tag::pt2_compliant_tag});

@@ -13,18 +13,14 @@
 
 namespace bitlinear {
 
-// |x * inv| <= 32385 * (1 + 2^-22), which rounds to 32385 (and to 127 in 8 bits), so no clamp is
-// needed.
-inline int32_t round_to_int(float x) {
-  return static_cast<int32_t>(float_bits(x + kRoundMagic) - float_bits(kRoundMagic));
-}
-
 constexpr int64_t kQuantizeChunk = 1024;  // values converted to fp32 at a time
 
 // Returns the scale of x[0:K]. Calls `store(k, count, row)` with the quantised values from k on, as
 // Integer (int8_t or int16_t); never if the token has a NaN or an infinity.
 template <class V, class Integer, class Store>
 float quantize(const void* x, int dtype, int64_t K, float eps, const Store& store) {
+  // |x * inv| <= 32385 * (1 + 2^-22), which rounds to 32385 (and to 127 in 8 bits), so no clamp is
+  // needed.
   constexpr float kMax = sizeof(Integer) == 1 ? 127.0f : 32385.0f;
   constexpr int64_t kChunk = kQuantizeChunk;
   float floats[kChunk];

@@ -56,6 +56,39 @@ struct Scalar : PortableHalf {
     int32_t lanes() const { return sum; }
   };
 
+  struct Ints {
+    int32_t lane[kWidth / 4];
+  };
+  static int32_t as_factor(int32_t value) { return value; }
+  static Ints load_ints(const int32_t* p) {
+    Ints a;
+    memcpy(a.lane, p, sizeof(a.lane));
+    return a;
+  }
+  static void store_ints(int32_t* p, Ints a) { memcpy(p, a.lane, sizeof(a.lane)); }
+  static Ints choose(const int32_t* p, Ints indices) {
+    for (int32_t& lane : indices.lane) lane = p[lane];
+    return indices;
+  }
+  static Ints add_groups(Ints sum, Ints codes, Ints q, Ints factors) {
+    for (int64_t i = 0; i < kWidth / 4; ++i) {
+      sum.lane[i] += (codes.lane[i] - q.lane[i]) * factors.lane[i];
+    }
+    return sum;
+  }
+  struct BlockSum {
+    Ints sums = {};
+    void add(Bytes w, const Bytes (&q)[4]) {
+      for (int i = 0; i < kWidth; ++i) {
+        for (int j = 0; j < 4; ++j) {
+          sums.lane[i / 4] += (w.byte[i] >> (6 - 2 * j) & 3) * static_cast<int8_t>(q[j].byte[i]);
+        }
+      }
+    }
+    void flush() {}
+    Ints lanes() const { return sums; }
+  };
+
   static int32_t reduce(int32_t sum) { return sum; }
   static void reduce4(int32_t a, int32_t b, int32_t c, int32_t d, int32_t* out) {
     const int32_t sums[4] = {a, b, c, d};

@@ -32,7 +32,9 @@ std::string check_kernels(const bitlinear_kernel_table& kernels) {
                         seed / 4 % 3 == 0 ? 16 : 8,
                         seed % 7 < 4 ? BITLINEAR_NO_GATE : static_cast<int>(seed % 2) + 1,
                         seed % 7 % 3 == 0,
-                        seed % 3 == 1};
+                        seed % 3 == 1,
+                        1,
+                        seed % 4 == 3 ? 32 << seed / 4 % 4 : 0};
         const std::string difference = bitlinear::selftest::check_case(kernels, c, seed);
         if (!difference.empty()) return difference;
       }

@@ -29,6 +29,21 @@ struct Vnni : Isa {
     return Isa::broadcast_int(quad);
   }
 
+  // The sums of one block. Two planes share a sum, so that fewer are put together.
+  struct BlockSum {
+    Bytes by4 = Isa::zero(), by1 = Isa::zero();
+    void add(Bytes w, const Bytes (&q)[4]) {
+      const Bytes mask4 = Isa::broadcast_byte(0x0C), mask1 = Isa::broadcast_byte(0x03);
+      const Bytes high = Isa::shift_bytes_right(w, 4);
+      by4 = Isa::dot(by4, Isa::bitwise_and(high, mask4), q[0]);
+      by1 = Isa::dot(by1, Isa::bitwise_and(high, mask1), q[1]);
+      by4 = Isa::dot(by4, Isa::bitwise_and(w, mask4), q[2]);
+      by1 = Isa::dot(by1, Isa::bitwise_and(w, mask1), q[3]);
+    }
+    void flush() {}
+    Bytes lanes() const { return Isa::add(Isa::template shift_right<2>(by4), by1); }
+  };
+
   struct PlaneSum {
     static constexpr int64_t kFlush = kNeverFlush;
     Bytes by64 = Isa::zero(), by16 = Isa::zero(), by4 = Isa::zero(), by1 = Isa::zero();

@@ -31,6 +31,7 @@
 #include "../float_environment.h"
 #include "decode.h"
 #include "gemv.h"
+#include "gemv_groups.h"
 #include "heuristics.h"
 #include "quantize.h"
 #include "train.h"
@@ -44,37 +45,41 @@ bool use_gemm(int64_t M, int64_t row_bytes) {
   return prefer_gemm(M, ceil_div(row_bytes, V::kWidth), V::kGemmTokens, V::kGemvOverhead);
 }
 
-template <class V, class Gemm>
+template <class V, class Gemm, class Groups>
 void linear(const bitlinear_task* task) {
-  if (use_gemm<V>(task->M, task->row_bytes)) {
+  if (task->group_bytes > 0) {
+    Groups::run(*task);
+  } else if (use_gemm<V>(task->M, task->row_bytes)) {
     Gemm::run(*task);
   } else {
     gemv<V>(*task);
   }
 }
 
-template <class V, class Gemm>
-int64_t scratch_bytes(int64_t M, int64_t row_bytes) {
+template <class V, class Gemm, class Groups>
+int64_t scratch_bytes(int64_t M, int64_t row_bytes, int64_t group_bytes) {
+  if (group_bytes > 0) return Groups::scratch_bytes(M, row_bytes, group_bytes);
   return use_gemm<V>(M, row_bytes) ? Gemm::scratch_bytes(M, row_bytes) : 0;
 }
 
-template <class V, class Gemm>
-bitlinear_costs costs(int64_t M, int64_t row_bytes) {
+template <class V, class Gemm, class Groups>
+bitlinear_costs costs(int64_t M, int64_t row_bytes, int64_t group_bytes) {
+  const bool is_gemm = group_bytes == 0 && use_gemm<V>(M, row_bytes);
   return {Gemm::kTokenUnit, Gemm::kRowUnit,
-          use_gemm<V>(M, row_bytes) ? Gemm::blocks(M, row_bytes) : gemv_blocks(M, row_bytes),
-          Gemm::kRowCost, Gemm::kTokenCost};
+          is_gemm ? Gemm::blocks(M, row_bytes) : gemv_blocks(M, row_bytes), Gemm::kRowCost,
+          Gemm::kTokenCost};
 }
 
-template <class V, class Gemm>
+template <class V, class Gemm, class Groups = GroupGemv<V>>
 constexpr bitlinear_kernel_table make_table(const char* name) {
   static_assert(Gemm::kTokenUnit % 2 == 0, "a part holds both rows of a 16-bit token");
   return {BITLINEAR_ABI_VERSION,
           name,
           V::kWidth,
           PreservingSubnormals<quantize_row<V>>::run,
-          PreservingSubnormals<linear<V, Gemm>>::run,
-          scratch_bytes<V, Gemm>,
-          costs<V, Gemm>,
+          PreservingSubnormals<linear<V, Gemm, Groups>>::run,
+          scratch_bytes<V, Gemm, Groups>,
+          costs<V, Gemm, Groups>,
           PreservingSubnormals<sum_magnitudes<V>>::run,
           PreservingSubnormals<pack_row<V>>::run,
           PreservingSubnormals<expand_row<V>>::run,

@@ -110,7 +110,13 @@ Tensor run(bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tokens, Tenso
   return y;
 }
 
+void check_no_groups(int64_t group_bytes) {
+  TORCH_CHECK_NOT_IMPLEMENTED(group_bytes == 0, "bitlinear: scales for groups of ", 4 * group_bytes,
+                              " weights run on the CPU only");
+}
+
 Tensor compute(const bitlinear::Product& product) {
+  check_no_groups(product.group_bytes);
   const c10::cuda::CUDAGuard guard(product.x.device());
   const int64_t K = product.K, tokens = product.tokens();
   const Tensor y = empty(product.y_shape(), product.y_dtype, product.x);
@@ -152,6 +158,7 @@ void check_launch(const char* error, const char* name, const Tensor& operand) {
 
 std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int64_t group_size) {
   bitlinear::check_weight(weight, eps, group_size);
+  check_no_groups(bitlinear::group_bytes(group_size));
   const c10::cuda::CUDAGuard guard(weight.device());
   const int64_t N = weight.size(0), K = weight.size(1);
   const Tensor input = bitlinear::kernel_operand(weight);
@@ -171,9 +178,11 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int
 }
 
 Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
-                     const std::optional<Tensor>& w_scale, std::optional<ScalarType> dtype) {
+                     const std::optional<Tensor>& w_scale, std::optional<ScalarType> dtype,
+                     int64_t group_size) {
+  check_no_groups(bitlinear::group_bytes(group_size));
   const ScalarType w_dtype = dtype.value_or(ScalarType::Float);
-  bitlinear::check_packed(w_packed, in_features, w_scale, w_dtype);
+  bitlinear::check_packed(w_packed, in_features, w_scale, w_dtype, group_size);
   const c10::cuda::CUDAGuard guard(w_packed.device());
   const Tensor input = w_packed.contiguous();
   Tensor weight = empty({w_packed.size(0), in_features}, w_dtype, w_packed);

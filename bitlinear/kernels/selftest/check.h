@@ -115,7 +115,8 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   task.w = operands.w.data();
   task.row_bytes = operands.row_bytes;
   task.s_w = operands.s_w.data();
-  task.s_w_stride = c.per_channel ? 1 : 0;
+  task.s_w_stride = operands.s_w_stride();
+  task.group_bytes = c.group_size / 4;
   task.bias = c.bias ? operands.bias.data() : nullptr;
   task.bias_dtype = c.dtype;
   task.residual = c.residual ? operands.residual.data() : nullptr;
@@ -126,7 +127,7 @@ inline std::string check_case(const bitlinear_kernel_table& kernels, const Case&
   task.y_stride = c.N;
   task.y_dtype = c.dtype;
   // Exactly the promised length and alignment.
-  const int64_t scratch_bytes = kernels.scratch_bytes(task.M, operands.row_bytes);
+  const int64_t scratch_bytes = kernels.scratch_bytes(task.M, operands.row_bytes, task.group_bytes);
   void* scratch = allocate_aligned(64, static_cast<size_t>(scratch_bytes));
   if (scratch == nullptr) return "no memory";
   memset(scratch, 99, static_cast<size_t>(scratch_bytes));

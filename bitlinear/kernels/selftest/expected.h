@@ -86,6 +86,23 @@ inline std::vector<float> reference_values(const Operands& operands, int64_t m) 
   return values;
 }
 
+// Scales of groups as integers times a power of two, as groups.py specifies it.
+inline float reference_unit(const float* s_w, int64_t groups) {
+  float largest = 0.0f;
+  for (int64_t g = 0; g < groups; ++g) {
+    if (!isfinite(s_w[g])) return NAN;
+    largest = fmaxf(largest, fabsf(s_w[g]));
+  }
+  int exponent = 0;
+  frexpf(largest, &exponent);
+  return ldexpf(1.0f, exponent - 15 < -126 ? -126 : exponent - 15);
+}
+
+inline int64_t reference_multiplier(float s_w, float unit) {
+  if (isnan(unit)) return 0;
+  return static_cast<int64_t>(fmin(nearbyint(static_cast<double>(s_w) / unit), 32767.0));
+}
+
 // Returns "" if `got` is `want` to the bit; else a message. They are y[m, n].
 inline std::string compare_output(const Case& c, int64_t m, int64_t n, float got, float want) {
   if (isnan(want) ? isnan(got) : memcmp(&got, &want, sizeof(got)) == 0) return "";
@@ -124,9 +141,18 @@ class Expected {
   float y(int64_t m, int64_t n) const {
     const Case& c = operands_.shape;
     const int8_t* t = operands_.t.data() + n * c.K;
+    const float* s_w = operands_.s_w.data() + n * operands_.s_w_stride();
     int64_t acc = 0;
-    for (int64_t k = 0; k < c.K; ++k) acc += q_[k] * t[k];
-    const volatile float scale = s_x_ * operands_.s_w[c.per_channel ? n : 0];
+    float unit = *s_w;
+    if (c.group_size == 0) {
+      for (int64_t k = 0; k < c.K; ++k) acc += q_[k] * t[k];
+    } else {
+      unit = reference_unit(s_w, operands_.groups());
+      for (int64_t k = 0; k < c.K; ++k) {
+        acc += q_[k] * t[k] * reference_multiplier(s_w[k / c.group_size], unit);
+      }
+    }
+    const volatile float scale = s_x_ * unit;
     volatile float value = static_cast<float>(acc) * scale;
     if (c.bias) value = value + operands_.bias.get(n);
     if (c.residual) value = value + operands_.residual.get(m * c.N + n);

@@ -27,7 +27,8 @@ struct Case {
   int activation = BITLINEAR_NO_GATE;
   bool norm = false;
   bool residual = false;
-  int64_t weights = 1;  // on CUDA: the rows are divided among so many weights
+  int64_t weights = 1;     // on CUDA: the rows are divided among so many weights
+  int64_t group_size = 0;  // weights that share a scale; 0: see per_channel
 };
 
 // A random generator of our own, so that every machine runs the same cases.
@@ -49,13 +50,18 @@ inline std::string describe(const Case& c) {
          " flushes=" + std::to_string(c.flushes_subnormals) +
          " act_bits=" + std::to_string(c.act_bits) + " activation=" + std::to_string(c.activation) +
          " norm=" + std::to_string(c.norm) + " residual=" + std::to_string(c.residual) +
-         " weights=" + std::to_string(c.weights);
+         " group_size=" + std::to_string(c.group_size) + " weights=" + std::to_string(c.weights);
 }
 
 // The operands of a case. They follow from the seed, so every kernel gets the same.
 struct Operands {
   Operands(const Case& c, uint64_t seed);
 
+  int64_t groups() const {
+    return shape.group_size > 0 ? (shape.K + shape.group_size - 1) / shape.group_size : 1;
+  }
+  // Elements from the scales of a row to those of the next one.
+  int64_t s_w_stride() const { return shape.group_size > 0 || shape.per_channel ? groups() : 0; }
   int64_t x_width() const { return (shape.activation == BITLINEAR_NO_GATE ? 1 : 2) * shape.K; }
   bitlinear_prologue prologue() const {
     return {shape.activation, shape.norm ? norm_weight.data() : nullptr, shape.dtype, norm_eps};
@@ -79,7 +85,7 @@ inline Operands::Operands(const Case& c, uint64_t seed)
       residual(c.dtype, c.M * c.N),
       t(static_cast<size_t>(c.N * c.K)),
       w(static_cast<size_t>(c.N * row_bytes)),
-      s_w(static_cast<size_t>(c.per_channel ? c.N : 1)) {
+      s_w(static_cast<size_t>(s_w_stride() > 0 ? c.N * groups() : 1)) {
   Random random{seed * 2654435761u + 1};
   // The smallest normal number of the dtype.
   const float tiny = c.dtype == BITLINEAR_F16 ? 0x1p-14f : 0x1p-126f;
@@ -112,6 +118,11 @@ inline Operands::Operands(const Case& c, uint64_t seed)
     }
   }
   for (float& scale : s_w) scale = 0.01f + fabsf(random.uniform());
+  if (c.group_size > 0) {  // most of them are rounded, some to 0
+    for (float& scale : s_w) scale = ldexpf(scale, -static_cast<int>(random.next() % 20));
+    if (c.data == Data::kNonFinite)
+      s_w[random.next() % s_w.size()] = seed % 2 == 0 ? NAN : HUGE_VALF;
+  }
   for (int64_t n = 0; n < c.N; ++n) {
     bias.set(n, random.uniform() * (c.data == Data::kSubnormal ? tiny : 1.0f));
   }
