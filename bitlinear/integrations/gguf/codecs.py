@@ -1,7 +1,8 @@
 """Ternary weights from the bytes of GGUF types, and TQ2_0 from packed weights.
 
 A weight is read as its code, ``t + 1``. The layouts are those of ``ggml-quants.c`` in llama.cpp
-(TQ1_0, TQ2_0) and of ``quantize_i2_s`` in bitnet.cpp.
+(TQ1_0, TQ2_0, Q2_0), of the same file of PrismML (PQ2_0, PTQ1_0) and of ``quantize_i2_s`` in
+bitnet.cpp.
 """
 
 from __future__ import annotations
@@ -30,9 +31,7 @@ def decode_tq1_0(data: Tensor) -> tuple[Tensor, Tensor]:
         The codes, uint8, ``(rows, 256 * blocks)``, and the scales, fp32, ``(rows, blocks)``.
     """
     digits, scales = _split(data, 54)
-    parts = (digits[..., :32], 5), (digits[..., 32:48], 5), (digits[..., 48:], 4)
-    codes = torch.cat([_digits(part, count).flatten(-2) for part, count in parts], dim=-1)
-    return codes.flatten(1), scales
+    return _join_digits(digits, (32, 5), (16, 5), (4, 4)), scales
 
 
 def decode_tq2_0(data: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +48,36 @@ def decode_tq2_0(data: Tensor) -> tuple[Tensor, Tensor]:
     halves = bits.unflatten(-1, (2, 32))
     codes = torch.stack([(halves >> shift) & 3 for shift in _TQ2_0_SHIFTS], dim=-2)
     return codes.flatten(1), scales
+
+
+def decode_q2_0(data: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Decode blocks of Q2_0 or PQ2_0: the scale, then weights of 2 bits.
+
+    Args:
+        data: uint8, ``(rows, (2 + block / 4) * blocks)``.
+        block: The weights of a block.
+
+    Returns:
+        The codes, uint8, ``(rows, block * blocks)``, where 3 is invalid; and the scales, fp32,
+        ``(rows, blocks)``.
+    """
+    blocks = data.unflatten(1, (-1, 2 + block // 4))
+    scales = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+    codes = torch.stack([(blocks[..., 2:] >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1)
+    return codes.flatten(1), scales.float()
+
+
+def decode_ptq1_0(data: Tensor) -> tuple[Tensor, Tensor]:
+    """Decode blocks of 28 bytes: weights as digits to the base 3, then the scale.
+
+    Args:
+        data: uint8, ``(rows, 28 * blocks)``.
+
+    Returns:
+        The codes, uint8, ``(rows, 128 * blocks)``, and the scales, fp32, ``(rows, blocks)``.
+    """
+    digits, scales = _split(data, 28)
+    return _join_digits(digits, (16, 5), (8, 5), (2, 4)), scales
 
 
 def decode_i2_s(data: Tensor, layout: str) -> Tensor:
@@ -95,6 +124,13 @@ def _split(data: Tensor, block_bytes: int) -> tuple[Tensor, Tensor]:
     blocks = data.unflatten(1, (-1, block_bytes))
     scales = blocks[..., -2:].contiguous().view(torch.float16)[..., 0]
     return blocks[..., :-2], scales.float()
+
+
+def _join_digits(data: Tensor, *parts: tuple[int, int]) -> Tensor:
+    """The digits of blocks, ``(rows, weights)``. ``parts``: bytes, and the digits in each."""
+    pieces = data.split([size for size, _ in parts], dim=-1)
+    digits = [_digits(piece, count).flatten(-2) for piece, (_, count) in zip(pieces, parts)]
+    return torch.cat(digits, dim=-1).flatten(1)
 
 
 def _digits(data: Tensor, count: int) -> Tensor:

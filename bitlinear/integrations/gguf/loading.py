@@ -32,7 +32,7 @@ def load(
 ) -> _Model:
     """Fill a model of transformers from a GGUF file, with deployed layers for ternary tensors.
 
-    The linear layers whose tensors have the type TQ1_0, TQ2_0 or I2_S become deployed
+    The linear layers whose tensors are ternary become deployed
     :class:`~bitlinear.BitLinear` layers, with the weights and scales of the file; see
     :func:`tensors`. Their biases stay in fp32. All other parameters get the values of the file in
     their own dtype: F32, F16 and BF16, and for the embedding and the head every type that the
@@ -86,7 +86,9 @@ def load(
     dense = _read_floats(
         file, model, {n: s for n, s in sources.items() if n not in ternary}, packed
     )
-    tensors = {name: PackedTensors(t.w_packed, t.w_scale) for name, t in packed.items()}
+    tensors = {
+        name: PackedTensors(t.w_packed, t.w_scale, t.group_size) for name, t in packed.items()
+    }
     with unchanged_on_error(model):
         for module, name, buffer in buffers:
             module._buffers[name] = buffer

@@ -1,17 +1,21 @@
-"""One scale for a tensor or for each row, from the scales of its blocks."""
+"""The scales of a tensor, of its rows or of groups of its weights, from those of its blocks."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...conversion.ternary import one_or_each
+from ...groups import round_scales
+
+_logger = logging.getLogger("bitlinear")
 
 
-class RowScales:
-    """The scales of the blocks of a tensor, reduced to two numbers for each row.
+class BlockScales:
+    """The scales of the blocks of a tensor.
 
     Only blocks with a weight other than 0 count: the scale of the others means nothing, and
     encoders write 0 for it. But every scale must be finite.
@@ -19,13 +23,12 @@ class RowScales:
     Args:
         name: The name of the tensor, for errors.
         rows: The number of its rows.
+        block: The number of weights in a block.
     """
 
-    def __init__(self, name: str, rows: int) -> None:
-        self._name = name
-        options: Any = {"dtype": torch.float32, "device": "cpu"}
-        self._lowest = torch.full((rows,), torch.inf, **options)
-        self._highest = torch.zeros(rows, **options)
+    def __init__(self, name: str, rows: int, block: int) -> None:
+        self._name, self._rows, self._block = name, rows, block
+        self._used: list[tuple[int, Tensor]] = []  # 0 for a block that does not count
 
     def add(self, first: int, scales: Tensor, used: Tensor) -> None:
         """Add rows.
@@ -46,40 +49,50 @@ class RowScales:
                 f"positive, but it is {scales[row, block].item():g}: the file is damaged, or the "
                 f"scale was too small for its type"
             )
-        rows = slice(first, first + len(scales))
-        self._lowest[rows] = scales.masked_fill(~used, torch.inf).amin(dim=1)
-        self._highest[rows] = scales.masked_fill(~used, 0).amax(dim=1)
+        self._used.append((first, scales.masked_fill(~used, 0)))
 
-    def collapse(self, factor: float = 1.0) -> Tensor:
+    def collapse(self, factor: float = 1.0) -> tuple[Tensor, int | None]:
         """Find the scales.
 
         Args:
             factor: A factor of all scales. Each product is rounded once, to fp32.
 
         Returns:
-            fp32: ``(1,)`` if all blocks have one scale, which is 1 if all weights are 0; otherwise
-            ``(N, 1)``, where a row of zeros has the largest scale of all.
+            ``w_scale``, fp32: ``(1,)`` if all blocks have one scale, which is 1 if all weights are
+            0; ``(N, 1)`` if all blocks of each row have; otherwise ``(N, blocks)``, as
+            :func:`bitlinear.groups.round_scales` rounds them. Zeros get the largest scale of all.
+            And the number of weights in a group, or None without groups.
 
         Raises:
-            ValueError: Blocks of a row have different scales, or a product is not a positive
-                finite number in fp32.
+            ValueError: A product is not a positive finite number in fp32.
         """
-        used = self._highest > 0
+        options: Any = {"dtype": torch.float32, "device": "cpu"}
+        columns = max((part.shape[1] for _, part in self._used), default=1)
+        scales = torch.zeros(self._rows, columns, **options)
+        for first, part in self._used:
+            scales[first : first + len(part)] = part
+        used = scales > 0
         if not bool(used.any()):
-            return torch.ones(1, dtype=torch.float32, device="cpu")
-        different = used & (self._lowest != self._highest)
-        if bool(different.any()):
-            row = int(different.nonzero()[0])
-            raise ValueError(
-                f"{self._name}: the blocks of row {row} have different scales, from "
-                f"{self._lowest[row].item():g} to {self._highest[row].item():g}, as "
-                f"{int(different.sum())} of {len(used)} rows have them; scales for groups of "
-                f"inputs are not supported by this version"
-            )
-        scales = one_or_each(self._highest, used) * factor
-        if not bool((scales.isfinite() & (scales > 0)).all()):
+            return torch.ones(1, **options), None
+        highest = scales.amax(dim=1)
+        group_size = None
+        if bool((used & (scales != highest[:, None])).any()):
+            found = torch.where(used, scales, scales.max()) * factor
+            group_size = self._block
+        else:
+            found = one_or_each(highest, highest > 0) * factor
+        if not bool((found.isfinite() & (found > 0)).all()):
             raise ValueError(
                 f"{self._name}: scales times {factor:g} must be finite and positive in fp32, but "
-                f"they span {scales.min().item():g} to {scales.max().item():g}: the file is damaged"
+                f"they span {found.min().item():g} to {found.max().item():g}: the file is damaged"
             )
-        return scales
+        if group_size is None:
+            return found, None
+        rounded = round_scales(found)
+        if not torch.equal(rounded, found):
+            _logger.info(
+                "%s: %d of %d scales are rounded, by up to %.3g",
+                *(self._name, int((rounded != found).sum()), found.numel()),
+                (rounded - found).abs().max().item(),
+            )
+        return rounded, group_size

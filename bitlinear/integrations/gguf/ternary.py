@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 
 from ... import packing
-from .codecs import I2_S_BLOCKS, decode_i2_s, decode_tq1_0, decode_tq2_0
+from .codecs import (
+    I2_S_BLOCKS,
+    decode_i2_s,
+    decode_ptq1_0,
+    decode_q2_0,
+    decode_tq1_0,
+    decode_tq2_0,
+)
 from .reader import GgufFile, TensorInfo
-from .scales import RowScales
+from .scales import BlockScales
 from .types import TERNARY_TYPES
 
 
@@ -24,23 +32,31 @@ class TernaryTensor:
     Attributes:
         name: Its name in the file, such as ``"blk.0.attn_q.weight"``.
         w_packed: uint8, ``(N, ceil(K/4))``; see :mod:`bitlinear.packing`.
-        w_scale: fp32, ``(1,)`` or ``(N, 1)``; it multiplies.
+        w_scale: fp32, ``(1,)``, ``(N, 1)`` or ``(N, ceil(K/group_size))``; it multiplies.
         in_features: ``K``.
+        group_size: The number of weights of a row that share a scale; None if all do.
     """
 
     name: str
     w_packed: Tensor
     w_scale: Tensor
     in_features: int
+    group_size: int | None = None
 
 
 def tensors(
     path: str | os.PathLike[str], *, i2_s_layout: str | None = None
 ) -> Iterator[TernaryTensor]:
-    """Read the ternary tensors of a GGUF file, one at a time: types TQ1_0, TQ2_0 and I2_S.
+    """Read the ternary tensors of a GGUF file, one at a time.
+
+    The types are TQ1_0, TQ2_0 and Q2_0 of llama.cpp, PQ2_0 and PTQ1_0 of PrismML, and I2_S of
+    bitnet.cpp.
 
     Weights are rearranged as bits, never computed as floats. If all blocks of a tensor, or of each
-    of its rows, have one scale, the tensor has one scale, or one for each row. The factor in a
+    of its rows, have one scale, the tensor has one scale, or one for each row; otherwise one for
+    each block, rounded as :func:`bitlinear.groups.round_scales` does (scales in fp16 that are at
+    least a sixteenth of the largest in their row do not change; the logger ``"bitlinear"`` reports
+    others). The factor in a
     ``.scale`` tensor beside it is included: the product is rounded once, to fp32. Rows are in the
     order of the file; :func:`load` knows the architectures that reorder them. Tensors of other
     types are left out.
@@ -59,7 +75,7 @@ def tensors(
         OSError: The file cannot be opened.
         ValueError: The file is damaged or cut off; it has I2_S and no ``i2_s_layout``, or a type
             that is ternary but not supported. Or, when the iterator comes to the tensor: a weight
-            is invalid, a scale is not positive, or blocks of a row have different scales.
+            is invalid, or a scale is not positive.
     """
     check_i2_s_layout(i2_s_layout)
     file = GgufFile(path)
@@ -150,19 +166,28 @@ def read_ternary(
     """
     rows, in_features = info.shape
     w_packed = torch.empty(packing.packed_shape(rows, in_features), dtype=torch.uint8, device="cpu")
-    row_scales = RowScales(info.name, rows)
+    block_scales = BlockScales(info.name, rows, info.type.block)
     if order is None:
         order = torch.arange(rows, device="cpu")
     for first, codes, scales in _decoded_chunks(file, info, i2_s_layout):
         rows_of_chunk = order[first : first + len(codes)]
         _check_codes(info.name, first, codes)
         blocks = codes.view(*scales.shape, -1)
-        row_scales.add(first, scales, used=(blocks != 1).any(dim=2))
+        block_scales.add(first, scales, used=(blocks != 1).any(dim=2))
         w_packed[rows_of_chunk] = packing.pack_ternary(codes.to(torch.int8) - 1)
-    w_scale = row_scales.collapse(read_factor(file, info))
-    if len(w_scale) > 1:
+    w_scale, group_size = block_scales.collapse(read_factor(file, info))
+    if w_scale.dim() > 1:
         w_scale = torch.empty_like(w_scale).index_copy_(0, order, w_scale)
-    return TernaryTensor(info.name, w_packed, w_scale, in_features)
+    return TernaryTensor(info.name, w_packed, w_scale, in_features, group_size)
+
+
+_DECODERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "TQ1_0": decode_tq1_0,
+    "TQ2_0": decode_tq2_0,
+    "Q2_0": partial(decode_q2_0, block=64),
+    "PQ2_0": partial(decode_q2_0, block=128),
+    "PTQ1_0": decode_ptq1_0,
+}
 
 
 def _decoded_chunks(
@@ -175,7 +200,7 @@ def _decoded_chunks(
         for first, data in file.chunks(info, I2_S_BLOCKS[i2_s_layout]):
             yield first, decode_i2_s(data, i2_s_layout), scale.expand(len(data), 1)
         return
-    decode = decode_tq1_0 if info.type.name == "TQ1_0" else decode_tq2_0
+    decode = _DECODERS[info.type.name]
     for first, data in file.chunks(info):
         yield first, *decode(data)
 

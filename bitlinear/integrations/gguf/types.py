@@ -33,32 +33,29 @@ class TensorType(NamedTuple):
         return weights // self.block * self.block_bytes + self.tail
 
 
-TERNARY_TYPES = ("TQ1_0", "TQ2_0", "I2_S")
+TERNARY_TYPES = ("TQ1_0", "TQ2_0", "I2_S", "Q2_0", "PQ2_0", "PTQ1_0")
 """Types that become packed weights."""
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 """Types without quantisation, for any tensor."""
 
 _CONVERT = "convert the original checkpoint to TQ2_0 or TQ1_0 instead"
-_GROUPS = (
-    "has a scale for each group of {} weights; scales for groups are not supported by this version"
-)
 _TABLES = f"has its weights in the order of kernels that were generated for one model: {_CONVERT}"
 _PER_ROW = f"of ik_llama.cpp is not supported by this version: {_CONVERT}"
 
 _TL2 = TensorType("TL2", 1, 0, refusal=_TABLES)
-_PQ2_0 = TensorType("PQ2_0", 128, 34, refusal=_GROUPS.format(128))
+_PQ2_0 = TensorType("PQ2_0", 128, 34)
 
 # These replace what the package gguf says about a number.
 _TYPES = {
     36: TensorType("I2_S", 4, 1, 32),
     38: TensorType("TL1", 4, 1, 32, _TABLES),
     41: TensorType("Q1_0", 128, 18, refusal="has binary weights, -1 and 1: they are not ternary"),
-    42: TensorType("Q2_0", 64, 18, refusal=_GROUPS.format(64)),
+    42: TensorType("Q2_0", 64, 18),
     134: TensorType("IQ1_BN", 1, 0, refusal=_PER_ROW),
     135: TensorType("IQ2_BN", 1, 0, refusal=_PER_ROW),
     142: _PQ2_0,
-    143: TensorType("PTQ1_0", 128, 28, refusal=_GROUPS.format(128)),
+    143: TensorType("PTQ1_0", 128, 28),
 }
 
 

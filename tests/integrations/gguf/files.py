@@ -16,6 +16,8 @@ from bitlinear.integrations import gguf as integration  # noqa: E402
 
 I2_S = 36
 LAYOUTS = {"x86": 128, "arm": 64}
+GROUPS = {"Q2_0": (42, 64), "PQ2_0": (142, 128), "PTQ1_0": (143, 128)}
+"""Types of groups that the package gguf does not write: their numbers and their blocks."""
 
 
 def quantize(t, scale, kind):
@@ -33,6 +35,39 @@ def i2_s_bytes(t, scale, block):
         out[number * (block // 4) + position] |= (weight + 1) << (6 - 2 * quarter)
     struct.pack_into("<f", out, t.size // 4, scale)
     return np.frombuffer(bytes(out), np.uint8)
+
+
+def group_bytes(t, scale, kind):
+    """The bytes of a type of GROUPS, ``(N, bytes)``; the scale of a block is that of a weight."""
+    block = GROUPS[kind][1]
+    scales = np.broadcast_to(np.float32(scale), t.shape)
+    encode = _two_bits if kind != "PTQ1_0" else _trits
+    rows = []
+    for weights, values in zip(t, scales):
+        row = bytearray()
+        for i in range(0, len(weights), block):
+            codes = [int(w) + 1 for w in weights[i : i + block]]
+            largest = max((v for v, c in zip(values[i : i + block], codes) if c != 1), default=0)
+            row += encode(codes, struct.pack("<e", largest))
+        rows.append(np.frombuffer(bytes(row), np.uint8))
+    return np.stack(rows)
+
+
+def _two_bits(codes, scale):
+    out = bytearray(len(codes) // 4)
+    for j, code in enumerate(codes):
+        out[j // 4] |= code << (2 * (j % 4))
+    return scale + bytes(out)
+
+
+def _trits(codes, scale):
+    out = b""
+    for size, digits in ((16, 5), (8, 5), (2, 4)):
+        part, codes = codes[: size * digits], codes[size * digits :]
+        for j in range(size):
+            number = sum(part[j + n * size] * 3 ** (4 - n) for n in range(digits))
+            out += bytes([(number * 256 + 242) // 243])
+    return out + scale
 
 
 class Writer:
@@ -55,7 +90,9 @@ class Writer:
         return self
 
     def add_ternary(self, name, t, scale, kind):
-        """``kind``: TQ1_0, TQ2_0, or one of LAYOUTS for I2_S."""
+        """``kind``: TQ1_0, TQ2_0, a key of GROUPS, or one of LAYOUTS for I2_S."""
+        if kind in GROUPS:
+            return self.add(name, group_bytes(t, scale, kind), GROUPS[kind][0], t.shape)
         if kind in LAYOUTS:
             return self.add(name, i2_s_bytes(t, scale, LAYOUTS[kind]), I2_S, t.shape)
         return self.add(name, quantize(t, scale, kind), kind)

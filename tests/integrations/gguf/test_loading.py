@@ -13,7 +13,7 @@ from torch import nn
 import bitlinear
 from bitlinear import BitLinear, packing
 from tests import oracle
-from tests.integrations.gguf.files import Writer, gguf, integration, layout_of
+from tests.integrations.gguf.files import GROUPS, Writer, gguf, integration, layout_of
 from tests.integrations.gguf.models import (
     CONFIGS,
     IDS,
@@ -77,7 +77,7 @@ def test_every_architecture(architecture, device, tmp_path):
         oracle.assert_same_bits(loaded(IDS).logits, twin(IDS).logits)
 
 
-@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0", "x86", "arm"])
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0", *GROUPS, "x86", "arm"])
 def test_every_type_with_rows_in_another_order(kind, tmp_path):
     model = ternary_model("llama")
     path = write_model(tmp_path / "x.gguf", "llama", model, kind).write()
@@ -85,7 +85,7 @@ def test_every_type_with_rows_in_another_order(kind, tmp_path):
     assert_loaded(loaded, model)
 
 
-@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0", "x86", "arm"])
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0", *GROUPS, "x86", "arm"])
 def test_the_number_of_chunks_changes_nothing(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "_CHUNK_BYTES", 1700)  # six rows of 256, three of 512
     model = ternary_model("llama")
@@ -304,8 +304,8 @@ def test_an_embedding_that_cannot_be_dequantised_is_refused(number, kind, tmp_pa
 def test_a_refused_type_is_named(tmp_path):
     name = "blk.1.ffn_down.weight"
     writer = write_model(tmp_path / "x.gguf", "llama", ternary_model("llama"), skip=[name])
-    path = writer.add(name, np.zeros(256 * 136, np.uint8), 142, (256, 512)).write()
-    assert_refused(path, make("llama"), f"{name}: type PQ2_0 has a scale for each group of 128")
+    path = writer.add(name, np.zeros(256 * 136, np.uint8), 135, (256, 512)).write()
+    assert_refused(path, make("llama"), f"{name}: type IQ2_BN of ik_llama.cpp")
 
 
 def test_i2_s_needs_its_layout(tmp_path):

@@ -91,12 +91,8 @@ def test_activations_in_a_rotated_basis_are_refused(tmp_path):
         (38, 64, "type TL1 has its weights in the order of kernels"),
         (39, 56, "type TL2 has its weights in the order of kernels"),
         (41, 36, "type Q1_0 has binary weights"),
-        (42, 72, "type Q2_0 has a scale for each group of 64 weights"),
-        (42, 68, "type PQ2_0 has a scale for each group of 128 weights"),
         (134, 56, "type IQ1_BN of ik_llama.cpp"),
         (135, 68, "type IQ2_BN of ik_llama.cpp"),
-        (142, 68, "type PQ2_0 has a scale for each group of 128 weights"),
-        (143, 56, "type PTQ1_0 has a scale for each group of 128 weights"),
         (999, 56, "type number 999 is not known"),
     ],
 )

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from bitlinear.groups import round_scales
 from tests import oracle
 from tests.integrations.gguf.files import (
+    GROUPS,
     I2_S,
     LAYOUTS,
     Writer,
@@ -19,7 +21,8 @@ from tests.integrations.gguf.files import (
     read_one,
 )
 
-KINDS = ["TQ1_0", "TQ2_0", *LAYOUTS]
+BLOCKS = {"TQ1_0": 256, "TQ2_0": 256, **{kind: block for kind, (_, block) in GROUPS.items()}}
+KINDS = [*BLOCKS, *LAYOUTS]
 SCALES = [37.0, 2.0**-9, 0.1]
 
 
@@ -88,7 +91,7 @@ def test_i2_s_of_no_whole_blocks_is_of_the_other_layout(tmp_path):
         integration.tensors(path, i2_s_layout="x86")
 
 
-@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
+@pytest.mark.parametrize("kind", BLOCKS)
 def test_equal_scales_of_each_row_become_scales_per_row(kind, tmp_path):
     t = oracle.ternary(6, 512)
     t[3, 256:] = 0  # The quantiser writes the scale 0 for this block.
@@ -100,15 +103,56 @@ def test_equal_scales_of_each_row_become_scales_per_row(kind, tmp_path):
     assert tensor.w_scale.tolist() == [[0.25], [8], [0.5], [37], [37], [2]]
 
 
-@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
-def test_different_scales_within_a_row_are_refused(kind, tmp_path):
-    t = oracle.ternary(4, 512)
-    scales = np.ones((4, 512), np.float32)
-    scales[2, 256:] = 0.5
-    path = Writer(tmp_path / "x.gguf").add_ternary("a.weight", t, scales, kind).write()
-    iterator = integration.tensors(path)
-    with pytest.raises(ValueError, match=r"a\.weight: the blocks of row 2 .*0\.5 to 1.*for groups"):
-        next(iterator)
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("spread", [1, 4, 12])
+def test_different_scales_within_a_row_become_scales_of_groups(spread, kind, tmp_path, caplog):
+    block = BLOCKS[kind]
+    t = oracle.ternary(4, 768)
+    t[1, 256:512] = 0  # The scale of these blocks means nothing.
+    exponents = np.random.default_rng(0).uniform(-spread, 0, (4, 768 // block))
+    scales = np.float32(np.float16(2.0**exponents))
+    path = Writer(tmp_path / "x.gguf")
+    path = path.add_ternary("a.weight", t, oracle.spread(scales, block, 768), kind).write()
+    with caplog.at_level("INFO", "bitlinear"):
+        tensor = read_one(path)
+    assert tensor.w_packed.tolist() == oracle.pack(t).tolist()
+    assert tensor.group_size == block
+    used = (t.reshape(4, -1, block) != 0).any(axis=2)
+    largest = np.where(used, scales, 0).max()
+    wanted = torch.from_numpy(np.where(used, scales, largest))
+    rounded = round_scales(wanted)
+    oracle.assert_same_bits(tensor.w_scale, rounded)
+    assert ("scales are rounded" in caplog.text) == (not torch.equal(rounded, wanted))
+    if spread < 4:
+        assert torch.equal(rounded, wanted)
+
+
+def test_q2_0_of_llama_cpp(tmp_path):
+    """Its own encoder writes the largest magnitude of a block as its scale."""
+    import ctypes
+
+    pytest.importorskip("llama_cpp")
+    from llama_cpp import _ggml
+
+    t = oracle.ternary(5, 320)
+    scales = np.float16(np.random.default_rng(0).uniform(0.5, 2, (5, 5))).astype(np.float32)
+    values = np.ascontiguousarray((t * oracle.spread(scales, 64, 320)).astype(np.float32))
+    data = np.zeros((5, 18 * 5), np.uint8)
+    encode = _ggml.libggml.quantize_q2_0
+    encode.restype, encode.argtypes = (
+        ctypes.c_size_t,
+        [ctypes.c_void_p] * 2
+        + [
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+        ],
+    )
+    assert encode(values.ctypes.data, data.ctypes.data, 5, 320, None) == data.size
+    path = Writer(tmp_path / "x.gguf").add("a.weight", data, 42, t.shape).write()
+    tensor = read_one(path)
+    assert tensor.w_packed.tolist() == oracle.pack(t).tolist()
+    assert tensor.w_scale.tolist() == scales.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,10 +172,12 @@ def test_scales_that_are_not_positive_are_refused(kind, bad, tmp_path):
         writer = Writer(tmp_path / "x.gguf").add_ternary("a.weight", t, bad, kind)
         place = "block 0 in row 0"
     else:
-        data = quantize(t, 37.0, kind)
-        data[2, -2:] = np.array([bad], np.float16).view(np.uint8)
-        writer = Writer(tmp_path / "x.gguf").add("a.weight", data, kind)
-        place = "block 1 in row 2"
+        writer = Writer(tmp_path / "x.gguf").add_ternary("a.weight", t, 37.0, kind)
+        scale = np.array([bad], np.float16).view(np.uint8)
+        data = writer.data[0] = np.array(writer.data[0])
+        blocks = data.reshape(4, 512 // BLOCKS[kind], -1)
+        blocks[2, -1, slice(0, 2) if kind in ("Q2_0", "PQ2_0") else slice(-2, None)] = scale
+        place = f"block {blocks.shape[1] - 1} in row 2"
     iterator = integration.tensors(writer.write(), i2_s_layout=layout_of(kind))
     with pytest.raises(ValueError, match=rf"a\.weight: the scale of {place} must be finite and"):
         next(iterator)
