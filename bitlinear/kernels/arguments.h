@@ -291,7 +291,7 @@ inline void check_quantized_linear(const at::Tensor& q, const at::Tensor& s_x,
                     dtype_name(q_sum.scalar_type()), " of shape ", q_sum.sizes());
   check_device(q, "q_sum", q_sum);
   check_in_features(q.size(-1));
-  check_operand(q, w_packed, w_scale, bias, q.size(-1));
+  check_operand(q, w_packed, w_scale, bias, q.size(-1), 0);
 }
 
 // The same conditions and messages as reference_int8_product in head_products.py.
