@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from .arguments import check_activations
 from .autograd import output_dtype
 from .deployed import input_gradient
+from .groups import split_scales
 from .linear import BitLinear
 from .quantize import EXACT_K, epilogue, join_products, quantize_with_absmax, split_activations
 from .ternary_layer import TernaryLayer
@@ -90,7 +91,7 @@ class RowwiseParallel(parallel.RowwiseParallel):
     """Divide a deployed BitLinear by its input features.
 
     Their number must be a multiple of four times the number of processes: four weights share a
-    byte.
+    byte. With scales of groups each process must have whole groups.
 
     Args:
         input_layouts: Placement of the input; by default sharded along its last dimension.
@@ -103,17 +104,13 @@ class RowwiseParallel(parallel.RowwiseParallel):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         layer = _check_deployed(module, "RowwiseParallel")
-        if layer.in_features % (4 * device_mesh.size()):
+        group_size, processes = layer._group_size, device_mesh.size()
+        unit, what = (group_size, "weights to a group") if group_size > 0 else (4, "to a byte")
+        if layer.in_features % (unit * processes):
             raise ValueError(
-                f"RowwiseParallel needs in_features that are a multiple of "
-                f"{4 * device_mesh.size()}, four weights to a byte and {device_mesh.size()} "
-                f"processes, but they are {layer.in_features}: use ColwiseParallel for this layer, "
-                f"or fewer processes"
-            )
-        if layer._group_size > 0:
-            raise ValueError(
-                f"RowwiseParallel cannot divide a layer with quant_type={layer.quant_type!r}: use "
-                f"ColwiseParallel for it"
+                f"RowwiseParallel needs in_features that are a multiple of {unit * processes}, "
+                f"{unit} {what} and {processes} processes, but they are {layer.in_features}: use "
+                f"ColwiseParallel for this layer, or fewer processes"
             )
         return super()._apply(module, device_mesh)
 
@@ -188,9 +185,10 @@ class _DividedLinear(torch.autograd.Function):
         local_packed = w_packed.to_local()
         in_features = ctx.layer.in_features if colwise else 4 * local_packed.shape[1]
         local_scale = _local(w_scale, scale_placement)
-        product = input_gradient(
-            local_grad, local_packed, local_scale, in_features, ctx.layer._group_size
-        )
+        group_size = ctx.layer._group_size
+        if group_size > 0 and not colwise:
+            local_scale = _groups_of_process(local_scale, grad.device_mesh)
+        product = input_gradient(local_grad, local_packed, local_scale, in_features, group_size)
         placement = Partial() if colwise else Shard(grad.dim() - 1)
         grad_x: Any = _dtensor(product, grad.device_mesh, placement)
         if colwise:
@@ -220,16 +218,24 @@ def _rowwise_linear(layout: Placement, layer: BitLinear, x: DTensor) -> DTensor:
     absmax = absmax.nan_to_num(nan=math.inf, posinf=math.inf)
     absmax = _dtensor(absmax, mesh, Partial("max")).full_tensor()
     q, s_x = quantize_with_absmax(part, absmax.clamp_min(layer.eps), layer._act_bits)
-    partial_sums = _integer_sums(q, _local(layer.w_packed, Shard(1)), layer.in_features)
+    w_packed = _local(layer.w_packed, Shard(1))
+    if layer._group_size > 0:
+        multipliers, _ = split_scales(_local(layer.w_scale, Replicate()))
+        multipliers = _groups_of_process(multipliers, mesh)
+        partial_sums = _group_sums(q, w_packed, multipliers, layer._group_size)
+    else:
+        partial_sums = _integer_sums(q, w_packed, layer.in_features)
     sums = _dtensor(partial_sums, mesh, Partial()).redistribute(
         placements=[layout if layout.is_shard() else Replicate()]
     )
     (placement,) = sums.placements
     splits_features = placement.is_shard(sums.dim() - 1)
+    scale, bias = _scale_and_bias(layer, Shard(0) if splits_features else Replicate())
     y = epilogue(
         sums.to_local().to(torch.float32),
         _local(_dtensor(s_x, mesh, Replicate()), Replicate() if splits_features else placement),
-        *_scale_and_bias(layer, Shard(0) if splits_features else Replicate()),
+        split_scales(scale)[1] if layer._group_size > 0 else scale,
+        bias,
     )
     y = y.to(output_dtype(x))
     return _dtensor(y, mesh, placement, shape=sums.shape, stride=sums.stride())
@@ -254,6 +260,24 @@ def _integer_sums(q: Tensor, w_packed: Tensor, in_features: int) -> Tensor:
         for piece, weights in pieces
     ]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
+
+
+def _group_sums(q: Tensor, w_packed: Tensor, multipliers: Tensor, group_size: int) -> Tensor:
+    """The exact product of a part with groups, ``(..., k)`` and uint8 ``(N, k/4)``, as int64.
+
+    ``multipliers`` are int32, of shape ``(N, k/group_size)``; see :mod:`bitlinear.groups`.
+    """
+    sums = torch.zeros((*q.shape[:-1], len(w_packed)), dtype=torch.int64, device=q.device)
+    pieces = zip(q.split(group_size, dim=-1), w_packed.split(group_size // 4, dim=1))
+    for group, (piece, weights) in enumerate(pieces):
+        product = _integer_sums(piece, weights, group_size).to(torch.int64)
+        sums = sums + product * multipliers[:, group]
+    return sums
+
+
+def _groups_of_process(values: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The columns of ``(N, groups)`` that belong to this process's input features."""
+    return values.chunk(mesh.size(), dim=1)[mesh.get_local_rank()]
 
 
 def _scale_and_bias(layer: BitLinear, placement: Placement) -> tuple[Tensor, Tensor | None]:

@@ -197,6 +197,31 @@ def check_a_transformer():
         assert_same_bits(copy.deepcopy(parts)(x), model(x))
 
 
+def check_groups():
+    """Each process has whole groups, and their sums add up exactly."""
+    for quant_type in ("ai8pc_wpg32", "ai16pc_wpg64"):
+        k = int(quant_type.partition("wpg")[2]) * dist.get_world_size() * 3
+        layer = BitLinear(k, 37, quant_type=quant_type)
+        with torch.no_grad():
+            layer.weight.mul_(torch.logspace(-1, 1, k))
+        layer.deploy()
+        x = with_bad_tokens(torch.randn(5, k)).requires_grad_()
+        for style in (
+            ColwiseParallel(output_layouts=Replicate(), use_local_output=False),
+            *(
+                RowwiseParallel(
+                    input_layouts=Replicate(), output_layouts=layout, use_local_output=False
+                )
+                for layout in (Replicate(), Shard(0), Shard(-1))
+            ),
+        ):
+            parts = divided(layer, style)
+            assert_same_bits(parts(x).full_tensor(), layer(x))
+            (grad,) = torch.autograd.grad(parts(x).full_tensor().sum(), x)
+            (wanted,) = torch.autograd.grad(layer(x).sum(), x)
+            torch.testing.assert_close(grad, wanted)
+
+
 def check_other_modules():
     class Normed(BitLinear):
         def forward(self, x):
@@ -214,6 +239,9 @@ def check_other_modules():
                 parallelize_module(module, mesh(), style())
     with pytest.raises(ValueError, match=r"multiple of 8, .* 2 processes, but they are 20"):
         parallelize_module(deployed(20, 16), mesh(), RowwiseParallel())
+    layer = BitLinear(96, 16, quant_type="ai8pc_wpg32").deploy()
+    with pytest.raises(ValueError, match=r"multiple of 64, 32 weights to a group and 2 processes"):
+        parallelize_module(layer, mesh(), RowwiseParallel())
 
 
 def check_inputs():
@@ -343,6 +371,7 @@ def check_compilation():
     [
         check_columns,
         check_rows,
+        check_groups,
         check_a_pair,
         pytest.param(check_sharded_inputs, marks=pytest.mark.slow),
         pytest.param(check_a_transformer, marks=pytest.mark.slow),

@@ -26,17 +26,18 @@ import torch
 from torch import Tensor
 
 from .. import packing
+from ..groups import count_groups
 from ..quantize import EXACT_K, HIGH_WEIGHT, INTEGER_DTYPES, PER_ROW, QMAX
 
 _MIN_OPSET = 13
 
 
-def _check_no_groups(group_size: int) -> None:
-    if group_size > 0:
-        raise NotImplementedError(
-            f"bitlinear: a layer with scales for groups of {group_size} inputs cannot be exported "
-            f"to ONNX"
-        )
+def _multiply_groups(t: Tensor, w_scale: Tensor, group_size: int, in_features: int) -> Tensor:
+    """Weights ``(N, in_features)``, each times the scale of its group in ``(N, groups)``."""
+    groups = count_groups(in_features, group_size)
+    t = torch.constant_pad_nd(t, (0, groups * group_size - in_features), 0.0)
+    t = t.reshape((-1, groups, group_size)) * w_scale.reshape((-1, groups, 1))
+    return t.reshape((-1, groups * group_size)).narrow(1, 0, in_features)
 
 
 def _scale_activations(x: Tensor, eps: float, act_bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +75,11 @@ def quantize_weight(
     Raises:
         NotImplementedError: ``group_size`` is positive.
     """
-    _check_no_groups(group_size)
+    if group_size > 0:
+        raise NotImplementedError(
+            f"bitlinear: a layer with scales for groups of {group_size} inputs is exported to ONNX "
+            f"only if it is deployed: call deploy() first"
+        )
     out_features, in_features = weight.shape
     weight = weight.to(torch.float32)
     sums = weight.abs().to(torch.float64).sum(dim=-1)
@@ -102,12 +107,7 @@ def expand_weight(
     dtype: torch.dtype | None = None,
     group_size: int = 0,
 ) -> Tensor:
-    """``torch.ops.bitlinear.expand_weight``.
-
-    Raises:
-        NotImplementedError: ``group_size`` is positive.
-    """
-    _check_no_groups(group_size)
+    """``torch.ops.bitlinear.expand_weight``."""
     # The table holds the four weights of each byte. It is computed, because a decomposition cannot
     # contain a constant tensor.
     byte = torch.arange(256, dtype=torch.float32, device=w_packed.device)
@@ -116,7 +116,9 @@ def expand_weight(
     columns = packing.packed_shape(0, in_features)[1]
     weight = torch.embedding(table, w_packed.to(torch.int32)).reshape((-1, 4 * columns))
     weight = weight.narrow(1, 0, in_features)
-    if w_scale is not None:
+    if w_scale is not None and group_size > 0:
+        weight = _multiply_groups(weight, w_scale, group_size, in_features)
+    elif w_scale is not None:
         weight = weight * w_scale
     return weight.to(dtype or torch.float32)
 
@@ -134,12 +136,16 @@ def linear(
 ) -> Tensor:
     """``torch.ops.bitlinear.linear``.
 
-    Raises:
-        NotImplementedError: ``group_size`` is positive.
+    Scales of groups are rounded already, by ``deploy()``.
     """
-    _check_no_groups(group_size)
     q, _, s_x = _scale_activations(x, eps, act_bits)
     t = expand_weight(w_packed, in_features)
+    if group_size > 0:
+        # Integers times a power of two per row, below 2**53 of them: sums in fp64 are exact.
+        weight = _multiply_groups(t, w_scale, group_size, in_features)
+        product = q.to(torch.float64) @ weight.to(torch.float64).T
+        y = product.to(torch.float32) * s_x
+        return _add_bias(y, bias).to(out_dtype or x.dtype)
     if act_bits == 8:
         product = _integer_product(q, t, in_features)
     else:
@@ -151,9 +157,11 @@ def linear(
         product = halves[0] * HIGH_WEIGHT + halves[1]
     product = product.to(torch.float32)
     y = product * (s_x * w_scale.reshape((-1,)))
-    if bias is not None:
-        y = y + bias.to(torch.float32)
-    return y.to(out_dtype or x.dtype)
+    return _add_bias(y, bias).to(out_dtype or x.dtype)
+
+
+def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias.to(torch.float32)
 
 
 def _integer_product(q: Tensor, t: Tensor, in_features: int) -> Tensor:

@@ -119,6 +119,21 @@ def test_quantisation_types(exporter, quant_type, is_deployed, tmp_path):
 
 
 @both
+@pytest.mark.parametrize(
+    "quant_type", ["ai8pc_wpg32", pytest.param("ai16pc_wpg64", marks=pytest.mark.slow)]
+)
+def test_scales_of_groups(exporter, quant_type, tmp_path):
+    layer = BitLinear(70, 33, quant_type=quant_type).eval()
+    with torch.no_grad():
+        layer.weight.mul_(torch.logspace(-1, 1, 70))
+    with pytest.raises(Exception, match="call deploy\\(\\) first"):
+        export(layer, rows(70), tmp_path / "m.onnx", exporter)
+    layer.deploy()
+    export(layer, rows(70), tmp_path / "m.onnx", exporter)
+    assert_runs_alike(layer, tmp_path / "m.onnx", rows(70), torch.randn(40, 70))
+
+
+@both
 @pytest.mark.parametrize("is_deployed", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("quant_type", ["wpt", "wpc"])
 def test_embeddings(exporter, quant_type, is_deployed, tmp_path):
@@ -263,17 +278,6 @@ def test_decompositions_run_on_the_device_of_the_model():
     assert (y.shape, y.device) == ((3, 8), x.device)
     q, s_x = bitlinear_onnx.quantize_activations(x)
     assert bitlinear_onnx.expand_activations(q, s_x, torch.bfloat16).device == x.device
-
-
-@both
-def test_reserved_arguments_raise(exporter, tmp_path):
-    class Grouped(nn.Module):
-        def forward(self, x):
-            w_packed, w_scale = torch.zeros(8, 6, dtype=torch.uint8), torch.ones(1)
-            return torch.ops.bitlinear.linear(x, w_packed, w_scale, None, 24, 1e-6, 32)
-
-    with pytest.raises(Exception, match="group_size = 32"):
-        export(Grouped(), torch.randn(3, 24), tmp_path / "m.onnx", exporter)
 
 
 # --- Who else sees the decompositions ---
