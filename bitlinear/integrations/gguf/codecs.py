@@ -101,14 +101,15 @@ def encode_tq2_0(w_packed: Tensor, in_features: int, scales: Tensor) -> Tensor:
     Args:
         w_packed: uint8, ``(N, K / 4)``; see :mod:`bitlinear.packing`.
         in_features: ``K``, a multiple of 256.
-        scales: fp16, ``(1,)`` or ``(N, 1)``.
+        scales: fp16, ``(1,)``, ``(N, 1)`` or ``(N, K / 256)``.
 
     Returns:
         uint8, ``(N, 66 * K / 256)``, on the CPU.
     """
     rows, blocks = len(w_packed), in_features // BLOCK
     result = torch.empty(rows, blocks, 66, dtype=torch.uint8, device="cpu")
-    result[..., 64:] = scales.cpu().expand(rows, 1).contiguous().view(torch.uint8)[:, None]
+    block_scales = scales.cpu().expand(rows, blocks).contiguous()
+    result[..., 64:] = block_scales.view(torch.uint8).unflatten(1, (blocks, 2))
     for first, chunk in packing.enumerate_chunks(w_packed.cpu()):
         codes = (packing.unpack_unchecked(chunk, in_features) + 1).to(torch.uint8)
         parts = codes.view(len(chunk), blocks, 2, 4, 32).unbind(-2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import foreign, packing
+from ...groups import repeat_scales
 from ...linear import BitLinear
 from .architectures import (
     ARCHITECTURES,
@@ -50,7 +51,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a deployed model of transformers as a GGUF file, without rounding.
 
     Deployed layers become TQ2_0. A scale for the tensor that is not a number in fp16 goes into a
-    ``.scale`` tensor in F32, where llama.cpp reads it; other scales must be numbers in fp16. Norms
+    ``.scale`` tensor in F32, where llama.cpp reads it; other scales must be numbers in fp16, those of
+    groups for a multiple of 256 weights. Norms
     and biases become F32, other parameters keep their dtype. :func:`load` gives back the same
     weights and scales, except that the scale of a row of zeros means nothing.
 
@@ -211,15 +213,15 @@ def _packed_entries(
         packing.check_packed(layer.w_packed, layer.in_features)
     except ValueError as error:
         raise ValueError(f"{layer_name}: {error}") from error
-    w_scale = layer.w_scale.detach().cpu()
+    w_scale = _block_scales(layer, layer_name)
     halves = w_scale.to(torch.float16)
     factors: list[_Entry] = []
     if not bool(((halves.float() == w_scale) & (halves > 0)).all()):
         if len(w_scale) > 1:
             row = int(((halves.float() != w_scale) | (halves <= 0)).nonzero()[0, 0])
             raise ValueError(
-                f"{layer_name}: the scale of row {row}, {w_scale[row].item():.9g}, is not a number "
-                f"in fp16, as TQ2_0 needs it for scales of rows"
+                f"{layer_name}: the scale of row {row}, {w_scale[row].max().item():.9g}, is not a "
+                f"number in fp16, as TQ2_0 needs it for scales of rows"
             )
         if part_of(found) not in architecture.scaled:
             raise ValueError(
@@ -239,6 +241,23 @@ def _packed_entries(
 
     shape = (layer.out_features, layer.in_features)
     return [_Entry(found, "TQ2_0", shape, make), *factors]
+
+
+def _block_scales(layer: BitLinear, name: str) -> Tensor:
+    """The scales of a layer, those of groups one for each block of TQ2_0.
+
+    Raises:
+        ValueError: A block has several scales.
+    """
+    w_scale, group_size = layer.w_scale.detach().cpu(), layer._group_size
+    if group_size <= 0:
+        return w_scale
+    if group_size % BLOCK:
+        raise ValueError(
+            f"{name} has a scale for every {group_size} in_features, but TQ2_0 has one for every "
+            f"{BLOCK}: save its state_dict instead"
+        )
+    return repeat_scales(w_scale, group_size // BLOCK, layer.in_features // BLOCK)
 
 
 def _write(path: Path, config: Any, entries: list[_Entry]) -> None:

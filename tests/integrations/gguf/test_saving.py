@@ -153,6 +153,26 @@ def test_scales_of_rows_follow_their_rows(tmp_path):
     oracle.assert_same_bits(loaded.model.layers[0].self_attn.q_proj.w_scale, q.w_scale)
 
 
+def with_groups(group_size):
+    model = bitlinear.convert(make("llama"), quant_type=f"ai8pc_wpg{group_size}")
+    for layer in layers_of(bitlinear.deploy(model)).values():
+        layer.w_scale = torch.randint(1, 9, layer.w_scale.shape) / 8
+    return model.eval()
+
+
+def test_scales_of_groups_of_whole_blocks_are_saved(tmp_path):
+    model = with_groups(256)
+    integration.save(model, tmp_path / "x.gguf")
+    loaded = integration.load(tmp_path / "x.gguf", make("llama"), eps=1e-6)
+    assert loaded.model.layers[0].mlp.down_proj.quant_type == "ai8pc_wpg256"
+    for name, layer in layers_of(model).items():
+        oracle.assert_same_bits(loaded.get_submodule(name).dequantize(), layer.dequantize())
+
+
+def test_scales_of_smaller_groups_are_refused(tmp_path):
+    assert_refused(with_groups(128), tmp_path, "a scale for every 128 in_features, but TQ2_0 has")
+
+
 def test_a_deployed_head_and_plain_linear_layers(tmp_path):
     model = make("llama", torch.bfloat16)
     bitlinear.deploy(bitlinear.convert(model, exclude=["q_proj"])).eval()
