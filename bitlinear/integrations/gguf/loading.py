@@ -36,9 +36,9 @@ def load(
     :class:`~bitlinear.BitLinear` layers, with the weights and scales of the file; see
     :func:`tensors`. Their biases stay in fp32. All other parameters get the values of the file in
     their own dtype: F32, F16 and BF16, and for the embedding and the head every type that the
-    package gguf can dequantise, such as Q6_K. A file without ``output.weight`` has a head with the
-    values of the embedding. For the architecture ``llama`` the rows of queries and keys are put
-    back into the order of transformers.
+    package gguf can dequantise, such as Q6_K. A ternary embedding becomes a dense one. A file
+    without ``output.weight`` has a head with the values of the embedding. For the architecture
+    ``llama`` the rows of queries and keys are put back into the order of transformers.
 
     The architectures are ``llama``, ``qwen2``, ``qwen3``, ``bitnet`` and those of bitnet.cpp,
     ``bitnet-b1.58`` and ``bitnet-25``. Make the model from the config of the original checkpoint::

@@ -51,10 +51,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a deployed model of transformers as a GGUF file, without rounding.
 
     Deployed layers become TQ2_0. A scale for the tensor that is not a number in fp16 goes into a
-    ``.scale`` tensor in F32, where llama.cpp reads it; other scales must be numbers in fp16, those of
-    groups for a multiple of 256 weights. Norms
-    and biases become F32, other parameters keep their dtype. :func:`load` gives back the same
-    weights and scales, except that the scale of a row of zeros means nothing.
+    ``.scale`` tensor in F32, where llama.cpp reads it; other scales must be numbers in fp16, and
+    groups must have a multiple of 256 weights. Norms and biases become F32, other parameters keep
+    their dtype. :func:`load` gives back the same weights and scales, except that the scale of a row
+    of zeros means nothing.
 
     The file has no tokenizer (``tokenizer.ggml.model`` is ``no_vocab``): llama.cpp's own converter
     writes one. It does not say ``eps`` and the bits of activations, which :func:`load` takes as

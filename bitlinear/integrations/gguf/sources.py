@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from ...ternary_layer import TernaryLayer
 from .architectures import DERIVED, check_config, file_name, file_order
 from .reader import GgufFile, TensorInfo
-from .ternary import check_ternary, check_type, factor_name, read_factor
+from .ternary import (
+    can_expand,
+    check_ternary,
+    check_type,
+    expand_rows,
+    factor_name,
+    read_factor,
+)
 from .types import FLOAT_TYPES, TERNARY_TYPES
 
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
@@ -118,7 +125,7 @@ def _check_linear(name: str, owner: nn.Module) -> None:
 
 def _check_float(info: TensorInfo) -> None:
     """Raise ValueError unless the values of a tensor can be read as floats."""
-    if info.type.name in FLOAT_TYPES:
+    if info.type.name in FLOAT_TYPES or (info.name == _EMBEDDING and can_expand(info)):
         return
     if info.name not in (_EMBEDDING, _HEAD):
         raise ValueError(
@@ -174,8 +181,9 @@ def read_into(target: Tensor, file: GgufFile, source: Source) -> None:
 
 
 def _float_chunks(file: GgufFile, source: Source) -> Iterator[tuple[int, Tensor]]:
-    for first, data in file.chunks(source.info):
-        values = _to_float(source.info, data)
+    info = source.info
+    for first, data in file.chunks(info):
+        values = expand_rows(info, first, data) if can_expand(info) else _to_float(info, data)
         yield first, values if source.factor == 1 else values * source.factor
 
 

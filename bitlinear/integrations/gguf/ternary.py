@@ -205,6 +205,31 @@ def _decoded_chunks(
         yield first, *decode(data)
 
 
+def can_expand(info: TensorInfo) -> bool:
+    """Whether :func:`expand_rows` can read a tensor of this type."""
+    return info.type.name in _DECODERS
+
+
+def expand_rows(info: TensorInfo, first: int, data: Tensor) -> Tensor:
+    """The values of some rows of a ternary tensor, for an embedding that stays dense.
+
+    Args:
+        info: The tensor.
+        first: The number of the first row, for errors.
+        data: uint8, the bytes of the rows.
+
+    Returns:
+        fp32, ``(rows, K)``.
+
+    Raises:
+        ValueError: A weight is invalid.
+    """
+    codes, scales = _DECODERS[info.type.name](data)
+    _check_codes(info.name, first, codes)
+    blocks = codes.view(*scales.shape, -1).float() - 1
+    return (blocks * scales[..., None]).flatten(1)
+
+
 def _check_codes(name: str, first: int, codes: Tensor) -> None:
     invalid = codes == 3
     if bool(invalid.any()):
