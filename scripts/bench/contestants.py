@@ -137,18 +137,19 @@ def _deployed(linear: nn.Linear, quant_type: str = DEFAULT_TYPE) -> nn.Module:
 
 
 def _deployed_types() -> dict[str, Kind]:
-    """The deployed layer of every other quantisation type, on the kernel that was chosen."""
+    """The deployed layer of other quantisation types, on the kernel that was chosen."""
+    grouped = ("ai8pc_wpg128", "ai8pc_wpg64", "ai16pc_wpg128")
     return {
         name: Kind(
             f"BitLinear {name}",
             OTHER,
-            ("cpu", "cuda"),
+            ("cpu",) if name in grouped else ("cpu", "cuda"),
             partial(_deployed, quant_type=name),
             _bind,
             note=f"the deployed layer with quant_type={name!r}, in place of {DEFAULT_TYPE!r}",
             by_default=False,
         )
-        for name in QUANT_TYPES
+        for name in (*QUANT_TYPES, *grouped)
         if name != DEFAULT_TYPE
     }
 
