@@ -76,7 +76,7 @@ static_assert(sizeof(Panel<Zen4>) <= offsetof(Tables::L, sums), "they share scra
 constexpr bitlinear_kernel_table kPanels =
     make_table<Avx512Vnni, PanelGemm<Avx512Vnni>, GroupProduct<Avx512Vnni>>("avx512_vnni");
 constexpr bitlinear_kernel_table kTablesAndPanels =
-    make_table<Zen4, TablesAndPanels, GroupProduct<Zen4>>("avx512_vnni");
+    make_table<Zen4, TablesAndPanels, GroupProduct<Avx512Vnni>>("avx512_vnni");
 
 // A test defines this, to run both forms on any CPU with AVX-512.
 #ifndef BITLINEAR_IS_ZEN4
