@@ -35,7 +35,7 @@ void check_one_dtype(Case c, int dtype) {
     c.activation = prologue < 26 ? BITLINEAR_NO_GATE : static_cast<int>(prologue % 2) + 1;
     c.norm = prologue >= 24 && prologue < 30;
     c.residual = random.next() % 4 == 0;
-    const uint32_t groups = random.next() % 32;
+    const uint32_t groups = random.next() % 64;
     c.group_size = groups < 4 ? 32 << groups : groups == 4 ? 96 : 0;
     const std::string difference = check_case(*bitlinear_kernels(), c, seed);
     if (difference.empty()) {
