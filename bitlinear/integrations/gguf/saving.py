@@ -244,7 +244,7 @@ def _packed_entries(
 
 
 def _block_scales(layer: BitLinear, name: str) -> Tensor:
-    """The scales of a layer, those of groups one for each block of TQ2_0.
+    """The scales of a layer; with groups, one for each block of TQ2_0.
 
     Raises:
         ValueError: A block has several scales.

@@ -3,7 +3,7 @@
 //
 // wgmma.cuh reads them as they are, because the copy engine brings tiles into the order of the
 // tensor cores; the packed weights are rewritten in the order that fits. For the other kernels, and
-// if K is not a multiple of 16, the tokens are arranged anew.
+// if K is not a multiple of 16, the tokens are arranged again.
 //
 // Bound: memory. A sixteenth of fp32 weights is read and written, or each activation.
 #include "launch.cuh"
