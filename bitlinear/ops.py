@@ -171,7 +171,7 @@ def reference_linear(
         Shape ``(..., N)``.
 
     Raises:
-        NotImplementedError, TypeError, ValueError: See :func:`bitlinear.arguments.check_linear`.
+        TypeError, ValueError: See :func:`bitlinear.arguments.check_linear`.
     """
     check_linear(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits, out_dtype)
     packing.check_packed(w_packed, in_features)
@@ -235,8 +235,7 @@ def reference_fused_linear(
         Shape ``(..., N)``; ``N`` is the sum of the rows of all weights.
 
     Raises:
-        NotImplementedError, TypeError, ValueError: See
-            :func:`bitlinear.arguments.check_fused_linear`.
+        TypeError, ValueError: See :func:`bitlinear.arguments.check_fused_linear`.
     """
     check_fused_linear(
         *(x, w_packed, w_scale, bias, in_features, eps, group_size, act_bits),

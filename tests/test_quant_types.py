@@ -192,7 +192,7 @@ def test_it_trains(quant_type):
 @types
 @pytest.mark.slow
 def test_compiled(quant_type):
-    torch._dynamo.reset()  # each type compiles anew, and torch allows eight in a process
+    torch._dynamo.reset()  # each type is compiled, and torch allows eight in a process
     layer = layer_of(quant_type)
     x = torch.randn(4, 33, requires_grad=True)
     y = layer(x)

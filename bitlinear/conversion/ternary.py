@@ -182,15 +182,25 @@ def pack(weight: Tensor) -> Tensor:
     return packing.pack_quantized(weight, lambda first, rows: rows.sign().to(torch.int8))
 
 
-def _checked(scales: Tensor, count: int, rows: _Rows, deviation: float) -> Scales | NotTernary:
+def _checked(
+    scales: Tensor, count: int, rows: _Rows, deviation: float, group_size: int = 0
+) -> Scales | NotTernary:
+    """``scales`` in fp32, rounded as products round them; ``group_size`` is positive or 0."""
     nonzero = int(rows.nonzero.sum())
     if nonzero < 2 * count:
-        return _too_few(nonzero, count)
+        return NotTernary(
+            f"it has {nonzero} weights other than 0 and {count} scales, as any weight of this "
+            f"shape would",
+            is_refused=True,
+        )
     values = scales.to(torch.float32)
-    if not bool((values.isfinite() & (values > 0)).all()):
+    if group_size > 0:
+        values = round_scales(values)  # can be 0, beside much larger ones
+    valid = values.isfinite() & ((values > 0) | (group_size > 0))
+    if not bool(valid.all()):
         return NotTernary("a scale does not fit float32", is_refused=True)
     rounding = float((values.double() - scales.double()).abs().max())
-    group_size = PER_ROW if values.dim() == 2 else 0
+    group_size = group_size or (PER_ROW if values.dim() == 2 else 0)
     return Scales(values, count, 1 - nonzero / rows.count, max(deviation, rounding), group_size)
 
 
@@ -209,24 +219,9 @@ def _group_scales(weight: Tensor, group_size: int, rows: _Rows) -> Scales | NotT
             for _, part in packing.enumerate_chunks(weight)
         ]
     ).double()
-    exact = torch.where(highest > 0, highest, highest.max())
-    values = round_scales(exact.to(torch.float32))
+    scales = torch.where(highest > 0, highest, highest.max())
     count = int(highest[highest > 0].unique().numel())
-    nonzero = int(rows.nonzero.sum())
-    if nonzero < 2 * count:
-        return _too_few(nonzero, count)
-    if not bool(values.isfinite().all()):
-        return NotTernary("a scale does not fit float32", is_refused=True)
-    deviation = float((values.double() - exact).abs().max())
-    return Scales(values, count, 1 - nonzero / rows.count, deviation, group_size)
-
-
-def _too_few(nonzero: int, count: int) -> NotTernary:
-    return NotTernary(
-        f"it has {nonzero} weights other than 0 and {count} scales, as any weight of this shape "
-        f"would",
-        is_refused=True,
-    )
+    return _checked(scales, count, rows, 0.0, group_size)
 
 
 class _Rows:

@@ -278,7 +278,7 @@ inline void check_quantized(const at::Tensor& q, const at::Tensor& s_x, at::Scal
   check_output_dtype(dtype);
 }
 
-// The same conditions and messages as check_quantized_linear in quantized_linear.py.
+// The same conditions and messages as _check in quantized_linear.py.
 inline void check_quantized_linear(const at::Tensor& q, const at::Tensor& s_x,
                                    const at::Tensor& q_sum, const at::Tensor& w_packed,
                                    const at::Tensor& w_scale, const std::optional<at::Tensor>& bias,

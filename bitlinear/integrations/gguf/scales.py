@@ -1,4 +1,4 @@
-"""The scales of a tensor, of its rows or of groups of its weights, from those of its blocks."""
+"""From the scales of blocks to scales of a tensor, of its rows or of groups of its weights."""
 
 from __future__ import annotations
 

@@ -56,10 +56,9 @@ def tensors(
     of its rows, have one scale, the tensor has one scale, or one for each row; otherwise one for
     each block, rounded as :func:`bitlinear.groups.round_scales` does (scales in fp16 that are at
     least a sixteenth of the largest in their row do not change; the logger ``"bitlinear"`` reports
-    others). The factor in a
-    ``.scale`` tensor beside it is included: the product is rounded once, to fp32. Rows are in the
-    order of the file; :func:`load` knows the architectures that reorder them. Tensors of other
-    types are left out.
+    others). The factor in a ``.scale`` tensor beside it is included: the product is rounded once,
+    to fp32. Rows are in the order of the file; :func:`load` knows the architectures that reorder
+    them. Tensors of other types are left out.
 
     Beyond the result, this takes a few MB.
 

@@ -38,7 +38,7 @@ def i2_s_bytes(t, scale, block):
 
 
 def group_bytes(t, scale, kind):
-    """The bytes of a type of GROUPS, ``(N, bytes)``; the scale of a block is that of a weight."""
+    """The bytes of a type of GROUPS, ``(N, bytes)``; a block takes its scale from its weights."""
     block = GROUPS[kind][1]
     scales = np.broadcast_to(np.float32(scale), t.shape)
     encode = _two_bits if kind != "PTQ1_0" else _trits
