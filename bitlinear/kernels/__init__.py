@@ -190,6 +190,7 @@ CUDA = CudaLibrary(
         "cuda/ops.cpp",
         "cuda/wgmma_general.cu",  # slowest to compile first
         "cuda/wgmma.cu",
+        "cuda/wgmma_many.cu",
         "cuda/small_layer.cu",
         "cuda/small_batch.cu",
         "cuda/gemv.cu",

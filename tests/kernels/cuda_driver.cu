@@ -49,14 +49,15 @@ class Driver {
   // that neighbouring shapes have others.
   void check(int64_t M, int64_t N, int64_t K, Data data) {
     for (const int64_t act_bits : {8, 16}) {
-      const Case c = next_case(M, N, K, data, act_bits);
-      const Placement placement = cases_ % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
-      const Example example(c, cases_);
-      for (int kernel = 0; kernel < kKernels; ++kernel) {
-        for (const Input input : {Input::kValues, Input::kTokens}) {
-          if (!bitlinear::cuda::supports_case(kernel, device_, c, placement, input)) continue;
-          record(kernel, bitlinear::cuda::check_case(kernel, example, placement, input, stream_));
-        }
+      check(Example(next_case(M, N, K, data, act_bits), cases_));
+    }
+  }
+  void check(const Example& example) {
+    const Placement placement = cases_ % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
+    for (int kernel = 0; kernel < kKernels; ++kernel) {
+      for (const Input input : {Input::kValues, Input::kTokens}) {
+        if (!supports_case(kernel, device_, example.operands.shape, placement, input)) continue;
+        record(kernel, bitlinear::cuda::check_case(kernel, example, placement, input, stream_));
       }
     }
   }
@@ -197,6 +198,27 @@ class Driver {
     }
   }
 
+  // Products that wgmma_many.cu serves, with tails of tokens and rows, and blocks that go round.
+  void check_many_tokens() {
+    for (const int64_t M : {70, 97, 130, 700}) {
+      for (const int64_t N : {8, 200, 256, 1048}) {
+        for (const int64_t K : {64, 320, 832, 1600}) {
+          for (const int dtype : {BITLINEAR_F16, BITLINEAR_BF16}) {
+            const Example example(plain_case(M, N, K, kDataKinds[(M + N + K) % 5], dtype), cases_);
+            for (const int tokens : {96, 96, 128, 128}) {
+              const WgmmaPlan plan = {256, tokens, 1, 1};
+              check_plan(plan, example);
+            }
+          }
+        }
+      }
+    }
+    // The kernel's own plan, by both layouts of tokens.
+    for (const int dtype : {BITLINEAR_F16, BITLINEAR_BF16}) {
+      check(Example(plain_case(2113, 3000, 320, Data::kNonFinite, dtype), cases_));
+    }
+  }
+
   // More tiles than the device holds at a time, so that persistent blocks go round.
   void check_many_tiles() {
     for (const int64_t M : {1, 8, 32}) check(M, 20000, 256, Data::kRandom);
@@ -220,6 +242,16 @@ class Driver {
   }
 
  private:
+  // One weight, neither a prologue nor a residual.
+  Case plain_case(int64_t M, int64_t N, int64_t K, Data data, int dtype) {
+    Case c = next_case(M, N, K, data, 8);
+    c.dtype = dtype;
+    c.activation = BITLINEAR_NO_GATE;
+    c.norm = c.residual = false;
+    c.weights = 1;
+    return c;
+  }
+
   Case next_case(int64_t M, int64_t N, int64_t K, Data data, int64_t act_bits) {
     const uint64_t seed = ++cases_;
     const int dtype = static_cast<int>(seed % 3);
@@ -324,6 +356,7 @@ int main(int argc, char** argv) {
     driver.check_long_rows(quick);
     driver.check_gemv_tokens();
     driver.check_all_plans(quick);
+    if (!quick) driver.check_many_tokens();
     if (!quick) driver.check_many_tiles();
     return driver.report() ? 0 : 1;
   } catch (const CudaFailure& failure) {

@@ -157,6 +157,8 @@ cudaError_t small_batch(const Call& call, const Activations& q, const SmallBatch
 cudaError_t small_layer(const Call& call, const SmallLayerPlan& plan);
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan);
 cudaError_t wgmma_general(const Call& call, const Activations& q, const WgmmaPlan& plan);
+cudaError_t wgmma_many(const Call& call, const Activations& q, const WgmmaPlan& plan);
+bool wgmma_many_serves(const bitlinear_cuda_task& task, const WgmmaPlan& plan);
 // Whether the device runs the clusters of this plan.
 bool wgmma_runs_clusters(const Device& device, const WgmmaPlan& plan);
 

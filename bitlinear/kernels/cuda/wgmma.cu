@@ -1,10 +1,11 @@
-// The kernel of wgmma.cuh for a single weight without a residual, and the choice between the two.
+// The kernel of wgmma.cuh for a single weight without a residual, and the choice of a kernel.
 #include "wgmma.cuh"
 
 namespace bitlinear {
 namespace cuda {
 
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan) {
+  if (wgmma_many_serves(call.task, plan)) return wgmma_many(call, q, plan);
   const bool is_general = call.task.weight_count > 1 || call.task.residual != nullptr;
   return is_general ? wgmma_general(call, q, plan) : launch<false>(call, q, plan);
 }

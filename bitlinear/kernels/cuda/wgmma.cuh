@@ -305,6 +305,92 @@ class WeightReader {
   const uint8_t* high_[T::kBlocks];
 };
 
+// The sums of a thread: for each block of rows, and each set of accumulators.
+template <class T>
+using Sums = int32_t[T::kBlocks * T::kAccumulatorSets][T::kTokens / 2];
+
+// The copier: brings the activations of the block's tiles into the stages.
+template <class T>
+__device__ inline void copy_tokens(const Share<T>& share, const Activations& activations,
+                                   const CUtensorMap& in_order, uint8_t* stages, Barrier* full,
+                                   Barrier* empty) {
+  constexpr int kHalfBytes = T::kStageBytes / 2;
+  RingPosition ring(T::kStages);
+  for (int tile = share.first_tile; tile < share.tiles; tile += share.step) {
+    const int64_t group = share.token_of(tile) / 8;
+    for (int slice = share.slice_begin; slice < share.slice_end; ++slice, ring.advance()) {
+      Barrier& barrier = full[ring.stage];
+      empty[ring.stage].wait(ring.parity ^ 1);
+      barrier.arrive_expecting(T::kStageBytes);
+      for (int half = 0; half < 2; ++half) {
+        uint8_t* const stage = stages + ring.stage * T::kStageBytes + half * kHalfBytes;
+        const int64_t half_slice = 2 * int64_t{slice} + half;
+        if (activations.q == nullptr) {
+          copy_tile(stage, in_order, static_cast<int>(half_slice) * (kSliceValues / 2),
+                    static_cast<int>(8 * group), barrier);
+        } else {
+          copy_bulk(stage, activations.q + (half_slice * activations.token_groups + group) * 1024,
+                    kHalfBytes, barrier);
+        }
+      }
+    }
+  }
+}
+
+// Adds the products of the block's part of K of a tile, from stage `ring` on, to the sums.
+template <class T>
+__device__ inline void multiply(const Share<T>& share, WeightReader<T>& reader,
+                                Weights<T::kBlocks> (&prefetched)[T::kPrefetched], uint8_t* stages,
+                                Barrier* full, Barrier* empty, RingPosition ring, Sums<T>& sums) {
+  constexpr int kBlocks = T::kBlocks;
+  const int lane = threadIdx.x % 32;
+  int previous = -1;
+  uint32_t a[T::kDepth][kBlocks][4];
+  for (int first = share.slice_begin; first < share.slice_end;
+       first += T::kPrefetched * T::kHalves) {
+#pragma unroll
+    for (int ahead = 0; ahead < T::kPrefetched; ++ahead) {
+      const Weights<kBlocks> weights = prefetched[ahead];
+      prefetched[ahead] = reader.read();
+      if (first + ahead * T::kHalves + reader.half() >= share.slice_end) continue;
+      full[ring.stage].wait(ring.parity);
+      const uint32_t base = shared_address(stages + ring.stage * T::kStageBytes);
+#pragma unroll
+      for (int step = 0; step < 8; ++step) {
+        const int p = step / 2, j = step % 2;
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r) {
+          const uint4& low = weights.low[r];
+          const uint4& high = weights.high[r];
+          uint32_t (&fragment)[4] = a[step % T::kDepth][r];
+          fragment[0] = (j == 0 ? low.x : low.z) >> 2 * p & 0x03030303u;
+          fragment[1] = (j == 0 ? high.x : high.z) >> 2 * p & 0x03030303u;
+          fragment[2] = (j == 0 ? low.y : low.w) >> 2 * p & 0x03030303u;
+          fragment[3] = (j == 0 ? high.y : high.w) >> 2 * p & 0x03030303u;
+#pragma unroll
+          for (uint32_t& word : fragment) fence_operand(word);
+        }
+        const uint64_t b =
+            make_descriptor(base + p / 2 * (T::kStageBytes / 2) + p % 2 * 64 + j * 32);
+        wgmma_fence();
+#pragma unroll
+        for (int r = 0; r < kBlocks; ++r) {
+          Wgmma<T::kTokens>::run(sums[r * T::kAccumulatorSets + step % T::kAccumulatorSets],
+                                 a[step % T::kDepth][r], b);
+        }
+        wgmma_commit();
+        wgmma_wait<T::kDepth - 1>();
+        // No step of the previous stage is in flight any more.
+        if (step == T::kDepth - 2 && previous >= 0 && lane == 0) empty[previous].arrive();
+      }
+      previous = ring.stage;
+      ring.advance(T::kHalves);
+    }
+  }
+  wgmma_wait<0>();
+  if (lane == 0 && previous >= 0) empty[previous].arrive();
+}
+
 // Adds the sums of the other blocks of the cluster to this block's sums, for every splits-th
 // token, with all of its rows of q.
 template <class T>
@@ -369,28 +455,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     wait_for_predecessor();
     const int thread = static_cast<int>(threadIdx.x) - kConsumers;
     if (thread == 0) {
-      RingPosition ring(T::kStages);
-      for (int tile = share.first_tile; tile < share.tiles; tile += share.step) {
-        const int64_t group = share.token_of(tile) / 8;
-        for (int slice = share.slice_begin; slice < share.slice_end; ++slice, ring.advance()) {
-          Barrier& barrier = full[ring.stage];
-          empty[ring.stage].wait(ring.parity ^ 1);
-          barrier.arrive_expecting(T::kStageBytes);
-          for (int half = 0; half < 2; ++half) {
-            uint8_t* const stage =
-                stages + ring.stage * T::kStageBytes + half * (T::kStageBytes / 2);
-            const int64_t half_slice = 2 * int64_t{slice} + half;
-            if (activations.q == nullptr) {
-              copy_tile(stage, in_order, static_cast<int>(half_slice) * (kSliceValues / 2),
-                        static_cast<int>(8 * group), barrier);
-            } else {
-              copy_bulk(stage,
-                        activations.q + (half_slice * activations.token_groups + group) * 1024,
-                        T::kStageBytes / 2, barrier);
-            }
-          }
-        }
-      }
+      copy_tokens<T>(share, activations, in_order, stages, full, empty);
     } else if (thread >= 32) {
       uint32_t parity = 0;
       for (int tile = share.first_tile; !share.is_last(tile); tile += share.step, parity ^= 1) {
@@ -427,59 +492,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     const float token_scale = activations.s_x[minimum(m, task.M - 1)];
     const int32_t token_sum = activations.q_sum[minimum(m, task.M - 1)];
 
-    int32_t sums[kBlocks * T::kAccumulatorSets][kTokens / 2];
-#pragma unroll
-    for (auto& kind : sums) {
-#pragma unroll
-      for (int32_t& sum : kind) sum = 0;
-    }
-    int previous = -1;
+    Sums<T> sums = {};
     RingPosition ring = tile_ring;
     ring.advance(half);
-    uint32_t a[T::kDepth][kBlocks][4];
-    for (int first = share.slice_begin; first < share.slice_end;
-         first += T::kPrefetched * T::kHalves) {
-#pragma unroll
-      for (int ahead = 0; ahead < T::kPrefetched; ++ahead) {
-        const Weights<kBlocks> weights = prefetched[ahead];
-        prefetched[ahead] = reader.read();
-        if (first + ahead * T::kHalves + half >= share.slice_end) continue;
-        full[ring.stage].wait(ring.parity);
-        const uint32_t base = shared_address(stages + ring.stage * T::kStageBytes);
-#pragma unroll
-        for (int step = 0; step < 8; ++step) {
-          const int p = step / 2, j = step % 2;
-#pragma unroll
-          for (int r = 0; r < kBlocks; ++r) {
-            const uint4& low = weights.low[r];
-            const uint4& high = weights.high[r];
-            uint32_t (&fragment)[4] = a[step % T::kDepth][r];
-            fragment[0] = (j == 0 ? low.x : low.z) >> 2 * p & 0x03030303u;
-            fragment[1] = (j == 0 ? high.x : high.z) >> 2 * p & 0x03030303u;
-            fragment[2] = (j == 0 ? low.y : low.w) >> 2 * p & 0x03030303u;
-            fragment[3] = (j == 0 ? high.y : high.w) >> 2 * p & 0x03030303u;
-#pragma unroll
-            for (uint32_t& word : fragment) fence_operand(word);
-          }
-          const uint64_t b =
-              make_descriptor(base + p / 2 * (T::kStageBytes / 2) + p % 2 * 64 + j * 32);
-          wgmma_fence();
-#pragma unroll
-          for (int r = 0; r < kBlocks; ++r) {
-            Wgmma<kTokens>::run(sums[r * T::kAccumulatorSets + step % T::kAccumulatorSets],
-                                a[step % T::kDepth][r], b);
-          }
-          wgmma_commit();
-          wgmma_wait<T::kDepth - 1>();
-          // No step of the previous stage is in flight any more.
-          if (step == T::kDepth - 2 && previous >= 0 && lane == 0) empty[previous].arrive();
-        }
-        previous = ring.stage;
-        ring.advance(T::kHalves);
-      }
-    }
-    wgmma_wait<0>();
-    if (lane == 0 && previous >= 0) empty[previous].arrive();
+    multiply<T>(share, reader, prefetched, stages, full, empty, ring, sums);
     tile_ring.advance(share.slice_end - share.slice_begin);
 
     sums_empty.wait(parity);
@@ -524,8 +540,10 @@ LaunchConfig launch_config(int64_t blocks, int splits) {
   return {dim3(static_cast<unsigned>(blocks)), T::kThreads, T::kSharedBytes, splits};
 }
 
-// The map of tokens in order, (M, K), for tiles of this many tokens.
-inline cudaError_t map_tokens(const Activations& q, int64_t M, int tokens, CUtensorMap* map) {
+// The map of a matrix of rows x columns for tiles of 128 bytes of some rows, with the swizzle of
+// wgmma.
+inline cudaError_t map_matrix(CUtensorMapDataType type, int value_bytes, const void* matrix,
+                              int64_t rows, int64_t columns, int tile_rows, CUtensorMap* map) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static std::atomic<Encode> cached;  // the driver's function: this library does not link to it
   Encode encode = cached.load();
@@ -544,15 +562,28 @@ inline cudaError_t map_tokens(const Activations& q, int64_t M, int tokens, CUten
     encode = reinterpret_cast<Encode>(found);
     cached.store(encode);
   }
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(q.q_stride), static_cast<cuuint64_t>(M)};
-  const cuuint64_t stride = static_cast<cuuint64_t>(q.q_stride);
-  const cuuint32_t box[] = {kSliceValues / 2, static_cast<cuuint32_t>(tokens)};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t pitch = static_cast<cuuint64_t>(columns * value_bytes);
+  const cuuint32_t tile[] = {static_cast<cuuint32_t>(128 / value_bytes),
+                             static_cast<cuuint32_t>(tile_rows)};
   const cuuint32_t steps[] = {1, 1};
   const CUresult result =
-      encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, q.q, sizes, &stride, box, steps,
+      encode(map, type, 2, const_cast<void*>(matrix), sizes, &pitch, tile, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// Makes a kernel read tokens in order, (M, K), through a map for tiles of this many tokens: then
+// q->q is null. Other layouts need no map.
+inline cudaError_t map_tokens(const bitlinear_cuda_task& task, int tokens, Activations* q,
+                              CUtensorMap* map) {
+  *map = {};
+  if (q->token_groups != 0) return cudaSuccess;
+  const cudaError_t error =
+      map_matrix(CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, q->q, task.M, q->q_stride, tokens, map);
+  q->q = nullptr;
+  return error;
 }
 
 template <class T>
@@ -562,12 +593,9 @@ cudaError_t launch(const Call& call, const Activations& activations, int splits)
   // A block computes one tile after the other; a cluster only one.
   if (splits == 1) tiles = minimum<int64_t>(tiles, call.device.multiprocessors);
   Activations q = activations;
-  CUtensorMap in_order = {};
-  if (q.token_groups == 0) {
-    const cudaError_t error = map_tokens(q, task.M, T::kTokens, &in_order);
-    if (error != cudaSuccess) return error;
-    q.q = nullptr;  // the kernel reads through the map
-  }
+  CUtensorMap in_order;
+  const cudaError_t error = map_tokens(task, T::kTokens, &q, &in_order);
+  if (error != cudaSuccess) return error;
   return launch_kernel<wgmma_kernel<T>>(launch_config<T>(tiles * splits, splits), call, task, q,
                                         in_order, splits);
 }
