@@ -67,6 +67,15 @@ def test_results_equal_those_of_the_cpu_to_the_bit(m, n, k, dtype):
     check(x, t, w_packed, w_scale, torch.randn(n) if m % 3 else None, k)
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.parametrize(("m", "n", "k"), [(2113, 3000, 320), (1030, 4104, 832), (2000, 2050, 64)])
+def test_many_tokens(m, n, k, dtype):
+    """Blocks that go from tile to tile."""
+    t, w_packed, w_scale = operands(n, k, per_row=True)
+    x = (torch.randn(m, k) * torch.logspace(-3, 3, m)[:, None]).to(dtype)
+    check(x, t, w_packed, w_scale, torch.randn(n), k)
+
+
 @pytest.mark.parametrize("k", range(1, 71))
 def test_every_short_row(k):
     t, w_packed, w_scale = operands(9, k)
