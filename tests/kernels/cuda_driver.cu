@@ -118,8 +118,8 @@ class Driver {
     if (supports(BITLINEAR_CUDA_WGMMA, device_, shape)) {
       for (const bitlinear::cuda::WgmmaTile& tile : bitlinear::cuda::kWgmmaTiles) {
         for (const int splits : {1, 2, 4, 8}) {
-          const bool fits =
-              has_room(tile, shape.M) && (splits == 1 || 2 * splits <= (K + 255) / 256);
+          const bool fits = has_room(tile, shape.M) && (shape.group_size == 0 || has_groups(tile)) &&
+                            (splits == 1 || 2 * splits <= (K + 255) / 256);
           if (fits) check_plan(WgmmaPlan{tile.rows, tile.tokens, tile.halves, splits}, example);
         }
       }
@@ -249,6 +249,7 @@ class Driver {
     c.activation = BITLINEAR_NO_GATE;
     c.norm = c.residual = false;
     c.weights = 1;
+    c.group_size = 0;
     return c;
   }
 
@@ -261,6 +262,9 @@ class Driver {
     c.norm = seed % 16 >= 8 && seed % 16 < 14;
     c.residual = seed % 3 == 1;
     c.weights = 1 + static_cast<int64_t>(seed / 4 % 4);
+    // A third of the cases have scales of groups: often groups of 128 or 64.
+    constexpr int64_t kGroupSizes[] = {128, 64, 32, 96, 128, 64, 160, 4096};
+    c.group_size = seed / 2 % 3 == 0 ? kGroupSizes[seed / 6 % 8] : 0;
     return c;
   }
 
@@ -278,10 +282,11 @@ class Driver {
                   const Example& example) {
     const auto run = [&](const bitlinear_cuda_task& task, const bitlinear_cuda_tokens*,
                          cudaStream_t stream) {
-      const Call call = {task, plans_ % 2 == 0 ? device_ : small_device_, stream};
+      Call call = {task, plans_ % 2 == 0 ? device_ : small_device_, stream};
       cudaError_t error = cudaSuccess;
       if (!bitlinear::cuda::fuses_quantizer(kernel)) {
         error = quantize(call, bitlinear::cuda::activations_of(task), layout);
+        if (error == cudaSuccess) error = split_scales(&call);
       }
       if (error == cudaSuccess) error = product(call);
       return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -154,6 +154,13 @@ __device__ inline float dequantize(const int32_t (&codes)[2], const int32_t* q_s
   const int64_t high = codes[0] - q_sum[0], low = codes[1] - q_sum[1];
   return __fmul_rn(__ll2float_rn(BITLINEAR_HIGH_WEIGHT * high + low), __fmul_rn(s_x, s_w));
 }
+// The same with scales of groups: `sums` are sum_k m * t * q, and s_w is the unit of the row.
+__device__ inline float dequantize(const int64_t (&sums)[1], const int32_t*, float s_x, float s_w) {
+  return __fmul_rn(__ll2float_rn(sums[0]), __fmul_rn(s_x, s_w));
+}
+__device__ inline float dequantize(const int64_t (&sums)[2], const int32_t*, float s_x, float s_w) {
+  return __fmul_rn(__ll2float_rn(BITLINEAR_HIGH_WEIGHT * sums[0] + sums[1]), __fmul_rn(s_x, s_w));
+}
 
 // The weight that holds row n of all. The index reaches into constant memory: to select every
 // field would take registers.
@@ -296,6 +303,13 @@ __device__ inline int32_t warp_reduce_add(int32_t value) {
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
   return value;
 #endif
+}
+
+__device__ inline int64_t warp_reduce_add(int64_t value) {
+  for (int step = 16; step > 0; step /= 2) {
+    value += __shfl_xor_sync(~0u, static_cast<long long>(value), step);
+  }
+  return value;
 }
 
 // Weights are read once per call. In L1 they would only displace the activations.

@@ -46,8 +46,8 @@ struct TileRows {
 };
 
 // Writes some tokens of a tile of a weight that begins with row m of q. load_codes(token, row)
-// returns the sums of a row of q of the tile with four rows of weights from `row` on; s_x and q_sum
-// belong to the rows of q. A thread reads kBatch times four sums before it stores the first ones,
+// returns the sums of a row of q of the tile with four rows of weights from `row` on, of codes or,
+// with groups, int64 sums for dequantize(); s_x and q_sum belong to the rows of q. A thread reads kBatch times four sums before it stores the first ones,
 // because the compiler moves no load across a store.
 template <int kBatch = 4, bool kTakesResidual = true, int kRows, int kThreads, int kParts,
           class LoadCodes>
@@ -78,7 +78,7 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
     int token = tokens.first + rows.group * tokens.step;
     Y* y = static_cast<Y*>(task.y) + (m / kTokenRows + token) * task.N + rows.n;
     for (; token < end; token += kTokens * step, y += kTokens * pitch) {
-      int32_t codes[kTokens][kParts][4][kTokenRows];
+      decltype(load_codes(0, 0).x) codes[kTokens][kParts][4][kTokenRows];
       int32_t q[kTokens][kTokenRows];
       float s[kTokens];
       uint32_t residual[kTokens][kParts][4];
@@ -100,7 +100,7 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
         for (int r = 0; r < kTokenRows; ++r) {
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
-            const int4 four = load_codes(first + r, rows.row + part * kPartRows);
+            const auto four = load_codes(first + r, rows.row + part * kPartRows);
             codes[i][part][0][r] = four.x;
             codes[i][part][1][r] = four.y;
             codes[i][part][2][r] = four.z;

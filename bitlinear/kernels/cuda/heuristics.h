@@ -32,6 +32,7 @@ struct Shape {
   int64_t rows_per_token = 1;  // 2 with activations of 16 bits
   // The tokens are quantised already, in the order of x; and each starts at a multiple of 16 bytes.
   bool is_quantized = false, q_aligned = false;
+  int64_t group_size = 0;  // weights along K that share a scale; 0: all of them
 
   constexpr int64_t tokens() const { return M / rows_per_token; }
 };
@@ -40,6 +41,10 @@ struct Shape {
 // four lanes that share a row in a fragment.
 constexpr int kSliceBytes = 64;
 constexpr int kSliceValues = 4 * kSliceBytes;
+
+// With scales of groups the kernels for tiles multiply by the two bytes of a multiplier, and sum
+// these in 32 bits: at most 255 * 127 for an input.
+constexpr int64_t kMaxGroupedInputs = 65536;
 
 // Tokens that the workspace has room for: whole tiles, so that a kernel can read all of its last
 // tile.
@@ -314,6 +319,9 @@ constexpr bool has_room(const WgmmaTile& tile, int64_t M) {
   return round_up(M, tile.tokens) <= padded_tokens(M);
 }
 
+// Whether there is such a tile for scales of groups. It multiplies half as many rows twice.
+constexpr bool has_groups(const WgmmaTile& tile) { return tile.rows >= 128 && tile.halves == 1; }
+
 // The cheapest plan by a model of the costs of a block, fitted to times on an H100: block_cost to
 // start and to end; slice_cost per slice of K (256 values), for the tensor cores or for the
 // transport of operands to them; kNextTileCost between two tiles; kClusterCost for a cluster.
@@ -324,8 +332,9 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape, int max
   WgmmaPlan best = {64, 32, 1, 1};
   int64_t lowest = INT64_MAX;
   for (const WgmmaTile& tile : kWgmmaTiles) {
-    if (!has_room(tile, shape.M)) continue;
-    const int64_t tiles = ceil_div(shape.N, tile.rows) * ceil_div(shape.M, tile.tokens);
+    if (!has_room(tile, shape.M) || (shape.group_size > 0 && !has_groups(tile))) continue;
+    const int64_t rows = shape.group_size > 0 ? 2 * shape.N : shape.N;
+    const int64_t tiles = ceil_div(rows, tile.rows) * ceil_div(shape.M, tile.tokens);
     for (int splits = 1; splits <= max_splits && (splits == 1 || 2 * splits <= slices);
          splits *= 2) {
       const int64_t usable = splits <= 2   ? device.multiprocessors
@@ -364,26 +373,28 @@ constexpr bool fuses_quantizer(int kernel) {
 
 // Whether a kernel gives the right result for this shape on this device.
 constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
+  const bool sums_fit = shape.group_size == 0 || shape.K <= kMaxGroupedInputs;
   switch (kernel) {
     case BITLINEAR_CUDA_DP4A:
       return device.capability >= 61;
     case BITLINEAR_CUDA_GEMV:
-      return device.capability >= 80 && shape.w_aligned && shape.x_aligned && !shape.is_quantized &&
+      return device.capability >= 80 && shape.group_size == 0 && shape.w_aligned && shape.x_aligned && !shape.is_quantized &&
              shape.M <= kGemvTokens &&
              (!shape.has_prologue || gemv_norm_sums(shape.tokens(), shape.K) <= kGemvNormSums) &&
              gemv_room(device, shape, are_resident(shape)) >=
                  2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
     case BITLINEAR_CUDA_SMALL_BATCH:
-      return device.capability >= 90 && shape.w_aligned && shape.M <= kSmallBatchTokens;
+      return device.capability >= 90 && shape.group_size == 0 && shape.w_aligned &&
+             shape.M <= kSmallBatchTokens;
     case BITLINEAR_CUDA_SMALL_LAYER:
-      return device.capability >= 80 && shape.w_aligned && shape.x_aligned &&
-             shape.K <= kSmallLayerInputs && shape.weights == 1 && !shape.has_prologue &&
+      return device.capability >= 80 && shape.group_size == 0 && shape.w_aligned &&
+             shape.x_aligned && shape.K <= kSmallLayerInputs && shape.weights == 1 && !shape.has_prologue &&
              !shape.is_quantized;
     case BITLINEAR_CUDA_MMA:
-      return device.capability >= 80;
+      return device.capability >= 80 && sums_fit;
     case BITLINEAR_CUDA_WGMMA:
       // Beside aligned tokens it reads weights that are rewritten.
-      return device.has_wgmma && (shape.w_aligned || shape.q_aligned);
+      return device.has_wgmma && sums_fit && (shape.w_aligned || shape.q_aligned);
     default:
       return false;
   }

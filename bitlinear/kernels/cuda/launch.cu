@@ -43,14 +43,24 @@ cudaError_t inspect_device(int index, Device* device) {
 
 // The layout of the workspace. The size of each part is a multiple of the alignment.
 struct Workspace {
-  int64_t tokens, q_stride, s_x_offset, q_sum_offset, bytes;
+  int64_t tokens, q_stride, s_x_offset, q_sum_offset, multipliers_offset, units_offset, bytes;
 
-  Workspace(int64_t M, int64_t K) {
-    tokens = padded_tokens(M);
-    q_stride = round_up(K, kSliceValues);
-    s_x_offset = tokens * q_stride;
-    q_sum_offset = s_x_offset + round_up(tokens * int64_t{sizeof(float)}, kWorkspaceAlignment);
-    bytes = q_sum_offset + round_up(tokens * int64_t{sizeof(int32_t)}, kWorkspaceAlignment);
+  explicit Workspace(const bitlinear_cuda_task& task) {
+    tokens = padded_tokens(task.M);
+    q_stride = round_up(task.K, kSliceValues);
+    bytes = 0;
+    add(tokens * q_stride);
+    s_x_offset = add(tokens * int64_t{sizeof(float)});
+    q_sum_offset = add(tokens * int64_t{sizeof(int32_t)});
+    const int64_t rows = task.groups.size > 0 ? task.N : 0;
+    multipliers_offset = add(rows * task.groups.count * int64_t{sizeof(int16_t)});
+    units_offset = add(rows * int64_t{sizeof(float)});
+  }
+  // The offset of a new part.
+  int64_t add(int64_t part_bytes) {
+    const int64_t offset = bytes;
+    bytes += round_up(part_bytes, kWorkspaceAlignment);
+    return offset;
   }
 
   Activations activations(void* memory) const {
@@ -63,7 +73,7 @@ struct Workspace {
 
 // Whether the copy engine can read the tokens as they are: each at a multiple of 16 bytes.
 bool reads_in_order(const bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tokens) {
-  return tokens != nullptr && rows_aligned(tokens->q, task.K);
+  return tokens != nullptr && task.groups.size == 0 && rows_aligned(tokens->q, task.K);
 }
 
 Shape shape_of(const bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tokens) {
@@ -76,7 +86,8 @@ Shape shape_of(const bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tok
           !bitlinear_is_plain(&task.prologue),
           bitlinear_rows_per_token(task.act_bits),
           tokens != nullptr,
-          reads_in_order(task, tokens)};
+          reads_in_order(task, tokens),
+          task.groups.size};
 }
 
 // The requested kernel, or the best one; BITLINEAR_CUDA_AUTO if no kernel can run.
@@ -89,7 +100,7 @@ int kernel_for(const bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tok
 
 cudaError_t run_wgmma(const Call& call, const Shape& shape, const Activations& q) {
   const auto runs_clusters = [&](const WgmmaPlan& plan) {
-    return wgmma_runs_clusters(call.device, plan);
+    return wgmma_runs_clusters(call, plan);
   };
   return wgmma(call, q, plan_wgmma(call.device, shape, runs_clusters));
 }
@@ -122,8 +133,9 @@ cudaError_t run(int kernel, Call call, const bitlinear_cuda_tokens* tokens) {
   const Layout layout = kernel == BITLINEAR_CUDA_SMALL_BATCH ? Layout::kFragments
                         : kernel == BITLINEAR_CUDA_WGMMA     ? Layout::kTiles
                                                              : Layout::kRows;
-  const cudaError_t error =
+  cudaError_t error =
       tokens == nullptr ? quantize(call, q, layout) : arrange(call, *tokens, q, layout);
+  if (error == cudaSuccess) error = split_scales(&call);
   if (error != cudaSuccess) return error;
   call.task.w_prefetchable = 1;  // the weights were written before the quantiser started
   switch (kernel) {
@@ -141,7 +153,14 @@ cudaError_t run(int kernel, Call call, const bitlinear_cuda_tokens* tokens) {
 }  // namespace
 
 Activations activations_of(const bitlinear_cuda_task& task) {
-  return Workspace(task.M, task.K).activations(task.workspace);
+  return Workspace(task).activations(task.workspace);
+}
+
+GroupScales group_scales_of(const bitlinear_cuda_task& task) {
+  const Workspace workspace(task);
+  char* const base = static_cast<char*>(task.workspace);
+  return {reinterpret_cast<int16_t*>(base + workspace.multipliers_offset),
+          reinterpret_cast<float*>(base + workspace.units_offset)};
 }
 
 cudaError_t current_device(Device* device) {
@@ -178,7 +197,7 @@ BITLINEAR_EXPORT int64_t bitlinear_cuda_workspace_bytes(const bitlinear_cuda_tas
   if (chosen == BITLINEAR_CUDA_WGMMA && reads_in_order(*task, tokens)) {
     return reordered_bytes(task->N, task->K);
   }
-  return Workspace(task->M, task->K).bytes;
+  return Workspace(*task).bytes;
 }
 
 BITLINEAR_EXPORT const char* bitlinear_cuda_linear(const bitlinear_cuda_task* task,

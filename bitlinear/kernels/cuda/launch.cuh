@@ -137,6 +137,11 @@ inline bool tokens_aligned(const bitlinear_cuda_task& task) {
 
 // The parts of the workspace of a call.
 Activations activations_of(const bitlinear_cuda_task& task);
+struct GroupScales {
+  int16_t* multipliers;  // (N, groups), of all weights
+  float* units;          // (N,)
+};
+GroupScales group_scales_of(const bitlinear_cuda_task& task);
 
 cudaError_t quantize(const Call& call, const Activations& out, Layout layout);
 // The same of tokens that are already quantised. The layout is not kInOrder.
@@ -147,20 +152,27 @@ cudaError_t arrange(const Call& call, const bitlinear_cuda_tokens& tokens, const
 cudaError_t reorder(const Call& call, uint8_t* reordered);
 int64_t reordered_bytes(int64_t N, int64_t K);
 
+// Splits scales of groups into multipliers and units, in the workspace behind the activations, and
+// makes the task read these; without groups, does nothing. All kernels but gemv() need it.
+cudaError_t split_scales(Call* call);
+
 // The products. gemv() and small_layer() read x. The others read the output of quantize():
 // small_batch() in the layout kFragments, wgmma() in kTiles, dp4a() and mma() in kRows. wgmma()
 // also reads kInOrder if K is a multiple of 16, beside the output of reorder().
 cudaError_t dp4a(const Call& call, const Activations& q);
 cudaError_t gemv(const Call& call, const GemvPlan& plan);
 cudaError_t mma(const Call& call, const Activations& q);
+cudaError_t mma_groups(const Call& call, const Activations& q);
 cudaError_t small_batch(const Call& call, const Activations& q, const SmallBatchPlan& plan);
 cudaError_t small_layer(const Call& call, const SmallLayerPlan& plan);
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan);
 cudaError_t wgmma_general(const Call& call, const Activations& q, const WgmmaPlan& plan);
 cudaError_t wgmma_many(const Call& call, const Activations& q, const WgmmaPlan& plan);
 bool wgmma_many_serves(const bitlinear_cuda_task& task, const WgmmaPlan& plan);
+cudaError_t wgmma_groups(const Call& call, const Activations& q, const WgmmaPlan& plan);
 // Whether the device runs the clusters of this plan.
-bool wgmma_runs_clusters(const Device& device, const WgmmaPlan& plan);
+bool wgmma_runs_clusters(const Call& call, const WgmmaPlan& plan);
+bool wgmma_groups_run_clusters(const Device& device, const WgmmaPlan& plan);
 
 }  // namespace cuda
 }  // namespace bitlinear

@@ -110,13 +110,7 @@ Tensor run(bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tokens, Tenso
   return y;
 }
 
-void check_no_groups(int64_t group_bytes) {
-  TORCH_CHECK_NOT_IMPLEMENTED(group_bytes == 0, "bitlinear: scales for groups of ", 4 * group_bytes,
-                              " weights run on the CPU only");
-}
-
 Tensor compute(const bitlinear::Product& product) {
-  check_no_groups(product.group_bytes);
   const c10::cuda::CUDAGuard guard(product.x.device());
   const int64_t K = product.K, tokens = product.tokens();
   const Tensor y = empty(product.y_shape(), product.y_dtype, product.x);
@@ -129,6 +123,7 @@ Tensor compute(const bitlinear::Product& product) {
   task.x_dtype = kernel_dtype(product.x.scalar_type());
   task.M = tokens * bitlinear_rows_per_token(product.act_bits);
   task.K = K;
+  task.groups = bitlinear_cuda_make_groups(K, 4 * product.group_bytes);
   task.eps = product.eps;
   task.prologue = product.prologue();
   task.w_prefetchable = 1;
@@ -156,9 +151,11 @@ void check_launch(const char* error, const char* name, const Tensor& operand) {
               operand.device(), ": ", error);
 }
 
+// Scales of a row; 0: one scale per tensor.
+int64_t scale_stride(const Tensor& scale) { return scale.dim() == 2 ? scale.size(1) : 0; }
+
 std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int64_t group_size) {
   bitlinear::check_weight(weight, eps, group_size);
-  check_no_groups(bitlinear::group_bytes(group_size));
   const c10::cuda::CUDAGuard guard(weight.device());
   const int64_t N = weight.size(0), K = weight.size(1);
   const Tensor input = bitlinear::kernel_operand(weight);
@@ -169,7 +166,8 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int
   const char* const error = bitlinear_cuda_quantize_weight(
       checked_data(input, "weight"), kernel_dtype(input.scalar_type()), N, K,
       static_cast<float>(eps), packed.data_ptr<uint8_t>(), scale.data_ptr<float>(),
-      scale.dim() == 2 ? 1 : 0, workspace.get(), current_stream(weight));
+      scale_stride(scale), 4 * bitlinear::group_bytes(group_size), workspace.get(),
+      current_stream(weight));
   check_launch(error, "quantize_weight", weight);
   if (!is_capturing(c10::cuda::getCurrentCUDAStream(weight.device().index()))) {
     bitlinear::checked_weights().add(packed, K, {});
@@ -180,7 +178,6 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int
 Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
                      const std::optional<Tensor>& w_scale, std::optional<ScalarType> dtype,
                      int64_t group_size) {
-  check_no_groups(bitlinear::group_bytes(group_size));
   const ScalarType w_dtype = dtype.value_or(ScalarType::Float);
   bitlinear::check_packed(w_packed, in_features, w_scale, w_dtype, group_size);
   const c10::cuda::CUDAGuard guard(w_packed.device());
@@ -190,8 +187,8 @@ Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
   const char* const error = bitlinear_cuda_expand_weight(
       reinterpret_cast<const uint8_t*>(checked_data(input, "w_packed")), w_packed.size(0),
       in_features, scale.defined() ? scale.const_data_ptr<float>() : nullptr,
-      scale.defined() && scale.dim() == 2 ? 1 : 0, weight.data_ptr(), kernel_dtype(w_dtype),
-      current_stream(w_packed));
+      scale.defined() ? scale_stride(scale) : 0, 4 * bitlinear::group_bytes(group_size),
+      weight.data_ptr(), kernel_dtype(w_dtype), current_stream(w_packed));
   check_launch(error, "expand_weight", w_packed);
   return weight;
 }

@@ -34,6 +34,7 @@ class DeviceScope {
 std::string check_products(const Device& device, const Stream& stream) {
   constexpr Data kDataKinds[] = {Data::kRandom, Data::kLargestSums, Data::kZero, Data::kNonFinite,
                                  Data::kSubnormal};
+  constexpr int64_t kGroupSizes[] = {128, 64, 32, 96};
   uint64_t seed = 0;
   const auto check = [&](const Case& c, Placement placement) -> std::string {
     const selftest::Example example(c, seed);
@@ -67,7 +68,8 @@ std::string check_products(const Device& device, const Stream& stream) {
                       seed % 7 < 4 ? BITLINEAR_NO_GATE : static_cast<int>(seed % 2) + 1,
                       seed % 7 % 3 == 0,
                       seed % 3 == 1,
-                      1 + static_cast<int64_t>(seed / 2 % 4)};
+                      1 + static_cast<int64_t>(seed / 2 % 4),
+                      seed % 5 < 2 ? kGroupSizes[seed / 5 % 4] : 0};
       const Placement placement = seed % 7 == 0 ? Placement::kUnaligned : Placement::kAligned;
       const std::string difference = check(c, placement);
       if (!difference.empty()) return difference;
@@ -102,16 +104,17 @@ std::string check_training(const Stream& stream) {
   for (const int64_t K : {1, 6, 15, 16, 100, 1030, 2048}) {
     for (const int64_t M : {1, 5, 300}) {
       ++seed;
-      const Case c = {M,
-                      1,
-                      K,
-                      static_cast<int>(seed % 3),
-                      false,
-                      seed % 2 == 0,
-                      kDataKinds[seed % 5],
-                      0,
-                      false,
-                      seed % 4 < 2 ? 16 : 8};
+      Case c = {M,
+                1,
+                K,
+                static_cast<int>(seed % 3),
+                false,
+                seed % 2 == 0,
+                kDataKinds[seed % 5],
+                0,
+                false,
+                seed % 4 < 2 ? 16 : 8};
+      c.group_size = seed % 3 == 0 ? 32 * static_cast<int64_t>(1 + seed % 5) : 0;
       const Placement placement = seed % 5 == 0 ? Placement::kUnaligned : Placement::kAligned;
       const std::string difference = check_training(c, seed, placement, stream);
       if (!difference.empty()) return difference;

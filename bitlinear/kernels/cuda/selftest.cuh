@@ -100,7 +100,10 @@ inline Shape shape_of(const selftest::Case& c, Placement placement) {
           row_aligned(placement, (c.K + 3) / 4),
           c.weights,
           c.activation != BITLINEAR_NO_GATE || c.norm,
-          bitlinear_rows_per_token(c.act_bits)};
+          bitlinear_rows_per_token(c.act_bits),
+          false,
+          false,
+          c.group_size};
 }
 
 // Whether the kernels read x, or tokens that are already quantised.
@@ -113,7 +116,7 @@ inline bool supports_case(int kernel, const Device& device, const selftest::Case
   if (input == Input::kTokens) {
     if (c.act_bits != 8 || c.weights != 1 || shape.has_prologue) return false;
     shape.is_quantized = true;
-    shape.q_aligned = c.K % 16 == 0;
+    shape.q_aligned = c.K % 16 == 0 && c.group_size == 0;
   }
   return kernel == BITLINEAR_CUDA_AUTO || supports(kernel, device, shape);
 }
@@ -124,11 +127,13 @@ class Weights {
   Weights(const Stream& stream, const selftest::Operands& operands, bool unaligned) {
     const selftest::Case& c = operands.shape;
     const int64_t element = c.dtype == BITLINEAR_F32 ? 4 : 2;
-    const auto copy = [&](const void* data, int64_t first, int64_t end, int64_t bytes) {
+    // Rows of `bytes` bytes, whose values have `value` bytes.
+    const auto copy = [&](const void* data, int64_t first, int64_t end, int64_t bytes,
+                          int64_t value) {
       arrays_.push_back(std::make_unique<DeviceArray>(
           stream, static_cast<const uint8_t*>(data) + first * bytes,
           static_cast<size_t>((end - first) * bytes),
-          unaligned ? static_cast<size_t>(bytes % 16 == 0 ? 1 : bytes) : 0));
+          unaligned ? static_cast<size_t>(bytes % 16 == 0 ? value : bytes) : 0));
       return arrays_.back()->data();
     };
     for (bitlinear_cuda_weight& weight : weights_) weight.begin = weight.end = c.N;
@@ -136,12 +141,15 @@ class Weights {
       bitlinear_cuda_weight& weight = weights_[i];
       weight.begin = c.N * i / c.weights;
       weight.end = c.N * (i + 1) / c.weights;
-      weight.w = copy(operands.w.data(), weight.begin, weight.end, operands.row_bytes);
-      const int64_t end = c.per_channel ? weight.end : 1;
+      weight.w = copy(operands.w.data(), weight.begin, weight.end, operands.row_bytes, 1);
+      weight.s_w_stride = operands.s_w_stride();
+      const bool by_row = weight.s_w_stride > 0;
       weight.s_w = reinterpret_cast<const float*>(
-          copy(operands.s_w.data(), c.per_channel ? weight.begin : 0, end, sizeof(float)));
-      weight.s_w_stride = c.per_channel ? 1 : 0;
-      if (c.bias) weight.bias = copy(operands.bias.data(), weight.begin, weight.end, element);
+          copy(operands.s_w.data(), by_row ? weight.begin : 0, by_row ? weight.end : 1,
+               operands.groups() * int64_t{sizeof(float)}, sizeof(float)));
+      if (c.bias) {
+        weight.bias = copy(operands.bias.data(), weight.begin, weight.end, element, element);
+      }
       weight.bias_dtype = c.dtype;
     }
     count_ = c.weights;
@@ -186,6 +194,7 @@ std::string check_case(const std::string& name, int kernel, const Run& run,
   task.M = c.M * bitlinear_rows_per_token(c.act_bits);
   task.N = c.N;
   task.K = c.K;
+  task.groups = bitlinear_cuda_make_groups(c.K, c.group_size);
   task.eps = operands.eps;
   task.prologue = operands.prologue();
   if (c.norm) task.prologue.norm_weight = norm_weight.data();
@@ -255,6 +264,41 @@ inline bool same_value(const selftest::Buffer& values, int64_t i, float wanted) 
   return value == rounded.get(0) || (isnan(value) && isnan(wanted));
 }
 
+// Returns "" or the first difference of scales that were found for weights. With groups they are
+// rounded to multiples of a power of two, of which 2^14 make the largest of a row.
+inline std::string compare_scales(const selftest::Operands& operands, const std::vector<float>& s_w,
+                                  int64_t stride) {
+  const selftest::Case& c = operands.shape;
+  std::vector<double> magnitudes(s_w.size()), counts(s_w.size());
+  const int64_t size = c.group_size > 0 ? c.group_size : c.K;
+  for (int64_t m = 0; m < c.M; ++m) {
+    for (int64_t k = 0; k < c.K; ++k) {
+      const auto i = static_cast<size_t>(m * stride + k / size);
+      magnitudes[i] += fabs(static_cast<double>(operands.x.get(m * c.K + k)));
+      counts[i] += 1.0;
+    }
+  }
+  for (size_t i = 0; i < s_w.size(); ++i) {
+    const double sum = magnitudes[i];
+    const float wanted = fmaxf(static_cast<float>(sum / counts[i]), operands.eps);
+    const size_t row = i / static_cast<size_t>(operands.groups()) * operands.groups();
+    float tolerance = 1.2e-7f * wanted;
+    bool row_is_finite = true;
+    for (int64_t g = 0; c.group_size > 0 && g < operands.groups(); ++g) {
+      const double other = magnitudes[row + g];
+      row_is_finite = row_is_finite && isfinite(other);
+      const double mean = fmax(other / counts[row + g], operands.eps);
+      tolerance = fmaxf(tolerance, static_cast<float>(mean) * 0x1p-15f);
+    }
+    const bool same = c.group_size > 0 && !row_is_finite ? isnan(s_w[i])
+                      : isnan(sum)                       ? isnan(s_w[i])
+                      : isinf(sum)                       ? isinf(s_w[i])
+                                   : fabsf(s_w[i] - wanted) <= tolerance;
+    if (!same) return "s_w[" + std::to_string(i) + "] is " + std::to_string(s_w[i]);
+  }
+  return "";
+}
+
 // Checks the functions for training on x, as weights and then as activations. Returns "" or the
 // first difference.
 inline std::string check_training(const selftest::Case& c, uint64_t seed, Placement placement,
@@ -270,53 +314,41 @@ inline std::string check_training(const selftest::Case& c, uint64_t seed, Placem
   selftest::Buffer w(c.dtype, c.M * c.K);
   const std::vector<uint8_t> sums(
       static_cast<size_t>(bitlinear_cuda_weight_workspace_bytes(c.M, c.K)));
-  const int64_t stride = c.per_channel ? 1 : 0;
-  std::vector<float> s_w(static_cast<size_t>(c.per_channel ? c.M : 1));
+  const int64_t stride = operands.s_w_stride();
+  std::vector<float> s_w(static_cast<size_t>(stride > 0 ? c.M * stride : 1));
   const DeviceArray device_sums(stream, sums.data(), sums.size());
   const DeviceArray device_packed(stream, packed.data(), packed.size());
   const DeviceArray device_scale(stream, s_w.data(), s_w.size() * sizeof(float));
   const DeviceArray device_w(stream, w.data(), w.size());
   const char* refusal = bitlinear_cuda_quantize_weight(
       x.data(), c.dtype, c.M, c.K, operands.eps, device_packed.data(), device_scale.data<float>(),
-      stride, device_sums.data(), stream.get());
+      stride, c.group_size, device_sums.data(), stream.get());
   if (refusal != nullptr) return refusal + where;
   const bool scaled = seed % 2 == 0;
   refusal = bitlinear_cuda_expand_weight(device_packed.data(), c.M, c.K,
                                          scaled ? device_scale.data<float>() : nullptr, stride,
-                                         device_w.data(), c.dtype, stream.get());
+                                         c.group_size, device_w.data(), c.dtype, stream.get());
   if (refusal != nullptr) return refusal + where;
   stream.download(packed.data(), device_packed.data(), packed.size());
   stream.download(s_w.data(), device_scale.data(), s_w.size() * sizeof(float));
   stream.download(w.data(), device_w.data(), w.size());
 
-  std::vector<float> values(count);
-  std::vector<double> magnitudes(s_w.size());  // of the weights that share a scale
-  for (size_t i = 0; i < count; ++i) {
-    values[i] = operands.x.get(static_cast<int64_t>(i));
-    magnitudes[c.per_channel ? i / static_cast<size_t>(c.K) : 0] +=
-        fabs(static_cast<double>(values[i]));
-  }
-  for (size_t i = 0; i < s_w.size(); ++i) {
-    const double sum = magnitudes[i];
-    const double mean = sum / static_cast<double>(count / s_w.size());
-    const float wanted = fmaxf(static_cast<float>(mean), operands.eps);
-    const bool same = isnan(sum)   ? isnan(s_w[i])
-                      : isinf(sum) ? isinf(s_w[i])
-                                   : fabsf(s_w[i] - wanted) <= 1.2e-7f * wanted;
-    if (!same) return "s_w is " + std::to_string(s_w[i]) + where;
-  }
+  const std::string difference = compare_scales(operands, s_w, stride);
+  if (!difference.empty()) return difference + where;
   for (int64_t m = 0; m < c.M; ++m) {
-    const float row_scale = s_w[static_cast<size_t>(m * stride)];
     for (int64_t k = 0; k < 4 * operands.row_bytes; ++k) {
+      const int64_t group = c.group_size > 0 ? k / c.group_size : 0;
+      const float scale =
+          s_w[static_cast<size_t>(m * stride + minimum(group, operands.groups() - 1))];
       const int code = packed[m * operands.row_bytes + k / 4] >> (6 - 2 * (k % 4)) & 3;
-      const volatile float quotient = k < c.K ? values[m * c.K + k] / row_scale : 0.0f;
+      const volatile float quotient = k < c.K ? operands.x.get(m * c.K + k) / scale : 0.0f;
       const float rounded = nearbyintf(quotient);
       const float wanted = isnan(rounded) ? 0 : rounded > 1 ? 1 : rounded < -1 ? -1 : rounded;
       if (code - 1 != wanted) {
         return "weight " + std::to_string(k) + " of row " + std::to_string(m) + " is packed as " +
                std::to_string(code) + where;
       }
-      if (k < c.K && !same_value(w, m * c.K + k, wanted * (scaled ? row_scale : 1.0f))) {
+      if (k < c.K && !same_value(w, m * c.K + k, wanted * (scaled ? scale : 1.0f))) {
         return "weight " + std::to_string(k) + " of row " + std::to_string(m) + " is expanded to " +
                std::to_string(w.get(m * c.K + k)) + where;
       }

@@ -8,11 +8,19 @@
 // A weight of a product: rows `begin` to `end` of all. Every array is contiguous.
 struct bitlinear_cuda_weight {
   const uint8_t* w;    // (end - begin, ceil(K/4)): packed weights, format version 1
-  const float* s_w;    // (1,) or (end - begin,)
-  int64_t s_w_stride;  // 0: one scale per tensor; 1: one per output channel
+  const float* s_w;    // (1,), (end - begin,) or (end - begin, groups)
+  int64_t s_w_stride;  // scales of a row; 0: one scale per tensor
   const void* bias;    // (end - begin,) or null
   int bias_dtype;
   int64_t begin, end;
+};
+
+// The groups of weights along K that have scales of their own, by bitlinear_cuda_make_groups().
+struct bitlinear_cuda_groups {
+  int64_t size;      // weights of a group, a multiple of BITLINEAR_GROUP_UNIT; 0: no groups
+  int count;         // of a row
+  uint64_t factor;   // times block, over 2^32: the group of a block of BITLINEAR_GROUP_UNIT weights
+  const int16_t* multipliers;  // (N, count), of all weights; set by bitlinear_cuda_linear()
 };
 
 // y = epilogue(quantize(prologue(x)) @ w^T) on the current device, for the rows of all weights.
@@ -26,6 +34,7 @@ struct bitlinear_cuda_task {
   bitlinear_prologue prologue;
   bitlinear_cuda_weight weights[BITLINEAR_MAX_WEIGHTS];  // those that are not used begin at N
   int64_t weight_count;
+  bitlinear_cuda_groups groups;
   const void* residual;  // (tokens, N), added last; or null
   int residual_dtype;
   void* y;  // (tokens, N), at a multiple of 16 bytes
@@ -67,6 +76,13 @@ struct bitlinear_cuda_attention {
   int64_t angle_stride;       // of both
 };
 
+inline bitlinear_cuda_groups bitlinear_cuda_make_groups(int64_t K, int64_t group_size) {
+  if (group_size == 0) return {};
+  const auto units = static_cast<uint64_t>(group_size / BITLINEAR_GROUP_UNIT);
+  return {group_size, static_cast<int>((K + group_size - 1) / group_size),
+          (uint64_t{1} << 32) / units + 1, nullptr};
+}
+
 // The kernels that compute a product. supports() in heuristics.h says for which shapes.
 enum bitlinear_cuda_kernel {
   BITLINEAR_CUDA_AUTO = 0,         // the choice of heuristics.h
@@ -92,18 +108,20 @@ const char* bitlinear_cuda_linear(const bitlinear_cuda_task* task,
 // For training, on the current device. Each function queues its work on the stream and returns null
 // or an error message.
 //
-// w: (N, K), of any bitlinear_dtype. packed: (N, ceil(K/4)). s_w: (1,) or (N,), by the stride as in
-// the task: the larger of the mean of the magnitudes and eps; not finite if a weight is not. The
-// workspace is at a multiple of 8.
+// w: (N, K), of any bitlinear_dtype. packed: (N, ceil(K/4)). s_w: (1,), (N,) or, with groups of
+// group_size weights, (N, groups), by the stride as in the task: the larger of the mean of the
+// magnitudes and eps, of groups rounded to what products compute with; not finite if a weight is
+// not. The workspace is at a multiple of 8.
 int64_t bitlinear_cuda_weight_workspace_bytes(int64_t N, int64_t K);
 const char* bitlinear_cuda_quantize_weight(const void* w, int dtype, int64_t N, int64_t K,
                                            float eps, uint8_t* packed, float* s_w,
-                                           int64_t s_w_stride, void* workspace, void* stream);
-// w: (N, K), at a multiple of 16 bytes, with the values -s_w, 0 and s_w. s_w: (1,) or (N,), or null
-// for 1.
+                                           int64_t s_w_stride, int64_t group_size, void* workspace,
+                                           void* stream);
+// w: (N, K), at a multiple of 16 bytes, with the values -s_w, 0 and s_w. s_w: as above, or null for
+// 1.
 const char* bitlinear_cuda_expand_weight(const uint8_t* packed, int64_t N, int64_t K,
-                                         const float* s_w, int64_t s_w_stride, void* w, int dtype,
-                                         void* stream);
+                                         const float* s_w, int64_t s_w_stride, int64_t group_size,
+                                         void* w, int dtype, void* stream);
 // x: (M, K). q: (M, K) of int8 or int16, at a multiple of 16 bytes; 0 where s_x, (M,), is NaN.
 // q_sum: (M,), the sums of int8 tokens; or null.
 const char* bitlinear_cuda_quantize_activations(const void* x, int dtype, int64_t M, int64_t K,

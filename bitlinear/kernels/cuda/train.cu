@@ -5,6 +5,7 @@
 // is written; expanded operands are written once. Measured on an H100: 4096 x 4096 in bf16 takes 17
 // us for the sum (2.0 TB/s), 12 for packing (partly from L2), and 17 for expanding (2.2 TB/s).
 // Expanding 8192 tokens of 4096 takes 44 us (2.3 TB/s).
+#include "groups.cuh"
 #include "launch.cuh"
 #include "quantize.cuh"
 
@@ -85,6 +86,48 @@ __global__ void __launch_bounds__(kSumThreads)
   if (threadIdx.x == 0) s_w[blockIdx.x] = scale_of(sum, K, eps);
 }
 
+// The scales of the groups of each row, by one block: a warp for each group. They are rounded to
+// what products compute with.
+template <class V>
+__global__ void __launch_bounds__(kSumThreads)
+    find_group_scales(const V* w, int K, int group_size, int count, float eps, float* s_w) {
+  __shared__ uint32_t warp_largest[kSumThreads / 32];
+  const V* const row = w + int64_t{blockIdx.x} * K;
+  float* const scales = s_w + int64_t{blockIdx.x} * count;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  start();
+  uint32_t largest = 0;
+  for (int group = warp; group < count; group += kSumThreads / 32) {
+    const int begin = group * group_size, end = minimum(begin + group_size, K);
+    double sum = 0;
+    for (int k = begin + lane; k < end; k += 32) {
+      sum += static_cast<double>(fabsf(to_float(row[k])));
+    }
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    const float scale = scale_of(sum, end - begin, eps);
+    if (lane == 0) scales[group] = scale;
+    largest = max(largest, magnitude_bits(scale));
+  }
+  if (lane == 0) warp_largest[warp] = largest;
+  __syncthreads();
+  for (const uint32_t other : warp_largest) largest = max(largest, other);
+  const ScaleUnit unit(largest);
+  for (int group = static_cast<int>(threadIdx.x); group < count; group += kSumThreads) {
+    scales[group] = __fmul_rn(static_cast<float>(unit.multiplier(scales[group])), unit.value);
+  }
+}
+
+// The scales of the rows of a weight: s_w[n * stride], or that of each group.
+struct RowScales {
+  float* s_w;
+  int64_t stride;
+  int group_size;  // 0: no groups
+
+  __device__ float at(int64_t n, int k) const {
+    return s_w[n * stride + (group_size > 0 ? k / group_size : 0)];
+  }
+};
+
 // The magnitudes that give the scale of a tensor: their sums by the blocks of sum_magnitudes().
 struct Magnitudes {
   const double* sums;  // null: the rows have scales, which are known
@@ -96,7 +139,7 @@ struct Magnitudes {
 // Each block finds the scale of the tensor for itself, and the first one stores it.
 template <class V>
 __global__ void __launch_bounds__(kRowThreads* kBlockRows)
-    pack_rows(const V* w, int64_t N, int K, bool aligned, Magnitudes magnitudes, float* s_w,
+    pack_rows(const V* w, int64_t N, int K, bool aligned, Magnitudes magnitudes, RowScales scales,
               uint8_t* packed) {
   static_assert(kRowThreads * kBlockRows == kSumThreads, "block_sum() adds for such blocks");
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
@@ -107,18 +150,16 @@ __global__ void __launch_bounds__(kRowThreads* kBlockRows)
     double sum = 0;
     for (int i = thread; i < magnitudes.blocks; i += kSumThreads) sum += magnitudes.sums[i];
     scale = scale_of(block_sum(sum, thread), magnitudes.count, magnitudes.eps);
-    if (blockIdx.x == 0 && thread == 0) *s_w = scale;
-  } else if (n < N) {
-    scale = s_w[n];
+    if (blockIdx.x == 0 && thread == 0) *scales.s_w = scale;
   }
   if (n >= N) return;
   const int row_bytes = (K + 3) / 4;
   // w / s_w rounds to 1 if it exceeds 1/2 (1/2 itself rounds to even, 0). A quotient of floats
   // exceeds 1/2 exactly if w exceeds s_w / 2, and that product is exact.
-  const float half = __fmul_rn(0.5f, scale);
   for (int k = static_cast<int>(threadIdx.x) * kGroup; k < K; k += kRowThreads * kGroup) {
     float values[kGroup];
     load_group(w + n * K + k, K - k, aligned).convert(values);
+    const float half = __fmul_rn(0.5f, magnitudes.sums != nullptr ? scale : scales.at(n, k));
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
@@ -157,18 +198,19 @@ __device__ inline void store_values(T* out, const float (&values)[kStoredValues<
 
 template <class T>
 __global__ void __launch_bounds__(kRowThreads* kBlockRows)
-    expand_weights(const uint8_t* __restrict__ packed, int64_t N, int K, const float* s_w,
-                   int64_t s_w_stride, T* __restrict__ w) {
+    expand_weights(const uint8_t* __restrict__ packed, int64_t N, int K, RowScales scales,
+                   T* __restrict__ w) {
   const int64_t n = int64_t{blockIdx.x} * kBlockRows + threadIdx.y;
   start();
   if (n >= N) return;
   constexpr int kValues = kStoredValues<T>, kStep = kRowThreads * kValues;
   const int row_bytes = (K + 3) / 4;
-  const float scale = s_w == nullptr ? 1.0f : s_w[n * s_w_stride];
+  const float row_scale = scales.s_w == nullptr ? 1.0f : scales.at(n, 0);
   const int first = static_cast<int>(blockIdx.y * kStep + threadIdx.x * kValues);
 #pragma unroll 2
   for (int k = first; k < K; k += static_cast<int>(gridDim.y) * kStep) {
     const uint8_t* const bytes = packed + n * row_bytes + k / 4;
+    const float scale = scales.group_size > 0 ? scales.at(n, k) : row_scale;
     float values[kValues];
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
@@ -243,15 +285,19 @@ LaunchConfig row_blocks(int64_t N) { return row_blocks(N, 1, 1); }
 
 template <class V>
 cudaError_t quantize_weight(const Call& call, const V* w, int64_t N, int64_t K, float eps,
-                            uint8_t* packed, float* s_w, int64_t s_w_stride, double* sums) {
+                            uint8_t* packed, const RowScales& scales, double* sums) {
+  float* const s_w = scales.s_w;
   Magnitudes magnitudes = {};
   const bool aligned = rows_aligned(w, K * static_cast<int64_t>(sizeof(V)));
   cudaError_t error = cudaSuccess;
-  if (s_w_stride == 1) {
+  if (scales.stride > 0) {
     if (N == 0) return cudaSuccess;
     const LaunchConfig by_rows = {dim3(static_cast<unsigned>(N)), kSumThreads};
-    error =
-        launch_kernel<find_row_scales<V>>(by_rows, call, w, static_cast<int>(K), aligned, eps, s_w);
+    const auto width = static_cast<int>(K);
+    error = scales.group_size > 0
+                ? launch_kernel<find_group_scales<V>>(by_rows, call, w, width, scales.group_size,
+                                                      static_cast<int>(scales.stride), eps, s_w)
+                : launch_kernel<find_row_scales<V>>(by_rows, call, w, width, aligned, eps, s_w);
   } else {
     magnitudes = {sums, static_cast<int>(sum_blocks(N * K)), static_cast<double>(N * K), eps};
     const LaunchConfig by_blocks = {dim3(static_cast<unsigned>(magnitudes.blocks)), kSumThreads};
@@ -260,7 +306,13 @@ cudaError_t quantize_weight(const Call& call, const V* w, int64_t N, int64_t K, 
   if (error != cudaSuccess) return error;
   // Without rows, one block stores the scale.
   return launch_kernel<pack_rows<V>>(row_blocks(N == 0 ? 1 : N), call, w, N, static_cast<int>(K),
-                                     aligned, magnitudes, s_w, packed);
+                                     aligned, magnitudes, scales, packed);
+}
+
+// K is less than 2^30, so a larger group has a whole row too.
+RowScales row_scales(const float* s_w, int64_t stride, int64_t group_size) {
+  const int64_t size = s_w == nullptr ? 0 : minimum<int64_t>(group_size, 1 << 30);
+  return {const_cast<float*>(s_w), stride, static_cast<int>(size)};
 }
 
 // Returns the error message of `launch`, called for the current device, or null.
@@ -288,19 +340,22 @@ BITLINEAR_EXPORT int64_t bitlinear_cuda_weight_workspace_bytes(int64_t N, int64_
 BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_weight(const void* w, int dtype, int64_t N,
                                                             int64_t K, float eps, uint8_t* packed,
                                                             float* s_w, int64_t s_w_stride,
-                                                            void* workspace, void* stream) {
+                                                            int64_t group_size, void* workspace,
+                                                            void* stream) {
   using namespace bitlinear::cuda;
   return run_on_current_device(N, K, stream, [&](const Call& call) {
     return dispatch_dtype(dtype, [&](auto zero) {
-      return quantize_weight(call, static_cast<const decltype(zero)*>(w), N, K, eps, packed, s_w,
-                             s_w_stride, static_cast<double*>(workspace));
+      return quantize_weight(call, static_cast<const decltype(zero)*>(w), N, K, eps, packed,
+                             row_scales(s_w, s_w_stride, group_size),
+                             static_cast<double*>(workspace));
     });
   });
 }
 
 BITLINEAR_EXPORT const char* bitlinear_cuda_expand_weight(const uint8_t* packed, int64_t N,
                                                           int64_t K, const float* s_w,
-                                                          int64_t s_w_stride, void* w, int dtype,
+                                                          int64_t s_w_stride,
+                                                          int64_t group_size, void* w, int dtype,
                                                           void* stream) {
   using namespace bitlinear::cuda;
   if (N == 0) return nullptr;
@@ -308,7 +363,8 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_expand_weight(const uint8_t* packed,
     return dispatch_dtype(dtype, [&](auto zero) {
       using T = decltype(zero);
       return launch_kernel<expand_weights<T>>(row_blocks(N, K, kRowThreads * kStoredValues<T>),
-                                              call, packed, N, static_cast<int>(K), s_w, s_w_stride,
+                                              call, packed, N, static_cast<int>(K),
+                                              row_scales(s_w, s_w_stride, group_size),
                                               static_cast<T*>(w));
     });
   });

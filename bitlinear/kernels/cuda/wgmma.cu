@@ -5,14 +5,16 @@ namespace bitlinear {
 namespace cuda {
 
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan) {
+  if (call.task.groups.size > 0) return wgmma_groups(call, q, plan);
   if (wgmma_many_serves(call.task, plan)) return wgmma_many(call, q, plan);
   const bool is_general = call.task.weight_count > 1 || call.task.residual != nullptr;
   return is_general ? wgmma_general(call, q, plan) : launch<false>(call, q, plan);
 }
 
-bool wgmma_runs_clusters(const Device& device, const WgmmaPlan& plan) {
+bool wgmma_runs_clusters(const Call& call, const WgmmaPlan& plan) {
+  if (call.task.groups.size > 0) return wgmma_groups_run_clusters(call.device, plan);
   return with_tile<false>(
-      plan, false, [&](auto tile) { return runs_clusters<decltype(tile)>(device, plan.splits); });
+      plan, false, [&](auto tile) { return runs_clusters<decltype(tile)>(call.device, plan.splits); });
 }
 
 }  // namespace cuda

@@ -65,6 +65,7 @@
 #include <cuda.h>
 
 #include "epilogue.cuh"
+#include "groups.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
 
@@ -172,32 +173,40 @@ __device__ inline uint64_t make_descriptor(uint32_t address) {
 
 // A tile, and the block that computes it: one or two warpgroups that multiply, each with one or two
 // blocks of 64 rows, and one warpgroup that copies and stores. Two warpgroups have different rows;
-// or, if kTileHalves is 2, the same rows, and each has every second slice.
+// or, if kTileHalves is 2, the same rows, and each has every second slice. With scales of groups
+// the two blocks of a warpgroup are the high and the low bytes of the same 64 rows.
 template <int kWarpgroups, int kRowBlocks, int kTileTokens, bool kIsGeneralTile,
-          int kTileHalves = 1>
+          int kTileHalves = 1, bool kHasGroups = false>
 struct Tile {
   static_assert(kWarpgroups % kTileHalves == 0, "a warpgroup has one half");
+  static_assert(!kHasGroups || kRowBlocks == 2, "two bytes");
   static constexpr bool kIsGeneral = kIsGeneralTile;  // for several weights, or with a residual
+  static constexpr bool kGrouped = kHasGroups;
   static constexpr int kBlocks = kRowBlocks, kTokens = kTileTokens, kHalves = kTileHalves;
-  static constexpr int kRows = 64 * kRowBlocks * kWarpgroups / kHalves;
+  static constexpr int kSumRows = 64 * kRowBlocks * kWarpgroups / kHalves;
+  static constexpr int kRows = kGrouped ? kSumRows / 2 : kSumRows;
+  // Blocks of weights that a warpgroup reads.
+  static constexpr int kReadBlocks = kGrouped ? 1 : kRowBlocks;
   static constexpr int kConsumers = 128 * kWarpgroups;
   static constexpr int kThreads = kConsumers + 128;
   static constexpr int kStageBytes = kTokens * kSliceValues;
-  static constexpr int kSumBytes = kTokens * kRows * 4;
+  static constexpr int kSumBytes = kTokens * kSumRows * 4;
   static constexpr int kStageBudget = 224 * 1024 - kSumBytes;  // bytes for stages
-  static constexpr int kStages = kStageBudget / kStageBytes < 8 ? kStageBudget / kStageBytes : 8;
-  static_assert(kStages % kHalves == 0, "a stage belongs to one half");
+  static constexpr int kMostStages = kStageBudget / kStageBytes;
+  // A stage belongs to one half.
+  static constexpr int kStages = kMostStages < 8 ? kMostStages / kHalves * kHalves : 8;
   static constexpr int kSharedBytes = kStages * kStageBytes + kSumBytes + 1024;
   // Slices of weights in flight, in registers.
   static constexpr int kPrefetched =
-      kTokens > 32 ? (kRowBlocks == 1 ? 2 : 1) : (kRows == 256 ? 3 : 4);
+      kTokens > 32 ? (kRowBlocks == 1 ? 2 : 1) : (kSumRows == 256 ? 3 : 4);
   // A product that adds to the same sums as the previous one waits for it. With few tokens the wait
   // is long, so even and odd steps have their own sums.
   static constexpr int kAccumulatorSets = kTokens < 128 && kRowBlocks == 1 ? 2 : 1;
   // Steps in flight, each with its own fragments.
   static constexpr int kDepth = kRowBlocks == 1 ? 4 : 2;
   // It has no registers for what the end of the last tile needs.
-  static constexpr bool kLoadsRowsLate = kIsGeneral && kRows == 256 && kTokens == 128;
+  static constexpr bool kLoadsRowsLate = 
+      kIsGeneral && kTokens == 128 && (kSumRows == 256 || kGrouped);
   // Two warpgroups that multiply need registers of the third. Registers per thread, after the
   // change:
   static constexpr bool kReallocatesRegisters = kWarpgroups == 2;
@@ -207,8 +216,11 @@ struct Tile {
   // The index of the sum of a row and a token. A warp writes 8 rows for every other of 8 tokens at
   // a time: the exclusive or spreads them over the banks, and keeps groups of four rows contiguous.
   static __device__ int sum_index(int token, int row) {
-    return token * kRows + (row ^ (token & 6) * 4);
+    return token * kSumRows + (row ^ (token & 6) * 4);
   }
+  // The first of the sums' rows for a row of the tile: of the high bytes; the low ones are 64
+  // further.
+  static __device__ int sum_row(int row) { return kGrouped ? row + row / 64 * 64 : row; }
 };
 
 // The work of a block: its part of K, in every step-th tile from first_tile on.
@@ -242,9 +254,74 @@ struct Share {
 };
 
 // The packed bytes that a thread reads of a slice: rows g and g + 8 of each block of 64 rows.
-template <int kRowBlocks>
+template <class T>
 struct Weights {
-  uint4 low[kRowBlocks], high[kRowBlocks];
+  uint4 low[T::kReadBlocks], high[T::kReadBlocks];
+};
+
+// The same with scales of groups. A thread's bytes of a row have two multipliers, one for each half
+// of them.
+template <int kWarpgroups, int kRowBlocks, int kTileTokens, bool kIsGeneral, int kTileHalves>
+struct Weights<Tile<kWarpgroups, kRowBlocks, kTileTokens, kIsGeneral, kTileHalves, true>> {
+  uint4 low[1], high[1];
+  uint16_t low_multipliers[2], high_multipliers[2];
+};
+
+// The fragments of the products of a slice. In step (p, j) a thread multiplies plane p of half j of
+// its bytes.
+template <class T>
+class Fragments {
+ public:
+  __device__ explicit Fragments(const Weights<T>& weights) : weights_(weights) {}
+  __device__ void make(int p, int j, uint32_t (&fragments)[T::kBlocks][4]) const {
+#pragma unroll
+    for (int r = 0; r < T::kBlocks; ++r) {
+      const uint4 &low = weights_.low[r], &high = weights_.high[r];
+      fragments[r][0] = (j == 0 ? low.x : low.z) >> 2 * p & 0x03030303u;
+      fragments[r][1] = (j == 0 ? high.x : high.z) >> 2 * p & 0x03030303u;
+      fragments[r][2] = (j == 0 ? low.y : low.w) >> 2 * p & 0x03030303u;
+      fragments[r][3] = (j == 0 ? high.y : high.w) >> 2 * p & 0x03030303u;
+    }
+  }
+
+ private:
+  const Weights<T>& weights_;
+};
+
+template <int kWarpgroups, int kRowBlocks, int kTileTokens, bool kIsGeneral, int kTileHalves>
+class Fragments<Tile<kWarpgroups, kRowBlocks, kTileTokens, kIsGeneral, kTileHalves, true>> {
+  using T = Tile<kWarpgroups, kRowBlocks, kTileTokens, kIsGeneral, kTileHalves, true>;
+
+ public:
+  __device__ explicit Fragments(const Weights<T>& weights) {
+    const uint4 &low = weights.low[0], &high = weights.high[0];
+    const uint32_t packed[8] = {low.x, high.x, low.y, high.y, low.z, high.z, low.w, high.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) codes_[i] = arrange_codes(packed[i]);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const GroupTable tables[2] = {GroupTable(weights.low_multipliers[j]),
+                                    GroupTable(weights.high_multipliers[j])};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        tables_[0][j][i] = tables[i].high;
+        tables_[1][j][i] = tables[i].low;
+      }
+    }
+  }
+  __device__ void make(int p, int j, uint32_t (&fragments)[2][4]) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        fragments[r][i] = look_up(tables_[r][j][i % 2], codes_[4 * j + i], p);
+      }
+    }
+  }
+
+ private:
+  uint32_t codes_[8];
+  uint32_t tables_[2][2][2];  // by byte, half, and row
 };
 
 // Reads a thread's weights slice by slice, one tile after the other. Each tile is padded with zeros
@@ -256,15 +333,16 @@ class WeightReader {
       : task_(task), share_(share), row_bytes_((task.K + 3) / 4) {
     start_tile(share.first_tile);
   }
-  __device__ Weights<T::kBlocks> read() {
+  __device__ Weights<T> read() {
     const int64_t offset = int64_t{slice_} * kSliceBytes + 16 * (threadIdx.x % 4);
     const int64_t end = tile_ < share_.tiles && slice_ < share_.slice_end ? row_bytes_ : 0;
-    Weights<T::kBlocks> weights;
+    Weights<T> weights;
 #pragma unroll
-    for (int r = 0; r < T::kBlocks; ++r) {
+    for (int r = 0; r < T::kReadBlocks; ++r) {
       weights.low[r] = load_chunk<true>(low_[r], offset, end);
       weights.high[r] = load_chunk<true>(high_[r], offset, end);
     }
+    if constexpr (T::kGrouped) read_multipliers(offset, weights);
     slice_ += T::kHalves;
     // Both halves have as many slices, the last ones perhaps beyond the end.
     const int begin = slice_ - half();
@@ -277,7 +355,7 @@ class WeightReader {
   // The first of this thread's rows in a tile.
   static __device__ int first_row() {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
-    return (T::kHalves == 1 ? warp / 4 * (64 * T::kBlocks) : 0) + warp % 4 * 16 + g;
+    return (T::kHalves == 1 ? warp / 4 * (64 * T::kReadBlocks) : 0) + warp % 4 * 16 + g;
   }
   // The first of this thread's slices, which are T::kHalves apart.
   static __device__ int half() { return T::kHalves == 1 ? 0 : static_cast<int>(threadIdx.x) / 128; }
@@ -290,10 +368,24 @@ class WeightReader {
     const int64_t first = share_.row_of(tile) - weight.begin + first_row();
     const int64_t last = weight.end - weight.begin - 1;
 #pragma unroll
-    for (int r = 0; r < T::kBlocks; ++r) {
+    for (int r = 0; r < T::kReadBlocks; ++r) {
       // Rows beyond the last one are computed from it, and not stored.
       low_[r] = weight.w + minimum(first + 64 * r, last) * row_bytes_;
       high_[r] = weight.w + minimum(first + 64 * r + 8, last) * row_bytes_;
+    }
+    if constexpr (T::kGrouped) {
+      low_multipliers_ = multipliers_of(task_, weight.begin + minimum(first, last));
+      high_multipliers_ = multipliers_of(task_, weight.begin + minimum(first + 8, last));
+    }
+  }
+  // Not before the predecessor has ended, which wrote them.
+  __device__ void read_multipliers(int64_t offset, Weights<T>& weights) const {
+    const auto block = static_cast<int>(offset / (BITLINEAR_GROUP_UNIT / 4));
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int group = group_of(task_.groups, block + j);
+      weights.low_multipliers[j] = low_multipliers_[group];
+      weights.high_multipliers[j] = high_multipliers_[group];
     }
   }
 
@@ -301,8 +393,9 @@ class WeightReader {
   const Share<T>& share_;
   int64_t row_bytes_;
   int tile_, slice_;
-  const uint8_t* low_[T::kBlocks];
-  const uint8_t* high_[T::kBlocks];
+  const uint8_t* low_[T::kReadBlocks];
+  const uint8_t* high_[T::kReadBlocks];
+  const int16_t *low_multipliers_, *high_multipliers_;  // with groups
 };
 
 // The sums of a thread: for each block of rows, and each set of accumulators.
@@ -340,7 +433,7 @@ __device__ inline void copy_tokens(const Share<T>& share, const Activations& act
 // Adds the products of the block's part of K of a tile, from stage `ring` on, to the sums.
 template <class T>
 __device__ inline void multiply(const Share<T>& share, WeightReader<T>& reader,
-                                Weights<T::kBlocks> (&prefetched)[T::kPrefetched], uint8_t* stages,
+                                Weights<T> (&prefetched)[T::kPrefetched], uint8_t* stages,
                                 Barrier* full, Barrier* empty, RingPosition ring, Sums<T>& sums) {
   constexpr int kBlocks = T::kBlocks;
   const int lane = threadIdx.x % 32;
@@ -350,23 +443,18 @@ __device__ inline void multiply(const Share<T>& share, WeightReader<T>& reader,
        first += T::kPrefetched * T::kHalves) {
 #pragma unroll
     for (int ahead = 0; ahead < T::kPrefetched; ++ahead) {
-      const Weights<kBlocks> weights = prefetched[ahead];
+      const Weights<T> weights = prefetched[ahead];
       prefetched[ahead] = reader.read();
       if (first + ahead * T::kHalves + reader.half() >= share.slice_end) continue;
+      const Fragments<T> fragments(weights);
       full[ring.stage].wait(ring.parity);
       const uint32_t base = shared_address(stages + ring.stage * T::kStageBytes);
 #pragma unroll
       for (int step = 0; step < 8; ++step) {
         const int p = step / 2, j = step % 2;
+        fragments.make(p, j, a[step % T::kDepth]);
 #pragma unroll
-        for (int r = 0; r < kBlocks; ++r) {
-          const uint4& low = weights.low[r];
-          const uint4& high = weights.high[r];
-          uint32_t (&fragment)[4] = a[step % T::kDepth][r];
-          fragment[0] = (j == 0 ? low.x : low.z) >> 2 * p & 0x03030303u;
-          fragment[1] = (j == 0 ? high.x : high.z) >> 2 * p & 0x03030303u;
-          fragment[2] = (j == 0 ? low.y : low.w) >> 2 * p & 0x03030303u;
-          fragment[3] = (j == 0 ? high.y : high.w) >> 2 * p & 0x03030303u;
+        for (auto& fragment : a[step % T::kDepth]) {
 #pragma unroll
           for (uint32_t& word : fragment) fence_operand(word);
         }
@@ -400,12 +488,15 @@ __device__ inline void add_cluster_sums(const TileRows<T::kRows, T::kConsumers>&
 #pragma unroll 4
   for (int i = rows.group; i < T::kTokens / splits; i += step) {
     const int token = (i / token_rows * splits + split) * token_rows + i % token_rows;
-    int32_t* const sum_of_rows = sums + T::sum_index(token, rows.row);
-    int4 sum = *reinterpret_cast<int4*>(sum_of_rows);
-    for (int rank = 0; rank < splits; ++rank) {
-      if (rank != split) sum = add(sum, load_remote(sum_of_rows, rank));
+#pragma unroll
+    for (int byte = 0; byte < (T::kGrouped ? 2 : 1); ++byte) {
+      int32_t* const sum_of_rows = sums + T::sum_index(token, T::sum_row(rows.row) + 64 * byte);
+      int4 sum = *reinterpret_cast<int4*>(sum_of_rows);
+      for (int rank = 0; rank < splits; ++rank) {
+        if (rank != split) sum = add(sum, load_remote(sum_of_rows, rank));
+      }
+      *reinterpret_cast<int4*>(sum_of_rows) = sum;
     }
-    *reinterpret_cast<int4*>(sum_of_rows) = sum;
   }
 }
 
@@ -443,9 +534,17 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     const int64_t m = share.token_of(tile);
     const int tokens = static_cast<int>(minimum<int64_t>(task.M - m, kTokens));
     const auto load_sums = [&](int token, int row) {
-      return *reinterpret_cast<const int4*>(sums_out + T::sum_index(token, row));
+      const auto load = [&](int sum_row) {
+        return *reinterpret_cast<const int4*>(sums_out + T::sum_index(token, sum_row));
+      };
+      const int first_row = T::sum_row(row);
+      if constexpr (T::kGrouped) {
+        return join_bytes(load(first_row), load(first_row + 64), q_sum[token]);
+      } else {
+        return load(first_row);
+      }
     };
-    constexpr int kBatch = T::kIsGeneral ? 4 / rows.kParts : 8;
+    constexpr int kBatch = T::kGrouped ? 2 : T::kIsGeneral ? 4 / rows.kParts : 8;
     write_tile<kBatch, T::kIsGeneral>(task, share.weight_of(tile), rows, m, {first, step, tokens},
                                       s_x, q_sum, load_sums);
   };
@@ -473,10 +572,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
   if constexpr (T::kReallocatesRegisters) grow_registers<T::kConsumerRegisters>();
   WeightReader<T> reader(task, share);
-  Weights<kBlocks> prefetched[T::kPrefetched];
+  Weights<T> prefetched[T::kPrefetched];
+  if constexpr (T::kGrouped) wait_for_predecessor();  // it wrote the multipliers
 #pragma unroll
   for (auto& weights : prefetched) weights = reader.read();
-  wait_for_predecessor();
+  if constexpr (!T::kGrouped) wait_for_predecessor();
 
   const int last =
       share.first_tile + (share.tiles - 1 - share.first_tile) / share.step * share.step;
@@ -499,7 +599,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     tile_ring.advance(share.slice_end - share.slice_begin);
 
     sums_empty.wait(parity);
-    const int my_row = reader.first_row(), tig = lane % 4;
+    const int my_row = T::sum_row(reader.first_row()), tig = lane % 4;
     // The second half adds its sums to the sums of the first.
     if (T::kHalves == 2 && half == 1) sync_leading_threads<kConsumers>();
 #pragma unroll
@@ -612,6 +712,24 @@ bool runs_clusters(const Device& device, int splits) {
   std::atomic<int>& answer = answers[device.index][splits];
   if (answer.load() == kUnknown) answer.store(query() ? kYes : kNo);
   return answer.load() == kYes;
+}
+
+// Calls `f` with the tile of a plan for scales of groups. Two warpgroups share the rows of the low
+// tiles, because one alone takes longer for a product.
+template <class Result, class F>
+Result with_group_tile(const WgmmaPlan& plan, Result unknown, const F& f) {
+  const auto matches = [&](int rows, int tokens) {
+    return plan.rows == rows && plan.tokens == tokens && plan.halves == 1;
+  };
+  if (matches(128, 32)) return f(Tile<2, 2, 32, true, 2, true>{});
+  if (matches(128, 64)) return f(Tile<2, 2, 64, true, 2, true>{});
+  if (matches(128, 96)) return f(Tile<2, 2, 96, true, 2, true>{});
+  if (matches(128, 128)) return f(Tile<2, 2, 128, true, 2, true>{});
+  if (matches(256, 32)) return f(Tile<2, 2, 32, true, 1, true>{});
+  if (matches(256, 64)) return f(Tile<2, 2, 64, true, 1, true>{});
+  if (matches(256, 96)) return f(Tile<2, 2, 96, true, 1, true>{});
+  if (matches(256, 128)) return f(Tile<2, 2, 128, true, 1, true>{});
+  return unknown;
 }
 
 // Calls `f` with the tile of a plan.

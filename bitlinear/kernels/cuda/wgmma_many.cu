@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const int group = static_cast<int>(threadIdx.x) / 128, thread = threadIdx.x % 128;
   uint8_t* const out = stages + T::kStages * T::kStageBytes + group * T::kGroupBytes;
   WeightReader<T> reader(task, share);
-  Weights<1> prefetched[] = {reader.read()};
+  Weights<T> prefetched[] = {reader.read()};
   wait_for_predecessor();
 
   RingPosition ring(T::kStages);
