@@ -195,6 +195,7 @@ CUDA = CudaLibrary(
         "cuda/small_layer.cu",
         "cuda/small_batch.cu",
         "cuda/gemv.cu",
+        "cuda/gemv_groups.cu",
         "cuda/attention.cu",
         "cuda/mma.cu",
         "cuda/mma_groups.cu",

@@ -88,7 +88,7 @@ class Driver {
       for (const int log_split : {1, 2, 3}) {
         for (const int blocks : {best.blocks, 1 + best.blocks / 50}) {
           const int64_t stage = bitlinear::cuda::gemv_stage_bytes((K + 3) / 4, log_split);
-          const int64_t room = gemv_room(device_, shape, false);
+          const int64_t room = gemv_room(device_, shape, false, blocks);
           if (2 * stage > room) continue;
           const int ring = static_cast<int>(seed % 2 == 0 ? 2 * stage : std::min(5 * stage, room));
           if (best.resident) check_plan(GemvPlan{blocks, log_split, ring, true}, example);

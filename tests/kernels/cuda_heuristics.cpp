@@ -41,7 +41,7 @@ void plan_gemv(int capability, int multiprocessors, const int64_t* shape, int* o
   out[0] = plan.blocks;
   out[1] = plan.log_split;
   out[2] = plan.ring_bytes;
-  out[3] = static_cast<int>(bitlinear::cuda::gemv_room(device, shape_of(shape), plan.resident));
+  out[3] = static_cast<int>(bitlinear::cuda::gemv_room(device, shape_of(shape), plan.resident, plan.blocks));
   out[4] = static_cast<int>(bitlinear::cuda::gemv_stage_bytes((shape[2] + 3) / 4, plan.log_split));
   out[5] = plan.resident;
 }

@@ -147,12 +147,37 @@ constexpr int64_t gemv_norm_sums(int64_t tokens, int64_t K) {
   return gemv_shares(tokens) * ceil_div(K, kGemvNormValues);
 }
 
-// The shared memory that is left for a ring of stages.
-constexpr int64_t gemv_room(const Device& device, const Shape& shape, bool resident) {
+// With scales of groups a block keeps the multipliers of its rows in shared memory, int16: so many
+// for each row, an odd number of words, which spreads rows over the banks.
+constexpr int gemv_multiplier_pitch(int64_t groups) {
+  return static_cast<int>(2 * (ceil_div<int64_t>(groups, 2) | 1));
+}
+constexpr int kGemvGroupTokens = 2;   // rows of q, at most
+constexpr int kGemvSumValues = 64;   // of k, whose products have a sum of their own
+// Bytes for these, the units of the rows, and the sums of q.
+constexpr int64_t gemv_group_bytes(const Shape& shape, int64_t blocks) {
+  if (shape.group_size == 0) return 0;
+  const int64_t rows = ceil_div(shape.N, blocks);
+  const int64_t pitch = gemv_multiplier_pitch(ceil_div(shape.K, shape.group_size));
+  constexpr int64_t kSlack = 16;  // for values beyond K
+  const int64_t sums = shape.M * (round_up(shape.K, kSliceValues) / kGemvSumValues);
+  return round_up(4 * sums + 4 * rows + 2 * rows * pitch + kSlack, 16);
+}
+
+// The shared memory that is left for a ring of stages if there are so many blocks.
+constexpr int64_t gemv_room(const Device& device, const Shape& shape, bool resident,
+                            int64_t blocks) {
   const int64_t activations = shape.M * (round_up(shape.K, kSliceValues) + kGemvTokenPad);
   const int64_t stash =
       shape.has_prologue && !resident ? gemv_stash_bytes(shape.tokens(), shape.K) : 0;
-  return device.shared_bytes - kGemvStaticBytes - activations - stash;
+  return device.shared_bytes - kGemvStaticBytes - activations - stash -
+         gemv_group_bytes(shape, blocks);
+}
+
+// Blocks of at least eight rows, and at most so many on each multiprocessor.
+constexpr int64_t gemv_blocks(const Device& device, const Shape& shape, int64_t most) {
+  constexpr int64_t kBlockRows = 8;
+  return minimum(ceil_div(shape.N, kBlockRows), device.multiprocessors * most);
 }
 
 struct GemvPlan {
@@ -166,16 +191,17 @@ constexpr GemvPlan plan_gemv(const Device& device, const Shape& shape) {
   // One block per multiprocessor leaves room for a block of the successor, which loads weights
   // meanwhile (sm_90). If the weights of a block exceed its ring, two blocks keep more loads in
   // flight. Tokens that are not resident need the registers of two blocks.
-  constexpr int64_t kRing = 96 * 1024, kRingOfTwo = 70 * 1024, kBlockRows = 8;
+  constexpr int64_t kRing = 96 * 1024, kRingOfTwo = 70 * 1024;
   const bool overlaps = device.capability >= 90;
   const bool resident = are_resident(shape);
   const int64_t row_bytes = ceil_div(shape.K, 4);
-  const int64_t room = gemv_room(device, shape, resident);
+  const int64_t most = gemv_blocks(device, shape, 2);
+  const int64_t half_room = gemv_room(device, shape, resident, most);
   const bool two = overlaps && resident &&
                    shape.N * row_bytes > device.multiprocessors * (kRing + 10 * 1024) &&
-                   2 * (device.shared_bytes - room + kRingOfTwo) <= device.shared_bytes;
-  const int64_t blocks =
-      minimum(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
+                   2 * (device.shared_bytes - half_room + kRingOfTwo) <= device.shared_bytes;
+  const int64_t blocks = two ? most : gemv_blocks(device, shape, 1);
+  const int64_t room = gemv_room(device, shape, resident, blocks);
   const int64_t ring_bytes = two ? kRingOfTwo : overlaps && resident ? minimum(kRing, room) : room;
 
   // Tall tiles need fewer barriers. A tile is at most as tall as the rows of a block, and the ring
@@ -371,6 +397,12 @@ constexpr bool fuses_quantizer(int kernel) {
   return kernel == BITLINEAR_CUDA_GEMV || kernel == BITLINEAR_CUDA_SMALL_LAYER;
 }
 
+// Whether the GEMV takes the groups of a shape, if it has any.
+constexpr bool gemv_has_groups(const Shape& shape) {
+  return shape.group_size == 0 ||
+         (shape.group_size % kGemvSumValues == 0 && shape.M <= kGemvGroupTokens);
+}
+
 // Whether a kernel gives the right result for this shape on this device.
 constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
   const bool sums_fit = shape.group_size == 0 || shape.K <= kMaxGroupedInputs;
@@ -378,10 +410,10 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
     case BITLINEAR_CUDA_DP4A:
       return device.capability >= 61;
     case BITLINEAR_CUDA_GEMV:
-      return device.capability >= 80 && shape.group_size == 0 && shape.w_aligned && shape.x_aligned && !shape.is_quantized &&
-             shape.M <= kGemvTokens &&
+      return device.capability >= 80 && shape.w_aligned && shape.x_aligned && !shape.is_quantized &&
+             shape.M <= kGemvTokens && gemv_has_groups(shape) &&
              (!shape.has_prologue || gemv_norm_sums(shape.tokens(), shape.K) <= kGemvNormSums) &&
-             gemv_room(device, shape, are_resident(shape)) >=
+             gemv_room(device, shape, are_resident(shape), gemv_blocks(device, shape, 1)) >=
                  2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
     case BITLINEAR_CUDA_SMALL_BATCH:
       return device.capability >= 90 && shape.group_size == 0 && shape.w_aligned &&

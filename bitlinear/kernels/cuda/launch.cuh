@@ -161,6 +161,7 @@ cudaError_t split_scales(Call* call);
 // also reads kInOrder if K is a multiple of 16, beside the output of reorder().
 cudaError_t dp4a(const Call& call, const Activations& q);
 cudaError_t gemv(const Call& call, const GemvPlan& plan);
+cudaError_t gemv_groups(const Call& call, const GemvPlan& plan);
 cudaError_t mma(const Call& call, const Activations& q);
 cudaError_t mma_groups(const Call& call, const Activations& q);
 cudaError_t small_batch(const Call& call, const Activations& q, const SmallBatchPlan& plan);

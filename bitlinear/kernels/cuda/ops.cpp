@@ -34,8 +34,9 @@ bool is_capturing(const c10::cuda::CUDAStream& stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// The weights that calls have read, each with the stream of the last one. Where a fact holds, a
-// kernel can read the weights while the previous work in the stream still runs.
+// The weights that calls have read, each with the stream of the last one; also scales of groups,
+// which the GEMV reads as early. Where a fact holds, a kernel can read the weights while the
+// previous work in the stream still runs.
 //
 // Invariant: the weights were written before an earlier call, which started after all work before
 // it had ended; their version has not changed since. A write past torch's version counter (a
@@ -127,11 +128,13 @@ Tensor compute(const bitlinear::Product& product) {
   task.eps = product.eps;
   task.prologue = product.prologue();
   task.w_prefetchable = 1;
+  const bool has_groups = product.group_bytes > 0;
   for (const bitlinear::Weight& weight : product.weights) {
     check_codes(weight.given, weight.w(), K, stream);
     add_weight(task, weight);
     const bool is_copy = !weight.packed.is_same(weight.given);
     if (is_copy || !is_prefetchable(weight.given, K, stream)) task.w_prefetchable = 0;
+    if (has_groups && !is_prefetchable(weight.scale, K, stream)) task.w_prefetchable = 0;
   }
   if (product.residual.defined()) {
     task.residual = product.residual.const_data_ptr();
@@ -142,6 +145,7 @@ Tensor compute(const bitlinear::Product& product) {
   if (task.w_prefetchable || is_capturing(stream)) return y;
   for (const bitlinear::Weight& weight : product.weights) {
     if (weight.packed.is_same(weight.given)) read_weights().add(weight.given, K, stream);
+    if (has_groups) read_weights().add(weight.scale, K, stream);
   }
   return y;
 }

@@ -1,0 +1,11 @@
+// The kernel of gemv.cuh for scales of groups, whose sums it multiplies one by one, and for up to two
+// rows of q.
+#include "gemv.cuh"
+
+namespace bitlinear {
+namespace cuda {
+
+cudaError_t gemv_groups(const Call& call, const GemvPlan& plan) { return launch<true>(call, plan); }
+
+}  // namespace cuda
+}  // namespace bitlinear
