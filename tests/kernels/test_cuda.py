@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +22,8 @@ from tests import oracle
 from tests.test_ops import IMPLEMENTATIONS, OP, X, arguments, operands
 
 pytestmark = pytest.mark.cuda
+
+TYPES = [*QUANT_TYPES, "ai8pc_wpg32", "ai16pc_wpg64"]
 
 AUTO, DP4A, GEMV, SMALL_BATCH, MMA, WGMMA, SMALL_LAYER = range(7)  # as in kernels/cuda/task.h
 
@@ -44,15 +47,20 @@ def on_gpu(*tensors):
     return [None if tensor is None else tensor.cuda() for tensor in tensors]
 
 
-def check(x, t, w_packed, w_scale, bias, k):
+def check(x, t, w_packed, w_scale, bias, k, group_size=0):
     for act_bits in (8, 16):
-        rest = (k, 1e-6, 0, act_bits)
+        rest = (k, 1e-6, group_size, act_bits)
         y = OP(*on_gpu(x, w_packed, w_scale, bias), *rest)
         assert y.is_cuda
-        wanted = oracle.expected(x, t, w_scale, bias, act_bits=act_bits)
+        wanted = oracle.expected(x, t, w_scale, bias, act_bits=act_bits, group_size=group_size)
         oracle.assert_same_bits(y.cpu(), wanted)
         if x.dtype == torch.float32:
             oracle.assert_same_bits(y.cpu(), OP(x, w_packed, w_scale, bias, *rest))
+
+
+def scales_of_groups(n, k, group_size, seed=0):
+    scales = np.random.default_rng(seed).normal(size=(n, -(-k // group_size)))
+    return torch.from_numpy(scales.astype(np.float32))
 
 
 # --- Results ---
@@ -89,17 +97,20 @@ def test_every_short_row(k):
     n=st.integers(1, 300),
     k=st.one_of(st.integers(1, 1500), st.integers(1, 60).map(lambda slices: 64 * slices)),
     kernel=st.sampled_from([AUTO, DP4A, GEMV, SMALL_BATCH, MMA, WGMMA, SMALL_LAYER]),
+    group_size=st.sampled_from([0, 0, 128, 64, 32, 96, 8192]),
     dtype=st.sampled_from(oracle.DTYPES),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_by_any_kernel(m, n, k, kernel, dtype, seed):
+def test_any_shape_by_any_kernel(m, n, k, kernel, group_size, dtype, seed):
     m = 1 + m % {GEMV: 4, SMALL_BATCH: 32}.get(kernel, 140)
     library = ctypes.CDLL(str(runtime.current().artifacts["cuda"].path))
     t, w_packed, w_scale = operands(n, k, seed=seed)
+    if group_size > 0:
+        w_scale = scales_of_groups(n, k, group_size, seed)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
     library.bitlinear_cuda_force(kernel)
     try:
-        check(x, t, w_packed, w_scale, None, k)
+        check(x, t, w_packed, w_scale, None, k, group_size)
     except RuntimeError as error:
         # The kernel does not support this GPU or rows that are not aligned, and reports it.
         if kernel in (AUTO, DP4A) or "does not serve this shape" not in str(error):
@@ -236,6 +247,24 @@ def test_weights_that_change_between_calls(m, between):
         oracle.assert_same_bits(y.cpu(), wanted[variant])
 
 
+def test_scales_of_groups_that_change_between_calls():
+    """The GEMV reads them as early as weights."""
+    k = n = 2560
+    x = torch.randn(1, k)
+    t, w_packed, _ = operands(n, k)
+    variants = [scales_of_groups(n, k, 128, seed) for seed in range(4)]
+    wanted = [oracle.expected(x, t, w_scale, group_size=128) for w_scale in variants]
+    sources = [w_scale.cuda() for w_scale in variants]
+    x, w_packed, scales = x.cuda(), w_packed.cuda(), sources[0].clone()
+    outputs = []
+    for number in range(40):
+        torch.add(sources[number % 4], 0, out=scales)  # a kernel writes it
+        for _ in range(number % 3 + 1):
+            outputs.append((number % 4, OP(x, w_packed, scales, None, k, 1e-6, 128)))
+    for variant, y in outputs:
+        oracle.assert_same_bits(y.cpu(), wanted[variant])
+
+
 def test_threads_with_different_sizes():
     """One thread raises a kernel's shared memory limit while another one launches the kernel."""
     layers = [BitLinear(k, 64).deploy() for k in (256, 4096, 8192)]
@@ -363,7 +392,7 @@ def test_a_device_that_is_not_the_current_one():
 # --- The layer ---
 
 
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 def test_training_and_deployment(dtype, quant_type):
     layer = BitLinear(70, 33, quant_type=quant_type).cuda()
