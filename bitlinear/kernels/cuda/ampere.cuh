@@ -80,6 +80,15 @@ __device__ inline void copy_async(uint8_t* to, const void* from, bool valid) {
 #endif
 }
 
+// The same of 4 bytes.
+__device__ inline void copy_word_async(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+#endif
+}
+
 // Closes a group of copies, which can be empty.
 __device__ inline void commit_copies() {
 #if __CUDA_ARCH__ >= 800

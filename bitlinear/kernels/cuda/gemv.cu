@@ -5,7 +5,7 @@ namespace bitlinear {
 namespace cuda {
 
 cudaError_t gemv(const Call& call, const GemvPlan& plan) {
-  return call.task.groups.size > 0 ? gemv_groups(call, plan) : launch<false>(call, plan);
+  return call.task.groups.size > 0 ? gemv_groups(call, plan) : launch<0>(call, plan);
 }
 
 }  // namespace cuda

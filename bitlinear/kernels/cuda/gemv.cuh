@@ -148,134 +148,190 @@ struct Row {
 };
 
 // What a block has of the scales of groups, in shared memory.
-struct Groups {
-  int32_t* q_sums;       // (tokens, sums): of kGemvSumValues values of q, negative
-  float* units;          // (rows,)
-  int16_t* multipliers;  // (rows, pitch)
-  int sums, pitch;
-  uint32_t factor;  // of group_of(); groups have 64 weights or more, so it has 32 bits
-
-  __device__ Groups(const bitlinear_cuda_task& task, void* memory, int rows)
-      : sums(ceil_div(static_cast<int>(task.K), kSliceValues) * (kSliceValues / kGemvSumValues)),
-        pitch(gemv_multiplier_pitch(task.groups.count)),
-        factor(static_cast<uint32_t>(task.groups.factor)) {
-    q_sums = static_cast<int32_t*>(memory);
-    units = reinterpret_cast<float*>(q_sums + task.M * sums);
-    multipliers = reinterpret_cast<int16_t*>(units + rows);
-  }
-
-  // Splits the scales of rows n_begin on. Each warp has every kWarps-th row, some at a time, whose
-  // loads are in flight together.
-  __device__ void split_scales(const bitlinear_cuda_task& task, int64_t n_begin, int rows) const {
-    constexpr int kBatch = 4;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = task.groups.count;
-#pragma unroll 1
-    for (int first = warp; first < rows; first += kBatch * kWarps) {
-      const float* scales[kBatch];
-      float values[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int64_t n = n_begin + minimum(first + i * kWarps, rows - 1);
-        const bitlinear_cuda_weight& weight = weight_at(task, n);
-        scales[i] = weight.s_w + (n - weight.begin) * weight.s_w_stride;
-        values[i] = lane < count ? scales[i][lane] : 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int row = first + i * kWarps;
-        if (row >= rows) break;
-        uint32_t largest = magnitude_bits(values[i]);
-        for (int g = lane + 32; g < count; g += 32) {
-          largest = max(largest, magnitude_bits(scales[i][g]));
-        }
-        const ScaleUnit unit(warp_reduce_max(largest));
-        int16_t* const out = multipliers + row * pitch;
-        if (lane < count) out[lane] = static_cast<int16_t>(unit.multiplier(values[i]));
-        for (int g = lane + 32; g < count; g += 32) {
-          out[g] = static_cast<int16_t>(unit.multiplier(scales[i][g]));
-        }
-        if (lane == 0) units[row] = unit.value;
-      }
-    }
-  }
-
-  // Sums up q.
-  __device__ void sum_tokens(const int8_t* q, int q_stride, int tokens) const {
-    for (int i = static_cast<int>(threadIdx.x); i < tokens * sums; i += kConsumers) {
-      const int token = i / sums, part = i % sums;
-      const int8_t* const values =
-          q + token * q_stride + part / 4 * kSliceValues + part % 4 * (kGemvSumValues / 4);
-      int32_t sum = 0;
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        const uint4 v = *reinterpret_cast<const uint4*>(values + kSliceBytes * p);
-        for (const uint32_t word : {v.x, v.y, v.z, v.w}) {
-          sum = __dp4a(-1, static_cast<int32_t>(word), sum);
-        }
-      }
-      q_sums[i] = sum;
-    }
-  }
-};
-
-// A lane's part of a product with scales of groups. Each column of the fragments is a token's
-// kGemvSumValues values of one of its four lanes, with zeros for the other lanes' values: so each
-// column has sums of its own, and four columns a token. They are multiplied and added in 64 bits.
-class GroupProduct {
+template <int kParts>
+class Groups {
  public:
-  __device__ GroupProduct(const Groups& groups, const int8_t* q, int q_stride, int tokens)
-      : groups_(groups) {
-    const int lane = threadIdx.x % 32, g = lane / 4, tig = lane % 4;
-    loads_ = g % 4 == tig && g / 4 < tokens;
-    q_ = q + (loads_ ? g / 4 : 0) * q_stride + 16 * tig;
-    // Two columns of a token, or of the first one where there is no second.
-    first_ = 2 * (tig % 2);
-    q_sums_ = groups.q_sums + (tig / 2 < tokens ? tig / 2 : 0) * groups.sums + first_;
+  __device__ Groups(const bitlinear_cuda_task& task, uint8_t* memory, int rows)
+      : task_(task), memory_(memory), rows_(rows) {}
+
+  // Of K: those that have sums of their own.
+  __device__ int parts() const {
+    return ceil_div(static_cast<int>(task_.K), kSliceValues) * kParts;
   }
-  // Begins with rows `low` and `high` of the block.
-  __device__ void start(int low, int high) {
-    multipliers_[0] = groups_.multipliers + low * groups_.pitch;
-    multipliers_[1] = groups_.multipliers + high * groups_.pitch;
-    sums_[0] = sums_[1] = 0;
+  __device__ const int8_t* zeros() const { return reinterpret_cast<const int8_t*>(memory_); }
+  // (tokens, parts()): the sums of q, negative.
+  __device__ int32_t* q_sums() const { return reinterpret_cast<int32_t*>(memory_ + kSliceValues); }
+  __device__ float* unit(int row) const {
+    return reinterpret_cast<float*>(q_sums() + task_.M * parts()) + row;
   }
-  // Adds the products of a slice, whose packed bytes of both rows are `low` and `high`.
-  __device__ void add(int slice, const uint4& low, const uint4& high) {
-    const int8_t* const q = q_ + slice * kSliceValues;
-    const int2 minus = *reinterpret_cast<const int2*>(q_sums_ + 4 * slice);
-    // Planes have sums of their own. The codes of plane p are 4^p times too large.
-    int32_t sums[4][4] = {{minus.x, minus.y, minus.x, minus.y}};
-#pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      uint4& b = b_[p];  // 0 in lanes that load nothing
-      if (loads_) b = *reinterpret_cast<const uint4*>(q + kSliceBytes * p);
-      const uint32_t mask = 0x03030303u << 2 * p;
-      mma_u8s8(sums[p], low.x & mask, high.x & mask, low.y & mask, high.y & mask, b.x, b.y);
-      mma_u8s8(sums[p], low.z & mask, high.z & mask, low.w & mask, high.w & mask, b.z, b.w);
+  __device__ int32_t* multipliers(int row) const {
+    return reinterpret_cast<int32_t*>(unit(rows_)) + row * gemv_multiplier_pitch(count());
+  }
+
+  // Splits the scales of the rows, of all rows from n on, and writes the zeros. Short loops: code
+  // that runs once is slow, and a row for each warp would take a warp's time for each.
+  __device__ void split_scales(int64_t n) const {
+    const int count = task_.groups.count, pitch = gemv_multiplier_pitch(count);
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < kSliceValues / 4) reinterpret_cast<int32_t*>(memory_)[thread] = 0;
+    // The scales of a weight's rows lie one behind the other.
+    const int row_step = kConsumers / count, group_step = kConsumers % count;
+#pragma unroll 1
+    for (int i = 0; i < static_cast<int>(task_.weight_count); ++i) {
+      const bitlinear_cuda_weight& weight = task_.weights[i];
+      const int64_t begin = n > weight.begin ? n : weight.begin;
+      const int rows = static_cast<int>(minimum<int64_t>(weight.end, n + rows_) - begin);
+      int row = thread / count, group = thread % count;
+      const float* scales = weight.s_w + (begin - weight.begin) * count + thread;
+      int32_t* const out = multipliers(static_cast<int>(begin - n));
+#pragma unroll 1
+      while (row < rows) {
+        copy_word_async(out + row * pitch + group, scales);
+        scales += kConsumers;
+        row += row_step;
+        group += group_step;
+        if (group >= count) {
+          group -= count;
+          ++row;
+        }
+      }
     }
-    constexpr int kBlocks = kGemvSumValues / BITLINEAR_GROUP_UNIT;
-    const int block = (4 * slice + first_) * kBlocks;
-    const uint32_t groups[] = {__umulhi(block, groups_.factor),
-                               __umulhi(block + kBlocks, groups_.factor)};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int32_t sum = ((sums[0][i] * 4 + sums[1][i]) * 4 + sums[2][i]) * 4 + sums[3][i];
-      sums_[i / 2] += int64_t{sum} * multipliers_[i / 2][groups[i % 2]];
+    commit_copies();
+    wait_for_copies<0>();
+    sync_consumers();
+    // Four lanes for each row.
+    constexpr int kLanes = 4;
+#pragma unroll 1
+    for (int row = thread / kLanes; row < round_up(rows_, 32 / kLanes); row += kConsumers / kLanes) {
+      int32_t* const out = multipliers(minimum(row, rows_ - 1));
+      uint32_t largest = 0;
+#pragma unroll 4
+      for (int g = thread % kLanes; g < count; g += kLanes) {
+        largest = max(largest, static_cast<uint32_t>(out[g]) & 0x7FFFFFFFu);
+      }
+      for (int mask = 1; mask < kLanes; mask *= 2) {
+        largest = max(largest, __shfl_xor_sync(~0u, largest, mask));
+      }
+      if (row >= rows_) break;
+      const ScaleUnit unit(largest);
+#pragma unroll 4
+      for (int g = thread % kLanes; g < count; g += kLanes) {
+        out[g] = unit.multiplier(__int_as_float(out[g]));
+      }
+      if (thread % kLanes == 0) *this->unit(row) = unit.value;
     }
-  }
-  // Of row `low` or `high`, for token lane % 4 / 2: 4^3 times too large.
-  __device__ int64_t sum(int row) const {
-    return sums_[row] + __shfl_xor_sync(~0u, static_cast<long long>(sums_[row]), 1);
   }
 
  private:
-  const Groups& groups_;
-  bool loads_;
-  int first_;
-  const int8_t* q_;
+  __device__ int count() const { return task_.groups.count; }
+
+  const bitlinear_cuda_task& task_;
+  uint8_t* memory_;
+  int rows_;
+};
+
+// A lane's part of a product with scales of groups. The eight columns of the fragments, which would
+// be tokens, are parts of K: in a column q is zero outside of one part. So products with some slices
+// leave sums of eight parts, or of four for two tokens, which are multiplied and added in 64 bits.
+template <int kParts>
+class GroupProduct {
+ public:
+  __device__ GroupProduct(const bitlinear_cuda_task& task, const Groups<kParts>& groups,
+                          const int8_t* q, int q_stride, int first_slice, int log_split)
+      // Groups have 64 weights or more, so the factor of group_of() has 32 bits.
+      : factor_(static_cast<uint32_t>(task.groups.factor)),
+        log_split_(log_split),
+        first_slice_(first_slice) {
+    const int slices = ceil_div(static_cast<int>(task.K), kSliceValues);
+    slices_ = (slices - first_slice + (1 << log_split) - 1) >> log_split;
+    const int tokens = static_cast<int>(task.M), log_columns = tokens == 1 ? 3 : 2;  // of a token
+    const int lane = threadIdx.x % 32, tig = lane % 4;
+    const auto token_of = [&](int column) { return column >> log_columns; };
+    const auto step_of = [&](int column) {
+      return (column & ((1 << log_columns) - 1)) / kParts;
+    };
+    steps_ = (1 << log_columns) / kParts;
+    // In a fragment this lane has values of q of a quarter of a slice, for one column.
+    const int column = lane / 4;
+    const bool is_mine = column % kParts == tig / (4 / kParts);
+    load_step_ = is_mine ? step_of(column) : -1;
+    q_ = q + token_of(column) * q_stride + first_slice * kSliceValues + 16 * tig;
+    zeros_ = groups.zeros();
+    // And it has the sums of two columns, which are neighbouring parts of a slice.
+    sum_step_ = step_of(2 * tig);
+    sum_part_ = 2 * tig % kParts;
+    q_sums_ = groups.q_sums() + token_of(2 * tig) * groups.parts();
+  }
+  // Begins with two rows, of which these are the multipliers.
+  __device__ void start(const int32_t* low, const int32_t* high) {
+    multipliers_[0] = low;
+    multipliers_[1] = high;
+    totals_[0] = totals_[1] = 0;
+    done_ = 0;
+    clear();
+  }
+  // Adds the products of the next slice, whose packed bytes of both rows are `low` and `high`.
+  __device__ void add(const uint4& low, const uint4& high) {
+    const int step = done_ & (steps_ - 1);
+    const int8_t* const q = step == load_step_ ? q_ + (done_ << log_split_) * kSliceValues : zeros_;
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      // Planes have sums of their own. The codes of plane p are 4^p times too large.
+      const uint4 b = *reinterpret_cast<const uint4*>(q + kSliceBytes * p);
+      const uint32_t mask = 0x03030303u << 2 * p;
+      mma_u8s8(sums_[p], low.x & mask, high.x & mask, low.y & mask, high.y & mask, b.x, b.y);
+      mma_u8s8(sums_[p], low.z & mask, high.z & mask, low.w & mask, high.w & mask, b.z, b.w);
+    }
+    ++done_;
+    if (step == steps_ - 1 || done_ == slices_) flush(step + 1);
+  }
+  // Of one of the rows, for token lane % 4 / 2; if there is one token only, for lane % 4 == 0.
+  __device__ int64_t total(int row) const {
+    const auto add_lane = [](int64_t value, int mask) {
+      return value + __shfl_xor_sync(~0u, static_cast<long long>(value), mask);
+    };
+    const int64_t sum = add_lane(totals_[row], 1);
+    const bool is_single = steps_ * kParts == 8;
+    const int64_t other = add_lane(sum, 2);
+    return (is_single ? other : sum) >> 6;
+  }
+
+ private:
+  __device__ void clear() {
+#pragma unroll
+    for (auto& plane : sums_) {
+#pragma unroll
+      for (int32_t& sum : plane) sum = 0;
+    }
+  }
+  // Multiplies the sums of the last steps, and clears them.
+  __device__ void flush(int steps) {
+    if (sum_step_ < steps) {
+      const int slice = first_slice_ + ((done_ - steps + sum_step_) << log_split_);
+      const int part = slice * kParts + sum_part_;
+      const int2 minus = *reinterpret_cast<const int2*>(q_sums_ + part);
+      constexpr int kBlocks = kSliceValues / BITLINEAR_GROUP_UNIT / kParts;  // of a part
+      const uint32_t groups[] = {__umulhi(part * kBlocks, factor_),
+                                 __umulhi((part + 1) * kBlocks, factor_)};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int32_t sum = sums_[0][i] + (i % 2 == 0 ? minus.x : minus.y);
+#pragma unroll
+        for (int p = 1; p < 4; ++p) sum = sum * 4 + sums_[p][i];
+        totals_[i / 2] += int64_t{sum} * multipliers_[i / 2][groups[i % 2]];
+      }
+    }
+    clear();
+  }
+
+  uint32_t factor_;
+  int log_split_, first_slice_, steps_, load_step_, sum_step_, sum_part_;
+  int slices_, done_;  // of these rows
+  const int8_t *q_, *zeros_;
   const int32_t* q_sums_;
-  const int16_t* multipliers_[2];
-  uint4 b_[4] = {};
-  int64_t sums_[2];
+  const int32_t* multipliers_[2];
+  int32_t sums_[4][4];
+  int64_t totals_[2];  // 4^3 times too large
 };
 
 // Prefetches into L2 what the kernel reads after the wait, in case it lies in memory only.
@@ -360,8 +416,9 @@ constexpr int kBlocks = !Source::kResident ? 1
                                            : 2;
 
 // log_split: log2 of the number of warps that share 16 rows, along K. kTokenRows: the rows of q of
-// a token. "Tokens" below counts rows of q.
-template <class Source, int kTokenRows, bool kGrouped>
+// a token. "Tokens" below counts rows of q. kParts: with scales of groups the parts of a slice, 2 or
+// 4, of which each lies in one group; else 0.
+template <class Source, int kTokenRows, int kParts>
 __global__ void __launch_bounds__(kThreads, kBlocks<Source>)
     gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages, int log_split,
                 int group_bytes) {
@@ -369,6 +426,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>)
   extern __shared__ __align__(128) uint8_t dynamic[];
   __shared__ Shared shared;
 
+  constexpr bool kGrouped = kParts > 0;
   const Sizes sizes(task.K);
   const int split = 1 << log_split;
   const int tile_rows = gemv_tile_rows(log_split);
@@ -416,7 +474,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>)
   constexpr int kMaxTokens = kGemvTokens / kTokenRows;
   int8_t* const q =
       reinterpret_cast<int8_t*>(dynamic + stages * stage_bytes + (kGrouped ? group_bytes : 0));
-  const Quantizer<Source, kTokenRows> quantizer(task, sizes.q_stride, q);
+  const Groups<kGrouped ? kParts : 2> groups(task, reinterpret_cast<uint8_t*>(q) - group_bytes,
+                                             rows);
+  const Quantizer<Source, kTokenRows, kParts> quantizer(task, sizes.q_stride, q,
+                                                        kGrouped ? groups.q_sums() : nullptr);
   // Thread r mod 256 writes row r of the block. The quantiser of tokens that are not resident needs
   // the registers, so its row is located later.
   Row<kMaxTokens> mine;
@@ -442,8 +503,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>)
   const bool writes = static_cast<int>(threadIdx.x) < rows;
   if (Source::kFused && Source::kResident && writes) prefetch_operands(task, mine.s_w_address);
 
-  const Groups groups(task, dynamic + stages * stage_bytes, rows);
-  if (kGrouped) groups.split_scales(task, n_begin, rows);
+  if constexpr (kGrouped) groups.split_scales(n_begin);
 
   wait_for_predecessor();
   float4* const stash = reinterpret_cast<float4*>(q + tokens * sizes.q_stride);
@@ -452,18 +512,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>)
     if (writes) mine.load(task, tokens / kTokenRows);
   });
   sync_consumers();
-  if constexpr (kGrouped) {
-    groups.sum_tokens(q, sizes.q_stride, tokens);
-    sync_consumers();
-  }
-  GroupProduct product(groups, q, sizes.q_stride, tokens);
+  GroupProduct<kGrouped ? kParts : 2> product(task, groups, q, sizes.q_stride, member, log_split);
 
   RingPosition ring(stages);
   for (int tile = 0; tile < tiles; ++tile) {
     int32_t sums[4][4] = {};
     if constexpr (kGrouped) {
       const int row = tile * tile_rows + group * kFragmentRows + g;
-      product.start(minimum(row, rows - 1), minimum(row + 8, rows - 1));
+      product.start(groups.multipliers(minimum(row, rows - 1)),
+                    groups.multipliers(minimum(row + 8, rows - 1)));
     }
     for (int c = 0; c < sizes.chunks; ++c, ring.advance()) {
       const int bytes = minimum(sizes.chunk_bytes, sizes.row_bytes - c * sizes.chunk_bytes);
@@ -476,7 +533,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>)
         const uint4 low = *reinterpret_cast<const uint4*>(w);
         const uint4 high = *reinterpret_cast<const uint4*>(w + 8 * sizes.pitch);
         if constexpr (kGrouped) {
-          product.add(c * (kChunkBytes / kSliceBytes) + member + (s << log_split), low, high);
+          product.add(low, high);
         } else {
 #pragma unroll
           for (int p = 0; p < 4; ++p) {
@@ -496,8 +553,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>)
     if constexpr (kGrouped) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int64_t sum = product.sum(i);
-        if (tig % 2 == 0 && my_token < tokens) my_sums[buffer + 8 * i] = sum >> 6;
+        const int64_t total = product.total(i);
+        if (tig % 2 == 0 && my_token < tokens) my_sums[buffer + 8 * i] = total;
       }
     }
 #pragma unroll
@@ -512,7 +569,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>)
     if (row < tile_rows && tile * tile_rows + row < rows) {
       const int64_t n = n_begin + tile * tile_rows + row;
       const Sum* const partial = partials + buffer + row;
-      const float s_w = kGrouped ? groups.units[tile * tile_rows + row] : mine.s_w;
+      const float s_w = kGrouped ? *groups.unit(tile * tile_rows + row) : mine.s_w;
 #pragma unroll
       for (int token = 0; token < kMaxTokens; ++token) {
         const int m = token * kTokenRows;
@@ -545,7 +602,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Source>)
 #endif
 }
 
-template <class Source, int kTokenRows, bool kGrouped>
+template <class Source, int kTokenRows, int kParts>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
   const bitlinear_cuda_task& task = call.task;
   const Sizes sizes(task.K);
@@ -559,31 +616,31 @@ cudaError_t launch(const Call& call, const GemvPlan& plan) {
       stages * stage_bytes + group_bytes + static_cast<int>(task.M) * sizes.q_stride +
       (has_stash ? static_cast<int>(gemv_stash_bytes(task.M / kTokenRows, task.K)) : 0);
   const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
-  return launch_kernel<gemv_kernel<Source, kTokenRows, kGrouped>>(config, call, task, stages,
+  return launch_kernel<gemv_kernel<Source, kTokenRows, kParts>>(config, call, task, stages,
                                                                   plan.log_split, group_bytes);
 }
 
-template <class Source, bool kGrouped>
+template <class Source, int kParts>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
-  return call.task.act_bits == 8 ? launch<Source, 1, kGrouped>(call, plan)
-                                 : launch<Source, 2, kGrouped>(call, plan);
+  return call.task.act_bits == 8 ? launch<Source, 1, kParts>(call, plan)
+                                 : launch<Source, 2, kParts>(call, plan);
 }
 
-template <bool kResident, bool kGrouped>
+template <bool kResident, int kParts>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
   const bitlinear_cuda_task& task = call.task;
   if (bitlinear_is_plain(&task.prologue)) {
     return dispatch_dtype(task.x_dtype, [&](auto zero) {
-      return launch<PlainSource<decltype(zero), kResident>, kGrouped>(call, plan);
+      return launch<PlainSource<decltype(zero), kResident>, kParts>(call, plan);
     });
   }
-  return task.x_dtype == BITLINEAR_F32 ? launch<FusedSource<true, kResident>, kGrouped>(call, plan)
-                                       : launch<FusedSource<false, kResident>, kGrouped>(call, plan);
+  return task.x_dtype == BITLINEAR_F32 ? launch<FusedSource<true, kResident>, kParts>(call, plan)
+                                       : launch<FusedSource<false, kResident>, kParts>(call, plan);
 }
 
-template <bool kGrouped>
+template <int kParts>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
-  return plan.resident ? launch<true, kGrouped>(call, plan) : launch<false, kGrouped>(call, plan);
+  return plan.resident ? launch<true, kParts>(call, plan) : launch<false, kParts>(call, plan);
 }
 
 }  // namespace

@@ -5,7 +5,10 @@
 namespace bitlinear {
 namespace cuda {
 
-cudaError_t gemv_groups(const Call& call, const GemvPlan& plan) { return launch<true>(call, plan); }
+cudaError_t gemv_groups(const Call& call, const GemvPlan& plan) {
+  return call.task.groups.size % (kSliceValues / 2) == 0 ? launch<2>(call, plan)
+                                                         : launch<4>(call, plan);
+}
 
 }  // namespace cuda
 }  // namespace bitlinear

@@ -179,17 +179,19 @@ struct FusedSource {
 };
 
 // Quantises all tokens at once, each to kTokenRows rows of q. Each token has its share of the
-// warps. It is constructed before the predecessor has ended.
-template <class Source, int kTokenRows>
+// warps. It is constructed before the predecessor has ended. kParts: the parts of a slice whose sums
+// are wanted; 0: none.
+template <class Source, int kTokenRows, int kParts>
 struct Quantizer {
   static constexpr int kGroups = Source::kGroups;
   using Values = typename Source::Values;
   Part part;
   Source source;
-  uint32_t* words;  // of the first group, in q
+  uint32_t* words;     // of the first group, in q
+  int32_t* part_sums;  // (rows of q, slices, kParts), negative
 
-  __device__ Quantizer(const bitlinear_cuda_task& task, int q_stride, int8_t* q)
-      : part(task, static_cast<int>(task.M) / kTokenRows), source(task, part) {
+  __device__ Quantizer(const bitlinear_cuda_task& task, int q_stride, int8_t* q, int32_t* part_sums)
+      : part(task, static_cast<int>(task.M) / kTokenRows), source(task, part), part_sums(part_sums) {
     const int slice = part.first / kSliceValues * kSliceValues;
     words = reinterpret_cast<uint32_t*>(q + part.m * kTokenRows * q_stride + slice) +
             part.first / kGroup % 16;
@@ -343,8 +345,8 @@ struct Quantizer {
     return absmax;
   }
   // Stores the groups of the part to q, and adds to the sums of its rows.
-  __device__ static void quantize(const Part& part, const Values (&groups)[kGroups], float inv,
-                                  int q_stride, uint32_t* words, int32_t (&sums)[kTokenRows]) {
+  __device__ void quantize(const Part& part, const Values (&groups)[kGroups], float inv, int q_stride,
+                           uint32_t* words, int32_t (&sums)[kTokenRows]) const {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const int k = part.first + i * part.step;
@@ -352,15 +354,31 @@ struct Quantizer {
       float values[kGroup] = {};
       if (k < part.end) groups[i].convert(values);
       uint32_t planes[kTokenRows][4];
-      quantize_group(values, inv, planes, sums);
+      int32_t group_sums[kTokenRows] = {};
+      quantize_group(values, inv, planes, group_sums);
 #pragma unroll
       for (int r = 0; r < kTokenRows; ++r) {
+        sums[r] += group_sums[r];
+        if constexpr (kParts > 0) {
+          const int token_parts = (q_stride - kGemvTokenPad) / (kSliceValues / kParts);
+          store_part_sum(k, group_sums[r],
+                         part_sums + (part.m * kTokenRows + r) * token_parts);
+        }
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
           words[(i * part.step + r * q_stride) / 4 + 16 * p] = planes[r][p];
         }
       }
     }
+  }
+  // Lanes with neighbouring groups, of k and more values, have a part together.
+  __device__ static void store_part_sum(int k, int32_t sum, int32_t* token_sums) {
+    constexpr int kPartValues = kSliceValues / kParts, kLanes = kPartValues / kGroup;
+    const int lane = threadIdx.x % 32;
+    const uint32_t together = ((1u << kLanes) - 1) << (lane & ~(kLanes - 1));
+#pragma unroll
+    for (int mask = 1; mask < kLanes; mask *= 2) sum += __shfl_xor_sync(together, sum, mask);
+    if (lane % kLanes == 0) token_sums[k / kPartValues] = -sum;
   }
 };
 

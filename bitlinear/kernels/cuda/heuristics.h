@@ -147,21 +147,20 @@ constexpr int64_t gemv_norm_sums(int64_t tokens, int64_t K) {
   return gemv_shares(tokens) * ceil_div(K, kGemvNormValues);
 }
 
-// With scales of groups a block keeps the multipliers of its rows in shared memory, int16: so many
-// for each row, an odd number of words, which spreads rows over the banks.
-constexpr int gemv_multiplier_pitch(int64_t groups) {
-  return static_cast<int>(2 * (ceil_div<int64_t>(groups, 2) | 1));
-}
-constexpr int kGemvGroupTokens = 2;   // rows of q, at most
-constexpr int kGemvSumValues = 64;   // of k, whose products have a sum of their own
-// Bytes for these, the units of the rows, and the sums of q.
+// With scales of groups, which it takes for up to so many rows of q, a block keeps the multipliers
+// of its rows in shared memory: so many words for each row, an odd number, which spreads rows over
+// the banks.
+constexpr int kGemvGroupTokens = 2;
+constexpr int kGemvPartValues = 64;  // of k, at least, whose products have a sum of their own
+constexpr int gemv_multiplier_pitch(int64_t groups) { return static_cast<int>(groups | 1); }
+// Bytes for these, the units of the rows, the sums of q, and zeros.
 constexpr int64_t gemv_group_bytes(const Shape& shape, int64_t blocks) {
   if (shape.group_size == 0) return 0;
-  const int64_t rows = ceil_div(shape.N, blocks);
   const int64_t pitch = gemv_multiplier_pitch(ceil_div(shape.K, shape.group_size));
+  const int64_t parts = shape.M * (round_up(shape.K, kSliceValues) / kGemvPartValues);
   constexpr int64_t kSlack = 16;  // for values beyond K
-  const int64_t sums = shape.M * (round_up(shape.K, kSliceValues) / kGemvSumValues);
-  return round_up(4 * sums + 4 * rows + 2 * rows * pitch + kSlack, 16);
+  const int64_t words = parts + ceil_div(shape.N, blocks) * (pitch + 1);
+  return round_up(kSliceValues + 4 * words + kSlack, 16);
 }
 
 // The shared memory that is left for a ring of stages if there are so many blocks.
@@ -174,10 +173,16 @@ constexpr int64_t gemv_room(const Device& device, const Shape& shape, bool resid
          gemv_group_bytes(shape, blocks);
 }
 
-// Blocks of at least eight rows, and at most so many on each multiprocessor.
-constexpr int64_t gemv_blocks(const Device& device, const Shape& shape, int64_t most) {
-  constexpr int64_t kBlockRows = 8;
-  return minimum(ceil_div(shape.N, kBlockRows), device.multiprocessors * most);
+// So many blocks on each multiprocessor, of at least eight rows; more that come later, if their
+// groups would take too much memory.
+constexpr int64_t gemv_blocks(const Device& device, const Shape& shape, int64_t resident) {
+  constexpr int64_t kBlockRows = 8, kMostGroupBytes = 64 * 1024;
+  const int64_t most = ceil_div(shape.N, kBlockRows);
+  int64_t blocks = device.multiprocessors * resident;
+  while (blocks < most && gemv_group_bytes(shape, blocks) > kMostGroupBytes) {
+    blocks += device.multiprocessors;
+  }
+  return minimum(most, blocks);
 }
 
 struct GemvPlan {
@@ -195,12 +200,12 @@ constexpr GemvPlan plan_gemv(const Device& device, const Shape& shape) {
   const bool overlaps = device.capability >= 90;
   const bool resident = are_resident(shape);
   const int64_t row_bytes = ceil_div(shape.K, 4);
-  const int64_t most = gemv_blocks(device, shape, 2);
-  const int64_t half_room = gemv_room(device, shape, resident, most);
+  const int64_t blocks_of_two = gemv_blocks(device, shape, 2);
+  const int64_t room_of_two = gemv_room(device, shape, resident, blocks_of_two);
   const bool two = overlaps && resident &&
                    shape.N * row_bytes > device.multiprocessors * (kRing + 10 * 1024) &&
-                   2 * (device.shared_bytes - half_room + kRingOfTwo) <= device.shared_bytes;
-  const int64_t blocks = two ? most : gemv_blocks(device, shape, 1);
+                   2 * (device.shared_bytes - room_of_two + kRingOfTwo) <= device.shared_bytes;
+  const int64_t blocks = two ? blocks_of_two : gemv_blocks(device, shape, 1);
   const int64_t room = gemv_room(device, shape, resident, blocks);
   const int64_t ring_bytes = two ? kRingOfTwo : overlaps && resident ? minimum(kRing, room) : room;
 
@@ -400,7 +405,7 @@ constexpr bool fuses_quantizer(int kernel) {
 // Whether the GEMV takes the groups of a shape, if it has any.
 constexpr bool gemv_has_groups(const Shape& shape) {
   return shape.group_size == 0 ||
-         (shape.group_size % kGemvSumValues == 0 && shape.M <= kGemvGroupTokens);
+         (shape.group_size % kGemvPartValues == 0 && shape.M <= kGemvGroupTokens);
 }
 
 // Whether a kernel gives the right result for this shape on this device.
