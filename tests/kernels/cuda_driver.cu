@@ -118,7 +118,8 @@ class Driver {
     if (supports(BITLINEAR_CUDA_WGMMA, device_, shape)) {
       for (const bitlinear::cuda::WgmmaTile& tile : bitlinear::cuda::kWgmmaTiles) {
         for (const int splits : {1, 2, 4, 8}) {
-          const bool fits = has_room(tile, shape.M) && (shape.group_size == 0 || has_groups(tile)) &&
+          const bool fits = has_room(tile, shape.M) &&
+                            (shape.group_size == 0 || has_groups(tile)) &&
                             (splits == 1 || 2 * splits <= (K + 255) / 256);
           if (fits) check_plan(WgmmaPlan{tile.rows, tile.tokens, tile.halves, splits}, example);
         }

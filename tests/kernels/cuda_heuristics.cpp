@@ -7,8 +7,8 @@ using bitlinear::cuda::Shape;
 namespace {
 
 Shape shape_of(const int64_t* shape) {
-  return {shape[0], shape[1],      shape[2], shape[3] != 0, shape[4] != 0,
-          shape[5], shape[6] != 0, shape[7], shape[8] != 0, shape[9] != 0};
+  return {shape[0],      shape[1], shape[2],      shape[3] != 0, shape[4] != 0, shape[5],
+          shape[6] != 0, shape[7], shape[8] != 0, shape[9] != 0, shape[10]};
 }
 
 Device device_of(int capability, int multiprocessors) {
@@ -41,7 +41,8 @@ void plan_gemv(int capability, int multiprocessors, const int64_t* shape, int* o
   out[0] = plan.blocks;
   out[1] = plan.log_split;
   out[2] = plan.ring_bytes;
-  out[3] = static_cast<int>(bitlinear::cuda::gemv_room(device, shape_of(shape), plan.resident, plan.blocks));
+  out[3] = static_cast<int>(
+      bitlinear::cuda::gemv_room(device, shape_of(shape), plan.resident, plan.blocks));
   out[4] = static_cast<int>(bitlinear::cuda::gemv_stage_bytes((shape[2] + 3) / 4, plan.log_split));
   out[5] = plan.resident;
 }

@@ -68,9 +68,9 @@ class Heuristics:
 
     @staticmethod
     def _shape(shape: tuple[int, ...]) -> ctypes.Array:
-        # One weight, no prologue, activations of 8 bits, which are not quantised yet.
-        defaults = (1, False, 1, False, False)
-        return (ctypes.c_int64 * 10)(*shape, *defaults[len(shape) - 5 :])
+        # One weight, no prologue, activations of 8 bits, which are not quantised yet; no groups.
+        defaults = (1, False, 1, False, False, 0)
+        return (ctypes.c_int64 * 11)(*shape, *defaults[len(shape) - 5 :])
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,54 @@ def test_tokens_that_are_quantised_go_to_kernels_that_read_them(
     # Only wgmma rewrites weights that are not aligned.
     assert w_aligned or kernel != SMALL_BATCH
     assert w_aligned or q_aligned or kernel != WGMMA
+
+
+def with_groups(m, n, k, group_size=128, aligned=True, act_bits=8):
+    return (m, n, k, aligned, aligned, 1, False, act_bits // 8, False, False, group_size)
+
+
+def test_choices_for_scales_of_groups(heuristics):
+    for group_size in (64, 128, 192, 2**40):
+        for m in (1, 2):
+            assert heuristics.choose(90, with_groups(m, 4096, 4096, group_size)) == GEMV
+            assert heuristics.choose(80, with_groups(m, 4096, 4096, group_size)) == GEMV
+        for m, kernel in ((3, MMA), (16, MMA), (17, WGMMA), (300, WGMMA)):
+            assert heuristics.choose(90, with_groups(m, 4096, 4096, group_size)) == kernel
+            assert heuristics.choose(80, with_groups(m, 4096, 4096, group_size)) == MMA
+    assert heuristics.choose(90, with_groups(2, 4096, 4096, act_bits=16)) == GEMV
+    assert heuristics.choose(90, with_groups(4, 4096, 4096, act_bits=16)) == MMA
+    assert heuristics.choose(90, with_groups(1, 4096, 4096, 96)) == MMA
+    assert heuristics.choose(90, with_groups(16, 14336, 4096)) == WGMMA
+    assert heuristics.choose(90, with_groups(1, 4096, 4096, aligned=False)) == MMA
+    assert heuristics.choose(75, with_groups(1, 4096, 4096)) == DP4A
+    # The sums of the bytes of multipliers end at 65,536 inputs.
+    assert heuristics.choose(90, with_groups(99, 64, 65_536)) == WGMMA
+    assert heuristics.choose(90, with_groups(99, 64, 65_792)) == DP4A
+
+
+@given(
+    m=st.integers(1, 300),
+    n=sizes,
+    k=st.integers(1, 70_000),
+    aligned=st.booleans(),
+    group_size=st.integers(1, 300).map(lambda units: 32 * units),
+    capability=st.sampled_from(CAPABILITIES),
+    multiprocessors=st.integers(1, 200),
+)
+def test_any_groups(heuristics, m, n, k, aligned, group_size, capability, multiprocessors):
+    shape = with_groups(m, n, k, group_size, aligned)
+    kernel = heuristics.choose(capability, shape)
+    assert heuristics.supports(kernel, capability, shape)
+    assert kernel in (DP4A, GEMV, MMA, WGMMA)
+    assert k <= 65_536 or kernel in (DP4A, GEMV)
+    assert (group_size % 64 == 0 and m <= 2) or kernel != GEMV
+    if heuristics.supports(GEMV, capability, shape):
+        blocks, _, ring, room, stage, _ = heuristics.plan_gemv(shape, 132, capability)
+        assert 1 <= blocks <= n
+        assert 2 * stage <= ring <= room
+    rows, _, halves, _ = heuristics.plan_wgmma(shape, multiprocessors)
+    assert rows >= 128
+    assert halves == 1
 
 
 @given(shape=shapes)

@@ -214,8 +214,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const int64_t at = minimum(n_begin + n + kSide * r, n_end - 1);
-          multipliers[r] = load_multipliers(task.groups, multipliers_of(task, at),
-                                            slice * kSliceBytes + 16 * v);
+          multipliers[r] =
+              load_multipliers(task.groups, multipliers_of(task, at), slice * kSliceBytes + 16 * v);
         }
       }
 #pragma unroll

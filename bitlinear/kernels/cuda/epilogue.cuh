@@ -47,8 +47,9 @@ struct TileRows {
 
 // Writes some tokens of a tile of a weight that begins with row m of q. load_codes(token, row)
 // returns the sums of a row of q of the tile with four rows of weights from `row` on, of codes or,
-// with groups, int64 sums for dequantize(); s_x and q_sum belong to the rows of q. A thread reads kBatch times four sums before it stores the first ones,
-// because the compiler moves no load across a store.
+// with groups, int64 sums for dequantize(); s_x and q_sum belong to the rows of q. A thread reads
+// kBatch times four sums before it stores the first ones, because the compiler moves no load across
+// a store.
 template <int kBatch = 4, bool kTakesResidual = true, int kRows, int kThreads, int kParts,
           class LoadCodes>
 __device__ inline void write_tile(const bitlinear_cuda_task& task,

@@ -202,7 +202,8 @@ class Groups {
     // Four lanes for each row.
     constexpr int kLanes = 4;
 #pragma unroll 1
-    for (int row = thread / kLanes; row < round_up(rows_, 32 / kLanes); row += kConsumers / kLanes) {
+    for (int row = thread / kLanes; row < round_up(rows_, 32 / kLanes);
+         row += kConsumers / kLanes) {
       int32_t* const out = multipliers(minimum(row, rows_ - 1));
       uint32_t largest = 0;
 #pragma unroll 4
@@ -231,8 +232,9 @@ class Groups {
 };
 
 // A lane's part of a product with scales of groups. The eight columns of the fragments, which would
-// be tokens, are parts of K: in a column q is zero outside of one part. So products with some slices
-// leave sums of eight parts, or of four for two tokens, which are multiplied and added in 64 bits.
+// be tokens, are parts of K: in a column q is zero outside of one part. So products with some
+// slices leave sums of eight parts, or of four for two tokens, which are multiplied and added in 64
+// bits.
 template <int kParts>
 class GroupProduct {
  public:
@@ -247,9 +249,7 @@ class GroupProduct {
     const int tokens = static_cast<int>(task.M), log_columns = tokens == 1 ? 3 : 2;  // of a token
     const int lane = threadIdx.x % 32, tig = lane % 4;
     const auto token_of = [&](int column) { return column >> log_columns; };
-    const auto step_of = [&](int column) {
-      return (column & ((1 << log_columns) - 1)) / kParts;
-    };
+    const auto step_of = [&](int column) { return (column & ((1 << log_columns) - 1)) / kParts; };
     steps_ = (1 << log_columns) / kParts;
     // In a fragment this lane has values of q of a quarter of a slice, for one column.
     const int column = lane / 4;
@@ -410,16 +410,16 @@ constexpr int kPrologueBlocks = 1;
 #else
 constexpr int kPrologueBlocks = 2;
 #endif
-template <class Source>
-constexpr int kBlocks = !Source::kResident ? 1
-                        : Source::kFused   ? kPrologueBlocks
-                                           : 2;
+template <class Source, int kTokenRows, int kParts>
+constexpr int kBlocks = !Source::kResident || (Source::kFused && kTokenRows == 2 && kParts > 0) ? 1
+                        : Source::kFused ? kPrologueBlocks
+                                         : 2;
 
 // log_split: log2 of the number of warps that share 16 rows, along K. kTokenRows: the rows of q of
-// a token. "Tokens" below counts rows of q. kParts: with scales of groups the parts of a slice, 2 or
-// 4, of which each lies in one group; else 0.
+// a token. "Tokens" below counts rows of q. kParts: with scales of groups the parts of a slice, 2
+// or 4, of which each lies in one group; else 0.
 template <class Source, int kTokenRows, int kParts>
-__global__ void __launch_bounds__(kThreads, kBlocks<Source>)
+__global__ void __launch_bounds__(kThreads, (kBlocks<Source, kTokenRows, kParts>))
     gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages, int log_split,
                 int group_bytes) {
 #if __CUDA_ARCH__ >= 800
@@ -617,7 +617,7 @@ cudaError_t launch(const Call& call, const GemvPlan& plan) {
       (has_stash ? static_cast<int>(gemv_stash_bytes(task.M / kTokenRows, task.K)) : 0);
   const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
   return launch_kernel<gemv_kernel<Source, kTokenRows, kParts>>(config, call, task, stages,
-                                                                  plan.log_split, group_bytes);
+                                                                plan.log_split, group_bytes);
 }
 
 template <class Source, int kParts>

@@ -179,8 +179,8 @@ struct FusedSource {
 };
 
 // Quantises all tokens at once, each to kTokenRows rows of q. Each token has its share of the
-// warps. It is constructed before the predecessor has ended. kParts: the parts of a slice whose sums
-// are wanted; 0: none.
+// warps. It is constructed before the predecessor has ended. kParts: the parts of a slice whose
+// sums are wanted; 0: none.
 template <class Source, int kTokenRows, int kParts>
 struct Quantizer {
   static constexpr int kGroups = Source::kGroups;
@@ -191,7 +191,9 @@ struct Quantizer {
   int32_t* part_sums;  // (rows of q, slices, kParts), negative
 
   __device__ Quantizer(const bitlinear_cuda_task& task, int q_stride, int8_t* q, int32_t* part_sums)
-      : part(task, static_cast<int>(task.M) / kTokenRows), source(task, part), part_sums(part_sums) {
+      : part(task, static_cast<int>(task.M) / kTokenRows),
+        source(task, part),
+        part_sums(part_sums) {
     const int slice = part.first / kSliceValues * kSliceValues;
     words = reinterpret_cast<uint32_t*>(q + part.m * kTokenRows * q_stride + slice) +
             part.first / kGroup % 16;
@@ -345,8 +347,8 @@ struct Quantizer {
     return absmax;
   }
   // Stores the groups of the part to q, and adds to the sums of its rows.
-  __device__ void quantize(const Part& part, const Values (&groups)[kGroups], float inv, int q_stride,
-                           uint32_t* words, int32_t (&sums)[kTokenRows]) const {
+  __device__ void quantize(const Part& part, const Values (&groups)[kGroups], float inv,
+                           int q_stride, uint32_t* words, int32_t (&sums)[kTokenRows]) const {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const int k = part.first + i * part.step;
@@ -361,8 +363,7 @@ struct Quantizer {
         sums[r] += group_sums[r];
         if constexpr (kParts > 0) {
           const int token_parts = (q_stride - kGemvTokenPad) / (kSliceValues / kParts);
-          store_part_sum(k, group_sums[r],
-                         part_sums + (part.m * kTokenRows + r) * token_parts);
+          store_part_sum(k, group_sums[r], part_sums + (part.m * kTokenRows + r) * token_parts);
         }
 #pragma unroll
         for (int p = 0; p < 4; ++p) {

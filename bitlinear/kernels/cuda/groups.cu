@@ -39,8 +39,8 @@ cudaError_t split_scales(Call* call) {
   const GroupScales scales = group_scales_of(task);
   const LaunchConfig config = {
       dim3(static_cast<unsigned>(ceil_div<int64_t>(task.N, kThreads / 32))), kThreads};
-  const cudaError_t error = launch_kernel<split_scales_kernel>(config, *call, task,
-                                                               scales.multipliers, scales.units);
+  const cudaError_t error =
+      launch_kernel<split_scales_kernel>(config, *call, task, scales.multipliers, scales.units);
   task.groups.multipliers = scales.multipliers;
   for (bitlinear_cuda_weight& weight : task.weights) {
     weight.s_w = scales.units + weight.begin;

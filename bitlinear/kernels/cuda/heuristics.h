@@ -425,8 +425,8 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
              shape.M <= kSmallBatchTokens;
     case BITLINEAR_CUDA_SMALL_LAYER:
       return device.capability >= 80 && shape.group_size == 0 && shape.w_aligned &&
-             shape.x_aligned && shape.K <= kSmallLayerInputs && shape.weights == 1 && !shape.has_prologue &&
-             !shape.is_quantized;
+             shape.x_aligned && shape.K <= kSmallLayerInputs && shape.weights == 1 &&
+             !shape.has_prologue && !shape.is_quantized;
     case BITLINEAR_CUDA_MMA:
       return device.capability >= 80 && sums_fit;
     case BITLINEAR_CUDA_WGMMA:
@@ -465,7 +465,11 @@ constexpr bool prefers_small_layer(const Device& device, const Shape& shape) {
 constexpr int choose_kernel(const Device& device, const Shape& shape) {
   // With more than 16 tokens and several tiles of rows per block, wgmma fetches the activations
   // fewer times.
-  const bool is_small = shape.M <= 16 || shape.N <= int64_t{64} * device.multiprocessors;
+  const bool has_few_rows = shape.N <= int64_t{64} * device.multiprocessors;
+  const bool is_small = shape.M <= 16 || has_few_rows;
+  // With groups the small-batch kernel is missing. A product of wgmma takes as long for 16 tokens
+  // as for 64.
+  const bool suits_mma = shape.group_size > 0 && shape.M <= 16 && has_few_rows;
   for (const int kernel :
        {BITLINEAR_CUDA_SMALL_LAYER, BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH,
         BITLINEAR_CUDA_WGMMA, BITLINEAR_CUDA_MMA, BITLINEAR_CUDA_DP4A}) {
@@ -473,6 +477,7 @@ constexpr int choose_kernel(const Device& device, const Shape& shape) {
     if (kernel == BITLINEAR_CUDA_SMALL_LAYER && !prefers_small_layer(device, shape)) continue;
     if (kernel == BITLINEAR_CUDA_GEMV && !prefers_gemv(device, shape)) continue;
     if (kernel == BITLINEAR_CUDA_SMALL_BATCH && !is_small && device.has_wgmma) continue;
+    if (kernel == BITLINEAR_CUDA_WGMMA && suits_mma) continue;
     return kernel;
   }
   return BITLINEAR_CUDA_AUTO;

@@ -99,9 +99,7 @@ int kernel_for(const bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tok
 }
 
 cudaError_t run_wgmma(const Call& call, const Shape& shape, const Activations& q) {
-  const auto runs_clusters = [&](const WgmmaPlan& plan) {
-    return wgmma_runs_clusters(call, plan);
-  };
+  const auto runs_clusters = [&](const WgmmaPlan& plan) { return wgmma_runs_clusters(call, plan); };
   return wgmma(call, q, plan_wgmma(call.device, shape, runs_clusters));
 }
 

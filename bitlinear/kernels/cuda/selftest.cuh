@@ -293,7 +293,7 @@ inline std::string compare_scales(const selftest::Operands& operands, const std:
     const bool same = c.group_size > 0 && !row_is_finite ? isnan(s_w[i])
                       : isnan(sum)                       ? isnan(s_w[i])
                       : isinf(sum)                       ? isinf(s_w[i])
-                                   : fabsf(s_w[i] - wanted) <= tolerance;
+                                                         : fabsf(s_w[i] - wanted) <= tolerance;
     if (!same) return "s_w[" + std::to_string(i) + "] is " + std::to_string(s_w[i]);
   }
   return "";

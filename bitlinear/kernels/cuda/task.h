@@ -17,9 +17,9 @@ struct bitlinear_cuda_weight {
 
 // The groups of weights along K that have scales of their own, by bitlinear_cuda_make_groups().
 struct bitlinear_cuda_groups {
-  int64_t size;      // weights of a group, a multiple of BITLINEAR_GROUP_UNIT; 0: no groups
-  int count;         // of a row
-  uint64_t factor;   // times block, over 2^32: the group of a block of BITLINEAR_GROUP_UNIT weights
+  int64_t size;     // weights of a group, a multiple of BITLINEAR_GROUP_UNIT; 0: no groups
+  int count;        // of a row
+  uint64_t factor;  // times block, over 2^32: the group of a block of BITLINEAR_GROUP_UNIT weights
   const int16_t* multipliers;  // (N, count), of all weights; set by bitlinear_cuda_linear()
 };
 

@@ -354,18 +354,16 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_weight(const void* w, int d
 
 BITLINEAR_EXPORT const char* bitlinear_cuda_expand_weight(const uint8_t* packed, int64_t N,
                                                           int64_t K, const float* s_w,
-                                                          int64_t s_w_stride,
-                                                          int64_t group_size, void* w, int dtype,
-                                                          void* stream) {
+                                                          int64_t s_w_stride, int64_t group_size,
+                                                          void* w, int dtype, void* stream) {
   using namespace bitlinear::cuda;
   if (N == 0) return nullptr;
   return run_on_current_device(N, K, stream, [&](const Call& call) {
     return dispatch_dtype(dtype, [&](auto zero) {
       using T = decltype(zero);
-      return launch_kernel<expand_weights<T>>(row_blocks(N, K, kRowThreads * kStoredValues<T>),
-                                              call, packed, N, static_cast<int>(K),
-                                              row_scales(s_w, s_w_stride, group_size),
-                                              static_cast<T*>(w));
+      return launch_kernel<expand_weights<T>>(
+          row_blocks(N, K, kRowThreads * kStoredValues<T>), call, packed, N, static_cast<int>(K),
+          row_scales(s_w, s_w_stride, group_size), static_cast<T*>(w));
     });
   });
 }

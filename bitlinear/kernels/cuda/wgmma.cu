@@ -13,8 +13,9 @@ cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan)
 
 bool wgmma_runs_clusters(const Call& call, const WgmmaPlan& plan) {
   if (call.task.groups.size > 0) return wgmma_groups_run_clusters(call.device, plan);
-  return with_tile<false>(
-      plan, false, [&](auto tile) { return runs_clusters<decltype(tile)>(call.device, plan.splits); });
+  return with_tile<false>(plan, false, [&](auto tile) {
+    return runs_clusters<decltype(tile)>(call.device, plan.splits);
+  });
 }
 
 }  // namespace cuda

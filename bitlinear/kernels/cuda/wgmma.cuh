@@ -205,7 +205,7 @@ struct Tile {
   // Steps in flight, each with its own fragments.
   static constexpr int kDepth = kRowBlocks == 1 ? 4 : 2;
   // It has no registers for what the end of the last tile needs.
-  static constexpr bool kLoadsRowsLate = 
+  static constexpr bool kLoadsRowsLate =
       kIsGeneral && kTokens == 128 && (kSumRows == 256 || kGrouped);
   // Two warpgroups that multiply need registers of the third. Registers per thread, after the
   // change:
