@@ -16,6 +16,7 @@ from .conversion.ternary import NotTernary, Scales, find_scales
 from .conversion.ternary import pack as pack_signs
 from .convert import check_model, finish_deployment, replace_layers
 from .messages import list_names, warn
+from .packing import describe_memory
 
 _logger = logging.getLogger("bitlinear")
 
@@ -40,7 +41,7 @@ def pack(
 
     The logger ``"bitlinear"`` reports each layer at level INFO: its scales, the share of zeros and
     the largest deviation of a magnitude from its scale (0 if the stored values are equal), or why
-    it was not packed.
+    it was not packed. At the end it reports the memory of all packed weights and of their scales.
 
     Args:
         model: The model, or a single linear layer. The classes are those of
@@ -100,7 +101,8 @@ def pack(
     for layer in layers:
         if layer.reason:
             _logger.info("%s: not packed: %s", layer.label, layer.reason)
-    _logger.info("packed %d of %d linear layers", len(packed), len(layers))
+    memory = describe_memory(tensors.values())
+    _logger.info("packed %d of %d linear layers: %s", len(packed), len(layers), memory)
     finish_deployment(model)
     if not packed:
         reasons = [f"{layer.label}: {layer.reason}" for layer in layers]

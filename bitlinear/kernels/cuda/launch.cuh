@@ -82,7 +82,7 @@ bool has_room_for_cluster(const LaunchConfig& config, const Device& device) {
 
 // Launches a kernel. If w_prefetchable is set and the device supports it, the kernel starts before
 // its predecessor in the stream has ended: before wait_for_predecessor() it may read no memory but
-// w.
+// that which w_prefetchable is about.
 template <auto kKernel, class... Arguments>
 cudaError_t launch_kernel(const LaunchConfig& config, const Call& call, Arguments&&... arguments) {
   const cudaError_t error = allow_shared_bytes<kKernel>(config, call.device);

@@ -40,8 +40,8 @@ struct bitlinear_cuda_task {
   void* y;  // (tokens, N), at a multiple of 16 bytes
   int y_dtype;
   void* workspace;  // bitlinear_cuda_workspace_bytes() bytes, at a multiple of 256
-  // Not 0: all weights were written before the previous kernel in this stream started, so the
-  // kernels may read them while that kernel still runs.
+  // Not 0: all weights, and scales of groups, were written before the previous kernel in this
+  // stream started, so the kernels may read them while that kernel still runs.
   int w_prefetchable;
 };
 

@@ -5,6 +5,7 @@
 // = 64 17.4 (1.7), 256 24.5 (1.85), 1024 58 (2.1); 28672 x 8192 with M = 32 67 (2.0), 256 216
 // (2.5). It is above 2 where fragments, of twice as many instructions, take turns with the
 // products, as wgmma.cuh says. Untried: the bytes expanded into shared memory by other warps.
+// The tile of 64 rows and 128 tokens spills 24 bytes.
 #include "wgmma.cuh"
 
 namespace bitlinear {

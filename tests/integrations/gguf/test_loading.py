@@ -350,7 +350,7 @@ def test_the_number_of_layers_is_logged(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="bitlinear")
     path = write_model(tmp_path / "x.gguf", "qwen3", ternary_model("qwen3")).write()
     integration.load(path, make("qwen3"))
-    assert "x.gguf: loaded 14 deployed layers" in caplog.text
+    assert "x.gguf: loaded 14 deployed layers: 295 kB of packed weights and 0 kB" in caplog.text
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}
