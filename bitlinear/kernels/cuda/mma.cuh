@@ -290,6 +290,7 @@ template <class Tile, bool kAligned>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
     mma_kernel(const __grid_constant__ bitlinear_cuda_task task,
                const __grid_constant__ Activations activations) {
+#if __CUDA_ARCH__ >= 800
   extern __shared__ __align__(128) uint8_t shared[];
   float* const s_x = reinterpret_cast<float*>(shared + Tile::kRingBytes);
   int32_t* const q_sum = reinterpret_cast<int32_t*>(s_x + Tile::kTokens);
@@ -379,6 +380,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocksPerSm)
   };
   write_tile(task, weight, rows, end_position.m, {0, 1, end_position.tokens}, s_x, q_sum,
              load_codes);
+#endif
 }
 
 template <class Tile, bool kAligned>
