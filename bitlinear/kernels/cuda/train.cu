@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
-// The scales of the rows of a weight: s_w[n * stride], or that of each group.
+// The scales of a weight: one for each row, s_w[n * stride], or one for each group of a row.
 struct RowScales {
   float* s_w;
   int64_t stride;

@@ -45,8 +45,8 @@ __device__ inline void sync_warpgroup(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
 }
 
-// Stores four matrices of 8 x 8 values of 16 bits, transposed: each lane has the address of a row,
-// lanes 0 to 7 those of the first matrix.
+// Stores four matrices of 8 x 8 values of 16 bits, transposed. Each lane has the address of a row:
+// lanes 0 to 7 have the rows of the first matrix.
 __device__ inline void store_transposed(uint32_t address, const uint32_t (&matrices)[4]) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
