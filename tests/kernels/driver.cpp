@@ -19,8 +19,9 @@ int64_t failed = 0;
 
 // Both numbers of bits, in one dtype. The other options are drawn: bound to a counter, some of them
 // would only occur together.
-void check_one_dtype(Case c, int dtype) {
+void check_one_dtype(Case c, int dtype, int64_t group_size = 0) {
   c.dtype = dtype;
+  c.group_size = group_size;
   for (const int64_t act_bits : {8, 16}) {
     const uint64_t seed = static_cast<uint64_t>(passed + failed);
     Random random{seed * 2654435761u};
@@ -36,7 +37,7 @@ void check_one_dtype(Case c, int dtype) {
     c.norm = prologue >= 24 && prologue < 30;
     c.residual = random.next() % 4 == 0;
     const uint32_t groups = random.next() % 64;
-    c.group_size = groups < 4 ? 32 << groups : groups == 4 ? 96 : 0;
+    if (group_size == 0) c.group_size = groups < 4 ? 32 << groups : groups == 4 ? 96 : 0;
     const std::string difference = check_case(*bitlinear_kernels(), c, seed);
     if (difference.empty()) {
       ++passed;
@@ -115,6 +116,16 @@ int main(int argc, char** argv) {
       if (sparse && K > 5000 && M != 3) continue;
       check_large({M, 3, K, 0, false, false, Data::kLargestSums, 0});
       check_large({M, 3, K, 0, false, false, Data::kRandom, 0});
+    }
+  }
+  // Groups of every number of lanes and blocks, in one run of blocks and in several.
+  for (const int64_t K : {1000, 2100, 4190, 8260}) {
+    if ((quick && K > 1000) || (sparse && K > 2100)) break;
+    for (const int64_t group_size : {32, 64, 96, 128, 160, 192, 256, 320, 512, 4096}) {
+      for (const int64_t M : {1, 3, 6, 20}) {
+        const Data kind = (M + group_size / 32) % 2 == 0 ? Data::kLargestSums : Data::kRandom;
+        check_one_dtype({M, 5, K, 0, false, false, kind, 0}, static_cast<int>(M % 3), group_size);
+      }
     }
   }
   if (!quick) {

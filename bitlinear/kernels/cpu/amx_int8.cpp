@@ -25,7 +25,8 @@ struct AmxInt8 : Vnni<Zmm> {
   static constexpr int64_t kPanelDepth = 512;
   static constexpr int kDecodingTokens = 25;
   static constexpr int kFetchingRows = 64;
-  static constexpr int64_t kGroupGemmTokens = 6;
+  static constexpr int64_t kGroupGemmTokens = 9;  // as AVX512-VNNI's
+
   static constexpr int kGroupTokens = 8;
   static constexpr int kGroupStrips = 3;
   static constexpr int64_t kGroupDepth = 512;
@@ -117,7 +118,8 @@ class AmxTiles {
 };
 
 constexpr bitlinear_kernel_table kTable =
-    make_table<AmxInt8, PanelGemm<AmxInt8, AmxTiles>, GroupProduct<AmxInt8>>("amx_int8");
+    make_table<AmxInt8, PanelGemm<AmxInt8, AmxTiles>, GroupProduct<AmxInt8, GroupGemm<AmxInt8>>>(
+        "amx_int8");
 
 }  // namespace
 }  // namespace bitlinear

@@ -45,14 +45,16 @@ struct Zmm : X86Half {
   static Bytes load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_ints(int32_t* p, Bytes a) { _mm512_storeu_si512(p, a); }
 
-  using Ints = Bytes;
-  static int32_t as_factor(int32_t value) { return value & 0xFFFF; }
-  static Ints choose(const int32_t* p, Ints indices) {
+  static Bytes choose(const int32_t* p, Bytes indices) {
     return _mm512_permutexvar_epi32(indices, load_ints(p));
   }
-  static Ints add_groups(Ints sum, Ints codes, Ints q, Ints factors) {
-    // The difference fits 16 bits, and the upper half of a factor is 0.
-    return _mm512_dpwssd_epi32(sum, _mm512_sub_epi32(codes, q), factors);
+  static Bytes low_half(Bytes a) { return bitwise_and(a, broadcast_int(0xFFFF)); }
+  static Bytes high_half(Bytes a) { return shift_right<16>(a); }
+  static Bytes add_products(Bytes sum, Bytes lanes, Bytes factors) {
+    // A lane fits 16 bits, and the upper half of a factor is 0.
+    BITLINEAR_GCC_ASM(sum = _mm512_dpwssd_epi32(sum, lanes, factors),
+                      "vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(lanes), "vm"(factors));
+    return sum;
   }
 
   static Bytes zero() { return _mm512_setzero_si512(); }

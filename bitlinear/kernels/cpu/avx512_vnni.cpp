@@ -4,8 +4,6 @@
 // rate. Zen 4 starts one, which bounds panels by 460 Gop/s on a core of a VM: at 4096 x 4096 they
 // reach 384 for M = 8, 417 for 16 and 430 for 24. Tables, which multiply nothing, reach 460 for
 // M = 32 and 440 to 520 beyond. Other CPUs were not measured, and have panels.
-#include <stddef.h>
-
 #include "avx512.h"
 #include "gemm_groups.h"
 #include "gemm_lookup.h"
@@ -24,7 +22,7 @@ struct Avx512Vnni : Vnni<Zmm> {
   static constexpr int64_t kPanelDepth = 512;
   static constexpr int kDecodingTokens = 3;
   static constexpr int kFetchingRows = 32;
-  static constexpr int64_t kGroupGemmTokens = 6;
+  static constexpr int64_t kGroupGemmTokens = 9;  // on a Xeon
   static constexpr int kGroupTokens = 8;
   static constexpr int kGroupStrips = 3;
   static constexpr int64_t kGroupDepth = 512;
@@ -71,12 +69,14 @@ struct TablesAndPanels {
     if (tokens < task.M) Panels::run(tokens_of(task, tokens, task.M));
   }
 };
-static_assert(sizeof(Panel<Zen4>) <= offsetof(Tables::L, sums), "they share scratch memory");
+static_assert(sizeof(Panel<Zen4>) <= sizeof(LookupTables<Zen4>), "they share scratch memory");
 
 constexpr bitlinear_kernel_table kPanels =
-    make_table<Avx512Vnni, PanelGemm<Avx512Vnni>, GroupProduct<Avx512Vnni>>("avx512_vnni");
+    make_table<Avx512Vnni, PanelGemm<Avx512Vnni>, GroupProduct<Avx512Vnni, GroupGemm<Avx512Vnni>>>(
+        "avx512_vnni");
 constexpr bitlinear_kernel_table kTablesAndPanels =
-    make_table<Zen4, TablesAndPanels, GroupProduct<Avx512Vnni>>("avx512_vnni");
+    make_table<Zen4, TablesAndPanels, GroupProduct<Avx512Vnni, GroupGemm<Avx512Vnni>>>(
+        "avx512_vnni");
 
 // A test defines this, to run both forms on any CPU with AVX-512.
 #ifndef BITLINEAR_IS_ZEN4

@@ -17,7 +17,6 @@ struct Ymm : X86Ymm {
   static Bytes bitwise_and(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
   // Bits of one byte enter the next one: mask the result.
   static Bytes shift_bytes_right(Bytes a, int bits) { return _mm256_srli_epi16(a, bits); }
-  static Bytes broadcast_int(int32_t value) { return _mm256_set1_epi32(value); }
   static Bytes dot(Bytes sum, Bytes codes, Bytes plane) {
     // The intrinsic costs GCC register moves, as in avx512.h.
     BITLINEAR_GCC_ASM(sum = _mm256_dpbusd_avx_epi32(sum, codes, plane),
@@ -29,6 +28,12 @@ struct Ymm : X86Ymm {
     return _mm256_srai_epi32(a, kBits);
   }
   static Bytes add(Bytes a, Bytes b) { return _mm256_add_epi32(a, b); }
+  static Bytes add_products(Bytes sum, Bytes lanes, Bytes factors) {
+    // A lane fits 16 bits, and the upper half of a factor is 0.
+    BITLINEAR_GCC_ASM(sum = _mm256_dpwssd_avx_epi32(sum, lanes, factors),
+                      "%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(lanes), "xm"(factors));
+    return sum;
+  }
 };
 
 struct AvxVnni : Vnni<Ymm> {
@@ -40,14 +45,15 @@ struct AvxVnni : Vnni<Ymm> {
   static constexpr int64_t kPanelDepth = 1024;
   static constexpr int kDecodingTokens = 3;
   static constexpr int kFetchingRows = 16;
-  static constexpr int64_t kGroupGemmTokens = 6;
+  static constexpr int64_t kGroupGemmTokens = 9;  // as AVX512-VNNI's
+
   static constexpr int kGroupTokens = 6;
   static constexpr int kGroupStrips = 2;
   static constexpr int64_t kGroupDepth = 512;
 };
 
 constexpr bitlinear_kernel_table kTable =
-    make_table<AvxVnni, PanelGemm<AvxVnni>, GroupProduct<AvxVnni>>("avx_vnni");
+    make_table<AvxVnni, PanelGemm<AvxVnni>, GroupProduct<AvxVnni, GroupGemm<AvxVnni>>>("avx_vnni");
 
 }  // namespace
 }  // namespace bitlinear

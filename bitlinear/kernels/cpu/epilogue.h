@@ -6,7 +6,6 @@
 #include <stdint.h>
 
 #include "convert.h"
-#include "groups.h"
 
 namespace bitlinear {
 
@@ -16,11 +15,13 @@ template <class V, int kColumns>
 class Epilogue {
  public:
   Epilogue(const bitlinear_task& task, int64_t n, int64_t count)
+      : Epilogue(task, n, count, task.s_w + n * task.s_w_stride, task.s_w_stride) {}
+
+  // With the scales of these columns, `stride` apart.
+  Epilogue(const bitlinear_task& task, int64_t n, int64_t count, const float* scales,
+           int64_t stride = 1)
       : task_(task), n_(n), count_(count) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float* const scales = task.s_w + (n + i) * task.s_w_stride;
-      s_w_[i] = task.group_bytes == 0 ? *scales : unit_of(scales, task.s_w_stride).value;
-    }
+    for (int64_t i = 0; i < count; ++i) s_w_[i] = scales[i * stride];
     if (task.bias == nullptr) {
       // Adding -0 changes no value, not even the sign of a zero: one loop serves both cases.
       for (int64_t i = 0; i < count; ++i) bias_[i] = -0.0f;
@@ -41,15 +42,15 @@ class Epilogue {
     }
   }
 
-  // The same with sums of groups: sum_g multiplier[g] * sum_k t * q.
-  void store(int64_t m, int64_t rows, const int64_t* sums, int64_t stride) const {
+  // The same with sums of groups: sum_g multiplier[g] * sum_k t * q, which fp64 holds exactly.
+  void store(int64_t m, int64_t rows, const double* sums, int64_t stride) const {
     if (task_.act_bits == 8) {
       for (int64_t r = 0; r < rows; ++r) {
         store_token(m + r, [=](int64_t i) { return static_cast<float>(sums[r * stride + i]); });
       }
     } else {
       for (int64_t r = 0; r < rows; r += 2) {
-        const int64_t* const high = sums + r * stride;
+        const double* const high = sums + r * stride;
         store_token((m + r) / 2, [=](int64_t i) {
           return static_cast<float>(BITLINEAR_HIGH_WEIGHT * high[i] + high[stride + i]);
         });

@@ -58,8 +58,8 @@ class GroupGemm {
     alignas(64) int32_t high[kMostParts][kRows];
     alignas(64) int32_t low_sums[kTokens][kRows];
     alignas(64) int32_t high_sums[kTokens][kRows];
-    alignas(64) int64_t totals[kTokens][kBlockRows];
-    ScaleUnit units[kRows];
+    alignas(64) double totals[kTokens][kBlockRows];
+    float units[kBlockRows];
   };
 
   // A range of packed bytes that lies in one group and in one block.
@@ -82,15 +82,15 @@ class GroupGemm {
         tokens_(tokens),
         parts_(count_parts(task.row_bytes, task.group_bytes)),
         panel_(*static_cast<Panel*>(task.scratch)),
-        q_sums_(reinterpret_cast<int32_t*>(static_cast<char*>(task.scratch) + sizeof(Panel))) {}
+        starts_(reinterpret_cast<int32_t*>(static_cast<char*>(task.scratch) + sizeof(Panel))) {}
 
   void run() const {
-    for (int64_t m = 0; m < tokens_; ++m) add_up_parts(m);
+    for (int64_t m = 0; m < tokens_; ++m) subtract_q(m);
     for (int64_t n = task_.n_begin; n < task_.n_end; n += kBlockRows) {
       const int64_t rows = minimum(task_.n_end - n, kBlockRows);
       memset(panel_.totals, 0, sizeof(panel_.totals[0]) * static_cast<size_t>(tokens_));
       for (int64_t r = 0; r < rows; r += kRows) multiply_panel(n + r, minimum(rows - r, kRows), r);
-      const Epilogue<V, kBlockRows> epilogue(task_, n, rows);
+      const Epilogue<V, kBlockRows> epilogue(task_, n, rows, panel_.units);
       epilogue.store(first_, tokens_, panel_.totals[0], kBlockRows);
     }
   }
@@ -98,38 +98,39 @@ class GroupGemm {
   Part part(int64_t begin) const { return part_at(begin, task_.row_bytes, task_.group_bytes); }
   const int8_t* q(int64_t m) const { return task_.q + (first_ + m) * task_.q_stride; }
 
-  // q_sums_[m * parts_ + i] = the sum of q in part i.
-  void add_up_parts(int64_t m) const {
+  // starts_[m * parts_ + i] = minus the sum of q in part i: codes are larger than weights by 1.
+  void subtract_q(int64_t m) const {
     const typename V::Bytes ones = V::broadcast_byte(0x55);  // codes of 1
     int64_t i = 0;
     Part p = part(0);
     for (int64_t block = 0; block < task_.row_bytes; block += V::kWidth) {
       typename V::Bytes planes[4];
       for (int j = 0; j < 4; ++j) planes[j] = V::load_plane(q(m) + block * 4 + j * V::kWidth);
-      typename V::BlockSum sum;
-      sum.add(ones, planes);
+      typename V::GroupSum sum;
+      sum.add(ones, planes, V::zero(), V::broadcast_int(V::as_factor(-1)));
       sum.flush();
       int32_t lanes[kLanes];
       V::store_ints(lanes, sum.lanes());
       for (; p.begin < task_.row_bytes && p.begin < block + V::kWidth; p = part(p.end), ++i) {
         int32_t total = 0;
         for (int64_t b = p.begin; b < p.end; b += 4) total += lanes[(b - block) / 4];
-        q_sums_[m * parts_ + i] = total;
+        starts_[m * parts_ + i] = total;
       }
     }
   }
 
   // Rows n .. n + rows, which are columns `column` and so on of the totals.
   void multiply_panel(int64_t n, int64_t rows, int64_t column) const {
-    for (int64_t r = 0; r < kRows; ++r) {
-      panel_.units[r] = {0.0f, 0.0f};
-      if (r < rows) panel_.units[r] = unit_of(scales(n + r), task_.s_w_stride);
+    ScaleUnit units[kRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      units[r] = unit_of(scales(n + r), task_.s_w_stride);
+      panel_.units[column + r] = units[r].value;
     }
     int64_t index = 0, in_run = 0;  // parts
     for (int64_t begin = 0; begin < task_.row_bytes; begin += kBytes) {
       const int64_t bytes = minimum(task_.row_bytes - begin, kBytes);
       decode(n, rows, begin, bytes);
-      const int64_t count = split_multipliers(n, rows, begin, begin + bytes);
+      const int64_t count = split_multipliers(n, rows, begin, begin + bytes, units);
       if (in_run + count > kPartsOfRun) {
         flush(column);
         in_run = 0;
@@ -153,13 +154,14 @@ class GroupGemm {
   }
 
   // Of the parts in a slice of k; returns their number.
-  int64_t split_multipliers(int64_t n, int64_t rows, int64_t begin, int64_t end) const {
+  int64_t split_multipliers(int64_t n, int64_t rows, int64_t begin, int64_t end,
+                            const ScaleUnit* units) const {
     const int64_t first = begin / task_.group_bytes, last = ceil_div(end, task_.group_bytes);
     const int64_t groups = minimum(last, task_.s_w_stride) - first;
     int32_t multipliers[kRows][kMostParts];
     for (int64_t r = 0; r < rows; ++r) {
       const float* const scales = this->scales(n + r) + first;
-      const ScaleUnit unit = panel_.units[r];
+      const ScaleUnit unit = units[r];
       for (int64_t g = 0; g < groups; ++g) multipliers[r][g] = unit.multiplier(scales[g]);
     }
     int64_t i = 0;
@@ -188,14 +190,17 @@ class GroupGemm {
     }
   }
 
+  // Not inlined: with more code around it GCC spills sums of the tile.
   template <int kCount>
-  void multiply_part(int64_t m, Part p, int64_t slice, int64_t i, int64_t index, bool first) const {
+  BITLINEAR_NOINLINE void multiply_part(int64_t m, Part p, int64_t slice, int64_t i, int64_t index,
+                                        bool first) const {
     constexpr int kStrips = V::kGroupStrips;
     typename V::Bytes tile[kCount][kStrips] = {};
     const int64_t block = p.begin / V::kWidth * V::kWidth;
-    const int64_t pairs = (p.end - p.begin) / 8;
+    const int64_t first_step = block + (p.begin - block) / 4, pairs = (p.end - p.begin) / 8;
+    const int64_t q_stride = task_.q_stride;
     for (int plane = 0; plane < 4; ++plane) {
-      const int64_t step = block + plane * kLanes + (p.begin - block) / 4;
+      const int64_t step = first_step + plane * kLanes;
       const uint8_t* code = panel_.codes + (step - slice) * kStrips * V::kWidth;
       const int8_t* quad = q(m) + step * 4;
       // Two steps at a time, for the reason given at PackedTile.
@@ -204,7 +209,7 @@ class GroupGemm {
           typename V::Bytes strip[kStrips];
           for (int s = 0; s < kStrips; ++s) strip[s] = V::load(code + s * V::kWidth);
           for (int t = 0; t < kCount; ++t) {
-            const typename V::Bytes activations = V::broadcast_quad(quad + t * task_.q_stride);
+            const typename V::Bytes activations = V::broadcast_quad(quad + t * q_stride);
             for (int s = 0; s < kStrips; ++s) {
               tile[t][s] = V::dot(tile[t][s], strip[s], activations);
             }
@@ -216,16 +221,16 @@ class GroupGemm {
     }
     BITLINEAR_UNROLL_8
     for (int t = 0; t < kCount; ++t) {
-      const typename V::Ints q_sum = V::broadcast_int(q_sums_[(m + t) * parts_ + index]);
+      const typename V::Ints start = V::broadcast_int(starts_[(m + t) * parts_ + index]);
       for (int s = 0; s < kStrips; ++s) {
         int32_t* const low = panel_.low_sums[m + t] + s * kLanes;
         int32_t* const high = panel_.high_sums[m + t] + s * kLanes;
         const typename V::Ints none = {};
-        const typename V::Ints sums = tile[t][s];
-        V::store_ints(low, V::add_groups(first ? none : V::load_ints(low), sums, q_sum,
-                                         V::load_ints(panel_.low[i] + s * kLanes)));
-        V::store_ints(high, V::add_groups(first ? none : V::load_ints(high), sums, q_sum,
-                                          V::load_ints(panel_.high[i] + s * kLanes)));
+        const typename V::Ints sum = V::add(tile[t][s], start);
+        V::store_ints(low, V::add_products(first ? none : V::load_ints(low), sum,
+                                           V::load_ints(panel_.low[i] + s * kLanes)));
+        V::store_ints(high, V::add_products(first ? none : V::load_ints(high), sum,
+                                            V::load_ints(panel_.high[i] + s * kLanes)));
       }
     }
   }
@@ -233,8 +238,7 @@ class GroupGemm {
   void flush(int64_t column) const {
     for (int64_t m = 0; m < tokens_; ++m) {
       for (int64_t r = 0; r < kRows; ++r) {
-        panel_.totals[m][column + r] +=
-            int64_t{256} * panel_.high_sums[m][r] + panel_.low_sums[m][r];
+        panel_.totals[m][column + r] += 256.0 * panel_.high_sums[m][r] + panel_.low_sums[m][r];
       }
     }
   }
@@ -242,23 +246,7 @@ class GroupGemm {
   const bitlinear_task& task_;
   const int64_t first_, tokens_, parts_;
   Panel& panel_;
-  int32_t* const q_sums_;
-};
-
-// The faster form for so many rows of q.
-template <class V>
-struct GroupProduct {
-  static int64_t scratch_bytes(int64_t M, int64_t row_bytes, int64_t group_bytes) {
-    return M < V::kGroupGemmTokens ? GroupGemv<V>::scratch_bytes(M, row_bytes, group_bytes)
-                                   : GroupGemm<V>::scratch_bytes(M, row_bytes, group_bytes);
-  }
-  static bitlinear_blocks blocks(int64_t M, int64_t row_bytes) {
-    return M < V::kGroupGemmTokens ? GroupGemv<V>::blocks(M, row_bytes)
-                                   : GroupGemm<V>::blocks(M, row_bytes);
-  }
-  static void run(const bitlinear_task& task) {
-    task.M < V::kGroupGemmTokens ? GroupGemv<V>::run(task) : GroupGemm<V>::run(task);
-  }
+  int32_t* const starts_;
 };
 
 }  // namespace bitlinear

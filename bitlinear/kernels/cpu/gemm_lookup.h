@@ -4,7 +4,7 @@
 // Four ternary weights select one of 81 sums +-x0 +-x1 +-x2 +-x3. For a tile of tokens, one per
 // 16-bit lane, and a group of four k, these 81 sums are computed once. Then each packed byte of a
 // weight row is the index of a table entry, and one vector addition replaces 4 * kTokens
-// multiplications. The tables of kGroups groups take 10 to 41 KB of the L1 and L2 caches (fewer
+// multiplications. The tables of kQuads quads take 10 to 41 KB of the L1 and L2 caches (fewer
 // groups than fit into L1 are slower: the 16-bit sums move more often); the 16-bit sums of all rows
 // stream past them.
 //
@@ -42,10 +42,10 @@
 namespace bitlinear {
 
 template <class V>
-struct Lookup {
+struct LookupTables {
   static constexpr int kVectors = V::kLookupVectors;
   static constexpr int kTokens = kVectors * V::kWidth / 2;  // of a tile, in 16-bit lanes
-  static constexpr int kGroups = 8;  // groups of four k whose tables exist at a time
+  static constexpr int kQuads = 8;  // groups of four k whose tables exist at a time
   // Groups between additions of the 16-bit sums to the 32-bit sums: |+-x0 +-x1 +-x2 +-x3| <= 4 *
   // 127 = 508, and 64 * 508 = 32512 < 2^15.
   static constexpr int kDepth = 64;
@@ -61,28 +61,33 @@ struct Lookup {
   static constexpr int kColumns = 64;  // rows whose output is written together
   static_assert(kRows % kColumns == 0, "blocks of rows are cut there");
 
-  alignas(64) Entry tables[kGroups][kEntries];
+  alignas(64) Entry tables[kQuads][kEntries];
   static_assert(sizeof(tables) <= 1 << 16, "an index has 16 bits");
   alignas(64) int16_t x[kDepth][4][kTokens];
   // Byte offsets of entries in `tables`. A few rows more than kRows, because slices a power of two
   // apart would compete for the same cache sets.
-  alignas(64) uint16_t index[kDepth / kGroups][kRows + 4][kGroups];
-  alignas(64) Entry sums16[kRows];
-  alignas(64) int32_t sums[kTiles][kRows][kTokens];  // the last member, so that scratch_bytes() can
-                                                     // leave out unused tiles
+  alignas(64) uint16_t index[kDepth / kQuads][kRows + 4][kQuads];
+};
+
+template <class V>
+struct Lookup : LookupTables<V> {
+  using Tables = LookupTables<V>;
+  alignas(64) typename Tables::Entry sums16[Tables::kRows];
+  // The last member, so that scratch_bytes() can leave out unused tiles.
+  alignas(64) int32_t sums[Tables::kTiles][Tables::kRows][Tables::kTokens];
 };
 
 // x[g][j][t] = q[t, k] for k = 4 * (first_byte + g) + j. Groups beyond the bytes get zeros, as far
 // as q is padded with them, and tokens beyond the last one repeat it.
 template <class V>
 inline void lookup_gather(const int8_t* q, int64_t q_stride, int64_t tokens, int64_t first_byte,
-                          int64_t bytes, Lookup<V>& scratch) {
+                          int64_t bytes, LookupTables<V>& scratch) {
   constexpr int kLanes = V::kWidth / 4;
-  static_assert(Lookup<V>::kTokens % kLanes == 0, "a tile holds whole vectors of tokens");
+  static_assert(LookupTables<V>::kTokens % kLanes == 0, "a tile holds whole vectors of tokens");
   for (int64_t begin = 0; begin < bytes; begin += V::kWidth) {
     for (int j = 0; j < 4; ++j) {
       const int8_t* const plane = q + (first_byte + begin) * 4 + j * V::kWidth;
-      for (int t = 0; t < Lookup<V>::kTokens; t += kLanes) {
+      for (int t = 0; t < LookupTables<V>::kTokens; t += kLanes) {
         typename V::Bytes rows[kLanes];
         for (int i = 0; i < kLanes; ++i) {
           rows[i] = V::load_plane(plane + minimum(t + i, tokens - 1) * q_stride);
@@ -106,11 +111,11 @@ inline void lookup_gather(const int8_t* q, int64_t q_stride, int64_t tokens, int
 
 // table[27 * c0 + 9 * c1 + 3 * c2 + c3] = sum_j (c_j - 1) * x[j].
 template <class V>
-inline void lookup_table(const int16_t (&x)[4][Lookup<V>::kTokens],
-                         typename Lookup<V>::Entry (&table)[Lookup<V>::kEntries]) {
-  typename Lookup<V>::Entry value[4];
+inline void lookup_table(const int16_t (&x)[4][LookupTables<V>::kTokens],
+                         typename LookupTables<V>::Entry (&table)[LookupTables<V>::kEntries]) {
+  typename LookupTables<V>::Entry value[4];
   memcpy(value, x, sizeof(value));
-  for (int v = 0; v < Lookup<V>::kVectors; ++v) {
+  for (int v = 0; v < LookupTables<V>::kVectors; ++v) {
     auto* entry = table;
     auto sum0 = -value[0].vector[v];
     for (int c0 = 0; c0 < 3; ++c0, sum0 += value[0].vector[v]) {
@@ -129,9 +134,10 @@ inline void lookup_table(const int16_t (&x)[4][Lookup<V>::kTokens],
 
 // The table offsets of up to kDepth packed bytes of one row.
 template <class V>
-inline void lookup_index(const uint8_t* packed, int64_t bytes, int64_t row, Lookup<V>& scratch) {
-  constexpr int kDepth = Lookup<V>::kDepth;
-  constexpr int kGroups = Lookup<V>::kGroups;
+inline void lookup_index(const uint8_t* packed, int64_t bytes, int64_t row,
+                         LookupTables<V>& scratch) {
+  constexpr int kDepth = LookupTables<V>::kDepth;
+  constexpr int kQuads = LookupTables<V>::kQuads;
   uint8_t padded[kDepth];
   if (bytes < kDepth) {
     memset(padded, 0x55, sizeof(padded));  // weight 0
@@ -148,66 +154,85 @@ inline void lookup_index(const uint8_t* packed, int64_t bytes, int64_t row, Look
   }
   uint16_t offset[kDepth];
   for (int g = 0; g < kDepth; ++g) {
-    const size_t table = g % kGroups * sizeof(scratch.tables[0]);
+    const size_t table = g % kQuads * sizeof(scratch.tables[0]);
     offset[g] = static_cast<uint16_t>(table + entry[g] * sizeof(scratch.tables[0][0]));
   }
-  for (int slice = 0; slice < kDepth / kGroups; ++slice) {
-    memcpy(scratch.index[slice][row], offset + slice * kGroups, sizeof(scratch.index[slice][row]));
+  for (int slice = 0; slice < kDepth / kQuads; ++slice) {
+    memcpy(scratch.index[slice][row], offset + slice * kQuads, sizeof(scratch.index[slice][row]));
   }
 }
 
-// Adds kGroups groups to the 16-bit sums of all rows. The first slice starts the sums; the last one
-// adds them to the 32-bit sums.
-template <class V, bool kFirst, bool kLast>
-inline void lookup_add(const uint16_t (*index)[Lookup<V>::kGroups], int64_t rows,
-                       Lookup<V>& scratch, int32_t (*sums)[Lookup<V>::kTokens]) {
-  using Entry = typename Lookup<V>::Entry;
-  using Words = typename Lookup<V>::Words;
-  constexpr int kVectors = Lookup<V>::kVectors;
-  const char* tables[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
+// Adds kQuads quads to the 16-bit sums of all rows, or starts them, and passes them to
+// finish(row, sum).
+template <class V, bool kFirst, class Finish>
+inline void lookup_add(const uint16_t (*index)[LookupTables<V>::kQuads], int64_t rows,
+                       const LookupTables<V>& scratch,
+                       const typename LookupTables<V>::Entry* sums16, const Finish& finish) {
+  using L = LookupTables<V>;
+  using Words = typename L::Words;
+  const char* tables[L::kVectors];
+  for (int v = 0; v < L::kVectors; ++v) {
     tables[v] = reinterpret_cast<const char*>(&scratch.tables[0][0].vector[v]);
     // So that the compiler derives no base from another one: base plus index is an address, but a
     // further constant costs AArch64 an addition per vector.
     hide_origin(tables[v]);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    Entry sum = kFirst ? Entry{} : scratch.sums16[r];
+    typename L::Entry sum = kFirst ? typename L::Entry{} : sums16[r];
     // One load has four indices.
-    for (int g = 0; g < Lookup<V>::kGroups; g += 4) {
+    for (int g = 0; g < L::kQuads; g += 4) {
       uint64_t indices;
       memcpy(&indices, index[r] + g, sizeof(indices));
       hide_origin(indices);  // GCC would load each of them
       for (int i = 0; i < 4; ++i, indices >>= 16) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < L::kVectors; ++v) {
           sum.vector[v] +=
               *reinterpret_cast<const Words*>(tables[v] + static_cast<uint16_t>(indices));
         }
       }
     }
-    if (kLast) {
-      int16_t lanes[Lookup<V>::kTokens];
-      memcpy(lanes, &sum, sizeof(lanes));
-      for (int t = 0; t < Lookup<V>::kTokens; ++t) sums[r][t] += lanes[t];
-    } else {
-      scratch.sums16[r] = sum;
-    }
+    finish(r, sum);
   }
+}
+
+// The same, and keeps the 16-bit sums.
+template <class V, bool kFirst>
+inline void lookup_keep(const uint16_t (*index)[LookupTables<V>::kQuads], int64_t rows,
+                        const LookupTables<V>& scratch, typename LookupTables<V>::Entry* sums16) {
+  lookup_add<V, kFirst>(index, rows, scratch, sums16,
+                        [=](int64_t r, const auto& sum) { sums16[r] = sum; });
+}
+
+// The same, and adds the 16-bit sums to those of 32 bits.
+template <class V, bool kFirst>
+inline void lookup_widen(const uint16_t (*index)[LookupTables<V>::kQuads], int64_t rows,
+                         const LookupTables<V>& scratch,
+                         const typename LookupTables<V>::Entry* sums16,
+                         int32_t (*sums)[LookupTables<V>::kTokens]) {
+  lookup_add<V, kFirst>(index, rows, scratch, sums16, [=](int64_t r, const auto& sum) {
+    int16_t lanes[LookupTables<V>::kTokens];
+    memcpy(lanes, &sum, sizeof(lanes));
+    for (int t = 0; t < LookupTables<V>::kTokens; ++t) sums[r][t] += lanes[t];
+  });
 }
 
 // One tile of tokens against one slice of k, `bytes` packed bytes of every row.
 template <class V>
 inline void lookup_tile(int64_t rows, int64_t bytes, Lookup<V>& scratch,
                         int32_t (*sums)[Lookup<V>::kTokens]) {
-  constexpr int kGroups = Lookup<V>::kGroups;
-  const int64_t slices = ceil_div(bytes, kGroups);
+  constexpr int kQuads = Lookup<V>::kQuads;
+  const int64_t slices = ceil_div(bytes, kQuads);
   for (int64_t slice = 0; slice < slices; ++slice) {
-    for (int g = 0; g < kGroups; ++g)
-      lookup_table<V>(scratch.x[slice * kGroups + g], scratch.tables[g]);
-    const bool last = slice == slices - 1;
-    const auto add = slice == 0 ? (last ? lookup_add<V, true, true> : lookup_add<V, true, false>)
-                                : (last ? lookup_add<V, false, true> : lookup_add<V, false, false>);
-    add(scratch.index[slice], rows, scratch, sums);
+    for (int g = 0; g < kQuads; ++g)
+      lookup_table<V>(scratch.x[slice * kQuads + g], scratch.tables[g]);
+    const auto index = scratch.index[slice];
+    if (slice < slices - 1) {
+      slice == 0 ? lookup_keep<V, true>(index, rows, scratch, scratch.sums16)
+                 : lookup_keep<V, false>(index, rows, scratch, scratch.sums16);
+    } else {
+      slice == 0 ? lookup_widen<V, true>(index, rows, scratch, scratch.sums16, sums)
+                 : lookup_widen<V, false>(index, rows, scratch, scratch.sums16, sums);
+    }
   }
 }
 
@@ -269,6 +294,22 @@ inline void lookup_block(const bitlinear_task& task, int64_t begin, int64_t toke
   }
 }
 
+// Calls multiply(m, tokens, n, rows) for blocks that fit the scratch memory.
+template <class V, class Multiply>
+void lookup_blocks(const bitlinear_task& task, const Multiply& multiply) {
+  using L = LookupTables<V>;
+  // Blocks of nearly equal size: a block of a few rows would not amortise its tables.
+  const int64_t all_rows = task.n_end - task.n_begin;
+  const int64_t count = (all_rows - 1) / L::kRows + 1;  // 1 also for no rows
+  const int64_t block_rows = round_up(ceil_div(all_rows, count), L::kColumns);
+  for (int64_t n = task.n_begin; n < task.n_end; n += block_rows) {
+    for (int64_t m = 0; m < task.M; m += L::kTiles * L::kTokens) {
+      multiply(m, minimum(task.M - m, L::kTiles * L::kTokens), n,
+               minimum(task.n_end - n, block_rows));
+    }
+  }
+}
+
 // V provides, in addition to the vocabulary of vocabulary.h: transpose(rows), of a square matrix of
 // 32-bit elements; kLookupVectors, the vectors of a table entry. More vectors mean more tokens per
 // tile, larger tables, and fewer indices per token.
@@ -292,16 +333,9 @@ struct LookupGemm {
   }
 
   static void run(const bitlinear_task& task) {
-    // Blocks of nearly equal size: a block of a few rows would not amortise its tables.
-    const int64_t all_rows = task.n_end - task.n_begin;
-    const int64_t count = (all_rows - 1) / L::kRows + 1;  // 1 also for no rows
-    const int64_t block_rows = round_up(ceil_div(all_rows, count), L::kColumns);
-    for (int64_t n = task.n_begin; n < task.n_end; n += block_rows) {
-      for (int64_t m = 0; m < task.M; m += L::kTiles * L::kTokens) {
-        lookup_block<V>(task, m, minimum(task.M - m, L::kTiles * L::kTokens), n,
-                        minimum(task.n_end - n, block_rows));
-      }
-    }
+    lookup_blocks<V>(task, [&](int64_t m, int64_t tokens, int64_t n, int64_t rows) {
+      lookup_block<V>(task, m, tokens, n, rows);
+    });
   }
 };
 

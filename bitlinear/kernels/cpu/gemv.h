@@ -25,6 +25,8 @@
 
 namespace bitlinear {
 
+constexpr int64_t kNeverFlush = INT64_MAX;
+
 // Columns of the output that share an epilogue.
 constexpr int kGemvColumns = 64;
 

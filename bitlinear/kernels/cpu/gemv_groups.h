@@ -1,9 +1,17 @@
-// Products with a scale for each group of weights along K: exact integers, rounded once.
+// A few tokens, with a scale for each group of weights along K: exact integers, rounded once.
 //
-// A 32-bit lane of a vector of packed bytes holds 16 weights, which are of one group. So each block
-// ends with one product of its lanes and of the multipliers of these groups, and the sums of lanes
-// stay in 32 bits for kGroupFlush blocks: |sum t * q| <= 16 * 127 = 2032 in a lane, multipliers are
-// below 2^15, and 32 * 2032 * 32767 < 2^31.
+// As gemv.h, with one more product for each block of packed bytes. A 32-bit lane of a vector of
+// packed bytes holds 16 weights, which are of one group; its sum is multiplied by the multiplier of
+// that group (groups.h). These products fit 32 bits for kGroupFlush blocks: |sum t * q| <= 16 * 127
+// = 2032 in a lane, multipliers are below 2^15, and 32 * 2032 * 32767 < 2^31.
+//
+// Bound: instructions. AVX2 takes 22 for a block of 32 bytes of one row, gemv.h 15; AVX512-VNNI 20
+// and 11 for 64 bytes. Splitting the scales of a row, which its tokens share, takes a fifth of the
+// time of one token. Times the product with one scale, 4096 x 4096, groups of 128, M = 1, 2, 4, 8:
+// AVX2 (2 cores of a Zen 3) 1.50, 1.43, 1.35, 1.37; AVX512-VNNI (one core of a Xeon of 2023) 1.6,
+// 1.95, 1.74, 1.8; AVX-VNNI there 1.66, 1.9, 1.8, 1.8. Groups of other sizes than 32, 64 and
+// multiples of a vector take three times as long as those: each lane has a multiplier of its own in
+// memory.
 #pragma once
 
 #include <stdint.h>
@@ -18,18 +26,22 @@ namespace bitlinear {
 
 constexpr int64_t kGroupFlush = 32;
 
-// V provides, in addition to the vocabulary of vocabulary.h: Ints, kWidth / 4 lanes of 32 bits;
-// load_ints, store_ints; BlockSum, a PlaneSum whose lane i has the products of packed bytes 4i to
-// 4i + 3; add_groups(sum, codes, q, factors), which is sum + (codes - q) * factors, if codes - q
-// fits 16 bits; as_factor(m), the form of an integer m of 16 bits among the factors; and
-// choose(p, indices), p[index] in each lane, for indices below kWidth / 4.
+// V provides, in addition to the vocabulary of vocabulary.h:
+//   Ints                       kWidth / 4 lanes of 32 bits; load_ints, store_ints
+//   GroupSum                   sums of codes times activations times factors; add(w, q, start,
+//                              factors) takes a block as PlaneSum does. Lane i has the products of
+//                              packed bytes 4i to 4i + 3, plus start, times its factor
+//     kFlush                   the maximum of blocks between two calls of flush()
+//     lanes()                  the sums of at most kGroupFlush blocks, after a flush()
+//   as_start(x), as_factor(m)  the forms of integers of 16 bits among these operands
+//   choose(p, indices)         p[index] in each lane, for indices below kWidth / 4
+//   broadcast_int(x); low_half(a) and high_half(a), in each lane: a & 0xFFFF, a >> 16
 template <class V>
 class GroupGemv {
  public:
   static int64_t scratch_bytes(int64_t M, int64_t row_bytes, int64_t /*group_bytes*/) {
-    return static_cast<int64_t>(sizeof(Sums)) +
-           (minimum(M, kTokens) * lanes_of(row_bytes) + kRows * stride_of(row_bytes)) *
-               int64_t{sizeof(int32_t)};
+    return static_cast<int64_t>(sizeof(Scratch)) +
+           minimum(M, kTokens) * lanes_of(row_bytes) * int64_t{sizeof(int32_t)};
   }
 
   static bitlinear_blocks blocks(int64_t M, int64_t row_bytes) { return gemv_blocks(M, row_bytes); }
@@ -42,20 +54,26 @@ class GroupGemv {
 
  private:
   static constexpr int64_t kTokens = 16;  // rows of q that share the multipliers of a weight row
-  static constexpr int64_t kRows = V::kGemvRows, kLanes = V::kWidth / 4;
+  static constexpr int kTile = V::kGemvTokens >= 4 ? 4 : 2;  // of them in registers
+  static constexpr int kRows = V::kGemvRows;
+  static constexpr int64_t kLanes = V::kWidth / 4;
   static constexpr int64_t kColumns = kGemvColumns;
+  static constexpr int64_t kFactorStride = kGroupFlush * kLanes + kLanes;
   static_assert(kTokens % 2 == 0, "both rows of a 16-bit token are together");
-  using Sums = int64_t[kTokens][kColumns];
+
+  struct Scratch {
+    double sums[kTokens][kColumns];
+    float units[kColumns];
+    // Of some rows and kGroupFlush blocks: `factors_` for a block. A vector can be read from each.
+    int32_t factors[kRows][kFactorStride];
+  };
 
   static int64_t lanes_of(int64_t row_bytes) { return round_up(row_bytes, V::kWidth) / 4; }
 
-  // Of the multipliers: a vector can be read from each.
-  static int64_t stride_of(int64_t row_bytes) { return lanes_of(row_bytes) + kLanes; }
-
-  // Lanes that share a multiplier in memory.
-  static int64_t width_of(int64_t group_bytes) {
-    const int64_t width = group_bytes / 4;
-    return width % kLanes == 0 || kLanes % width == 0 ? width : 1;
+  // The factors of a block: as few as do.
+  static int64_t factors_of(int64_t group_bytes) {
+    if (group_bytes % V::kWidth == 0) return 1;
+    return V::kWidth % group_bytes == 0 ? V::kWidth / group_bytes : kLanes;
   }
 
   GroupGemv(const bitlinear_task& task, int64_t first, int64_t tokens)
@@ -63,23 +81,23 @@ class GroupGemv {
         first_(first),
         tokens_(tokens),
         lanes_(lanes_of(task.row_bytes)),
-        stride_(stride_of(task.row_bytes)),
-        width_(width_of(task.group_bytes)),
-        sums_(*static_cast<Sums*>(task.scratch)),
-        q_lanes_(reinterpret_cast<int32_t*>(static_cast<char*>(task.scratch) + sizeof(Sums))),
-        multipliers_(q_lanes_ + tokens * lanes_) {
-    for (int64_t i = 0; i < kLanes; ++i) group_of_lane_[i] = static_cast<int32_t>(i / width_);
+        factors_(factors_of(task.group_bytes)),
+        scratch_(*static_cast<Scratch*>(task.scratch)),
+        starts_(reinterpret_cast<int32_t*>(static_cast<char*>(task.scratch) + sizeof(Scratch))) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      factor_of_lane_[i] = static_cast<int32_t>(i * factors_ / kLanes);
+    }
   }
 
   void run() const {
-    for (int64_t m = 0; m < tokens_; ++m) add_up_lanes(m);
+    for (int64_t m = 0; m < tokens_; ++m) subtract_q(m);
     for (int64_t n = task_.n_begin; n < task_.n_end; n += kColumns) {
       const int64_t count = minimum(task_.n_end - n, kColumns);
       int64_t i = 0;
       for (; i + kRows <= count; i += kRows) multiply_rows<kRows>(n + i, i);
       for (; i < count; ++i) multiply_rows<1>(n + i, i);
-      const Epilogue<V, kColumns> epilogue(task_, n, count);
-      epilogue.store(first_, tokens_, sums_[0], kColumns);
+      const Epilogue<V, kColumns> epilogue(task_, n, count, scratch_.units);
+      epilogue.store(first_, tokens_, scratch_.sums[0], kColumns);
     }
   }
 
@@ -89,83 +107,188 @@ class GroupGemv {
     for (int j = 0; j < 4; ++j) planes[j] = V::load_plane(q + j * V::kWidth);
   }
 
-  // The sum of q in each lane: the product with weights of code 1.
-  void add_up_lanes(int64_t m) const {
+  // starts_ = minus the sum of q in each lane: codes are larger than weights by 1.
+  void subtract_q(int64_t m) const {
     uint8_t bytes[V::kWidth];
     memset(bytes, 0x55, sizeof(bytes));
     const typename V::Bytes ones = V::load(bytes);
     for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
       typename V::Bytes planes[4];
       load_planes(q(m) + lane * 16, planes);
-      typename V::BlockSum sum;
-      sum.add(ones, planes);
+      typename V::GroupSum sum;
+      sum.add(ones, planes, typename V::Ints{}, V::broadcast_int(V::as_factor(-1)));
       sum.flush();
-      V::store_ints(q_lanes_ + m * lanes_ + lane, sum.lanes());
+      int32_t* const starts = starts_ + m * lanes_ + lane;
+      V::store_ints(starts, sum.lanes());
+      for (int i = 0; i < kLanes; ++i) starts[i] = V::as_start(starts[i]);
     }
   }
 
-  // Of row n: one for each group, if vectors begin and end with a group or lie in one; else one for
-  // each lane.
-  void split_scales(int64_t n, int32_t* multipliers) const {
-    const int64_t groups = task_.s_w_stride;
-    const float* const scales = task_.s_w + n * groups;
-    const ScaleUnit unit = unit_of(scales, groups);
-    for (int64_t g = 0; g < groups; ++g) multipliers[g] = V::as_factor(unit.multiplier(scales[g]));
-    if (width_ > 1) return;
-    const int64_t width = task_.group_bytes / 4;
-    for (int64_t lane = lanes_ - 1; lane >= 0; --lane) {
-      const int64_t g = lane / width;
-      multipliers[lane] = g < groups ? multipliers[g] : 0;
-    }
-  }
-
-  // The sums of all tokens and rows n .. n + kCount, columns i .. i + kCount of sums_.
+  // Columns i .. i + kCount of the sums: of rows n .. n + kCount, and all tokens.
   template <int kCount>
   void multiply_rows(int64_t n, int64_t i) const {
-    for (int r = 0; r < kCount; ++r) split_scales(n + r, multipliers_ + r * stride_);
-    const uint8_t* const w = task_.w + n * task_.row_bytes;
+    ScaleUnit units[kCount];
+    for (int r = 0; r < kCount; ++r) {
+      units[r] = unit_of(task_.s_w + (n + r) * task_.s_w_stride, task_.s_w_stride);
+      scratch_.units[i + r] = units[r].value;
+    }
     for (int64_t m = 0; m < tokens_; ++m) {
-      int64_t totals[kCount] = {};
-      for (int64_t lane = 0; lane < lanes_; lane += kGroupFlush * kLanes) {
-        multiply_run<kCount>(w, m, lane, minimum(lane + kGroupFlush * kLanes, lanes_), totals);
+      for (int r = 0; r < kCount; ++r) scratch_.sums[m][i + r] = 0;
+    }
+    const int64_t whole = task_.row_bytes / V::kWidth;
+    const int64_t tail = task_.row_bytes - whole * V::kWidth;
+    uint8_t last[kCount * V::kWidth];  // a partial block, padded with zeros
+    const int64_t blocks = whole + (tail > 0 ? 1 : 0);
+    for (int64_t begin = 0; begin < blocks;) {
+      const bool is_tail = begin == whole;
+      const int64_t end = is_tail ? blocks : minimum(begin + kGroupFlush, whole);
+      const uint8_t* w = task_.w + n * task_.row_bytes + begin * V::kWidth;
+      int64_t stride = task_.row_bytes;
+      const int64_t first = begin * V::kWidth / task_.group_bytes;
+      for (int r = 0; r < kCount; ++r) {
+        split_scales(n + r, units[r], begin, end - begin, first, scratch_.factors[r]);
+        if (is_tail) V::store(last + r * V::kWidth, V::load_partial(w + r * stride, tail));
       }
-      for (int r = 0; r < kCount; ++r) sums_[m][i + r] = totals[r];
+      if (is_tail) {
+        w = last;
+        stride = V::kWidth;
+      }
+      if (factors_ == 1) {
+        multiply_tokens<kTile, kCount, true>(w, stride, 0, begin, end - begin, i);
+      } else {
+        multiply_tokens<kTile, kCount, false>(w, stride, 0, begin, end - begin, i);
+      }
+      begin = end;
     }
   }
 
-  template <int kCount>
-  void multiply_run(const uint8_t* w, int64_t m, int64_t begin, int64_t end,
-                    int64_t (&totals)[kCount]) const {
-    const int64_t width = width_;
-    typename V::Ints sums[kCount] = {};
-    const typename V::Ints group_of_lane = V::load_ints(group_of_lane_);
-    for (int64_t lane = begin; lane < end; lane += kLanes) {
-      typename V::Bytes planes[4];
-      load_planes(q(m) + lane * 16, planes);
-      const typename V::Ints q_lanes = V::load_ints(q_lanes_ + m * lanes_ + lane);
-      const int64_t rest = task_.row_bytes - lane * 4, group = lane / width;
-      for (int r = 0; r < kCount; ++r) {
-        const uint8_t* const packed = w + r * task_.row_bytes + lane * 4;
-        prefetch_l2(packed + kGemvPrefetch);
-        typename V::BlockSum sum;
-        sum.add(rest >= V::kWidth ? V::load(packed) : V::load_partial(packed, rest), planes);
-        sum.flush();
-        sums[r] = V::add_groups(sums[r], sum.lanes(), q_lanes,
-                                V::choose(multipliers_ + r * stride_ + group, group_of_lane));
+  // The factors of row n in some blocks, whose first group is `first`.
+  void split_scales(int64_t n, ScaleUnit unit, int64_t begin, int64_t count, int64_t first,
+                    int32_t* factors) const {
+    const int64_t of_group = task_.group_bytes * factors_ / V::kWidth;
+    const int64_t begin_factor = begin * factors_, end_factor = begin_factor + count * factors_;
+    const float* const scales = task_.s_w + n * task_.s_w_stride;
+    if (of_group == 1) {
+      const int64_t groups = minimum(end_factor, task_.s_w_stride) - first;
+      for (int64_t g = 0; g < groups; ++g) {
+        factors[g] = V::as_factor(unit.multiplier(scales[first + g]));
+      }
+      return;
+    }
+    // Vectors, whose last lanes the next group overwrites.
+    int64_t f = begin_factor;
+    for (int64_t g = first; f < end_factor && g < task_.s_w_stride; ++g) {
+      const typename V::Ints factor = V::broadcast_int(V::as_factor(unit.multiplier(scales[g])));
+      const int64_t end = minimum((g + 1) * of_group, end_factor);
+      for (int64_t i = f; i < end; i += kLanes) V::store_ints(factors + i - begin_factor, factor);
+      f = end;
+    }
+  }
+
+  // kCount tokens at a time, then the tail.
+  template <int kCount, int kOfRows, bool kOneFactor>
+  void multiply_tokens(const uint8_t* w, int64_t stride, int64_t m, int64_t begin, int64_t count,
+                       int64_t i) const {
+    constexpr int kRowTile = kOfRows > kCount ? kOfRows / kCount : 1;
+    for (; m + kCount <= tokens_; m += kCount) {
+      for (int r = 0; r < kOfRows; r += kRowTile) {
+        multiply_blocks<kCount, kRowTile, kOneFactor>(w + r * stride, stride, scratch_.factors + r,
+                                                      m, begin, count, i + r);
       }
     }
-    for (int r = 0; r < kCount; ++r) {
-      int32_t lanes[kLanes];
-      V::store_ints(lanes, sums[r]);
-      for (const int32_t lane : lanes) totals[r] += lane;
+    if constexpr (kCount > 1) {
+      if (m < tokens_) {
+        multiply_tokens<kCount / 2, kOfRows, kOneFactor>(w, stride, m, begin, count, i);
+      }
     }
+  }
+
+  // At most kGroupFlush blocks.
+  template <int kCount, int kOfRows, bool kOneFactor>
+  void multiply_blocks(const uint8_t* w, int64_t stride,
+                       const int32_t (*factor_rows)[kFactorStride], int64_t m, int64_t begin,
+                       int64_t count, int64_t i) const {
+    typename V::GroupSum sums[kCount][kOfRows];
+    const typename V::Ints factor_of_lane = V::load_ints(factor_of_lane_);
+    const int8_t* q = this->q(m) + begin * 4 * V::kWidth;
+    const int32_t* starts = starts_ + m * lanes_ + begin * kLanes;
+    const int64_t step = kOneFactor ? 1 : factors_;
+    const int32_t* factor = factor_rows[0];
+    for (int64_t block = 0; block < count;) {
+      const int64_t run = block + minimum(count - block, V::GroupSum::kFlush);
+      for (; block < run; ++block) {
+        // Short vectors: one prefetch per cache line.
+        if (V::kWidth * block % 64 == 0) {
+          for (int r = 0; r < kOfRows; ++r) prefetch_l2(w + r * stride + kGemvPrefetch);
+        }
+        typename V::Bytes packed[kOfRows];
+        typename V::Ints factors[kOfRows];
+        for (int r = 0; r < kOfRows; ++r) {
+          packed[r] = V::load(w + r * stride);
+          factors[r] = kOneFactor ? V::broadcast_int(factor[r * kFactorStride])
+                                  : V::choose(factor + r * kFactorStride, factor_of_lane);
+        }
+        for (int t = 0; t < kCount; ++t) {
+          typename V::Bytes planes[4];
+          load_planes(q + t * task_.q_stride, planes);
+          const typename V::Ints start = V::load_ints(starts + t * lanes_);
+          for (int r = 0; r < kOfRows; ++r) sums[t][r].add(packed[r], planes, start, factors[r]);
+        }
+        w += V::kWidth;
+        q += 4 * V::kWidth;
+        starts += kLanes;
+        factor += step;
+      }
+      for (int t = 0; t < kCount; ++t) {
+        for (int r = 0; r < kOfRows; ++r) sums[t][r].flush();
+      }
+    }
+    double totals[kCount * kOfRows];
+    add_lanes<kCount * kOfRows>(sums[0], totals);
+    for (int t = 0; t < kCount; ++t) {
+      for (int r = 0; r < kOfRows; ++r) scratch_.sums[m + t][i + r] += totals[t * kOfRows + r];
+    }
+  }
+
+  // The exact total of each sum: halves of lanes have totals of 32 bits.
+  template <int kCount>
+  static void add_lanes(const typename V::GroupSum* sums, double* totals) {
+    int32_t low[kCount], high[kCount];
+    const auto low_half = [=](int i) { return V::low_half(sums[i].lanes()); };
+    const auto high_half = [=](int i) { return V::high_half(sums[i].lanes()); };
+    int i = 0;
+    for (; i + 4 <= kCount; i += 4) {
+      V::reduce4(low_half(i), low_half(i + 1), low_half(i + 2), low_half(i + 3), low + i);
+      V::reduce4(high_half(i), high_half(i + 1), high_half(i + 2), high_half(i + 3), high + i);
+    }
+    for (; i < kCount; ++i) {
+      low[i] = V::reduce(low_half(i));
+      high[i] = V::reduce(high_half(i));
+    }
+    for (i = 0; i < kCount; ++i) totals[i] = 65536.0 * high[i] + low[i];
   }
 
   const bitlinear_task& task_;
-  const int64_t first_, tokens_, lanes_, stride_, width_;
-  Sums& sums_;
-  int32_t *const q_lanes_, *const multipliers_;
-  int32_t group_of_lane_[kLanes];
+  const int64_t first_, tokens_, lanes_, factors_;
+  Scratch& scratch_;
+  int32_t* const starts_;
+  int32_t factor_of_lane_[kLanes];
+};
+
+// The faster form for so many rows of q.
+template <class V, class Gemm>
+struct GroupProduct {
+  static int64_t scratch_bytes(int64_t M, int64_t row_bytes, int64_t group_bytes) {
+    return M < V::kGroupGemmTokens ? GroupGemv<V>::scratch_bytes(M, row_bytes, group_bytes)
+                                   : Gemm::scratch_bytes(M, row_bytes, group_bytes);
+  }
+  static bitlinear_blocks blocks(int64_t M, int64_t row_bytes) {
+    return M < V::kGroupGemmTokens ? GroupGemv<V>::blocks(M, row_bytes)
+                                   : Gemm::blocks(M, row_bytes);
+  }
+  static void run(const bitlinear_task& task) {
+    task.M < V::kGroupGemmTokens ? GroupGemv<V>::run(task) : Gemm::run(task);
+  }
 };
 
 }  // namespace bitlinear

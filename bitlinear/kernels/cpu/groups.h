@@ -12,12 +12,12 @@ struct ScaleUnit {
   float value;    // NaN if a scale of the row is not finite
   float inverse;  // 0 then
 
+  // At most 2^15 units, if finite, before the bounds; any multiplier, if not. Without branches, so
+  // that loops become vector code.
   int32_t multiplier(float scale) const {
-    constexpr float kLargest = 32767.0f;
-    const float exact = scale * inverse;
-    const float most = exact < kLargest ? exact : kLargest;  // of NaN, too
-    const float bounded = most > -kLargest ? most : -kLargest;
-    return inverse == 0.0f ? 0 : round_to_int(bounded);
+    const int32_t exact = round_to_int(scale * inverse);
+    const int32_t bounded = exact < 32767 ? exact : 32767;
+    return bounded > -32767 ? bounded : -32767;
   }
 };
 

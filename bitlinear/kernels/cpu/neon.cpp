@@ -7,6 +7,7 @@
 // 4 extractions of indices. (With a load for each index it took 23, of which 12.5 were loads.)
 #include "neon.h"
 #include "gemm_lookup.h"
+#include "gemm_lookup_groups.h"
 #include "vocabulary.h"
 
 namespace bitlinear {
@@ -20,6 +21,7 @@ struct Neon : NeonBytes {
   static constexpr int64_t kGemmTokens = 9;
   static constexpr int64_t kGemvOverhead = 0;
   static constexpr int kLookupVectors = 2;
+  static constexpr int64_t kGroupGemmTokens = 9;
 
   struct PlaneSum {
     // A lane takes two products of every plane: a block adds 2 * 8 * 127 = 2032 to by4 and 3 * 2 *
@@ -58,28 +60,31 @@ struct Neon : NeonBytes {
   };
 
   // The lanes of PlaneSum mix bytes of both halves of a vector.
-  struct BlockSum {
-    int16x8_t low = vdupq_n_s16(0), high = vdupq_n_s16(0);
-    void add(Bytes w, const Bytes (&q)[4]) {
+  struct GroupSum {
+    static constexpr int64_t kFlush = kNeverFlush;
+    Ints sum = vdupq_n_s32(0);
+    void add(Bytes w, const Bytes (&q)[4], Ints start, Ints factors) {
       const Bytes mask = vdupq_n_u8(0x03);
-      add_products(vshrq_n_u8(w, 6), q[0]);
-      add_products(vandq_u8(vshrq_n_u8(w, 4), mask), q[1]);
-      add_products(vandq_u8(vshrq_n_u8(w, 2), mask), q[2]);
-      add_products(vandq_u8(w, mask), q[3]);
+      int16x8_t low = vdupq_n_s16(0), high = vdupq_n_s16(0);
+      const auto add_plane = [&](Bytes codes, Bytes plane) {
+        const int8x16_t a = vreinterpretq_s8_u8(codes), b = vreinterpretq_s8_u8(plane);
+        low = vmlal_s8(low, vget_low_s8(a), vget_low_s8(b));
+        high = vmlal_high_s8(high, a, b);
+      };
+      add_plane(vshrq_n_u8(w, 6), q[0]);
+      add_plane(vandq_u8(vshrq_n_u8(w, 4), mask), q[1]);
+      add_plane(vandq_u8(vshrq_n_u8(w, 2), mask), q[2]);
+      add_plane(vandq_u8(w, mask), q[3]);
+      const Ints block = vaddq_s32(start, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+      sum = vmlaq_s32(sum, block, factors);
     }
     void flush() {}
-    int32x4_t lanes() const { return vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)); }
-
-   private:
-    void add_products(Bytes codes, Bytes plane) {
-      const int8x16_t a = vreinterpretq_s8_u8(codes), b = vreinterpretq_s8_u8(plane);
-      low = vmlal_s8(low, vget_low_s8(a), vget_low_s8(b));
-      high = vmlal_high_s8(high, a, b);
-    }
+    Ints lanes() const { return sum; }
   };
 };
 
-constexpr bitlinear_kernel_table kTable = make_table<Neon, LookupGemm<Neon>>("neon");
+constexpr bitlinear_kernel_table kTable =
+    make_table<Neon, LookupGemm<Neon>, GroupProduct<Neon, GroupLookupGemm<Neon>>>("neon");
 
 }  // namespace
 }  // namespace bitlinear

@@ -31,7 +31,9 @@ struct NeonBytes {
   }
 
   using Ints = int32x4_t;
+  static int32_t as_start(int32_t value) { return value; }
   static int32_t as_factor(int32_t value) { return value; }
+  static Ints broadcast_int(int32_t value) { return vdupq_n_s32(value); }
   static Ints load_ints(const int32_t* p) { return vld1q_s32(p); }
   static void store_ints(int32_t* p, Ints a) { vst1q_s32(p, a); }
   static Ints choose(const int32_t* p, Ints indices) {
@@ -40,9 +42,8 @@ struct NeonBytes {
         vmlaq_n_u32(vdupq_n_u32(0x03020100u), vreinterpretq_u32_s32(indices), 0x04040404u));
     return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(load_ints(p)), bytes));
   }
-  static Ints add_groups(Ints sum, Ints codes, Ints q, Ints factors) {
-    return vmlaq_s32(sum, vsubq_s32(codes, q), factors);
-  }
+  static Ints low_half(Ints a) { return vandq_s32(a, vdupq_n_s32(0xFFFF)); }
+  static Ints high_half(Ints a) { return vshrq_n_s32(a, 16); }
 
   static int32_t reduce(int32x4_t sum) { return vaddvq_s32(sum); }
   static void reduce4(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d, int32_t* out) {

@@ -40,7 +40,18 @@ struct NeonDot : NeonBytes {
     int32x4_t lanes() const { return vsraq_n_s32(vsraq_n_s32(by1, by16, 4), by4, 2); }
   };
 
-  using BlockSum = PlaneSum;
+  struct GroupSum {
+    static constexpr int64_t kFlush = kNeverFlush;
+    Ints sum = vdupq_n_s32(0);
+    void add(Bytes w, const Bytes (&q)[4], Ints start, Ints factors) {
+      PlaneSum block;
+      block.by1 = start;
+      block.add(w, q);
+      sum = vmlaq_s32(sum, block.lanes(), factors);
+    }
+    void flush() {}
+    Ints lanes() const { return sum; }
+  };
 
   static Bytes zero() { return vdupq_n_u8(0); }
   static Bytes codes(Bytes w, int shift) {

@@ -1,6 +1,7 @@
 // Plain C++ over arrays of 16 bytes, for every machine. The compiler vectorises the loops with the
 // baseline instruction set.
 #include "gemm_lookup.h"
+#include "gemm_lookup_groups.h"
 #include "portable_half.h"
 #include "vocabulary.h"
 
@@ -15,6 +16,7 @@ struct Scalar : PortableHalf {
   static constexpr int64_t kGemmTokens = 3;
   static constexpr int64_t kGemvOverhead = 0;
   static constexpr int kLookupVectors = 1;
+  static constexpr int64_t kGroupGemmTokens = 3;
 
   struct Bytes {
     uint8_t byte[kWidth];
@@ -59,7 +61,13 @@ struct Scalar : PortableHalf {
   struct Ints {
     int32_t lane[kWidth / 4];
   };
+  static int32_t as_start(int32_t value) { return value; }
   static int32_t as_factor(int32_t value) { return value; }
+  static Ints broadcast_int(int32_t value) {
+    Ints a;
+    for (int32_t& lane : a.lane) lane = value;
+    return a;
+  }
   static Ints load_ints(const int32_t* p) {
     Ints a;
     memcpy(a.lane, p, sizeof(a.lane));
@@ -70,23 +78,36 @@ struct Scalar : PortableHalf {
     for (int32_t& lane : indices.lane) lane = p[lane];
     return indices;
   }
-  static Ints add_groups(Ints sum, Ints codes, Ints q, Ints factors) {
-    for (int64_t i = 0; i < kWidth / 4; ++i) {
-      sum.lane[i] += (codes.lane[i] - q.lane[i]) * factors.lane[i];
-    }
+  static Ints low_half(Ints a) {
+    for (int32_t& lane : a.lane) lane &= 0xFFFF;
+    return a;
+  }
+  static Ints high_half(Ints a) {
+    for (int32_t& lane : a.lane) lane >>= 16;
+    return a;
+  }
+  static int32_t reduce(Ints a) {
+    int32_t sum = 0;
+    for (const int32_t lane : a.lane) sum += lane;
     return sum;
   }
-  struct BlockSum {
-    Ints sums = {};
-    void add(Bytes w, const Bytes (&q)[4]) {
+  static void reduce4(Ints a, Ints b, Ints c, Ints d, int32_t* out) {
+    const Ints sums[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i) out[i] = reduce(sums[i]);
+  }
+  struct GroupSum {
+    static constexpr int64_t kFlush = kNeverFlush;
+    Ints sum = {};
+    void add(Bytes w, const Bytes (&q)[4], Ints start, Ints factors) {
       for (int i = 0; i < kWidth; ++i) {
         for (int j = 0; j < 4; ++j) {
-          sums.lane[i / 4] += (w.byte[i] >> (6 - 2 * j) & 3) * static_cast<int8_t>(q[j].byte[i]);
+          start.lane[i / 4] += (w.byte[i] >> (6 - 2 * j) & 3) * static_cast<int8_t>(q[j].byte[i]);
         }
       }
+      for (int i = 0; i < kWidth / 4; ++i) sum.lane[i] += start.lane[i] * factors.lane[i];
     }
     void flush() {}
-    Ints lanes() const { return sums; }
+    Ints lanes() const { return sum; }
   };
 
   static int32_t reduce(int32_t sum) { return sum; }
@@ -96,7 +117,8 @@ struct Scalar : PortableHalf {
   }
 };
 
-constexpr bitlinear_kernel_table kTable = make_table<Scalar, LookupGemm<Scalar>>("scalar");
+constexpr bitlinear_kernel_table kTable =
+    make_table<Scalar, LookupGemm<Scalar>, GroupProduct<Scalar, GroupLookupGemm<Scalar>>>("scalar");
 
 }  // namespace
 }  // namespace bitlinear

@@ -29,19 +29,31 @@ struct Vnni : Isa {
     return Isa::broadcast_int(quad);
   }
 
-  // The sums of one block. Two planes share a sum, so that fewer are put together.
-  struct BlockSum {
-    Bytes by4 = Isa::zero(), by1 = Isa::zero();
-    void add(Bytes w, const Bytes (&q)[4]) {
+  using Ints = Bytes;
+  static int32_t as_start(int32_t value) { return value; }
+  static int32_t as_factor(int32_t value) { return value & 0xFFFF; }
+
+  // Planes whose codes are 4 times too large have a sum of their own, for it to be shifted once.
+  struct GroupSum {
+    // A block adds 2 planes * 4 products * 2 codes * 4 * 127 = 8128 times a factor below 2^15 to
+    // by4: 8 * 8128 * 32767 < 2^31.
+    static constexpr int64_t kFlush = 8;
+    Ints by4 = Isa::zero(), by1 = Isa::zero();
+    void add(Bytes w, const Bytes (&q)[4], Ints start, Ints factors) {
       const Bytes mask4 = Isa::broadcast_byte(0x0C), mask1 = Isa::broadcast_byte(0x03);
       const Bytes high = Isa::shift_bytes_right(w, 4);
-      by4 = Isa::dot(by4, Isa::bitwise_and(high, mask4), q[0]);
-      by1 = Isa::dot(by1, Isa::bitwise_and(high, mask1), q[1]);
-      by4 = Isa::dot(by4, Isa::bitwise_and(w, mask4), q[2]);
-      by1 = Isa::dot(by1, Isa::bitwise_and(w, mask1), q[3]);
+      Ints of_block4 = Isa::dot(Isa::zero(), Isa::bitwise_and(high, mask4), q[0]);
+      Ints of_block1 = Isa::dot(start, Isa::bitwise_and(high, mask1), q[1]);
+      of_block4 = Isa::dot(of_block4, Isa::bitwise_and(w, mask4), q[2]);
+      of_block1 = Isa::dot(of_block1, Isa::bitwise_and(w, mask1), q[3]);
+      by4 = Isa::add_products(by4, of_block4, factors);
+      by1 = Isa::add_products(by1, of_block1, factors);
     }
-    void flush() {}
-    Bytes lanes() const { return Isa::add(Isa::template shift_right<2>(by4), by1); }
+    void flush() {
+      by1 = Isa::add(by1, Isa::template shift_right<2>(by4));
+      by4 = Isa::zero();
+    }
+    Ints lanes() const { return by1; }
   };
 
   struct PlaneSum {

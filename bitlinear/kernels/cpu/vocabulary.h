@@ -38,8 +38,6 @@
 
 namespace bitlinear {
 
-constexpr int64_t kNeverFlush = INT64_MAX;
-
 template <class V>
 bool use_gemm(int64_t M, int64_t row_bytes) {
   return prefer_gemm(M, ceil_div(row_bytes, V::kWidth), V::kGemmTokens, V::kGemvOverhead);
@@ -64,10 +62,10 @@ int64_t scratch_bytes(int64_t M, int64_t row_bytes, int64_t group_bytes) {
 
 template <class V, class Gemm, class Groups>
 bitlinear_costs costs(int64_t M, int64_t row_bytes, int64_t group_bytes) {
-  const bool is_gemm = group_bytes == 0 && use_gemm<V>(M, row_bytes);
-  return {Gemm::kTokenUnit, Gemm::kRowUnit,
-          is_gemm ? Gemm::blocks(M, row_bytes) : gemv_blocks(M, row_bytes), Gemm::kRowCost,
-          Gemm::kTokenCost};
+  const bitlinear_blocks blocks = group_bytes > 0             ? Groups::blocks(M, row_bytes)
+                                  : use_gemm<V>(M, row_bytes) ? Gemm::blocks(M, row_bytes)
+                                                              : gemv_blocks(M, row_bytes);
+  return {Gemm::kTokenUnit, Gemm::kRowUnit, blocks, Gemm::kRowCost, Gemm::kTokenCost};
 }
 
 template <class V, class Gemm, class Groups = GroupGemv<V>>

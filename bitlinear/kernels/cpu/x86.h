@@ -41,16 +41,14 @@ struct X86Ymm : X86Half {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
   using Ints = Bytes;
-  static int32_t as_factor(int32_t value) { return value & 0xFFFF; }
   static Ints load_ints(const int32_t* p) { return load(reinterpret_cast<const uint8_t*>(p)); }
   static void store_ints(int32_t* p, Ints a) { store(reinterpret_cast<uint8_t*>(p), a); }
+  static Ints broadcast_int(int32_t value) { return _mm256_set1_epi32(value); }
   static Ints choose(const int32_t* p, Ints indices) {
     return _mm256_permutevar8x32_epi32(load_ints(p), indices);
   }
-  static Ints add_groups(Ints sum, Ints codes, Ints q, Ints factors) {
-    // The difference fits 16 bits, and the upper half of a factor is 0.
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_sub_epi32(codes, q), factors));
-  }
+  static Ints low_half(Ints a) { return _mm256_and_si256(a, _mm256_set1_epi32(0xFFFF)); }
+  static Ints high_half(Ints a) { return _mm256_srai_epi32(a, 16); }
   static Bytes load_partial(const uint8_t* p, int64_t n) {
     alignas(32) uint8_t bytes[32] = {};
     memcpy(bytes, p, static_cast<size_t>(n));
