@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,6 +18,9 @@ from . import packing
 from .groups import GROUP_UNIT, count_groups
 from .prologue import ACTIVATIONS, input_width
 from .quantize import PER_ROW, QMAX
+
+MAX_IN_FEATURES = 500_000
+"""The largest ``K`` for which the product, 127 * K, and the kernels' partial sums fit int32."""
 
 WEIGHT_TYPES = {"wpt": 0, "wpc": PER_ROW}
 """The ``group_size`` of ternary weights (``w``) with one scale per tensor (``pt``) or per row of
@@ -67,16 +71,22 @@ def parse_quant_type(name: str) -> QuantType:
 
 
 def _find_group_size(name: str) -> int | None:
-    match = re.fullmatch(r"wpg([1-9][0-9]*)", name) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        return None
+    match = re.fullmatch(r"wpg([1-9][0-9]{0,9})", name)
     if match is None:
         return WEIGHT_TYPES.get(name)
-    return int(match[1]) if int(match[1]) % GROUP_UNIT == 0 else None
+    return int(match[1]) if _is_group(int(match[1])) else None
+
+
+def _is_group(size: int) -> bool:
+    return 0 < size <= MAX_IN_FEATURES and size % GROUP_UNIT == 0
 
 
 def _bad_type(names: Iterable[str], groups: str, name: str) -> str:
     return (
-        f"quant_type must be one of {[*names]}, or {groups} with a multiple G of {GROUP_UNIT}, but "
-        f"it is {name!r}"
+        f"quant_type must be one of {[*names]}, or {groups} with a multiple G of {GROUP_UNIT} up "
+        f"to {MAX_IN_FEATURES}, but it is {reprlib.repr(name)}"
     )
 
 
@@ -87,9 +97,6 @@ QUANT_TYPES = {
 }
 """``ai8pc_wpt``: activations (``a``) as int8 (``i8``), one scale per token (``pc``), and the type
 of the weights."""
-
-MAX_IN_FEATURES = 500_000
-"""The largest ``K`` for which the product, 127 * K, and the kernels' partial sums fit int32."""
 
 MAX_WEIGHTS = 4
 """The largest number of weights that a fused product reads one input for."""
@@ -120,11 +127,11 @@ def check_act_bits(act_bits: int) -> None:
 
 def check_group_size(group_size: int) -> None:
     """Raise ValueError unless weights can have such groups."""
-    is_group = group_size > 0 and group_size % GROUP_UNIT == 0
-    if group_size not in (0, PER_ROW) and not is_group:
+    if group_size not in (0, PER_ROW) and not _is_group(group_size):
         raise ValueError(
             f"bitlinear: group_size must be 0 (one scale per tensor), -1 (one per output feature) "
-            f"or a positive multiple of {GROUP_UNIT}, but it is {group_size}"
+            f"or a positive multiple of {GROUP_UNIT} up to {MAX_IN_FEATURES}, but it is "
+            f"{group_size}"
         )
 
 
@@ -342,6 +349,17 @@ def check_operand(
         )
     packing.check_packed_shape(w_packed, in_features)
     out_features = w_packed.shape[0]
+    check_scale_shape(w_scale, out_features, in_features, group_size)
+    check_device(x, "w_packed", w_packed)
+    check_device(x, "w_scale", w_scale)
+    if bias is not None:
+        _check_vector(x, "bias", bias, out_features, "rows of w_packed")
+
+
+def check_scale_shape(
+    w_scale: Tensor, out_features: int, in_features: int, group_size: int
+) -> None:
+    """Raise ValueError unless these are the scales of a weight ``(out_features, in_features)``."""
     has_groups = group_size > 0
     groups = count_groups(in_features, group_size) if has_groups else 1
     shape = list(w_scale.shape)
@@ -351,10 +369,6 @@ def check_operand(
             f"bitlinear: w_scale must have shape {one}({out_features}, {groups}) for group_size = "
             f"{group_size}, but it has shape {shape}"
         )
-    check_device(x, "w_packed", w_packed)
-    check_device(x, "w_scale", w_scale)
-    if bias is not None:
-        _check_vector(x, "bias", bias, out_features, "rows of w_packed")
 
 
 def _check_vector(x: Tensor, name: str, vector: Tensor, size: int, of: str) -> None:

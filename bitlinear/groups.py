@@ -67,8 +67,22 @@ def round_scales(w_scale: Tensor) -> Tensor:
     return multipliers.to(torch.float32) * unit
 
 
+def fill_unused(w_scale: Tensor) -> Tensor:
+    """Replace scales that are 0, because all weights of their group are.
+
+    They get the largest scale of their row, so that they round no other one; in a row of zeros, the
+    largest of all.
+
+    Args:
+        w_scale: Not negative, shape ``(N, groups)``.
+    """
+    of_row = w_scale.amax(dim=1, keepdim=True)
+    return torch.where(w_scale > 0, w_scale, torch.where(of_row > 0, of_row, w_scale.max()))
+
+
 def sum_groups(values: Tensor, group_size: int, dtype: torch.dtype | None = None) -> Tensor:
     """Sum of each group: of ``(N, K)`` the sums ``(N, groups)``, in ``dtype``."""
+    group_size = min(group_size, values.shape[1])  # no memory for what a group lacks
     missing = -values.shape[1] % group_size
     groups: Tensor = F.pad(values, (0, missing)).unflatten(1, (-1, group_size))
     return groups.sum(dim=-1, dtype=dtype)
@@ -76,7 +90,7 @@ def sum_groups(values: Tensor, group_size: int, dtype: torch.dtype | None = None
 
 def repeat_scales(w_scale: Tensor, group_size: int, in_features: int) -> Tensor:
     """The scale of each weight: of ``(N, groups)`` a tensor ``(N, in_features)``."""
-    return w_scale.repeat_interleave(group_size, dim=1)[:, :in_features]
+    return w_scale.repeat_interleave(min(group_size, in_features), dim=1)[:, :in_features]
 
 
 def group_product(q: Tensor, t: Tensor, multipliers: Tensor, group_size: int) -> Tensor:

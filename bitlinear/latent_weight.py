@@ -50,9 +50,12 @@ def latent_weight(
         smallest = float(w_scale.min())
         lowest = w_scale.clamp_min(eps)
         if not torch.equal(round_scales(lowest) if group_size > 0 else lowest, w_scale):
+            remedy = "set layer.eps to at most w_scale first"
+            if smallest == 0:
+                remedy = "replace it, by any scale if its weights are 0, and deploy the layer again"
             raise ValueError(
                 f"w_scale is {smallest:g}, but no weight in training has a scale below eps = "
-                f"{eps:g}: set layer.eps to at most w_scale first"
+                f"{eps:g}: {remedy}"
             )
         packing.check_packed(w_packed, in_features)
         if group_size > 0:

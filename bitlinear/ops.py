@@ -20,6 +20,7 @@ from .arguments import (
     check_fused_linear,
     check_group_size,
     check_linear,
+    check_scale_shape,
     raise_unsupported_layout,
 )
 from .attend import fake_attend, reference_attend
@@ -334,7 +335,13 @@ def reference_expand_weight(
 
     Returns:
         Shape ``(N, K)``.
+
+    Raises:
+        ValueError: ``group_size`` or the shape of ``w_scale`` is wrong.
     """
+    check_group_size(group_size)
+    if w_scale is not None:
+        check_scale_shape(w_scale, w_packed.shape[0], in_features, group_size)
     weight = packing.unpack_unchecked(w_packed, in_features).to(torch.float32)
     if w_scale is not None:
         if group_size > 0:
@@ -350,7 +357,10 @@ def _fake_expand_weight(
     dtype: torch.dtype | None = None,
     group_size: int = 0,
 ) -> Tensor:
+    check_group_size(group_size)
     shape = (w_packed.shape[0], in_features)
+    if w_scale is not None:
+        check_scale_shape(w_scale, w_packed.shape[0], in_features, group_size)
     return w_packed.new_empty(shape, dtype=dtype or torch.float32)
 
 

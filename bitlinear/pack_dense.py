@@ -33,10 +33,11 @@ def pack(
 
     Such layers come from checkpoints that store ternary weights as dense ones: TriLM's unpacked
     checkpoints, BitCPM4, ParetoQ after quantisation, or any model that was quantised in simulation.
-    No value is rounded: the scales are found in the values (see
-    :func:`bitlinear.conversion.ternary.find_scales` for the rule), one for a tensor or one for each
-    output feature. Every other layer stays as it is. Weights that are still to be rounded, as in
-    masters that are quantised on the fly, need :func:`bitlinear.convert` and
+    The scales are found in the values (see :func:`bitlinear.conversion.ternary.find_scales` for the
+    rule): one for a tensor, one for each output feature or one for each group of inputs. No value
+    is rounded, except that scales of groups keep 15 bits, relative to the largest of their output
+    feature (:mod:`bitlinear.groups`). Every other layer stays as it is. Weights that are still to
+    be rounded, as in masters that are quantised on the fly, need :func:`bitlinear.convert` and
     :func:`bitlinear.deploy`.
 
     The logger ``"bitlinear"`` reports each layer at level INFO: its scales, the share of zeros and
@@ -56,8 +57,8 @@ def pack(
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or an entry of ``exclude`` is not a string.
         ValueError: ``act_bits`` is neither 8 nor 16; or a weight may be ternary, but is ambiguous
-            or has scales for blocks of columns, which this version does not support. The message
-            names every such layer; the model is unchanged. ``exclude`` leaves them as they are.
+            or has scales that cannot be those of groups. The message names every such layer; the
+            model is unchanged. ``exclude`` leaves them as they are.
 
     Warns:
         UserWarning: Nothing was packed, or an entry of ``exclude`` matches nothing, or a reference

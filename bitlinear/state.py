@@ -158,10 +158,22 @@ def check_packed(layer: Packable, state: dict[str, Tensor]) -> dict[str, Tensor]
 
 def group_size_in(layer: Packable, w_scale: Tensor) -> int:
     """The ``group_size`` of a layer with this ``w_scale``, which :func:`check` has accepted."""
-    own, rows_and_groups = layer._group_size, list(w_scale.shape)
-    if own > 0 and rows_and_groups[1:] == [count_groups(layer.weight_shape[1], own)]:
+    own = layer._group_size
+    if own > 0 and _has_groups(w_scale, layer.weight_shape[1], own):
         return own
     return group_size_of(w_scale)
+
+
+def _has_groups(w_scale: Tensor, in_features: int, group_size: int) -> bool:
+    """Whether scales of the right shape are of groups.
+
+    A row that is one group has one scale: that of a group is a multiple of a power of two.
+    """
+    groups = count_groups(in_features, group_size)
+    if list(w_scale.shape[1:]) != [groups]:
+        return False
+    values = _local_part(w_scale)
+    return groups > 1 or values.is_meta or torch.equal(round_scales(values), values)
 
 
 def as_buffer(tensor: Tensor) -> Tensor:
@@ -224,7 +236,7 @@ def check_scale(
         valid.append([out_features, count_groups(in_features, group_size)])
     if shape not in valid:
         remedy = ""
-        if group_size <= 0 and w_scale.dim() == 2 and shape[0] == out_features:
+        if w_scale.dim() == 2 and shape[0] == out_features:
             remedy = f": {_name_groups(in_features, shape[1])}"
         shapes = " or ".join(map(str, valid))
         raise ValueError(f"w_scale must have shape {shapes}, but it has {shape}{remedy}")
@@ -232,9 +244,10 @@ def check_scale(
     # The scale of a group is rounded to 0 if it is far below the largest of its row.
     is_valid = values >= 0 if group_size > 0 else values > 0
     if not values.is_meta and not bool((values.isfinite() & is_valid).all()):
-        raise ValueError("w_scale must be finite and positive: the checkpoint is damaged")
-    has_groups = group_size > 0 and shape == valid[-1] and not values.is_meta
-    if has_groups and not torch.equal(round_scales(values), values):
+        positive = "not negative" if group_size > 0 else "positive"
+        raise ValueError(f"w_scale must be finite and {positive}: the checkpoint is damaged")
+    has_groups = group_size > 0 and _has_groups(w_scale, in_features, group_size)
+    if has_groups and not values.is_meta and not torch.equal(round_scales(values), values):
         raise ValueError(
             "w_scale has scales that are no multiples, by integers of 15 bits, of one power of two "
             "per row: round them with bitlinear.groups.round_scales"
@@ -251,8 +264,8 @@ def _name_groups(in_features: int, groups: int) -> str:
     ]
     if not fitting:
         return f"no groups of a multiple of {GROUP_UNIT} weights have {groups} scales in a row"
-    types = " or ".join(f"'ai8pc_wpg{size}'" for size in fitting[:3])
-    return f"it has scales for groups of inputs; make the layer with quant_type={types}"
+    types = " or ".join(f"'wpg{size}'" for size in fitting[:3])
+    return f"it has scales for groups of inputs; make the layer with a type that ends in {types}"
 
 
 def _check_orientation(weight: Tensor, shape: list[int]) -> None:

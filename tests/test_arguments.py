@@ -33,11 +33,28 @@ def test_types_with_groups(name):
     assert arguments.parse_weight_type(name.partition("_")[2]) == quant_type.group_size
 
 
-@pytest.mark.parametrize("groups", ["wpg", "wpg0", "wpg-32", "wpg33", "wpg032", "wpg32 ", "wpg1e3"])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        "wpg",
+        "wpg0",
+        "wpg-32",
+        "wpg33",
+        "wpg032",
+        "wpg32 ",
+        "wpg1e3",
+        "wpg500032",
+        pytest.param("wpg" + "9" * 5000, id="too long"),
+    ],
+)
 def test_names_that_are_no_types_with_groups(groups):
     for parse, name in (
         (arguments.parse_quant_type, f"ai8pc_{groups}"),
         (arguments.parse_weight_type, groups),
     ):
-        with pytest.raises(ValueError, match=r"wpg<G> with a multiple G of 32, but it is"):
+        with pytest.raises(
+            ValueError, match=r"wpg<G> with a multiple G of 32 up to 500000, but it is"
+        ):
             parse(name)
+    with pytest.raises(ValueError, match=r"but it is \['wpt'\]"):
+        arguments.parse_weight_type(["wpt"])

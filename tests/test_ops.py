@@ -231,7 +231,7 @@ def test_vmap():
 X = torch.ones(3, 12)
 on_meta = functools.partial(torch.ones, device="meta")
 WRONG = [
-    (ValueError, "group_size must be 0 .* multiple of 32, but it is 48", {"group_size": 48}),
+    (ValueError, "group_size must be 0 .* 32 up to 500000, but it is 48", {"group_size": 48}),
     (ValueError, r"w_scale must have shape \(5, 1\) for .* 64, but", {"group_size": 64}),
     (ValueError, "act_bits must be 8 or 16, but it is 4", {"act_bits": 4}),
     (ValueError, "between 1 and 500000 .* it is 0: split the layer", {"in_features": 0}),

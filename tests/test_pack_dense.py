@@ -99,10 +99,22 @@ def test_groups_with_scales_of_their_own_in_every_row():
     weight[2, 128:256] = 0
     found = find_scales(weight * scales.repeat_interleave(128, dim=1))
     assert found.group_size == 128
-    scales[2, 1] = scales[torch.arange(24).reshape(8, 3) != 7].max()  # of zeros: the largest
+    scales[2, 1] = scales[2, [0, 2]].max()  # of zeros: the largest of the row
     assert torch.equal(found.values, scales)
     assert found.deviation == 0
     assert "a scale for each group of 128 inputs" in str(found)
+
+
+def test_a_group_of_zeros_rounds_no_scale_of_its_row():
+    weight = torch.ones(3, 256)
+    weight[0] *= 2**-20
+    weight[0, 128:] = 0
+    weight[1, :128] *= 3
+    weight[2] = 0
+    layer = bitlinear.pack(linear_of(weight))
+    assert layer.quant_type == "ai8pc_wpg128"
+    assert torch.equal(layer.dequantize(), weight)
+    assert layer.w_scale.tolist() == [[2**-20, 2**-20], [3, 1], [3, 3]]
 
 
 def test_scales_that_groups_round_are_reported():

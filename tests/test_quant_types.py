@@ -261,9 +261,9 @@ def test_other_numbers_of_bits(act_bits):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("group_size", [-2, 1, 16, 48])
+@pytest.mark.parametrize("group_size", [-2, 1, 16, 48, 500_032, 2**63 - 32])
 def test_other_groups_of_weights(device, group_size):
-    message = rf"group_size must be 0 .* positive multiple of 32, but it is {group_size}"
+    message = rf"group_size must be 0 .* multiple of 32 up to 500000, but it is {group_size}"
     with pytest.raises(ValueError, match=message):
         OPS.quantize_weight(torch.ones(4, 128, device=device), 1e-6, group_size)
     layer = BitLinear(8, 2, device=device).deploy()
@@ -280,7 +280,64 @@ def test_other_groups_of_weights(device, group_size):
             )
 
 
+@pytest.mark.parametrize("group_size", [96, 1024, 500_000])
+@pytest.mark.parametrize("M", [1, 40])
+def test_a_group_longer_than_a_row_ends_with_it(group_size, M):
+    weight, x = torch.randn(9, 70), torch.randn(M, 70)
+    w_packed, w_scale = OPS.quantize_weight(weight, 1e-6, group_size)
+    assert w_scale.shape == (9, 1)
+    wanted = ops.reference_linear(x, w_packed, w_scale, None, 70, 1e-6, 96)
+    for function in (OPS.linear, ops.reference_linear):
+        assert torch.equal(function(x, w_packed, w_scale, None, 70, 1e-6, group_size), wanted)
+    dense = OPS.expand_weight(w_packed, 70, w_scale, None, group_size)
+    assert torch.equal(dense, ops.reference_expand_weight(w_packed, 70, w_scale, None, group_size))
+    layer = BitLinear(70, 9, bias=False, quant_type=f"ai8pc_wpg{group_size}")
+    layer.weight.data.copy_(weight)
+    assert torch.equal(layer.eval()(x), layer.deploy()(x))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_expanding_checks_groups_and_scales(device):
+    w_packed = torch.zeros(4, 25, dtype=torch.uint8, device=device)
+    functions = (OPS.expand_weight,) if device == "meta" else (ops.reference_expand_weight,)
+    for function in (OPS.expand_weight, *functions):
+        with pytest.raises(ValueError, match=r"group_size must be 0 .* but it is 33"):
+            function(w_packed, 100, torch.ones(4, 1, device=device), None, 33)
+        with pytest.raises(ValueError, match=r"w_scale must .* \(4, 4\).* shape \[4, 3\]"):
+            function(w_packed, 100, torch.ones(4, 3, device=device), None, 32)
+
+
 # --- States --------------------------------------------------------------------------------------
+
+
+def test_a_scale_per_row_loads_into_a_layer_whose_rows_are_one_group():
+    saved = BitLinear(70, 9, quant_type="ai8pc_wpc").deploy()
+    for group_size, others in ((96, "ai8pc_wpc"), (32, "ai8pc_wpc")):
+        layer = BitLinear(70, 9, quant_type=f"ai8pc_wpg{group_size}")
+        layer.load_state_dict(dict(saved.state_dict()))
+        assert layer.quant_type == others
+        assert torch.equal(layer.w_scale, saved.w_scale)
+    one_group = BitLinear(70, 9, quant_type="ai8pc_wpg96").deploy()
+    layer = BitLinear(70, 9, quant_type="ai8pc_wpg96")
+    layer.load_state_dict(dict(one_group.state_dict()))
+    assert layer.quant_type == "ai8pc_wpg96"
+
+
+def test_groups_of_another_size_are_named():
+    embedding = bitlinear.Embedding(5, 320, quant_type="wpg128").deploy()
+    message = r"w_scale must have shape .* it has \[5, 3\]: .* a type that ends in 'wpg128'"
+    for quant_type in ("wpt", "wpg64"):
+        other = bitlinear.Embedding(5, 320, quant_type=quant_type)
+        with pytest.raises(RuntimeError, match=message):
+            other.load_state_dict(dict(embedding.state_dict()))
+
+
+def test_a_scale_of_0_has_no_latent_weight():
+    layer = BitLinear(64, 2, bias=False, quant_type="ai8pc_wpg32").deploy()
+    layer.w_scale[1, 0] = 0
+    with pytest.raises(ValueError, match=r"w_scale is 0, .*: replace it, by any scale if"):
+        layer.undeploy()
+    assert layer.is_deployed
 
 
 @types

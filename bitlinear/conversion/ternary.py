@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import packing
-from ..groups import GROUP_UNIT, round_scales
+from ..groups import GROUP_UNIT, fill_unused, round_scales
 from ..quantize import PER_ROW
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -219,7 +219,7 @@ def _group_scales(weight: Tensor, group_size: int, rows: _Rows) -> Scales | NotT
             for _, part in packing.enumerate_chunks(weight)
         ]
     ).double()
-    scales = torch.where(highest > 0, highest, highest.max())
+    scales = fill_unused(highest)
     count = int(highest[highest > 0].unique().numel())
     return _checked(scales, count, rows, 0.0, group_size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _XEON = "Intel Xeon with AMX"
 _ZEN = "AMD EPYC (Zen 4, Zen 5)"
+_ZEN_3 = "AMD EPYC (Zen 3, Zen 4, Zen 5)"
 _EMULATED = "under an emulator only: the results are tested, the speed is not"
 
 # By system and kernel. A kernel that is not here has never run there.
@@ -11,8 +12,8 @@ _TESTED = {
     ("linux", "amx_int8"): f"on {_XEON}",
     ("linux", "avx512_vnni"): f"on {_XEON} and {_ZEN}",
     ("linux", "avx_vnni"): f"on {_XEON}",
-    ("linux", "avx2"): f"on {_XEON} and {_ZEN}",
-    ("linux", "scalar"): f"on {_XEON} and {_ZEN}",
+    ("linux", "avx2"): f"on {_XEON} and {_ZEN_3}",
+    ("linux", "scalar"): f"on {_XEON} and {_ZEN_3}",
     ("linux", "neon"): _EMULATED,
     ("linux", "neon_dotprod"): _EMULATED,
     ("linux", "neon_i8mm"): _EMULATED,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...conversion.ternary import one_or_each
-from ...groups import round_scales
+from ...groups import fill_unused, round_scales
 
 _logger = logging.getLogger("bitlinear")
 
@@ -60,8 +60,8 @@ class BlockScales:
         Returns:
             ``w_scale``, fp32: ``(1,)`` if all blocks have one scale, which is 1 if all weights are
             0; ``(N, 1)`` if all blocks of each row have; otherwise ``(N, blocks)``, as
-            :func:`bitlinear.groups.round_scales` rounds them. Zeros get the largest scale of all.
-            And the number of weights in a group, or None without groups.
+            :func:`bitlinear.groups.round_scales` rounds them. Zeros get the largest scale of their
+            row, or of all. And the number of weights in a group, or None without groups.
 
         Raises:
             ValueError: A product is not a positive finite number in fp32.
@@ -77,7 +77,7 @@ class BlockScales:
         highest = scales.amax(dim=1)
         group_size = None
         if bool((used & (scales != highest[:, None])).any()):
-            found = torch.where(used, scales, scales.max()) * factor
+            found = fill_unused(scales) * factor
             group_size = self._block
         else:
             found = one_or_each(highest, highest > 0) * factor

@@ -59,6 +59,8 @@ class GroupGemv {
   static constexpr int64_t kLanes = V::kWidth / 4;
   static constexpr int64_t kColumns = kGemvColumns;
   static constexpr int64_t kFactorStride = kGroupFlush * kLanes + kLanes;
+  // Of kGroupFlush blocks; the first and the last can be cut.
+  static constexpr int64_t kMostGroups = kGroupFlush * V::kWidth * 4 / BITLINEAR_GROUP_UNIT + 1;
   static_assert(kTokens % 2 == 0, "both rows of a 16-bit token are together");
 
   struct Scratch {
@@ -82,6 +84,7 @@ class GroupGemv {
         tokens_(tokens),
         lanes_(lanes_of(task.row_bytes)),
         factors_(factors_of(task.group_bytes)),
+        of_group_(task.group_bytes * factors_ / V::kWidth),
         scratch_(*static_cast<Scratch*>(task.scratch)),
         starts_(reinterpret_cast<int32_t*>(static_cast<char*>(task.scratch) + sizeof(Scratch))) {
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -144,9 +147,11 @@ class GroupGemv {
       const int64_t end = is_tail ? blocks : minimum(begin + kGroupFlush, whole);
       const uint8_t* w = task_.w + n * task_.row_bytes + begin * V::kWidth;
       int64_t stride = task_.row_bytes;
-      const int64_t first = begin * V::kWidth / task_.group_bytes;
+      const int64_t first_group = begin * factors_ / of_group_;
+      const int64_t end_group = minimum(ceil_div(end * factors_, of_group_), task_.s_w_stride);
       for (int r = 0; r < kCount; ++r) {
-        split_scales(n + r, units[r], begin, end - begin, first, scratch_.factors[r]);
+        split_scales(n + r, units[r], begin * factors_, end * factors_, first_group, end_group,
+                     scratch_.factors[r]);
         if (is_tail) V::store(last + r * V::kWidth, V::load_partial(w + r * stride, tail));
       }
       if (is_tail) {
@@ -162,26 +167,23 @@ class GroupGemv {
     }
   }
 
-  // The factors of row n in some blocks, whose first group is `first`.
-  void split_scales(int64_t n, ScaleUnit unit, int64_t begin, int64_t count, int64_t first,
-                    int32_t* factors) const {
-    const int64_t of_group = task_.group_bytes * factors_ / V::kWidth;
-    const int64_t begin_factor = begin * factors_, end_factor = begin_factor + count * factors_;
+  // The factors begin .. end of row n, which are those of groups first_group .. end_group.
+  void split_scales(int64_t n, ScaleUnit unit, int64_t begin, int64_t end, int64_t first_group,
+                    int64_t end_group, int32_t* factors) const {
     const float* const scales = task_.s_w + n * task_.s_w_stride;
-    if (of_group == 1) {
-      const int64_t groups = minimum(end_factor, task_.s_w_stride) - first;
-      for (int64_t g = 0; g < groups; ++g) {
-        factors[g] = V::as_factor(unit.multiplier(scales[first + g]));
-      }
-      return;
+    int32_t of_groups[kMostGroups];
+    int32_t* const out = of_group_ == 1 ? factors : of_groups;
+    for (int64_t g = first_group; g < end_group; ++g) {
+      out[g - first_group] = V::as_factor(unit.multiplier(scales[g]));
     }
-    // Vectors, whose last lanes the next group overwrites.
-    int64_t f = begin_factor;
-    for (int64_t g = first; f < end_factor && g < task_.s_w_stride; ++g) {
-      const typename V::Ints factor = V::broadcast_int(V::as_factor(unit.multiplier(scales[g])));
-      const int64_t end = minimum((g + 1) * of_group, end_factor);
-      for (int64_t i = f; i < end; i += kLanes) V::store_ints(factors + i - begin_factor, factor);
-      f = end;
+    if (of_group_ == 1) return;
+    int64_t i = begin;
+    for (int64_t g = first_group; g < end_group; ++g) {
+      const typename V::Ints factor = V::broadcast_int(of_groups[g - first_group]);
+      const int64_t group_end = minimum((g + 1) * of_group_, end);
+      // Vectors, whose last lanes the next group overwrites.
+      for (; i < group_end; i += kLanes) V::store_ints(factors + i - begin, factor);
+      i = group_end;
     }
   }
 
@@ -269,7 +271,8 @@ class GroupGemv {
   }
 
   const bitlinear_task& task_;
-  const int64_t first_, tokens_, lanes_, factors_;
+  const int64_t first_, tokens_, lanes_;
+  const int64_t factors_, of_group_;  // multipliers of a block and of a group
   Scratch& scratch_;
   int32_t* const starts_;
   int32_t factor_of_lane_[kLanes];

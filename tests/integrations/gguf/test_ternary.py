@@ -118,7 +118,7 @@ def test_different_scales_within_a_row_become_scales_of_groups(spread, kind, tmp
     assert tensor.w_packed.tolist() == oracle.pack(t).tolist()
     assert tensor.group_size == block
     used = (t.reshape(4, -1, block) != 0).any(axis=2)
-    largest = np.where(used, scales, 0).max()
+    largest = np.where(used, scales, 0).max(axis=1, keepdims=True)
     wanted = torch.from_numpy(np.where(used, scales, largest))
     rounded = round_scales(wanted)
     oracle.assert_same_bits(tensor.w_scale, rounded)
