@@ -70,8 +70,8 @@ inline void check_eps(double eps, int64_t act_bits = 8) {
 }
 
 inline void check_group_size(int64_t group_size) {
-  const bool is_group = group_size > 0 && group_size <= BITLINEAR_MAX_K &&
-                        group_size % BITLINEAR_GROUP_UNIT == 0;
+  const bool is_group =
+      group_size > 0 && group_size <= BITLINEAR_MAX_K && group_size % BITLINEAR_GROUP_UNIT == 0;
   TORCH_CHECK_VALUE(is_group || group_size == 0 || group_size == -1,
                     "bitlinear: group_size must be 0 (one scale per tensor), -1 (one per output "
                     "feature) or a positive multiple of ",

@@ -47,7 +47,9 @@ struct Avx2 : X86Ymm {
   };
 
   static int32_t as_start(int32_t value) { return value & 0xFFFF; }
-  static int32_t as_factor(int32_t value) { return (value & 0xFFFF) * 0x10001; }
+  static int32_t as_factor(int32_t value) {
+    return static_cast<int32_t>((static_cast<uint32_t>(value) & 0xFFFFu) * 0x10001u);
+  }
 
   // The sums of a block are in lanes of 16 bits, two of them for each lane of 32.
   struct GroupSum {
