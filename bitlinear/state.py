@@ -241,12 +241,12 @@ def check_scale(
         shapes = " or ".join(map(str, valid))
         raise ValueError(f"w_scale must have shape {shapes}, but it has {shape}{remedy}")
     values = _local_part(w_scale)
-    # The scale of a group is rounded to 0 if it is far below the largest of its row.
-    is_valid = values >= 0 if group_size > 0 else values > 0
-    if not values.is_meta and not bool((values.isfinite() & is_valid).all()):
-        positive = "not negative" if group_size > 0 else "positive"
-        raise ValueError(f"w_scale must be finite and {positive}: the checkpoint is damaged")
     has_groups = group_size > 0 and _has_groups(w_scale, in_features, group_size)
+    # The scale of a group is rounded to 0 if it is far below the largest of its row.
+    is_valid = values >= 0 if has_groups else values > 0
+    if not values.is_meta and not bool((values.isfinite() & is_valid).all()):
+        positive = "not negative" if has_groups else "positive"
+        raise ValueError(f"w_scale must be finite and {positive}: the checkpoint is damaged")
     if has_groups and not values.is_meta and not torch.equal(round_scales(values), values):
         raise ValueError(
             "w_scale has scales that are no multiples, by integers of 15 bits, of one power of two "
