@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bitlinear.autograd import CPU_MULTIPLIES_BF16
 from bitlinear.integrations.transformers import fuse, unfuse
 from tests import oracle
 from tests.integrations.transformers.checkpoints import (
@@ -124,6 +125,10 @@ print(growth_of(lambda: step(make(sys.argv[1], 2048), 2048)))
 @pytest.mark.slow
 @linux
 def test_a_step_takes_less_memory_than_beside_float_weights():
-    """The base weights are 64 MiB in bf16 and 8 MiB packed; one at a time is expanded to 8 MiB."""
+    """The base weights are 64 MiB in bf16 and 8 MiB packed; one at a time is expanded.
+
+    That takes 8 MiB; 16, in fp32, on a CPU that multiplies no bf16.
+    """
     growth = {kind: int(output_of(SCRIPT, kind)) for kind in ("float", "packed")}
-    assert growth["packed"] < growth["float"] - 40 * 2**20, growth
+    expanded = 8 if CPU_MULTIPLIES_BF16 else 16
+    assert growth["packed"] < growth["float"] - (48 - expanded) * 2**20, growth
