@@ -57,7 +57,7 @@ def pack(
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or an entry of ``exclude`` is not a string.
         ValueError: ``act_bits`` is neither 8 nor 16; or a weight may be ternary, but is ambiguous
-            or has scales that cannot be those of groups. The message names every such layer; the
+            or has scales that no groups can have. The message names every such layer; the
             model is unchanged. ``exclude`` leaves them as they are.
 
     Warns:

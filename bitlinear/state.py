@@ -167,7 +167,7 @@ def group_size_in(layer: Packable, w_scale: Tensor) -> int:
 def _has_groups(w_scale: Tensor, in_features: int, group_size: int) -> bool:
     """Whether scales of the right shape are of groups.
 
-    A row that is one group has one scale: that of a group is a multiple of a power of two.
+    A row that is one group has one scale. Groups round it, so an unrounded one is per row.
     """
     groups = count_groups(in_features, group_size)
     if list(w_scale.shape[1:]) != [groups]:

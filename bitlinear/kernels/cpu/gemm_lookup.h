@@ -203,7 +203,7 @@ inline void lookup_keep(const uint16_t (*index)[LookupTables<V>::kQuads], int64_
                         [=](int64_t r, const auto& sum) { sums16[r] = sum; });
 }
 
-// The same, and adds the 16-bit sums to those of 32 bits.
+// The same, and adds the 16-bit sums to the 32-bit sums.
 template <class V, bool kFirst>
 inline void lookup_widen(const uint16_t (*index)[LookupTables<V>::kQuads], int64_t rows,
                          const LookupTables<V>& scratch,

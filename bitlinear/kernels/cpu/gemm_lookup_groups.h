@@ -7,7 +7,7 @@
 //
 // The 16-bit sums of a depth's groups wait in memory, and one pass multiplies and adds them: with a
 // product at the end of each group, 32-bit sums would move that often (1.9 instead of 1.2 times the
-// product with one scale). Bound: that of gemm_lookup.h, and for each row, tile and depth two
+// product with one scale). Bound: as in gemm_lookup.h, and for each row, tile and depth two
 // multiplications for each group and four conversions, 15 % of the instructions with groups of 128.
 // Two cores of a Zen 3, AVX2, 1024 x 1024 to 14336 x 4096, M = 64 and 256, times the product with
 // one scale: 1.16 to 1.22, with groups of 64 1.28 to 1.34.

@@ -167,7 +167,7 @@ class GroupGemv {
     }
   }
 
-  // The factors begin .. end of row n, which are those of groups first_group .. end_group.
+  // The factors begin .. end of row n. They belong to groups first_group .. end_group.
   void split_scales(int64_t n, ScaleUnit unit, int64_t begin, int64_t end, int64_t first_group,
                     int64_t end_group, int32_t* factors) const {
     const float* const scales = task_.s_w + n * task_.s_w_stride;
