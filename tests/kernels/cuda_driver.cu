@@ -16,7 +16,6 @@ using bitlinear::cuda::CudaFailure;
 using bitlinear::cuda::Device;
 using bitlinear::cuda::GemvPlan;
 using bitlinear::cuda::Input;
-using bitlinear::cuda::Layout;
 using bitlinear::cuda::Placement;
 using bitlinear::cuda::Shape;
 using bitlinear::cuda::SmallBatchPlan;
@@ -100,11 +99,18 @@ class Driver {
       const SmallBatchPlan best = plan_small_batch(device_, shape);
       for (const int row_parts : {1, 2, 4}) {
         for (const int token_parts : {1, 2, 4}) {
-          if (8 * token_parts < shape.M || (row_parts == 4 && token_parts != 2)) continue;
+          if (8 * token_parts < shape.M || !bitlinear::cuda::has_small_batch_tile(
+                                               row_parts, token_parts, shape.group_size > 0)) {
+            continue;
+          }
           const int stages = seed % 2 == 0 ? row_parts : std::min(best.stages, row_parts + 3);
           if (stages < row_parts) continue;
           for (const int blocks : {best.blocks, 1 + best.blocks / 50}) {
-            check_plan(SmallBatchPlan{row_parts, token_parts, blocks, stages}, example);
+            const SmallBatchPlan plan = {row_parts, token_parts, blocks, stages};
+            const int64_t bytes = small_batch_shared_bytes(shape, plan);
+            if (bytes + bitlinear::cuda::kSmallBatchStaticBytes <= device_.shared_bytes) {
+              check_plan(plan, example);
+            }
           }
         }
       }
@@ -277,17 +283,20 @@ class Driver {
     }
   }
 
-  // `product` queues the product on activations that have been quantised to this layout.
+  // `product` queues the product on activations that have been quantised for this kernel.
   template <class Product>
-  void check_plan(const std::string& name, int kernel, Layout layout, const Product& product,
+  void check_plan(const std::string& name, int kernel, const Product& product,
                   const Example& example) {
     const auto run = [&](const bitlinear_cuda_task& task, const bitlinear_cuda_tokens*,
                          cudaStream_t stream) {
       Call call = {task, plans_ % 2 == 0 ? device_ : small_device_, stream};
       cudaError_t error = cudaSuccess;
       if (!bitlinear::cuda::fuses_quantizer(kernel)) {
-        error = quantize(call, bitlinear::cuda::activations_of(task), layout);
-        if (error == cudaSuccess) error = split_scales(&call);
+        error = quantize(call, bitlinear::cuda::activations_of(task),
+                         bitlinear::cuda::layout_for(kernel));
+        if (error == cudaSuccess && bitlinear::cuda::reads_split_scales(kernel)) {
+          error = split_scales(&call);
+        }
       }
       if (error == cudaSuccess) error = product(call);
       return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
@@ -302,7 +311,7 @@ class Driver {
                              std::to_string(plan.log_split) + ", ring " +
                              std::to_string(plan.ring_bytes) + (plan.resident ? ", resident" : "");
     const auto product = [&](const Call& call) { return gemv(call, plan); };
-    check_plan(name, BITLINEAR_CUDA_GEMV, Layout::kRows, product, example);
+    check_plan(name, BITLINEAR_CUDA_GEMV, product, example);
   }
 
   void check_plan(const SmallBatchPlan& plan, const Example& example) {
@@ -313,14 +322,14 @@ class Driver {
     const auto product = [&](const Call& call) {
       return small_batch(call, bitlinear::cuda::activations_of(call.task), plan);
     };
-    check_plan(name, BITLINEAR_CUDA_SMALL_BATCH, Layout::kFragments, product, example);
+    check_plan(name, BITLINEAR_CUDA_SMALL_BATCH, product, example);
   }
 
   void check_plan(const SmallLayerPlan& plan, const Example& example) {
     const std::string name = "small_layer, rows " + std::to_string(plan.rows) + ", tokens " +
                              std::to_string(plan.tokens);
     const auto product = [&](const Call& call) { return small_layer(call, plan); };
-    check_plan(name, BITLINEAR_CUDA_SMALL_LAYER, Layout::kRows, product, example);
+    check_plan(name, BITLINEAR_CUDA_SMALL_LAYER, product, example);
   }
 
   void check_plan(const WgmmaPlan& plan, const Example& example) {
@@ -330,7 +339,7 @@ class Driver {
     const auto product = [&](const Call& call) {
       return wgmma(call, bitlinear::cuda::activations_of(call.task), plan);
     };
-    check_plan(name, BITLINEAR_CUDA_WGMMA, Layout::kTiles, product, example);
+    check_plan(name, BITLINEAR_CUDA_WGMMA, product, example);
   }
 
   static constexpr int64_t kTails[] = {1,  2,  3,  4,  5,  6,   7,   8,   9,   15,  16,  17, 31,

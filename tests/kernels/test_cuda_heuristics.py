@@ -114,13 +114,18 @@ def test_choices_for_scales_of_groups(heuristics):
         for m in (1, 2):
             assert heuristics.choose(90, with_groups(m, 4096, 4096, group_size)) == GEMV
             assert heuristics.choose(80, with_groups(m, 4096, 4096, group_size)) == GEMV
-        for m, kernel in ((3, MMA), (16, MMA), (17, WGMMA), (300, WGMMA)):
+        for m, kernel in ((3, SMALL_BATCH), (32, SMALL_BATCH), (33, WGMMA), (300, WGMMA)):
             assert heuristics.choose(90, with_groups(m, 4096, 4096, group_size)) == kernel
             assert heuristics.choose(80, with_groups(m, 4096, 4096, group_size)) == MMA
     assert heuristics.choose(90, with_groups(2, 4096, 4096, act_bits=16)) == GEMV
-    assert heuristics.choose(90, with_groups(4, 4096, 4096, act_bits=16)) == MMA
-    assert heuristics.choose(90, with_groups(1, 4096, 4096, 96)) == MMA
-    assert heuristics.choose(90, with_groups(16, 14336, 4096)) == WGMMA
+    assert heuristics.choose(90, with_groups(4, 4096, 4096, act_bits=16)) == SMALL_BATCH
+    # With many rows, two rows of q take the small-batch kernel, and 17 tokens take wgmma.
+    for m, kernel in ((1, GEMV), (2, SMALL_BATCH), (16, SMALL_BATCH), (17, WGMMA)):
+        assert heuristics.choose(90, with_groups(m, 14336, 4096)) == kernel
+    # Groups of 96 weights.
+    for m, kernel in ((1, MMA), (16, MMA), (17, WGMMA)):
+        assert heuristics.choose(90, with_groups(m, 4096, 4096, 96)) == kernel
+    assert heuristics.choose(90, with_groups(16, 14336, 4096, 96)) == WGMMA
     assert heuristics.choose(90, with_groups(1, 4096, 4096, aligned=False)) == MMA
     assert heuristics.choose(75, with_groups(1, 4096, 4096)) == DP4A
     # The sums of the bytes of multipliers end at 65,536 inputs.
@@ -141,9 +146,10 @@ def test_any_groups(heuristics, m, n, k, aligned, group_size, capability, multip
     shape = with_groups(m, n, k, group_size, aligned)
     kernel = heuristics.choose(capability, shape)
     assert heuristics.supports(kernel, capability, shape)
-    assert kernel in (DP4A, GEMV, MMA, WGMMA)
-    assert k <= 65_536 or kernel in (DP4A, GEMV)
+    assert kernel != SMALL_LAYER
+    assert k <= 65_536 or kernel in (DP4A, GEMV, SMALL_BATCH)
     assert (group_size % 64 == 0 and m <= 2) or kernel != GEMV
+    assert (group_size % 64 == 0 and m <= 32) or kernel != SMALL_BATCH
     if heuristics.supports(GEMV, capability, shape):
         blocks, _, ring, room, stage, _ = heuristics.plan_gemv(shape, 132, capability)
         assert 1 <= blocks <= n

@@ -22,6 +22,17 @@ __device__ inline void mma_u8s8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint3
 #endif
 }
 
+// The same of signed bytes.
+__device__ inline void mma_s8s8(int32_t (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+      "%9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
+}
+
 // c += a * b for 16 rows of 16 values and 8 columns, of the type Half. A lane holds the values 2 t,
 // 2 t + 1, 2 t + 8 and 2 t + 9 (t = lane % 4) of rows l and l + 8 (l = lane / 4) of a, and of
 // column l of b. Any order of k is valid if a and b have the same.
@@ -43,6 +54,17 @@ __device__ inline void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_
 #endif
 }
 
+// Reads four matrices of 8 x 8 values of 16 bits from shared memory; each lane has the address of a
+// row, lanes 0 to 7 those of the first matrix. It receives two values of row lane / 4 of each.
+__device__ inline void load_matrices(uint32_t address, uint32_t (&matrices)[4]) {
+#if __CUDA_ARCH__ >= 750
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(address)
+               : "memory");
+#endif
+}
+
 // Transposes 8 x 8 values of 16 bits, of which a lane holds two neighbours of a row: 2 t and 2 t +
 // 1 of row l.
 __device__ inline uint32_t transpose_halves(uint32_t pair) {
@@ -55,9 +77,8 @@ __device__ inline uint32_t transpose_halves(uint32_t pair) {
 
 // Stores the sums of parts of 16 rows and 8 columns. `first` is the address of this lane's first
 // sum: row lane / 4 and column lane % 4 * 2 of the first part. Columns are kPitch apart.
-template <int kPitch, int kRowParts, int kColumnParts>
-__device__ inline void store_sums(int32_t* first,
-                                  const int32_t (&sums)[kRowParts][kColumnParts][4]) {
+template <int kPitch, class Sum, int kRowParts, int kColumnParts>
+__device__ inline void store_sums(Sum* first, const Sum (&sums)[kRowParts][kColumnParts][4]) {
 #pragma unroll
   for (int r = 0; r < kRowParts; ++r) {
 #pragma unroll

@@ -23,7 +23,9 @@ namespace cuda {
 // the packed slice.
 //
 // kFragments: (token_groups, q_stride / 256, 4, 8, 64). As kRows, but a plane of 8 tokens is
-// contiguous: the fragments that a warp loads for mma.m16n8k32.
+// contiguous: the fragments that a warp loads for mma.m16n8k32. With scales of groups 512 bytes
+// have a quarter of the slice instead of a plane, so that a product has 32 of 64 consecutive values
+// of k.
 //
 // kTiles: (q_stride / 128, token_groups, 8, 128). Half a slice of 8 tokens is an atom of wgmma's
 // 128-byte swizzle. The atoms of consecutive tokens are contiguous, so that one bulk copy fetches a
@@ -40,6 +42,7 @@ struct Activations {
   int64_t token_groups;  // M / 8, rounded up to whole tiles; kInOrder: 0
   float* s_x;            // (M,), the token's scale for each of its rows; kInOrder: (tokens,)
   int32_t* q_sum;        // (M,); kInOrder: can be null
+  bool has_groups;       // of scales
 };
 
 // The offset of word `word` (0..15) of plane `plane` of a token's slice.
@@ -50,7 +53,9 @@ __device__ inline int64_t word_offset(const Activations& activations, int64_t m,
   if constexpr (kLayout == Layout::kRows) {
     return m * activations.q_stride + slice * kSliceValues + 64 * plane + 4 * word;
   } else if constexpr (kLayout == Layout::kFragments) {
-    return (m - row) * activations.q_stride + (4 * slice + plane) * 512 + row * 64 + 4 * word;
+    const int part = activations.has_groups ? 512 * (word / 4) + 16 * (word % 4) + 4 * plane
+                                            : 512 * plane + 4 * word;
+    return (m - row) * activations.q_stride + slice * 2048 + row * 64 + part;
   } else {
     const int64_t half = 2 * slice + plane / 2;
     const int chunk = (4 * (plane % 2) + word % 4) ^ row;
@@ -246,9 +251,9 @@ __device__ inline void with_token_rows(const bitlinear_cuda_task& task, F&& f) {
 // including the one before this kernel: every kernel here waits, so it completes after its
 // predecessor.
 //
-// Invariant: before the wait our kernels read no memory but w and, in the GEMV, scales of groups,
-// and these only if w_prefetchable is set. Then they were written before the previous kernel in
-// this stream started (see ops.cpp).
+// Invariant: before the wait our kernels read no memory but w and, where a block splits them,
+// scales of groups, and these only if w_prefetchable is set. Then they were written before the
+// previous kernel in this stream started (see ops.cpp).
 //
 // Tried, and slower: allow_successor() after the wait costs 15 % on an H100, 3.4 us instead of 2.95
 // for one token of 4096 x 4096.

@@ -27,62 +27,14 @@ class Groups {
     return reinterpret_cast<float*>(q_sums() + task_.M * parts()) + row;
   }
   __device__ int32_t* multipliers(int row) const {
-    return reinterpret_cast<int32_t*>(unit(rows_)) + row * gemv_multiplier_pitch(count());
+    return reinterpret_cast<int32_t*>(unit(rows_)) + row * multiplier_pitch(count());
   }
 
-  // Splits the scales of the rows, of all rows from n on, and writes the zeros. Short loops: code
-  // that runs once is slow, and a row for each warp would take a warp's time for each.
+  // Splits the scales of the rows, of all rows from n on, and writes the zeros.
   __device__ void split_scales(int64_t n) const {
-    const int count = task_.groups.count, pitch = gemv_multiplier_pitch(count);
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < kSliceValues / 4) reinterpret_cast<int32_t*>(memory_)[thread] = 0;
-    // The scales of a weight's rows lie one behind the other.
-    const int row_step = kConsumers / count, group_step = kConsumers % count;
-#pragma unroll 1
-    for (int i = 0; i < static_cast<int>(task_.weight_count); ++i) {
-      const bitlinear_cuda_weight& weight = task_.weights[i];
-      const int64_t begin = n > weight.begin ? n : weight.begin;
-      const int rows = static_cast<int>(minimum<int64_t>(weight.end, n + rows_) - begin);
-      int row = thread / count, group = thread % count;
-      const float* scales = weight.s_w + (begin - weight.begin) * count + thread;
-      int32_t* const out = multipliers(static_cast<int>(begin - n));
-#pragma unroll 1
-      while (row < rows) {
-        copy_word_async(out + row * pitch + group, scales);
-        scales += kConsumers;
-        row += row_step;
-        group += group_step;
-        if (group >= count) {
-          group -= count;
-          ++row;
-        }
-      }
-    }
-    commit_copies();
-    wait_for_copies<0>();
-    sync_consumers();
-    // Four lanes for each row.
-    constexpr int kLanes = 4;
-#pragma unroll 1
-    for (int row = thread / kLanes; row < round_up(rows_, 32 / kLanes);
-         row += kConsumers / kLanes) {
-      int32_t* const out = multipliers(minimum(row, rows_ - 1));
-      uint32_t largest = 0;
-#pragma unroll 4
-      for (int g = thread % kLanes; g < count; g += kLanes) {
-        largest = max(largest, static_cast<uint32_t>(out[g]) & 0x7FFFFFFFu);
-      }
-      for (int mask = 1; mask < kLanes; mask *= 2) {
-        largest = max(largest, __shfl_xor_sync(~0u, largest, mask));
-      }
-      if (row >= rows_) break;
-      const ScaleUnit unit(largest);
-#pragma unroll 4
-      for (int g = thread % kLanes; g < count; g += kLanes) {
-        out[g] = unit.multiplier(__int_as_float(out[g]));
-      }
-      if (thread % kLanes == 0) *this->unit(row) = unit.value;
-    }
+    split_scales_of_rows<kConsumers>(task_, n, rows_, unit(0), multipliers(0));
   }
 
  private:

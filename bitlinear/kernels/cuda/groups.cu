@@ -1,5 +1,5 @@
-// Splits the scales of groups into multipliers and units, for all kernels but the GEMV, which does
-// so itself. Bound: latency; it reads and writes a tenth of the bytes of the weights, or less.
+// Splits the scales of groups into multipliers and units, for the kernels that do not do so
+// themselves. Bound: latency; it reads and writes a tenth of the bytes of the weights, or less.
 #include "groups.cuh"
 #include "launch.cuh"
 

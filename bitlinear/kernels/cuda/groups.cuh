@@ -8,11 +8,12 @@
 // products of a tensor's scale, but neither other sums for each group nor another order of q.
 //
 // The alternative keeps the sums of a group apart and multiplies them: a 64-bit multiplication for
-// each output and group. wgmma has no time for it, since a register of sums for 128 values of k
-// takes as long to scale as to compute. The GEMV has few outputs, and does that (gemv_groups.cu).
+// each output and group. The GEMV and the small-batch kernel have few outputs, and do that. What it
+// costs with many is in wgmma_groups.cu.
 #pragma once
 
-#include "common.cuh"
+#include "ampere.cuh"
+#include "heuristics.h"
 
 namespace bitlinear {
 namespace cuda {
@@ -84,6 +85,73 @@ __device__ inline GroupSums join_bytes(const int4& high, const int4& low, int32_
   return {join_bytes(high.x, low.x, q_sum), join_bytes(high.y, low.y, q_sum),
           join_bytes(high.z, low.z, q_sum), join_bytes(high.w, low.w, q_sum)};
 }
+
+// Splits the scales of `rows` rows of all weights, from row n on, into shared memory: units, and
+// multipliers multiplier_pitch() words apart. The first kThreads threads of a block call this; the
+// results are there after their next synchronisation. Short loops: code that runs once is slow, and
+// a row for each warp would take a warp's time for each.
+template <int kThreads>
+__device__ inline void split_scales_of_rows(const bitlinear_cuda_task& task, int64_t n, int rows,
+                                            float* units, int32_t* multipliers) {
+  const int count = task.groups.count, pitch = multiplier_pitch(count);
+  const int thread = static_cast<int>(threadIdx.x);
+  // The scales of a weight's rows lie one behind the other.
+  const int row_step = kThreads / count, group_step = kThreads % count;
+#pragma unroll 1
+  for (int i = 0; i < static_cast<int>(task.weight_count); ++i) {
+    const bitlinear_cuda_weight& weight = task.weights[i];
+    const int64_t begin = n > weight.begin ? n : weight.begin;
+    const int present = static_cast<int>(minimum<int64_t>(weight.end, n + rows) - begin);
+    int row = thread / count, group = thread % count;
+    const float* scales = weight.s_w + (begin - weight.begin) * count + thread;
+    int32_t* const out = multipliers + static_cast<int>(begin - n) * pitch;
+#pragma unroll 1
+    while (row < present) {
+      copy_word_async(out + row * pitch + group, scales);
+      scales += kThreads;
+      row += row_step;
+      group += group_step;
+      if (group >= count) {
+        group -= count;
+        ++row;
+      }
+    }
+  }
+  commit_copies();
+  wait_for_copies<0>();
+  sync_leading_threads<kThreads>();
+  // Four lanes for each row.
+  constexpr int kLanes = 4;
+#pragma unroll 1
+  for (int row = thread / kLanes; row < round_up(rows, 32 / kLanes); row += kThreads / kLanes) {
+    int32_t* const out = multipliers + minimum(row, rows - 1) * pitch;
+    uint32_t largest = 0;
+#pragma unroll 4
+    for (int g = thread % kLanes; g < count; g += kLanes) {
+      largest = max(largest, static_cast<uint32_t>(out[g]) & 0x7FFFFFFFu);
+    }
+    for (int mask = 1; mask < kLanes; mask *= 2) {
+      largest = max(largest, __shfl_xor_sync(~0u, largest, mask));
+    }
+    if (row >= rows) break;
+    const ScaleUnit unit(largest);
+#pragma unroll 4
+    for (int g = thread % kLanes; g < count; g += kLanes) {
+      out[g] = unit.multiplier(__int_as_float(out[g]));
+    }
+    if (thread % kLanes == 0) units[row] = unit.value;
+  }
+}
+
+// Packed codes as two's complement of two bits: t of the weights.
+__device__ inline uint32_t signed_codes(uint32_t packed) {
+  return (~(packed | packed << 1) & 0xAAAAAAAAu) | (~packed & 0x55555555u);
+}
+// 64 * t of plane p, as signed bytes.
+__device__ inline uint32_t signed_plane(uint32_t codes, int p) {
+  return codes << (6 - 2 * p) & 0xC0C0C0C0u;
+}
+constexpr int kSignedShift = 6;  // of sums of such products
 
 }  // namespace cuda
 }  // namespace bitlinear

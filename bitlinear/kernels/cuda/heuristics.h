@@ -92,6 +92,17 @@ constexpr int row_pitch(int64_t row_bytes) {
   return static_cast<int>((minimum(row_bytes, kChunkBytes) + 63) / 64 * 64 | 64);
 }
 
+// ----------------------------------------------------------------------- the scales of groups
+
+// Values of k, at least, whose products have sums of their own in the kernels that keep the sums of
+// groups apart.
+constexpr int kPartValues = 64;
+// A block of the GEMV and of the small-batch kernel has the multipliers of its rows in shared
+// memory: so many words for each row, an odd number, which spreads rows over the banks.
+constexpr int multiplier_pitch(int64_t groups) { return static_cast<int>(groups | 1); }
+// With more bytes for them there are more blocks than fit the multiprocessors at once.
+constexpr int64_t kMostGroupBytes = 64 * 1024;
+
 // ------------------------------------------------------------------------------------- GEMV
 
 constexpr int kGemvTokens = 4;  // rows of q
@@ -147,17 +158,12 @@ constexpr int64_t gemv_norm_sums(int64_t tokens, int64_t K) {
   return gemv_shares(tokens) * ceil_div(K, kGemvNormValues);
 }
 
-// With scales of groups, which it takes for up to so many rows of q, a block keeps the multipliers
-// of its rows in shared memory: so many words for each row, an odd number, which spreads rows over
-// the banks.
-constexpr int kGemvGroupTokens = 2;
-constexpr int kGemvPartValues = 64;  // of k, at least, whose products have a sum of their own
-constexpr int gemv_multiplier_pitch(int64_t groups) { return static_cast<int>(groups | 1); }
-// Bytes for these, the units of the rows, the sums of q, and zeros.
+constexpr int kGemvGroupTokens = 2;  // rows of q, at most, with scales of groups
+// Bytes for the multipliers, the units of the rows, the sums of q, and zeros.
 constexpr int64_t gemv_group_bytes(const Shape& shape, int64_t blocks) {
   if (shape.group_size == 0) return 0;
-  const int64_t pitch = gemv_multiplier_pitch(ceil_div(shape.K, shape.group_size));
-  const int64_t parts = shape.M * (round_up(shape.K, kSliceValues) / kGemvPartValues);
+  const int64_t pitch = multiplier_pitch(ceil_div(shape.K, shape.group_size));
+  const int64_t parts = shape.M * (round_up(shape.K, kSliceValues) / kPartValues);
   constexpr int64_t kSlack = 16;  // for values beyond K
   const int64_t words = parts + ceil_div(shape.N, blocks) * (pitch + 1);
   return round_up(kSliceValues + 4 * words + kSlack, 16);
@@ -176,7 +182,7 @@ constexpr int64_t gemv_room(const Device& device, const Shape& shape, bool resid
 // So many blocks on each multiprocessor, of at least eight rows; more that come later, if their
 // groups would take too much memory.
 constexpr int64_t gemv_blocks(const Device& device, const Shape& shape, int64_t resident) {
-  constexpr int64_t kBlockRows = 8, kMostGroupBytes = 64 * 1024;
+  constexpr int64_t kBlockRows = 8;
   const int64_t most = ceil_div(shape.N, kBlockRows);
   int64_t blocks = device.multiprocessors * resident;
   while (blocks < most && gemv_group_bytes(shape, blocks) > kMostGroupBytes) {
@@ -236,14 +242,28 @@ constexpr int kSmallBatchStages = 16;  // at most
 // The maximum of its static shared memory (the compiler adds a little of its own).
 constexpr int kSmallBatchStaticBytes = 1024;
 
-constexpr int64_t small_batch_stage_bytes(int64_t row_bytes) {
-  return int64_t{kSmallBatchStageRows} * row_pitch(row_bytes);
+// With groups, matrices of 8 rows x 16 bytes are read: rows an odd multiple of 16 bytes apart have
+// no bank conflicts.
+constexpr int small_batch_pitch(int64_t row_bytes, bool has_groups) {
+  return has_groups ? round_up(static_cast<int>(minimum(row_bytes, kChunkBytes)), 64) + 16
+                    : row_pitch(row_bytes);
+}
+constexpr int64_t small_batch_stage_bytes(int64_t row_bytes, bool has_groups = false) {
+  return int64_t{kSmallBatchStageRows} * small_batch_pitch(row_bytes, has_groups);
 }
 
 // Each warp stores its sums of a tile in shared memory; the padding spreads them over the banks.
 constexpr int small_batch_sum_pitch(int row_parts) { return 16 * row_parts + 4; }
-constexpr int64_t small_batch_sum_bytes(int row_parts, int token_parts) {
-  return int64_t{kSmallBatchWarps} * 8 * token_parts * small_batch_sum_pitch(row_parts) * 4;
+constexpr int64_t small_batch_sum_bytes(int row_parts, int token_parts, bool has_groups = false) {
+  const int64_t sums =
+      int64_t{kSmallBatchWarps} * 8 * token_parts * small_batch_sum_pitch(row_parts);
+  return sums * (has_groups ? 8 : 4);
+}
+
+// The multipliers and units of the rows of a block.
+constexpr int64_t small_batch_group_bytes(const Shape& shape, int64_t rows) {
+  if (shape.group_size == 0) return 0;
+  return 4 * rows * (multiplier_pitch(ceil_div(shape.K, shape.group_size)) + 1);
 }
 
 struct SmallBatchPlan {
@@ -253,6 +273,19 @@ struct SmallBatchPlan {
   int stages;
 };
 
+// Whether there is such a tile. Totals of groups need the registers of another part.
+constexpr bool has_small_batch_tile(int row_parts, int token_parts, bool has_groups) {
+  const int parts = row_parts * token_parts;
+  return has_groups ? parts <= 4 && row_parts <= 2 : parts <= 8 && row_parts * 2 <= 4 * token_parts;
+}
+
+constexpr int64_t small_batch_shared_bytes(const Shape& shape, const SmallBatchPlan& plan) {
+  const bool has_groups = shape.group_size > 0;
+  return plan.stages * small_batch_stage_bytes(ceil_div(shape.K, 4), has_groups) +
+         small_batch_sum_bytes(plan.row_parts, plan.token_parts, has_groups) +
+         small_batch_group_bytes(shape, ceil_div(shape.N, plan.blocks));
+}
+
 constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& shape) {
   const int token_parts = shape.M <= 8 ? 1 : shape.M <= 16 ? 2 : 4;
   const int64_t row_bytes = ceil_div(shape.K, 4);
@@ -260,15 +293,23 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
   // weights, preferably with the lowest tiles, or if each has many rows.
   const int64_t low = int64_t{2 * kSmallBatchStageRows} * device.multiprocessors;
   const int64_t bytes_for_two = (shape.N <= low ? 115 : 90) * 1024;
-  const bool two =
-      token_parts <= 2 && (shape.N * row_bytes <= device.multiprocessors * bytes_for_two ||
-                           shape.N > 2 * token_parts * low);
+  const bool has_groups = shape.group_size > 0;
+  const bool two = token_parts <= (has_groups ? 1 : 2) &&
+                   (shape.N * row_bytes <= device.multiprocessors * bytes_for_two ||
+                    shape.N > 2 * token_parts * low);
   constexpr int64_t kBlockRows = 8;
-  const int64_t max_blocks =
-      minimum(ceil_div(shape.N, kBlockRows), int64_t{device.multiprocessors} * (two ? 2 : 1));
+  const int64_t most = ceil_div(shape.N, kBlockRows);
+  int64_t max_blocks = int64_t{device.multiprocessors} * (two ? 2 : 1);
+  // More come later, if their groups would take too much memory.
+  while (max_blocks < most && small_batch_group_bytes(shape, ceil_div(shape.N, max_blocks)) >
+                                  kMostGroupBytes / (two ? 2 : 1)) {
+    max_blocks += device.multiprocessors;
+  }
+  max_blocks = minimum(max_blocks, most);
   const int64_t shared_rows = ceil_div(shape.N, max_blocks);
   // High tiles if there are many rows, because each tile fetches the activations again.
   int row_parts = shared_rows <= 16 ? 1 : shared_rows <= 64 || two || token_parts == 4 ? 2 : 4;
+  while (!has_small_batch_tile(row_parts, token_parts, has_groups)) row_parts /= 2;
   // Several tiles are whole ones, for the same reason: fewer fetches.
   const int64_t tile_rows = kSmallBatchStageRows * row_parts;
   const bool one_tile = shared_rows <= tile_rows;
@@ -279,14 +320,18 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
   const int64_t shared =
       two ? (device.shared_bytes + kReservedBytes) / 2 - kReservedBytes : device.shared_bytes;
   const auto stages_beside = [&](int parts) {
-    const int64_t others = kSmallBatchStaticBytes + small_batch_sum_bytes(parts, token_parts);
-    return (shared - others) / small_batch_stage_bytes(row_bytes);
+    const int64_t others = kSmallBatchStaticBytes + small_batch_group_bytes(shape, rows) +
+                           small_batch_sum_bytes(parts, token_parts, has_groups);
+    return (shared - others) / small_batch_stage_bytes(row_bytes, has_groups);
   };
   while (row_parts > 1 && stages_beside(row_parts) < row_parts) row_parts /= 2;
   const int64_t needed = ceil_div(rows, kSmallBatchStageRows) * ceil_div(row_bytes, kChunkBytes);
   const int64_t stages = minimum(minimum(stages_beside(row_parts), needed), kSmallBatchStages);
   return {row_parts, token_parts, static_cast<int>(blocks), static_cast<int>(stages)};
 }
+
+// Whether a tile's parts are in the ring at once.
+constexpr bool has_room(const SmallBatchPlan& plan) { return plan.stages >= plan.row_parts; }
 
 // ------------------------------------------------------------------------------- small layer
 
@@ -397,16 +442,19 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape,
 
 // ------------------------------------------------------------------------------------- choice
 
+// Whether the kernel reads scales of groups that have been split into multipliers and units.
+constexpr bool reads_split_scales(int kernel) {
+  return kernel == BITLINEAR_CUDA_DP4A || kernel == BITLINEAR_CUDA_MMA ||
+         kernel == BITLINEAR_CUDA_WGMMA;
+}
+
 // Whether the kernel quantises the tokens itself; then it needs no workspace.
 constexpr bool fuses_quantizer(int kernel) {
   return kernel == BITLINEAR_CUDA_GEMV || kernel == BITLINEAR_CUDA_SMALL_LAYER;
 }
 
-// Whether the GEMV takes the groups of a shape, if it has any.
-constexpr bool gemv_has_groups(const Shape& shape) {
-  return shape.group_size == 0 ||
-         (shape.group_size % kGemvPartValues == 0 && shape.M <= kGemvGroupTokens);
-}
+// Whether the kernels that keep sums of groups apart take the groups of a shape, if it has any.
+constexpr bool takes_groups(const Shape& shape) { return shape.group_size % kPartValues == 0; }
 
 // Whether a kernel gives the right result for this shape on this device.
 constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
@@ -416,13 +464,14 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
       return device.capability >= 61;
     case BITLINEAR_CUDA_GEMV:
       return device.capability >= 80 && shape.w_aligned && shape.x_aligned && !shape.is_quantized &&
-             shape.M <= kGemvTokens && gemv_has_groups(shape) &&
+             takes_groups(shape) &&
+             shape.M <= (shape.group_size > 0 ? kGemvGroupTokens : kGemvTokens) &&
              (!shape.has_prologue || gemv_norm_sums(shape.tokens(), shape.K) <= kGemvNormSums) &&
              gemv_room(device, shape, are_resident(shape), gemv_blocks(device, shape, 1)) >=
                  2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
     case BITLINEAR_CUDA_SMALL_BATCH:
-      return device.capability >= 90 && shape.group_size == 0 && shape.w_aligned &&
-             shape.M <= kSmallBatchTokens;
+      return device.capability >= 90 && takes_groups(shape) && shape.w_aligned &&
+             shape.M <= kSmallBatchTokens && has_room(plan_small_batch(device, shape));
     case BITLINEAR_CUDA_SMALL_LAYER:
       return device.capability >= 80 && shape.group_size == 0 && shape.w_aligned &&
              shape.x_aligned && shape.K <= kSmallLayerInputs && shape.weights == 1 &&
@@ -442,6 +491,11 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
 // and the small-batch kernel together, except in a few cases. Before sm_90 the alternative is
 // slower. Fitted to tokens of 8 bits; those of 16 bits are read and gated as often.
 constexpr bool prefers_gemv(const Device& device, const Shape& shape) {
+  // With scales of groups and two rows of q, a block is alone on its multiprocessor.
+  const bool is_alone = shape.group_size > 0 && shape.M > 1;
+  if (is_alone && device.capability >= 90 && shape.N > int64_t{64} * device.multiprocessors) {
+    return false;
+  }
   if (shape.tokens() == 1 || are_resident(shape)) return true;
   const int64_t values = gemv_values(shape.tokens(), shape.K);
   if (device.capability < 90) {
@@ -467,8 +521,8 @@ constexpr int choose_kernel(const Device& device, const Shape& shape) {
   // fewer times.
   const bool has_few_rows = shape.N <= int64_t{64} * device.multiprocessors;
   const bool is_small = shape.M <= 16 || has_few_rows;
-  // With groups the small-batch kernel is missing. A product of wgmma takes as long for 16 tokens
-  // as for 64.
+  // With groups that only the kernels for tiles take: a product of wgmma takes as long for 16
+  // tokens as for 64.
   const bool suits_mma = shape.group_size > 0 && shape.M <= 16 && has_few_rows;
   for (const int kernel :
        {BITLINEAR_CUDA_SMALL_LAYER, BITLINEAR_CUDA_GEMV, BITLINEAR_CUDA_SMALL_BATCH,

@@ -44,6 +44,7 @@ cudaError_t inspect_device(int index, Device* device) {
 // The layout of the workspace. The size of each part is a multiple of the alignment.
 struct Workspace {
   int64_t tokens, q_stride, s_x_offset, q_sum_offset, multipliers_offset, units_offset, bytes;
+  bool has_groups;
 
   explicit Workspace(const bitlinear_cuda_task& task) {
     tokens = padded_tokens(task.M);
@@ -52,7 +53,8 @@ struct Workspace {
     add(tokens * q_stride);
     s_x_offset = add(tokens * int64_t{sizeof(float)});
     q_sum_offset = add(tokens * int64_t{sizeof(int32_t)});
-    const int64_t rows = task.groups.size > 0 ? task.N : 0;
+    has_groups = task.groups.size > 0;
+    const int64_t rows = has_groups ? task.N : 0;
     multipliers_offset = add(rows * task.groups.count * int64_t{sizeof(int16_t)});
     units_offset = add(rows * int64_t{sizeof(float)});
   }
@@ -65,9 +67,12 @@ struct Workspace {
 
   Activations activations(void* memory) const {
     char* const base = static_cast<char*>(memory);
-    return {reinterpret_cast<int8_t*>(base), q_stride, tokens / 8,
+    return {reinterpret_cast<int8_t*>(base),
+            q_stride,
+            tokens / 8,
             reinterpret_cast<float*>(base + s_x_offset),
-            reinterpret_cast<int32_t*>(base + q_sum_offset)};
+            reinterpret_cast<int32_t*>(base + q_sum_offset),
+            has_groups};
   }
 };
 
@@ -106,8 +111,9 @@ cudaError_t run_wgmma(const Call& call, const Shape& shape, const Activations& q
 // The product of tokens that stay in order, by weights that are reordered.
 cudaError_t run_in_order(Call call, const bitlinear_cuda_tokens& tokens) {
   bitlinear_cuda_task& task = call.task;
-  const Activations q = {const_cast<int8_t*>(tokens.q), task.K, 0, const_cast<float*>(tokens.s_x),
-                         const_cast<int32_t*>(tokens.q_sum)};
+  const Activations q = {
+      const_cast<int8_t*>(tokens.q),      task.K, 0, const_cast<float*>(tokens.s_x),
+      const_cast<int32_t*>(tokens.q_sum), false};
   auto* const reordered = static_cast<uint8_t*>(task.workspace);
   task.w_prefetchable = 1;  // this kernel waits before it reads weights
   const cudaError_t error = reorder(call, reordered);
@@ -128,12 +134,10 @@ cudaError_t run(int kernel, Call call, const bitlinear_cuda_tokens* tokens) {
     return small_layer(call, plan_small_layer(call.device, shape));
   }
   const Activations q = activations_of(call.task);
-  const Layout layout = kernel == BITLINEAR_CUDA_SMALL_BATCH ? Layout::kFragments
-                        : kernel == BITLINEAR_CUDA_WGMMA     ? Layout::kTiles
-                                                             : Layout::kRows;
+  const Layout layout = layout_for(kernel);
   cudaError_t error =
       tokens == nullptr ? quantize(call, q, layout) : arrange(call, *tokens, q, layout);
-  if (error == cudaSuccess) error = split_scales(&call);
+  if (error == cudaSuccess && reads_split_scales(kernel)) error = split_scales(&call);
   if (error != cudaSuccess) return error;
   call.task.w_prefetchable = 1;  // the weights were written before the quantiser started
   switch (kernel) {
@@ -149,6 +153,11 @@ cudaError_t run(int kernel, Call call, const bitlinear_cuda_tokens* tokens) {
 }
 
 }  // namespace
+
+Layout layout_for(int kernel) {
+  if (kernel == BITLINEAR_CUDA_SMALL_BATCH) return Layout::kFragments;
+  return kernel == BITLINEAR_CUDA_WGMMA ? Layout::kTiles : Layout::kRows;
+}
 
 Activations activations_of(const bitlinear_cuda_task& task) {
   return Workspace(task).activations(task.workspace);

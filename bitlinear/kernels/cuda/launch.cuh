@@ -153,12 +153,14 @@ cudaError_t reorder(const Call& call, uint8_t* reordered);
 int64_t reordered_bytes(int64_t N, int64_t K);
 
 // Splits scales of groups into multipliers and units, in the workspace behind the activations, and
-// makes the task read these; without groups, does nothing. All kernels but gemv() need it.
+// makes the task read these; without groups, does nothing. reads_split_scales() says which kernels
+// need it.
 cudaError_t split_scales(Call* call);
 
-// The products. gemv() and small_layer() read x. The others read the output of quantize():
-// small_batch() in the layout kFragments, wgmma() in kTiles, dp4a() and mma() in kRows. wgmma()
-// also reads kInOrder if K is a multiple of 16, beside the output of reorder().
+// The layout in which a kernel reads the output of quantize().
+Layout layout_for(int kernel);
+// The products. gemv() and small_layer() read x, the others the output of quantize(). Without
+// groups, wgmma() also reads kInOrder if K is a multiple of 16, beside the output of reorder().
 cudaError_t dp4a(const Call& call, const Activations& q);
 cudaError_t gemv(const Call& call, const GemvPlan& plan);
 cudaError_t gemv_groups(const Call& call, const GemvPlan& plan);
