@@ -14,10 +14,11 @@ from .arguments import QuantType, check_act_bits, check_eps, group_size_of
 from .conversion.layers import Convertibility, LinearLayer, find_linear_layers
 from .conversion.weight_readers import disable_fast_paths
 from .convert import replace_layers
-from .linear import BitLinear
+from .embedding import Embedding
 from .loading import assign
 from .messages import list_names, warn
 from .packing import PACKED_NAMES
+from .ternary_layer import TernaryLayer
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -36,9 +37,14 @@ class PackedTensors(NamedTuple):
     w_scale: Tensor
     group_size: int | None = None
 
+    @property
+    def own_group_size(self) -> int:
+        """``group_size`` as :class:`~bitlinear.arguments.QuantType` has it."""
+        return self.group_size or group_size_of(self.w_scale)
+
     def quant_type(self, act_bits: int) -> str:
         """The type of a layer with this weight."""
-        return QuantType(act_bits, self.group_size or group_size_of(self.w_scale)).name
+        return QuantType(act_bits, self.own_group_size).name
 
 
 @torch.inference_mode(False)  # Nothing could be loaded into tensors made in inference mode.
@@ -54,12 +60,13 @@ def fill(
 ) -> _Model:
     """Replace linear layers by deployed ones with these weights, and assign all other tensors.
 
-    Layers that are a BitLinear already stay, with their ``eps`` and bits of activations.
+    Layers that are a BitLinear already stay, with their ``eps`` and bits of activations, and so
+    does a :class:`bitlinear.Embedding`.
 
     Args:
         model: The model, in place; on any devices, the meta device included. Each tensor goes to
             the device of the one that it replaces, and from the meta device to the CPU.
-        packed: The weights, by the qualified names of the layers.
+        packed: The weights, by the qualified names of the linear layers and Embeddings.
         dense: All other tensors of the state of ``model``, by their names in it. Of tensors that
             are tied, one is enough. Their dtypes stay as they are.
         source: What the tensors come from, for messages.
@@ -130,7 +137,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _is_ours(layer: LinearLayer) -> bool:
-    return isinstance(layer.module, BitLinear)
+    return isinstance(layer.module, TernaryLayer)
 
 
 def _layers(
@@ -139,6 +146,9 @@ def _layers(
     """The layers that get packed weights, by their names in ``packed``."""
     convertibility = Convertibility(model)
     by_name = {name: layer for layer in find_linear_layers(model) for name in layer.names}
+    for name, module in model.named_modules():
+        if isinstance(module, Embedding):
+            by_name[name] = LinearLayer(module, [name])
     problems = []
     found: dict[int, str] = {}
     for name, tensors in packed.items():
@@ -162,7 +172,7 @@ def _layers(
 
 
 def _why_not_fitting(linear: Any, tensors: PackedTensors) -> str:
-    if isinstance(linear, BitLinear):
+    if isinstance(linear, TernaryLayer):
         out_features, in_features = linear.weight_shape
     else:
         out_features, in_features = foreign.linear_weight(linear).shape

@@ -10,13 +10,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...arguments import check_act_bits, check_eps
+from ...arguments import check_act_bits, check_eps, weight_type_name
+from ...embedding import Embedding
 from ...filling import PackedTensors, fill, unchanged_on_error
 from ...packing import describe_memory
 from .architectures import check_model
 from .reader import GgufFile
 from .sources import Source, check_sources, computed_buffers, find_sources, read_into
-from .ternary import check_i2_s_layout, read_ternary
+from .ternary import TernaryTensor, check_i2_s_layout, read_ternary
 
 _logger = logging.getLogger("bitlinear")
 
@@ -30,6 +31,7 @@ def load(
     i2_s_layout: str | None = None,
     act_bits: int = 8,
     eps: float = 1e-5,
+    pack_embedding: bool = False,
 ) -> _Model:
     """Fill a model of transformers from a GGUF file, with deployed layers for ternary tensors.
 
@@ -37,9 +39,10 @@ def load(
     :class:`~bitlinear.BitLinear` layers, with the weights and scales of the file; see
     :func:`tensors`. Their biases stay in fp32. All other parameters get the values of the file in
     their own dtype: F32, F16 and BF16, and for the embedding and the head every type that the
-    package gguf can dequantise, such as Q6_K. A ternary embedding becomes a dense one. A file
-    without ``output.weight`` has a head with the values of the embedding. For the architecture
-    ``llama`` the rows of queries and keys are put back into the order of transformers.
+    package gguf can dequantise, such as Q6_K. A ternary embedding becomes a dense one, unless
+    ``pack_embedding`` is set. A file without ``output.weight`` has a head with the values of the
+    embedding. For the architecture ``llama`` the rows of queries and keys are put back into the
+    order of transformers.
 
     The architectures are ``llama``, ``qwen2``, ``qwen3``, ``bitnet`` and those of bitnet.cpp,
     ``bitnet-b1.58`` and ``bitnet-25``. Make the model from the config of the original checkpoint::
@@ -59,9 +62,13 @@ def load(
         act_bits: The bits of quantised activations, 8 or 16; the file does not tell.
         eps: The lower bound of the absmax of a token; see :class:`~bitlinear.BitLinear`. The
             default is that of BitNet models in transformers.
+        pack_embedding: Whether a ternary embedding becomes a deployed
+            :class:`bitlinear.Embedding`, of 2 bits a value, and a head that has its values a
+            deployed layer with the same packed weight, which quantises activations as the others
+            do. Embeddings of other types stay dense.
 
     Returns:
-        ``model``, which ``save_pretrained`` can save.
+        ``model``, which ``save_pretrained`` can save if no embedding is packed.
 
     Raises:
         OSError: The file cannot be opened.
@@ -76,14 +83,15 @@ def load(
     check_model(model, "load", "tensors() reads the ternary tensors for any other")
     file = GgufFile(path)
     sources = find_sources(file, model)
-    ternary = check_sources(file, model, sources, i2_s_layout)
+    ternary = check_sources(file, model, sources, i2_s_layout, pack_embedding)
     buffers = computed_buffers(model)
-    packed = {
-        name.removesuffix(".weight"): read_ternary(
-            file, sources[name].info, i2_s_layout, sources[name].order
-        )
-        for name in ternary
-    }
+    read: dict[str, TernaryTensor] = {}  # once, where embedding and head share a tensor
+    packed: dict[str, TernaryTensor] = {}
+    for name in ternary:
+        info, order, _ = sources[name]
+        if info.name not in read:
+            read[info.name] = read_ternary(file, info, i2_s_layout, order)
+        packed[name.removesuffix(".weight")] = read[info.name]
     dense = _read_floats(
         file, model, {n: s for n, s in sources.items() if n not in ternary}, packed
     )
@@ -93,10 +101,22 @@ def load(
     with unchanged_on_error(model):
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
+        for name, tensor in tensors.items():
+            _make_ternary(model, name, tensor, eps)
         fill(model, tensors, dense, source=str(path), act_bits=act_bits, eps=eps)
-    memory = describe_memory((t.w_packed, t.w_scale) for t in packed.values())
+    memory = describe_memory((t.w_packed, t.w_scale) for t in read.values())
     _logger.info("%s: loaded %d deployed layers: %s", path, len(ternary), memory)
     return model
+
+
+def _make_ternary(model: nn.Module, name: str, tensors: PackedTensors, eps: float) -> None:
+    """Replace the module of this name, if it is an embedding, by one that can be deployed."""
+    old = model.get_submodule(name)
+    if isinstance(old, nn.Embedding):
+        weight_type = weight_type_name(tensors.own_group_size)
+        parent, _, key = name.rpartition(".")
+        new = Embedding.from_embedding(old, weight_type, eps)
+        setattr(model.get_submodule(parent), key, new)
 
 
 @torch.inference_mode(False)  # Nothing could be loaded into tensors made in inference mode.

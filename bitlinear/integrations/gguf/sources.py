@@ -85,7 +85,11 @@ def find_sources(file: GgufFile, model: Any) -> dict[str, Source]:
 
 
 def check_sources(
-    file: GgufFile, model: nn.Module, sources: dict[str, Source], i2_s_layout: str | None
+    file: GgufFile,
+    model: nn.Module,
+    sources: dict[str, Source],
+    i2_s_layout: str | None,
+    pack_embedding: bool,
 ) -> list[str]:
     """Check types and shapes; return the names of the weights that become packed ones."""
     ternary, problems = [], []
@@ -95,8 +99,9 @@ def check_sources(
         try:
             _check_shape(name, info, owner)
             check_type(info)
-            if info.type.name in TERNARY_TYPES and info.name != _EMBEDDING:
-                _check_linear(name, owner)
+            packs = pack_embedding or info.name != _EMBEDDING
+            if info.type.name in TERNARY_TYPES and packs:
+                _check_packable(name, owner)
                 check_ternary(file, info, i2_s_layout)
                 ternary.append(name)
             else:
@@ -115,11 +120,11 @@ def _check_shape(name: str, info: TensorInfo, owner: nn.Module) -> None:
         )
 
 
-def _check_linear(name: str, owner: nn.Module) -> None:
-    if type(owner) is not nn.Linear or not name.endswith(".weight"):
+def _check_packable(name: str, owner: nn.Module) -> None:
+    if type(owner) not in (nn.Linear, nn.Embedding) or not name.endswith(".weight"):
         raise ValueError(
             f"{name} of a {type(owner).__name__} is ternary in the file, but only the weight of a "
-            f"plain nn.Linear can become a packed one"
+            f"plain nn.Linear or nn.Embedding can become a packed one"
         )
 
 
