@@ -67,6 +67,26 @@ def round_scales(w_scale: Tensor) -> Tensor:
     return multipliers.to(torch.float32) * unit
 
 
+def relative_rounding(w_scale: Tensor, rounded: Tensor) -> float:
+    """The largest change of a scale by :func:`round_scales`, relative to it: 1 if it became 0.
+
+    Args:
+        w_scale: fp32, positive, shape ``(N, groups)``.
+        rounded: ``round_scales(w_scale)``.
+    """
+    return float(((rounded.double() - w_scale.double()).abs() / w_scale.double()).max())
+
+
+def describe_rounding(rounding: float) -> str:
+    """For messages: what :func:`relative_rounding` found."""
+    lost = ", to 0 with their weights" if rounding >= 1 else ""
+    return f"scales are rounded by up to {rounding:.2g} of their size{lost}"
+
+
+LARGE_ROUNDING = 2**-7
+"""A larger change of a scale is worth a warning: bf16 has half of it at most."""
+
+
 def fill_unused(w_scale: Tensor) -> Tensor:
     """Replace scales that are 0, because all weights of their group are.
 

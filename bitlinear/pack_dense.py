@@ -15,6 +15,7 @@ from .conversion.layers import Convertibility, LinearLayer, find_linear_layers
 from .conversion.ternary import NotTernary, Scales, find_scales
 from .conversion.ternary import pack as pack_signs
 from .convert import check_model, finish_deployment, replace_layers
+from .groups import LARGE_ROUNDING, describe_rounding
 from .messages import list_names, warn
 from .packing import describe_memory
 
@@ -34,11 +35,11 @@ def pack(
     Such layers come from checkpoints that store ternary weights as dense ones: TriLM's unpacked
     checkpoints, BitCPM4, ParetoQ after quantisation, or any model that was quantised in simulation.
     The scales are found in the values (see :func:`bitlinear.conversion.ternary.find_scales` for the
-    rule): one for a tensor, one for each output feature or one for each group of inputs. No value
-    is rounded, except that scales of groups keep 15 bits, relative to the largest of their output
-    feature (:mod:`bitlinear.groups`). Every other layer stays as it is. Weights that are still to
-    be rounded, as in masters that are quantised on the fly, need :func:`bitlinear.convert` and
-    :func:`bitlinear.deploy`.
+    rule): one for a tensor, one for each output feature or one for each group of inputs, of the
+    largest size that explains the weight. No value is rounded, except that scales of groups keep 15
+    bits, relative to the largest of their output feature (:mod:`bitlinear.groups`). Every other
+    layer stays as it is. Weights that are still to be rounded, as in masters that are quantised on
+    the fly, need :func:`bitlinear.convert` and :func:`bitlinear.deploy`.
 
     The logger ``"bitlinear"`` reports each layer at level INFO: its scales, the share of zeros and
     the largest deviation of a magnitude from its scale (0 if the stored values are equal), or why
@@ -61,8 +62,9 @@ def pack(
             model is unchanged. ``exclude`` leaves them as they are.
 
     Warns:
-        UserWarning: Nothing was packed, or an entry of ``exclude`` matches nothing, or a reference
-            to an old layer cannot be replaced.
+        UserWarning: Nothing was packed; or a scale of a group, far below the largest of its output
+            feature, is rounded by more than 1/128 of its size, perhaps to 0; or an entry of
+            ``exclude`` matches nothing, or a reference to an old layer cannot be replaced.
     """
     check_model(model, "pack")
     check_act_bits(act_bits)
@@ -99,6 +101,12 @@ def pack(
         shared = sum(other is weight for other in weights) > 1
         new._become_packed(*tensors[id(weight)], scales.group_size, shared)
         _logger.info("%s: packed as %s: %s", layer.label, new.quant_type, scales)
+        if scales.rounding > LARGE_ROUNDING:
+            messages.append(
+                f"pack(): {layer.label}: {describe_rounding(scales.rounding)}, because they are "
+                f"far below the largest of their output feature: name the layer in exclude to "
+                f"leave it as it is"
+            )
     for layer in layers:
         if layer.reason:
             _logger.info("%s: not packed: %s", layer.label, layer.reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import numpy as np
 import pytest
@@ -68,11 +69,12 @@ def test_a_scale_per_row_and_per_shard_of_rows(dtype, rows):
     )
 
 
-@pytest.mark.parametrize("width", [32, 64, 128, 96])
-def test_blocks_of_columns_become_groups(width):
-    scales = torch.linspace(0.5, 2, 384 // width).half().float()
-    weight = ternary(8, 384) * scales.repeat_interleave(width)
-    model = nn.Sequential(linear_of(ternary(8, 384)), linear_of(weight))
+@pytest.mark.parametrize("columns", [384, 400, 1001])
+@pytest.mark.parametrize("width", [32, 64, 128, 96, 160, 288])
+def test_blocks_of_columns_become_groups(width, columns):
+    scales = torch.linspace(0.5, 2, -(-columns // width)).half().float()
+    weight = ternary(8, columns) * scales.repeat_interleave(width)[:columns]
+    model = nn.Sequential(linear_of(ternary(8, columns)), linear_of(weight))
     bitlinear.pack(model)
     assert model[0].quant_type == "ai8pc_wpt"
     assert model[1].quant_type == f"ai8pc_wpg{width}"
@@ -90,6 +92,16 @@ def test_blocks_that_are_no_groups_are_refused():
     bitlinear.pack(model, exclude=("1",))
     assert model[0].is_deployed
     assert type(model[1]) is nn.Linear
+
+
+def test_groups_of_100_inputs_are_not_found():
+    scales = torch.linspace(0.5, 2, 5).repeat_interleave(100)
+    found = find_scales(ternary(8, 500) * scales)
+    assert found.reason.startswith(
+        "8 of 8 rows have several magnitudes, the first of them from 0.5"
+    )
+    assert found.reason.endswith("and so have groups of inputs whose size is a multiple of 32")
+    assert not found.is_refused
 
 
 def test_groups_with_scales_of_their_own_in_every_row():
@@ -117,11 +129,42 @@ def test_a_group_of_zeros_rounds_no_scale_of_its_row():
     assert layer.w_scale.tolist() == [[2**-20, 2**-20], [3, 1], [3, 3]]
 
 
-def test_scales_that_groups_round_are_reported():
-    scales = torch.tensor([[1.0, 1 / 3, 1e-7]]).expand(8, 3)
-    found = find_scales(ternary(8, 384) * scales.repeat_interleave(128, dim=1))
-    assert found.values[0].tolist() == pytest.approx([1.0, 1 / 3, 0], abs=2**-15)
-    assert 0 < found.deviation < 2**-15
+@pytest.mark.parametrize(
+    ("small", "rounding"), [(1e-7, 1), (1.4 * 2**-14, 0.286), (100.3 * 2**-14, 0.003), (1.0, 0)]
+)
+def test_scales_that_groups_round_are_reported(small, rounding, caplog):
+    scales = torch.tensor([[1.0, 0.5, small]]).expand(8, 3)
+    weight = ternary(8, 384) * scales.repeat_interleave(128, dim=1)
+    found = find_scales(weight)
+    assert found.values[0].tolist() == pytest.approx([1.0, 0.5, small], abs=2**-15)
+    assert found.rounding == pytest.approx(rounding, rel=0.2)
+    model = nn.Sequential(nn.ReLU(), linear_of(weight))
+    with (
+        caplog.at_level("INFO", logger="bitlinear"),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        bitlinear.pack(model)
+    assert ("scales are rounded by up to" in caplog.text) == (rounding > 0)
+    assert ("to 0 with their weights" in caplog.text) == (rounding == 1)
+    warned = [str(warning.message) for warning in caught]
+    assert len(warned) == (rounding > 2**-7)
+    assert all(text.startswith("pack(): 1: scales are rounded by up to") for text in warned)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_neighbours_in_groups(dtype):
+    scales = torch.logspace(-1, 1, 4).to(dtype).repeat_interleave(128)
+    weight = ternary(8, 512).to(dtype) * scales
+    low = scales[300].item()
+    high = neighbour(low, dtype)
+    weight[3, 256:384:3] = weight[3, 256:384:3].sign() * high
+    found = find_scales(weight)
+    assert found.group_size == 128
+    assert found.values[3, 2] == (low + high) / 2
+    assert found.deviation == (high - low) / 2
+    weight[3, 256:260] = 2 * high
+    assert "have several magnitudes" in find_scales(weight).reason
 
 
 # --- The rounding of 16-bit storage --------------------------------------------------------------

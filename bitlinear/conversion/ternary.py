@@ -13,11 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import packing
-from ..groups import GROUP_UNIT, fill_unused, round_scales
+from ..groups import (
+    GROUP_UNIT,
+    describe_rounding,
+    fill_unused,
+    relative_rounding,
+    round_scales,
+)
 from ..quantize import PER_ROW
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
-_GROUP_SIZES = (256, 128, 64, 32)
 _SHARDS = (2, 3, 4, 6, 8)
 
 
@@ -32,6 +37,8 @@ class Scales:
         count: How many different scales there are.
         zeros: The share of weights that are 0.
         deviation: The largest distance of a magnitude from its scale; 0 if all are equal.
+        rounding: The largest change of a scale by :func:`bitlinear.groups.round_scales`, relative
+            to the scale: 1 if it became 0. 0 without groups.
         group_size: 0 for one scale per tensor, -1 for one per output feature, or the number of
             weights of an output feature that share one.
     """
@@ -40,6 +47,7 @@ class Scales:
     count: int
     zeros: float
     deviation: float
+    rounding: float
     group_size: int
 
     def __str__(self) -> str:
@@ -49,7 +57,8 @@ class Scales:
         range_ = f"{float(self.values.min()):.6g}"
         if self.count > 1:
             range_ = f"{self.count} different ones, {range_} to {float(self.values.max()):.6g}"
-        return f"{kind} ({range_}), {self.zeros:.1%} zeros, largest deviation {self.deviation:.3g}"
+        text = f"{kind} ({range_}), {self.zeros:.1%} zeros, largest deviation {self.deviation:.3g}"
+        return text + (f", {describe_rounding(self.rounding)}" if self.rounding > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,10 @@ def find_scales(weight: Tensor) -> Scales | NotTernary:
     row has its scale, even where two neighbouring numbers would explain the whole tensor. Of equal
     magnitudes, one scale for the tensor is preferred.
 
+    Where neither a tensor nor its rows have such scales, groups of inputs may: their size is the
+    largest multiple of 32 that explains the weight, by equal magnitudes first. Their scales are
+    rounded as :func:`bitlinear.groups.round_scales` does.
+
     Args:
         weight: Floating point, shape ``(N, K)``, with values.
 
@@ -89,7 +102,7 @@ def find_scales(weight: Tensor) -> Scales | NotTernary:
     used = rows.nonzero > 0
     if not used.any():
         scale = torch.ones(1, dtype=torch.float32, device=weight.device)
-        return Scales(scale, 1, 1.0, 0.0, 0)
+        return Scales(scale, 1, 1.0, 0.0, 0.0, 0)
     lowest, highest = rows.lowest[used], rows.highest[used]
     if torch.equal(lowest, highest):
         scales = one_or_each(rows.highest, used)
@@ -105,12 +118,19 @@ def find_scales(weight: Tensor) -> Scales | NotTernary:
             scales = torch.where(used, means, means[used].max())[:, None]
             deviation = float(((highest - lowest) / 2).max())
             return _checked(scales, means[used].unique().numel(), rows, deviation)
-    if columns := _equal_columns(weight):
-        return _group_scales(weight, columns, rows)
+    if groups := _find_groups(weight):
+        return _group_scales(groups, rows)
+    if width := _equal_shards(weight):
+        return NotTernary(
+            f"each of its blocks of {width} columns has scales of its own, but groups must be "
+            f"multiples of {GROUP_UNIT}",
+            is_refused=True,
+        )
     row = int((lowest != highest).nonzero()[0])
     return NotTernary(
         f"{int((lowest != highest).sum())} of {len(weight)} rows have several magnitudes, the "
-        f"first of them from {float(lowest[row]):.6g} to {float(highest[row]):.6g}"
+        f"first of them from {float(lowest[row]):.6g} to {float(highest[row]):.6g}, and so have "
+        f"groups of inputs whose size is a multiple of {GROUP_UNIT}"
     )
 
 
@@ -194,34 +214,86 @@ def _checked(
             is_refused=True,
         )
     values = scales.to(torch.float32)
+    rounding = 0.0
     if group_size > 0:
-        values = round_scales(values)  # can be 0, beside much larger ones
+        exact, values = values, round_scales(values)  # can be 0, beside much larger ones
+        rounding = relative_rounding(exact, values)
     valid = values.isfinite() & ((values > 0) | (group_size > 0))
     if not bool(valid.all()):
         return NotTernary("a scale does not fit float32", is_refused=True)
-    rounding = float((values.double() - scales.double()).abs().max())
+    deviation = max(deviation, float((values.double() - scales.double()).abs().max()))
     group_size = group_size or (PER_ROW if values.dim() == 2 else 0)
-    return Scales(values, count, 1 - nonzero / rows.count, max(deviation, rounding), group_size)
+    return Scales(values, count, 1 - nonzero / rows.count, deviation, rounding, group_size)
 
 
-def _group_scales(weight: Tensor, group_size: int, rows: _Rows) -> Scales | NotTernary:
-    """The scales of a weight whose groups have one magnitude each."""
-    if group_size % GROUP_UNIT != 0:
-        return NotTernary(
-            f"each of its blocks of {group_size} columns has scales of its own, but groups must be "
-            f"multiples of {GROUP_UNIT}",
-            is_refused=True,
-        )
-    missing = -weight.shape[1] % group_size
-    highest = torch.cat(
-        [
-            F.pad(part.abs(), (0, missing)).unflatten(1, (-1, group_size)).amax(dim=-1)
-            for _, part in packing.enumerate_chunks(weight)
-        ]
-    ).double()
-    scales = fill_unused(highest)
-    count = int(highest[highest > 0].unique().numel())
-    return _checked(scales, count, rows, 0.0, group_size)
+@dataclass(frozen=True)
+class _Groups:
+    """The magnitudes of the weights other than 0 in each group of a row.
+
+    Attributes:
+        lowest, highest: As in :class:`_Rows`, shape ``(N, groups)``.
+        size: The number of weights in a group.
+    """
+
+    lowest: Tensor
+    highest: Tensor
+    size: int
+
+    def merged(self, count: int) -> _Groups:
+        """Groups of ``count`` times as many weights."""
+        lowest = _blocks(self.lowest, count, torch.inf).amin(dim=2)
+        highest = _blocks(self.highest, count).amax(dim=2)
+        return _Groups(lowest, highest, count * self.size)
+
+    def rows(self, end: int) -> _Groups:
+        """Of the first rows."""
+        return _Groups(self.lowest[:end], self.highest[:end], self.size)
+
+    def have_scales(self, dtype: torch.dtype, are_equal: bool) -> bool:
+        """Whether each group has one magnitude, or else two neighbouring ones of the dtype."""
+        used = self.highest > 0
+        lowest, highest = self.lowest[used], self.highest[used]
+        if are_equal:
+            return torch.equal(lowest, highest)
+        return bool(_are_neighbours(lowest, highest, dtype).all())
+
+
+def _find_groups(weight: Tensor) -> _Groups | None:
+    """The largest groups, of a multiple of GROUP_UNIT inputs, each of which has a scale."""
+    kinds = (True, False) if weight.dtype in _HALF_DTYPES else (True,)
+    chunks = []
+    for _, rows in packing.enumerate_chunks(weight):
+        lowest, highest, _ = _magnitudes(_blocks(rows, GROUP_UNIT))
+        chunks.append(_Groups(lowest, highest, GROUP_UNIT))
+        if not chunks[-1].have_scales(weight.dtype, kinds[-1]):
+            return None
+    units = _Groups(
+        torch.cat([chunk.lowest for chunk in chunks]),
+        torch.cat([chunk.highest for chunk in chunks]),
+        GROUP_UNIT,
+    )
+    for are_equal in kinds:
+        for count in range(units.lowest.shape[1] - 1, 0, -1):
+            # A few rows rule out nearly all sizes.
+            parts = (units.rows(4), units)
+            if all(part.merged(count).have_scales(weight.dtype, are_equal) for part in parts):
+                return units.merged(count)
+    return None
+
+
+def _blocks(rows: Tensor, size: int, fill: float = 0.0) -> Tensor:
+    """Rows as blocks of ``size`` columns, the last one filled up: ``(N, blocks, size)``."""
+    missing = -rows.shape[1] % size
+    blocks: Tensor = F.pad(rows, (0, missing), value=fill).unflatten(1, (-1, size))
+    return blocks
+
+
+def _group_scales(groups: _Groups, rows: _Rows) -> Scales | NotTernary:
+    used = groups.highest > 0
+    means = torch.where(used, (groups.lowest.double() + groups.highest.double()) / 2, 0.0)
+    deviation = float(((groups.highest.double() - groups.lowest.double()) / 2)[used].max())
+    count = int(means[used].unique().numel())
+    return _checked(fill_unused(means), count, rows, deviation, groups.size)
 
 
 class _Rows:
@@ -247,9 +319,9 @@ class _Rows:
 
 def _magnitudes(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     magnitudes = rows.to(torch.promote_types(rows.dtype, torch.float32)).abs()
-    highest = magnitudes.amax(dim=1)  # NaN if a weight is
-    lowest = magnitudes.masked_fill(magnitudes == 0, torch.inf).amin(dim=1)
-    return lowest, highest, magnitudes.count_nonzero(dim=1)
+    highest = magnitudes.amax(dim=-1)  # NaN if a weight is
+    lowest = magnitudes.masked_fill(magnitudes == 0, torch.inf).amin(dim=-1)
+    return lowest, highest, magnitudes.count_nonzero(dim=-1)
 
 
 def _has_subnormals(rows: Tensor) -> bool:
@@ -267,14 +339,11 @@ def _are_neighbours(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
     return bits[1] - bits[0] <= 1
 
 
-def _equal_columns(weight: Tensor) -> int:
-    """The widest blocks of columns in each of which every row has one magnitude; 0 if none."""
+def _equal_shards(weight: Tensor) -> int:
+    """The columns of each of some equal parts in which every row has one magnitude; 0 if none."""
     in_features = weight.shape[1]
-    shards = {in_features // n for n in _SHARDS if in_features % n == 0}
-    for width in sorted({*shards, *_GROUP_SIZES}, reverse=True):
-        if 1 < width < in_features and _has_equal_blocks(weight, width):
-            return width
-    return 0
+    shards = [in_features // n for n in _SHARDS if in_features % n == 0]
+    return next((width for width in shards if width > 1 and _has_equal_blocks(weight, width)), 0)
 
 
 def _has_equal_blocks(weight: Tensor, width: int) -> bool:

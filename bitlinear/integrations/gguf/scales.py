@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ...conversion.ternary import one_or_each
-from ...groups import fill_unused, round_scales
+from ...groups import (
+    LARGE_ROUNDING,
+    describe_rounding,
+    fill_unused,
+    relative_rounding,
+    round_scales,
+)
+from ...messages import warn
 
 _logger = logging.getLogger("bitlinear")
 
@@ -44,10 +51,12 @@ class BlockScales:
         bad = ~scales.isfinite() | (used & (scales <= 0))
         if bool(bad.any()):
             row, block = (int(i) for i in bad.nonzero()[0])
+            cause = "the file is damaged"
+            if scales[row, block] == 0:
+                cause += ", or the scale was too small for its type"
             raise ValueError(
                 f"{self._name}: the scale of block {block} in row {first + row} must be finite and "
-                f"positive, but it is {scales[row, block].item():g}: the file is damaged, or the "
-                f"scale was too small for its type"
+                f"positive, but it is {scales[row, block].item():g}: {cause}"
             )
         self._used.append((first, scales.masked_fill(~used, 0)))
 
@@ -90,9 +99,12 @@ class BlockScales:
             return found, None
         rounded = round_scales(found)
         if not torch.equal(rounded, found):
-            _logger.info(
-                "%s: %d of %d scales are rounded, by up to %.3g",
-                *(self._name, int((rounded != found).sum()), found.numel()),
-                (rounded - found).abs().max().item(),
-            )
+            rounding = relative_rounding(found, rounded)
+            changed = f"{int((rounded != found).sum())} of {found.numel()}"
+            _logger.info("%s: %s %s", self._name, changed, describe_rounding(rounding))
+            if rounding > LARGE_ROUNDING:
+                warn(
+                    f"{self._name}: {changed} {describe_rounding(rounding)}, because they are far "
+                    f"below the largest of their row"
+                )
         return rounded, group_size
