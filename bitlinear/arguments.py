@@ -85,8 +85,8 @@ def _is_group(size: int) -> bool:
 
 def _bad_type(names: Iterable[str], groups: str, name: str) -> str:
     return (
-        f"quant_type must be one of {[*names]}, or {groups} with a multiple G of {GROUP_UNIT} up "
-        f"to {MAX_IN_FEATURES}, but it is {reprlib.repr(name)}"
+        f"quant_type must be one of {[*names]}, or {groups} with a multiple G of {GROUP_UNIT} "
+        f"from {GROUP_UNIT} to {MAX_IN_FEATURES}, but it is {reprlib.repr(name)}"
     )
 
 

@@ -29,7 +29,8 @@ class BitLinear(TernaryLayer, nn.Linear):
 
     ``y = (q @ t.T) * (s_x * s_w) + bias``, with ``q, s_x`` the activations quantised per token
     (absmax) and ``t, s_w`` the weights quantised to {-1, 0, +1} (absmean), as in BitNet b1.58
-    (arXiv 2402.17764).
+    (arXiv 2402.17764). With scales of groups the sums of groups are multiplied by integers first;
+    see :mod:`bitlinear.groups`.
 
     Args:
         in_features: ``K``, from 1 to 500,000.

@@ -235,7 +235,9 @@ def check_scale(
     if group_size > 0:
         valid.append([out_features, count_groups(in_features, group_size)])
     if shape not in valid:
-        remedy = ""
+        remedy = f", for {out_features} output features of {in_features} inputs"
+        if group_size > 0:
+            remedy += f" in groups of {group_size}"
         if w_scale.dim() == 2 and shape[0] == out_features:
             remedy = f": {_name_groups(in_features, shape[1])}"
         shapes = " or ".join(map(str, valid))
@@ -312,9 +314,12 @@ def _check_metadata(layer: Packable, metadata: dict[str, Any], w_scale: Tensor |
             # An embedding and a linear layer: only the type of the weights is of both.
             value, saved = (text.rpartition("_")[2] for text in (value, saved))
         if saved != value:
+            must_undeploy = name == "quant_type" and layer.is_deployed
+            undeploys = "undeploy the layer and " if must_undeploy else ""
             raise ValueError(
                 f"it was saved by a layer with {name}={saved!r}, but this one has "
-                f"{name}={value!r}: make the layer with the {name} of the state, or assign it"
+                f"{name}={value!r}: make the layer with the {name} of the state, or {undeploys}"
+                f"assign it"
             )
 
 

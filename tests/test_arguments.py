@@ -53,7 +53,7 @@ def test_names_that_are_no_types_with_groups(groups):
         (arguments.parse_weight_type, groups),
     ):
         with pytest.raises(
-            ValueError, match=r"wpg<G> with a multiple G of 32 up to 500000, but it is"
+            ValueError, match=r"wpg<G> with a multiple G of 32 from 32 to 500000, but it is"
         ):
             parse(name)
     with pytest.raises(ValueError, match=r"but it is \['wpt'\]"):

@@ -332,6 +332,24 @@ def test_groups_of_another_size_are_named():
             other.load_state_dict(dict(embedding.state_dict()))
 
 
+def test_the_remedy_for_groups_of_another_size_works():
+    saved = BitLinear(512, 9, quant_type="ai8pc_wpg128").deploy()
+    layer = BitLinear(512, 9, quant_type="ai8pc_wpg64").deploy()
+    with pytest.raises(RuntimeError, match=r"of the state, or undeploy the layer and assign it"):
+        layer.load_state_dict(saved.state_dict())
+    layer.undeploy().quant_type = saved.quant_type
+    layer.load_state_dict(saved.state_dict())
+    assert torch.equal(layer.dequantize(), saved.dequantize())
+
+
+def test_a_scale_of_a_wrong_shape_names_the_groups():
+    layer = BitLinear(512, 9, quant_type="ai8pc_wpg64").deploy()
+    state = {**layer.state_dict(), "w_scale": torch.ones(9)}
+    message = r"it has \[9\], for 9 output features of 512 inputs in groups of 64"
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(state)
+
+
 def test_a_scale_of_0_has_no_latent_weight():
     layer = BitLinear(64, 2, bias=False, quant_type="ai8pc_wpg32").deploy()
     layer.w_scale[1, 0] = 0

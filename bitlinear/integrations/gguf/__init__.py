@@ -1,4 +1,4 @@
-"""GGUF files with ternary weights: the types TQ1_0 and TQ2_0 of llama.cpp, and I2_S of bitnet.cpp.
+"""GGUF files with ternary weights: types of llama.cpp, of PrismML and of bitnet.cpp.
 
 :func:`tensors` reads the ternary tensors of any file as packed weights and scales, :func:`load`
 fills a model of transformers, and :func:`save` writes a deployed model for llama.cpp.

@@ -217,11 +217,12 @@ def _packed_entries(
     halves = w_scale.to(torch.float16)
     factors: list[_Entry] = []
     if not bool(((halves.float() == w_scale) & (halves > 0)).all()):
-        if len(w_scale) > 1:
-            row = int(((halves.float() != w_scale) | (halves <= 0)).nonzero()[0, 0])
+        if w_scale.numel() > 1:
+            row, block = (((halves.float() != w_scale) | (halves <= 0)).nonzero()[0]).tolist()
             raise ValueError(
-                f"{layer_name}: the scale of row {row}, {w_scale[row].max().item():.9g}, is not a "
-                f"number in fp16, as TQ2_0 needs it for scales of rows"
+                f"{layer_name}: the scale of row {row}, {w_scale[row, block].item():.9g}, is not a "
+                f"number in fp16, as TQ2_0 needs it where a tensor has several scales: save the "
+                f"state_dict of the model instead"
             )
         if part_of(found) not in architecture.scaled:
             raise ValueError(

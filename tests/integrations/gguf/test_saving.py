@@ -169,6 +169,13 @@ def test_scales_of_groups_of_whole_blocks_are_saved(tmp_path):
         oracle.assert_same_bits(loaded.get_submodule(name).dequantize(), layer.dequantize())
 
 
+def test_scales_of_groups_that_fp16_cannot_hold_are_refused(tmp_path):
+    model = with_groups(256)
+    model.model.layers[1].mlp.down_proj.w_scale[3, 1] = 0.1
+    message = r"down_proj: the scale of row 3, 0\.1\d*, is not .* in fp16.* save the state_dict of"
+    assert_refused(model, tmp_path, message)
+
+
 def test_scales_of_smaller_groups_are_refused(tmp_path):
     assert_refused(with_groups(128), tmp_path, "a scale for every 128 in_features, but TQ2_0 has")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -113,7 +115,9 @@ def test_different_scales_within_a_row_become_scales_of_groups(spread, kind, tmp
     scales = np.float32(np.float16(2.0**exponents))
     path = Writer(tmp_path / "x.gguf")
     path = path.add_ternary("a.weight", t, oracle.spread(scales, block, 768), kind).write()
-    with caplog.at_level("INFO", "bitlinear"):
+    caplog.set_level("INFO", "bitlinear")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         tensor = read_one(path)
     assert tensor.w_packed.tolist() == oracle.pack(t).tolist()
     assert tensor.group_size == block
@@ -125,6 +129,8 @@ def test_different_scales_within_a_row_become_scales_of_groups(spread, kind, tmp
     assert ("scales are rounded" in caplog.text) == (not torch.equal(rounded, wanted))
     if spread < 4:
         assert torch.equal(rounded, wanted)
+    change = ((rounded - wanted).abs() / wanted).max()
+    assert [str(w.message).startswith("a.weight: ") for w in caught] == [True] * (change > 2**-7)
 
 
 def test_q2_0_of_llama_cpp(tmp_path):
