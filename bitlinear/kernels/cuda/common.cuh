@@ -230,10 +230,12 @@ __device__ inline int token_rows_of(const bitlinear_cuda_task& task) {
   return task.act_bits == 8 ? 1 : 2;
 }
 
-// Calls `f` with the number of rows of q that a token has, as a constant.
-template <class F>
+// Calls `f` with the number of rows of q that a token has, as a constant. kIsPlain: it is one.
+template <bool kIsPlain = false, class F>
 __device__ inline void with_token_rows(const bitlinear_cuda_task& task, F&& f) {
-  if (task.act_bits == 8) {
+  if constexpr (kIsPlain) {
+    f(std::integral_constant<int, 1>{});
+  } else if (task.act_bits == 8) {
     f(std::integral_constant<int, 1>{});
   } else {
     f(std::integral_constant<int, 2>{});

@@ -49,8 +49,8 @@ struct TileRows {
 // returns the sums of a row of q of the tile with four rows of weights from `row` on, of codes or,
 // with groups, int64 sums for dequantize(); s_x and q_sum belong to the rows of q. A thread reads
 // kBatch times four sums before it stores the first ones, because the compiler moves no load across
-// a store.
-template <int kBatch = 4, bool kTakesResidual = true, int kRows, int kThreads, int kParts,
+// a store. kIsPlain: tokens have 8 bits, and there is no residual.
+template <int kBatch = 4, bool kIsPlain = false, int kRows, int kThreads, int kParts,
           class LoadCodes>
 __device__ inline void write_tile(const bitlinear_cuda_task& task,
                                   const bitlinear_cuda_weight& weight,
@@ -65,7 +65,7 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
 #pragma unroll
     for (int j = 0; j < 4; ++j) bias[part][j] = rows.scales[part][j].bias(weight);
   }
-  const bool has_residual = kTakesResidual && task.residual != nullptr;
+  const bool has_residual = !kIsPlain && task.residual != nullptr;
   const int step = tokens.step * (kThreads / rows.kGroups);
   const int64_t pitch = step * task.N;
 
@@ -137,7 +137,7 @@ __device__ inline void write_tile(const bitlinear_cuda_task& task,
       }
     }
   };
-  with_token_rows(task, [&](auto token_rows) {
+  with_token_rows<kIsPlain>(task, [&](auto token_rows) {
     with_dtype(task.y_dtype, [&](auto zero) {
       // Then the address is a multiple of the vector size.
       if (rows.count >= rows.kSpan && task.N % 4 == 0 && rows.n % 4 == 0) {

@@ -24,21 +24,20 @@ struct bitlinear_cuda_groups {
 };
 
 // y = epilogue(quantize(prologue(x)) @ w^T) on the current device, for the rows of all weights.
-// Every array is contiguous.
+// Every array is contiguous. Kernels get a task by value: what a product with one weight reads
+// comes first, so that it is in few lines of the cache for constants.
 struct bitlinear_cuda_task {
-  int64_t act_bits;  // 8, or 16: two rows of q per token
-  const void* x;     // (tokens, K), or (tokens, 2 K) with a gate
-  int x_dtype;       // enum bitlinear_dtype, as all dtypes here
-  int64_t M, N, K;   // M: rows of q, that is tokens, or twice as many
+  const void* x;                         // (tokens, K), or (tokens, 2 K) with a gate
+  int64_t M, N, K;                       // M: rows of q, that is tokens, or twice as many
+  void* y;                               // (tokens, N), at a multiple of 16 bytes
+  const void* residual;                  // (tokens, N), added last; or null
+  int x_dtype, y_dtype, residual_dtype;  // enum bitlinear_dtype, as all dtypes here
+  int act_bits;                          // 8, or 16: two rows of q per token
   float eps;
-  bitlinear_prologue prologue;
+  int weight_count;
   bitlinear_cuda_weight weights[BITLINEAR_MAX_WEIGHTS];  // those that are not used begin at N
-  int64_t weight_count;
   bitlinear_cuda_groups groups;
-  const void* residual;  // (tokens, N), added last; or null
-  int residual_dtype;
-  void* y;  // (tokens, N), at a multiple of 16 bytes
-  int y_dtype;
+  bitlinear_prologue prologue;
   void* workspace;  // bitlinear_cuda_workspace_bytes() bytes, at a multiple of 256
   // Not 0: all weights, and scales of groups, were written before the previous kernel in this
   // stream started, so the kernels may read them while that kernel still runs.

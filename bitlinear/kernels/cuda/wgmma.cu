@@ -1,4 +1,5 @@
-// The kernel of wgmma.cuh for a single weight without a residual, and the choice of a kernel.
+// The kernel of wgmma.cuh for a single weight without a residual and tokens of 8 bits, and the
+// choice of a kernel.
 #include "wgmma.cuh"
 
 namespace bitlinear {
@@ -7,7 +8,8 @@ namespace cuda {
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan) {
   if (call.task.groups.size > 0) return wgmma_groups(call, q, plan);
   if (wgmma_many_serves(call.task, plan)) return wgmma_many(call, q, plan);
-  const bool is_general = call.task.weight_count > 1 || call.task.residual != nullptr;
+  const bool is_general =
+      call.task.weight_count > 1 || call.task.residual != nullptr || call.task.act_bits != 8;
   return is_general ? wgmma_general(call, q, plan) : launch<false>(call, q, plan);
 }
 

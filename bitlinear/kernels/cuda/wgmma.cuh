@@ -58,8 +58,8 @@
 // 4096 with M = 1024.
 //
 // Each tile has two instances, in files of their own so that they compile side by side: wgmma.cu
-// for a single weight without a residual, and wgmma_general.cu for all else, whose lookups of
-// weights and whose residuals take time and registers.
+// for a single weight without a residual and tokens of 8 bits, and wgmma_general.cu for all else,
+// whose lookups of weights and whose residuals take time and registers.
 #pragma once
 
 #include <cuda.h>
@@ -180,7 +180,8 @@ template <int kWarpgroups, int kRowBlocks, int kTileTokens, bool kIsGeneralTile,
 struct Tile {
   static_assert(kWarpgroups % kTileHalves == 0, "a warpgroup has one half");
   static_assert(!kHasGroups || kRowBlocks == 2, "two bytes");
-  static constexpr bool kIsGeneral = kIsGeneralTile;  // for several weights, or with a residual
+  // For several weights, with a residual, or with tokens of 16 bits.
+  static constexpr bool kIsGeneral = kIsGeneralTile;
   static constexpr bool kGrouped = kHasGroups;
   static constexpr int kBlocks = kRowBlocks, kTokens = kTileTokens, kHalves = kTileHalves;
   static constexpr int kSumRows = 64 * kRowBlocks * kWarpgroups / kHalves;
@@ -530,7 +531,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   allow_successor();
 
   // Writes a tile of y, or every step-th of its tokens.
-  const auto write = [&](const auto& rows, int tile, int first, int step) {
+  const auto write = [&](auto batch, const auto& rows, int tile, int first, int step) {
     const int64_t m = share.token_of(tile);
     const int tokens = static_cast<int>(minimum<int64_t>(task.M - m, kTokens));
     const auto load_sums = [&](int token, int row) {
@@ -544,9 +545,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         return load(first_row);
       }
     };
-    constexpr int kBatch = T::kGrouped ? 2 : T::kIsGeneral ? 4 / rows.kParts : 8;
-    write_tile<kBatch, T::kIsGeneral>(task, share.weight_of(tile), rows, m, {first, step, tokens},
-                                      s_x, q_sum, load_sums);
+    constexpr int kBatch = T::kGrouped ? 2 : decltype(batch)::value;
+    write_tile<kBatch, !T::kIsGeneral>(task, share.weight_of(tile), rows, m, {first, step, tokens},
+                                       s_x, q_sum, load_sums);
   };
 
   if (warp >= kConsumers / 32) {
@@ -563,7 +564,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         const TileRows<T::kRows, kStorers, kParts> rows(share.weight_of(tile), share.row_of(tile),
                                                         thread - 32);
         sums_full.wait(parity);
-        write(rows, tile, 0, 1);
+        constexpr int kBatch = T::kIsGeneral ? 4 / kParts : 8;
+        write(std::integral_constant<int, kBatch>{}, rows, tile, 0, 1);
         sums_empty.arrive();
       }
     }
@@ -631,7 +633,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   } else {
     sync_leading_threads<kConsumers>();
   }
-  write(rows, last, split, splits);
+  write(std::integral_constant<int, 4>{}, rows, last, split, splits);
 #endif
 }
 
