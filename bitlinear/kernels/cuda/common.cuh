@@ -168,20 +168,22 @@ __device__ inline float dequantize(const int64_t (&sums)[2], const int32_t*, flo
 }
 
 // The weight that holds row n of all. The index reaches into constant memory: to select every
-// field would take registers.
+// field would take registers. kIsPlain: the task has only one.
+template <bool kIsPlain = false>
 __device__ inline const bitlinear_cuda_weight& weight_at(const bitlinear_cuda_task& task,
                                                          int64_t n) {
   int index = 0;
 #pragma unroll
-  for (int i = 1; i < BITLINEAR_MAX_WEIGHTS; ++i) {
+  for (int i = 1; !kIsPlain && i < BITLINEAR_MAX_WEIGHTS; ++i) {
     index += static_cast<int>(n) >= static_cast<int>(task.weights[i].begin);
   }
   return task.weights[index];
 }
 // The packed bytes of row n of all.
+template <bool kIsPlain = false>
 __device__ inline const uint8_t* weight_row(const bitlinear_cuda_task& task, int64_t n,
                                             int64_t row_bytes) {
-  const bitlinear_cuda_weight& weight = weight_at(task, n);
+  const bitlinear_cuda_weight& weight = weight_at<kIsPlain>(task, n);
   return weight.w + (n - weight.begin) * row_bytes;
 }
 

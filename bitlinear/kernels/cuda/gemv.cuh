@@ -106,7 +106,7 @@ struct Sizes {
 // Scale, bias and residuals of a row of weights. The addresses are computed before the predecessor
 // has ended. The values stay as they are in memory, so that no thread waits for them before it
 // needs them.
-template <int kTokens>
+template <int kTokens, bool kIsPlain>
 struct Row {
   const float* s_w_address;
   const char *bias_address, *residual_address;
@@ -115,7 +115,7 @@ struct Row {
   uint32_t bias_bits, residual_bits[kTokens];
 
   __device__ void locate(const bitlinear_cuda_task& task, int64_t n) {
-    const bitlinear_cuda_weight& weight = weight_at(task, n);
+    const bitlinear_cuda_weight& weight = weight_at<kIsPlain>(task, n);
     const int64_t row = n - weight.begin;
     s_w_address = weight.s_w + row * weight.s_w_stride;
     const bool has_bias = weight.bias != nullptr;
@@ -124,20 +124,22 @@ struct Row {
     bias_address = has_bias ? static_cast<const char*>(weight.bias) +
                                   row * (bias_dtype == BITLINEAR_F32 ? 4 : 2)
                             : reinterpret_cast<const char*>(s_w_address);
-    residual_address = static_cast<const char*>(task.residual) +
-                       n * (task.residual_dtype == BITLINEAR_F32 ? 4 : 2);
     compute_now(s_w_address);
     compute_now(bias_address);
     compute_now(bias_dtype);
-    compute_now(residual_address);
+    if constexpr (!kIsPlain) {
+      residual_address = static_cast<const char*>(task.residual) +
+                         n * (task.residual_dtype == BITLINEAR_F32 ? 4 : 2);
+      compute_now(residual_address);
+    }
   }
   __device__ void load(const bitlinear_cuda_task& task, int tokens) {
     s_w = *s_w_address;
     bias_bits = load_bits(bias_address, bias_dtype, 0);
-    if (task.residual == nullptr) return;
+    const bool has_residual = !kIsPlain && task.residual != nullptr;
 #pragma unroll
     for (int m = 0; m < kTokens; ++m) {
-      if (m < tokens) {
+      if (has_residual && m < tokens) {
         residual_bits[m] = load_bits(residual_address, task.residual_dtype, m * task.N);
       }
     }
@@ -230,8 +232,8 @@ constexpr int kBlocks = !Source::kResident || (Source::kFused && kTokenRows == 2
 
 // log_split: log2 of the number of warps that share 16 rows, along K. kTokenRows: the rows of q of
 // a token. "Tokens" below counts rows of q. kParts: with scales of groups the parts of a slice, 2
-// or 4, of which each lies in one group; else 0.
-template <class Source, int kTokenRows, int kParts>
+// or 4, of which each lies in one group; else 0. kIsPlain: there is one weight and no residual.
+template <class Source, int kTokenRows, int kParts, bool kIsPlain>
 __global__ void __launch_bounds__(kThreads, (kBlocks<Source, kTokenRows, kParts>))
     gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages, int log_split,
                 int group_bytes) {
@@ -271,7 +273,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<Source, kTokenRows, kParts>
         Barrier& full = shared.full[ring.stage];
         start_stage(shared.empty[ring.stage], ring.parity ^ 1, full, present * bytes);
         const auto row = [&](int r) {
-          return weight_row(task, n_begin + tile * tile_rows + r, sizes.row_bytes) + begin;
+          return weight_row<kIsPlain>(task, n_begin + tile * tile_rows + r, sizes.row_bytes) +
+                 begin;
         };
         copy_rows(dynamic + ring.stage * stage_bytes, sizes.pitch, present, bytes, full, row);
       }
@@ -293,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<Source, kTokenRows, kParts>
                                                         kGrouped ? groups.q_sums() : nullptr);
   // Thread r mod 256 writes row r of the block. The quantiser of tokens that are not resident needs
   // the registers, so its row is located later.
-  Row<kMaxTokens> mine;
+  Row<kMaxTokens, kIsPlain> mine;
   const auto locate_row = [&] {
     mine.locate(task, n_begin + minimum(static_cast<int>(threadIdx.x), rows - 1));
   };
@@ -397,7 +400,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<Source, kTokenRows, kParts>
         }
         float value = dequantize(codes, shared.tokens.q_sum + m, shared.tokens.s_x[m], s_w);
         value = __fadd_rn(value, mine.bias());
-        if (task.residual != nullptr) {
+        if (!kIsPlain && task.residual != nullptr) {
           value = __fadd_rn(value, float_from_bits(mine.residual_bits[token], task.residual_dtype));
         }
         with_dtype(task.y_dtype, [&](auto zero) {
@@ -415,9 +418,16 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<Source, kTokenRows, kParts>
 #endif
 }
 
-template <class Source, int kTokenRows, int kParts>
+template <class Source, int kTokenRows, int kParts, bool kIsPlain = false>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
   const bitlinear_cuda_task& task = call.task;
+  // What most products are has code of its own, because code that runs once is slow.
+  if constexpr (!kIsPlain && Source::kResident && !Source::kFused && kTokenRows == 1 &&
+                kParts == 0) {
+    if (task.weight_count == 1 && task.residual == nullptr) {
+      return launch<Source, kTokenRows, kParts, true>(call, plan);
+    }
+  }
   const Sizes sizes(task.K);
   const int stage_bytes = static_cast<int>(gemv_stage_bytes(sizes.row_bytes, plan.log_split));
   const int stages = minimum(plan.ring_bytes / stage_bytes, kMaxStages);
@@ -429,8 +439,8 @@ cudaError_t launch(const Call& call, const GemvPlan& plan) {
       stages * stage_bytes + group_bytes + static_cast<int>(task.M) * sizes.q_stride +
       (has_stash ? static_cast<int>(gemv_stash_bytes(task.M / kTokenRows, task.K)) : 0);
   const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads, shared_bytes};
-  return launch_kernel<gemv_kernel<Source, kTokenRows, kParts>>(config, call, task, stages,
-                                                                plan.log_split, group_bytes);
+  return launch_kernel<gemv_kernel<Source, kTokenRows, kParts, kIsPlain>>(
+      config, call, task, stages, plan.log_split, group_bytes);
 }
 
 template <class Source, int kParts>

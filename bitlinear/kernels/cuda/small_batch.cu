@@ -56,9 +56,10 @@ template <class T>
 class GroupProduct;
 
 // kSliceParts: with scales of groups the parts of a slice, 2 or 4, of which each lies in one group;
-// else 0.
-template <int kRowParts_, int kTokenParts_, int kSliceParts_>
+// else 0. kIsPlain: for one weight, tokens of 8 bits and no residual, of which there is less code.
+template <int kRowParts_, int kTokenParts_, int kSliceParts_, bool kIsPlain_>
 struct Tile {
+  static constexpr bool kIsPlain = kIsPlain_;
   static constexpr int kRowParts = kRowParts_, kTokenParts = kTokenParts_;
   static constexpr int kSliceParts = kSliceParts_;
   static constexpr bool kGrouped = kSliceParts > 0;
@@ -303,7 +304,8 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
           __syncwarp();
           if (lane < present) {
             copy_bulk(dynamic + ring.stage * stage_bytes + lane * pitch,
-                      weight_row(task, n_begin + first + lane, row_bytes) + begin, bytes, full);
+                      weight_row<T::kIsPlain>(task, n_begin + first + lane, row_bytes) + begin,
+                      bytes, full);
           }
         }
       }
@@ -341,9 +343,9 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
     RowScale scale = {};
     uint32_t residual[T::kTokensOfThread];
     if (row < left) {
-      const bitlinear_cuda_weight& weight = weight_at(task, n);
+      const bitlinear_cuda_weight& weight = weight_at<T::kIsPlain>(task, n);
       scale = RowScale(weight, n - weight.begin);
-      if (task.residual != nullptr) {
+      if (!T::kIsPlain && task.residual != nullptr) {
         const int step = token_rows_of(task);
 #pragma unroll
         for (int i = 0; i < T::kTokensOfThread; ++i) {
@@ -396,9 +398,9 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
     product.store(partial + (warp * T::kTokens + lane % 4 * 2) * T::kPitch + lane / 4);
     sync_leading_threads<kConsumers>();
     if (row < left) {
-      const float bias = scale.bias(weight_at(task, n));
+      const float bias = scale.bias(weight_at<T::kIsPlain>(task, n));
       const float s_w = T::kGrouped ? units[tile * T::kRows + row] : scale.s_w;
-      with_token_rows(task, [&](auto token_rows) {
+      with_token_rows<T::kIsPlain>(task, [&](auto token_rows) {
         constexpr int kTokenRows = decltype(token_rows)::value;
         with_dtype(task.y_dtype, [&](auto zero) {
           using Y = decltype(zero);
@@ -417,7 +419,7 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
             }
             float value = dequantize(codes, shared.q_sum + m, shared.s_x[m], s_w);
             value = __fadd_rn(value, bias);
-            if (task.residual != nullptr) {
+            if (!T::kIsPlain && task.residual != nullptr) {
               value = __fadd_rn(value, float_from_bits(residual[i], task.residual_dtype));
             }
             static_cast<Y*>(task.y)[m / kTokenRows * task.N + n] = from_float<Y>(value);
@@ -430,15 +432,20 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
 #endif
 }
 
-template <int kRowParts, int kTokenParts, int kSliceParts>
+template <int kRowParts, int kTokenParts, int kSliceParts, bool kIsPlain = false>
 cudaError_t launch(const Call& call, const Activations& q, const SmallBatchPlan& plan) {
-  using T = Tile<kRowParts, kTokenParts, kSliceParts>;
   const bitlinear_cuda_task& task = call.task;
+  if constexpr (!kIsPlain && kSliceParts == 0) {
+    if (task.weight_count == 1 && task.act_bits == 8 && task.residual == nullptr) {
+      return launch<kRowParts, kTokenParts, kSliceParts, true>(call, q, plan);
+    }
+  }
   Shape shape = {task.M, task.N, task.K, true, true};
   shape.group_size = task.groups.size;
   const LaunchConfig config = {dim3(static_cast<unsigned>(plan.blocks)), kThreads,
                                static_cast<int>(small_batch_shared_bytes(shape, plan))};
-  return launch_kernel<small_batch_kernel<T>>(config, call, task, q, plan.stages);
+  return launch_kernel<small_batch_kernel<Tile<kRowParts, kTokenParts, kSliceParts, kIsPlain>>>(
+      config, call, task, q, plan.stages);
 }
 
 template <int kSliceParts>
