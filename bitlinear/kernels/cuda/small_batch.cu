@@ -16,11 +16,11 @@
 //
 // Scales of groups: a block splits the scales of its rows while the quantiser runs. Weights become
 // signed bytes, 64 times t, in fragments of which each has 32 of 64 consecutive values of k; so no
-// sum of q is needed for each group. The sums of a group are multiplied in 64 bits. In an H200's
-// time with a scale of the tensor, groups of 128: 2560 x 2560 1.13 with 8 tokens and 1.29 with 16
-// or 32 (mma.cu and wgmma.cu took 2.3 to 2.7), 4096 x 4096 1.26, 1.28 and 1.44, 14336 x 4096 1.27
-// and 1.38; 28672 x 8192 1.52 and 1.55, where the additional instructions are not hidden. Groups of
-// 64: 1.27 to 1.7, 28672 x 8192 2.1.
+// sum of q is needed for each group. The sums of a group are multiplied in 64 bits. On an H200,
+// groups of 128, in us, in brackets over a scale of the tensor: 2560 x 2560 4.1 (1.13) with 8
+// tokens and 7.1 (1.25) with 32, 4096 x 4096 6.0 (1.4) and 9.5 (1.4), 14336 x 4096 10.0 (1.36),
+// and 14.1 (1.39) with 16; 28672 x 8192 32 (1.66) and 40 (1.56), where the additional instructions
+// are not hidden. Groups of 64: 1.4 to 1.9, 28672 x 8192 2.1.
 //
 // Tried, and slower: activations by bulk copies into shared memory, also by multicast to clusters;
 // wgmma, which takes 50 cycles for 64 rows and any number of tokens up to 32; two slices of
@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks)
 template <int kRowParts, int kTokenParts, int kSliceParts, bool kIsPlain = false>
 cudaError_t launch(const Call& call, const Activations& q, const SmallBatchPlan& plan) {
   const bitlinear_cuda_task& task = call.task;
-  if constexpr (!kIsPlain && kSliceParts == 0) {
+  if constexpr (!kIsPlain) {
     if (task.weight_count == 1 && task.act_bits == 8 && task.residual == nullptr) {
       return launch<kRowParts, kTokenParts, kSliceParts, true>(call, q, plan);
     }
