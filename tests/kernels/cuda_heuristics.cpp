@@ -54,10 +54,8 @@ void plan_small_batch(int capability, int multiprocessors, const int64_t* shape,
   out[1] = plan.token_parts;
   out[2] = plan.blocks;
   out[3] = plan.stages;
-  out[4] =
-      static_cast<int>(plan.stages * bitlinear::cuda::small_batch_stage_bytes((shape[2] + 3) / 4) +
-                       bitlinear::cuda::small_batch_sum_bytes(plan.row_parts, plan.token_parts) +
-                       bitlinear::cuda::kSmallBatchStaticBytes);
+  out[4] = static_cast<int>(bitlinear::cuda::small_batch_shared_bytes(shape_of(shape), plan) +
+                            bitlinear::cuda::kSmallBatchStaticBytes);
   out[5] = device.shared_bytes;
 }
 

@@ -352,6 +352,33 @@ def test_the_plan_of_a_small_batch(heuristics, shape, multiprocessors, capabilit
 
 
 @given(
+    m=st.integers(1, 32),
+    n=sizes,
+    slices=st.integers(1, 7800),
+    group_size=st.sampled_from([64, 128, 192, 4096, 2**19]),
+    multiprocessors=st.integers(1, 200) | st.just(132),
+    capability=st.sampled_from([90, 100, 120]),
+)
+def test_the_plan_of_a_small_batch_with_groups(
+    heuristics, m, n, slices, group_size, multiprocessors, capability
+):
+    shape = with_groups(m, n, 64 * slices, group_size)
+    row_parts, token_parts, blocks, stages, shared, limit = heuristics.plan_small_batch(
+        shape, multiprocessors, capability
+    )
+    assert (row_parts, token_parts) in {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)}
+    assert m <= 8 * token_parts <= 2 * max(m, 4)
+    assert 1 <= blocks <= n
+    if multiprocessors == 132:
+        assert heuristics.supports(SMALL_BATCH, capability, shape) == (stages >= row_parts)
+    if stages >= row_parts:
+        assert stages <= 16
+        assert shared <= limit
+    else:  # The multipliers of eight long rows leave no room for a ring.
+        assert 8 * 4 * (64 * slices / group_size + 2) > limit / 8
+
+
+@given(
     shape=st.tuples(sizes, sizes, st.integers(1, 20), st.booleans(), st.booleans()),
     multiprocessors=st.integers(1, 200),
     capability=st.sampled_from([75, 80, 86, 90, 120]),

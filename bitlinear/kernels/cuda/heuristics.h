@@ -100,8 +100,6 @@ constexpr int kPartValues = 64;
 // A block of the GEMV and of the small-batch kernel has the multipliers of its rows in shared
 // memory: so many words for each row, an odd number, which spreads rows over the banks.
 constexpr int multiplier_pitch(int64_t groups) { return static_cast<int>(groups | 1); }
-// With more bytes for them there are more blocks than fit the multiprocessors at once.
-constexpr int64_t kMostGroupBytes = 64 * 1024;
 
 // ------------------------------------------------------------------------------------- GEMV
 
@@ -182,7 +180,7 @@ constexpr int64_t gemv_room(const Device& device, const Shape& shape, bool resid
 // So many blocks on each multiprocessor, of at least eight rows; more that come later, if their
 // groups would take too much memory.
 constexpr int64_t gemv_blocks(const Device& device, const Shape& shape, int64_t resident) {
-  constexpr int64_t kBlockRows = 8;
+  constexpr int64_t kBlockRows = 8, kMostGroupBytes = 64 * 1024;
   const int64_t most = ceil_div(shape.N, kBlockRows);
   int64_t blocks = device.multiprocessors * resident;
   while (blocks < most && gemv_group_bytes(shape, blocks) > kMostGroupBytes) {
@@ -300,9 +298,10 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
   constexpr int64_t kBlockRows = 8;
   const int64_t most = ceil_div(shape.N, kBlockRows);
   int64_t max_blocks = int64_t{device.multiprocessors} * (two ? 2 : 1);
-  // More come later, if their groups would take too much memory.
-  while (max_blocks < most && small_batch_group_bytes(shape, ceil_div(shape.N, max_blocks)) >
-                                  kMostGroupBytes / (two ? 2 : 1)) {
+  // More come later, if their groups would take more than a quarter of the memory.
+  const int64_t group_bytes = device.shared_bytes / (two ? 8 : 4);
+  while (max_blocks < most &&
+         small_batch_group_bytes(shape, ceil_div(shape.N, max_blocks)) > group_bytes) {
     max_blocks += device.multiprocessors;
   }
   max_blocks = minimum(max_blocks, most);
