@@ -404,7 +404,7 @@ BITLINEAR_EXPORT const char* bitlinear_cuda_quantize_activations(const void* x, 
     call.task.M = M * bitlinear_rows_per_token(act_bits);
     call.task.K = K;
     call.task.eps = eps;
-    return quantize(call, {static_cast<int8_t*>(q), K, 0, s_x, q_sum}, Layout::kInOrder);
+    return quantize(call, {static_cast<int8_t*>(q), K, 0, s_x, q_sum, false}, Layout::kInOrder);
   });
 }
 
