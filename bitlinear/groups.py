@@ -23,6 +23,9 @@ GROUP_UNIT = 32
 
 LARGEST_MULTIPLIER = 2**15 - 1
 
+LARGE_ROUNDING = 2**-7
+"""A larger change of a scale, relative to it, is worth a warning."""
+
 # The unit of a row stays a normal number of fp32.
 _SMALLEST_EXPONENT = -126
 
@@ -81,10 +84,6 @@ def describe_rounding(rounding: float) -> str:
     """For messages: what :func:`relative_rounding` found."""
     lost = ", to 0 with their weights" if rounding >= 1 else ""
     return f"scales are rounded by up to {rounding:.2g} of their size{lost}"
-
-
-LARGE_ROUNDING = 2**-7
-"""A larger change of a scale is worth a warning: bf16 has half of it at most."""
 
 
 def fill_unused(w_scale: Tensor) -> Tensor:

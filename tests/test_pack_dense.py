@@ -138,6 +138,8 @@ def test_scales_that_groups_round_are_reported(small, rounding, caplog):
     found = find_scales(weight)
     assert found.values[0].tolist() == pytest.approx([1.0, 0.5, small], abs=2**-15)
     assert found.rounding == pytest.approx(rounding, rel=0.2)
+    assert found.deviation < 2**-15
+    assert (found.deviation > 0) == (rounding > 0)
     model = nn.Sequential(nn.ReLU(), linear_of(weight))
     with (
         caplog.at_level("INFO", logger="bitlinear"),

@@ -261,17 +261,9 @@ class _Groups:
 def _find_groups(weight: Tensor) -> _Groups | None:
     """The largest groups, of a multiple of GROUP_UNIT inputs, each of which has a scale."""
     kinds = (True, False) if weight.dtype in _HALF_DTYPES else (True,)
-    chunks = []
-    for _, rows in packing.enumerate_chunks(weight):
-        lowest, highest, _ = _magnitudes(_blocks(rows, GROUP_UNIT))
-        chunks.append(_Groups(lowest, highest, GROUP_UNIT))
-        if not chunks[-1].have_scales(weight.dtype, kinds[-1]):
-            return None
-    units = _Groups(
-        torch.cat([chunk.lowest for chunk in chunks]),
-        torch.cat([chunk.highest for chunk in chunks]),
-        GROUP_UNIT,
-    )
+    units = _groups_with_scales(weight, GROUP_UNIT, kinds[-1])
+    if units is None:
+        return None
     for are_equal in kinds:
         for count in range(units.lowest.shape[1] - 1, 0, -1):
             # A few rows rule out nearly all sizes.
@@ -279,6 +271,21 @@ def _find_groups(weight: Tensor) -> _Groups | None:
             if all(part.merged(count).have_scales(weight.dtype, are_equal) for part in parts):
                 return units.merged(count)
     return None
+
+
+def _groups_with_scales(weight: Tensor, size: int, are_equal: bool) -> _Groups | None:
+    """The groups of this size, if each has a scale; see :meth:`_Groups.have_scales`."""
+    chunks = []
+    for _, rows in packing.enumerate_chunks(weight):
+        lowest, highest, _ = _magnitudes(_blocks(rows, size))
+        chunks.append(_Groups(lowest, highest, size))
+        if not chunks[-1].have_scales(weight.dtype, are_equal):
+            return None
+    return _Groups(
+        torch.cat([chunk.lowest for chunk in chunks]),
+        torch.cat([chunk.highest for chunk in chunks]),
+        size,
+    )
 
 
 def _blocks(rows: Tensor, size: int, fill: float = 0.0) -> Tensor:
@@ -342,14 +349,7 @@ def _are_neighbours(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
 def _equal_shards(weight: Tensor) -> int:
     """The columns of each of some equal parts in which every row has one magnitude; 0 if none."""
     in_features = weight.shape[1]
-    shards = [in_features // n for n in _SHARDS if in_features % n == 0]
-    return next((width for width in shards if width > 1 and _has_equal_blocks(weight, width)), 0)
-
-
-def _has_equal_blocks(weight: Tensor, width: int) -> bool:
-    for _, rows in packing.enumerate_chunks(weight):
-        for block in rows.split(width, dim=1):
-            lowest, highest, nonzero = _magnitudes(block)
-            if not torch.equal(lowest[nonzero > 0], highest[nonzero > 0]):
-                return False
-    return True
+    for width in (in_features // n for n in _SHARDS if in_features % n == 0):
+        if width > 1 and _groups_with_scales(weight, width, are_equal=True) is not None:
+            return width
+    return 0

@@ -54,8 +54,8 @@ __device__ inline void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_
 #endif
 }
 
-// Reads four matrices of 8 x 8 values of 16 bits from shared memory; each lane has the address of a
-// row, lanes 0 to 7 those of the first matrix. It receives two values of row lane / 4 of each.
+// Reads four matrices of 8 x 8 values of 16 bits from shared memory. Each lane has the address of a
+// row; lanes 0 to 7 have the rows of the first matrix. It gets two values of row lane / 4 of each.
 __device__ inline void load_matrices(uint32_t address, uint32_t (&matrices)[4]) {
 #if __CUDA_ARCH__ >= 750
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

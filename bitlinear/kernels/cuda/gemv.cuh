@@ -232,7 +232,7 @@ constexpr int kBlocks = !Source::kResident || (Source::kFused && kTokenRows == 2
 
 // log_split: log2 of the number of warps that share 16 rows, along K. kTokenRows: the rows of q of
 // a token. "Tokens" below counts rows of q. kParts: with scales of groups the parts of a slice, 2
-// or 4, of which each lies in one group; else 0. kIsPlain: there is one weight and no residual.
+// or 4, of which each lies in one group; else 0. kIsPlain: for what is_plain_product() says.
 template <class Source, int kTokenRows, int kParts, bool kIsPlain>
 __global__ void __launch_bounds__(kThreads, (kBlocks<Source, kTokenRows, kParts>))
     gemv_kernel(const __grid_constant__ bitlinear_cuda_task task, int stages, int log_split,
@@ -421,10 +421,9 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<Source, kTokenRows, kParts>
 template <class Source, int kTokenRows, int kParts, bool kIsPlain = false>
 cudaError_t launch(const Call& call, const GemvPlan& plan) {
   const bitlinear_cuda_task& task = call.task;
-  // What most products are has code of its own, because code that runs once is slow.
   if constexpr (!kIsPlain && Source::kResident && !Source::kFused && kTokenRows == 1 &&
                 kParts == 0) {
-    if (task.weight_count == 1 && task.residual == nullptr) {
+    if (is_plain_product(task)) {
       return launch<Source, kTokenRows, kParts, true>(call, plan);
     }
   }

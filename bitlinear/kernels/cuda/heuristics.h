@@ -246,13 +246,13 @@ constexpr int small_batch_pitch(int64_t row_bytes, bool has_groups) {
   return has_groups ? round_up(static_cast<int>(minimum(row_bytes, kChunkBytes)), 64) + 16
                     : row_pitch(row_bytes);
 }
-constexpr int64_t small_batch_stage_bytes(int64_t row_bytes, bool has_groups = false) {
+constexpr int64_t small_batch_stage_bytes(int64_t row_bytes, bool has_groups) {
   return int64_t{kSmallBatchStageRows} * small_batch_pitch(row_bytes, has_groups);
 }
 
 // Each warp stores its sums of a tile in shared memory; the padding spreads them over the banks.
 constexpr int small_batch_sum_pitch(int row_parts) { return 16 * row_parts + 4; }
-constexpr int64_t small_batch_sum_bytes(int row_parts, int token_parts, bool has_groups = false) {
+constexpr int64_t small_batch_sum_bytes(int row_parts, int token_parts, bool has_groups) {
   const int64_t sums =
       int64_t{kSmallBatchWarps} * 8 * token_parts * small_batch_sum_pitch(row_parts);
   return sums * (has_groups ? 8 : 4);
@@ -329,7 +329,7 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
   return {row_parts, token_parts, static_cast<int>(blocks), static_cast<int>(stages)};
 }
 
-// Whether a tile's parts are in the ring at once.
+// Whether a tile's parts are in the ring at once. Without groups they always are.
 constexpr bool has_room(const SmallBatchPlan& plan) { return plan.stages >= plan.row_parts; }
 
 // ------------------------------------------------------------------------------- small layer
@@ -470,7 +470,8 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
                  2 * gemv_stage_bytes(ceil_div(shape.K, 4), 3);
     case BITLINEAR_CUDA_SMALL_BATCH:
       return device.capability >= 90 && takes_groups(shape) && shape.w_aligned &&
-             shape.M <= kSmallBatchTokens && has_room(plan_small_batch(device, shape));
+             shape.M <= kSmallBatchTokens &&
+             (shape.group_size == 0 || has_room(plan_small_batch(device, shape)));
     case BITLINEAR_CUDA_SMALL_LAYER:
       return device.capability >= 80 && shape.group_size == 0 && shape.w_aligned &&
              shape.x_aligned && shape.K <= kSmallLayerInputs && shape.weights == 1 &&

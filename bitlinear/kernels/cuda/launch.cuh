@@ -135,6 +135,12 @@ inline bool tokens_aligned(const bitlinear_cuda_task& task) {
          rows_aligned(task.prologue.norm_weight, 0);
 }
 
+// Whether a product is of one weight and of tokens of 8 bits, without a residual. Most are, and
+// some kernels have code for them alone (kIsPlain): it is shorter, and code that runs once is slow.
+inline bool is_plain_product(const bitlinear_cuda_task& task) {
+  return task.weight_count == 1 && task.act_bits == 8 && task.residual == nullptr;
+}
+
 // The parts of the workspace of a call.
 Activations activations_of(const bitlinear_cuda_task& task);
 struct GroupScales {

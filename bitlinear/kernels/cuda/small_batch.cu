@@ -56,7 +56,7 @@ template <class T>
 class GroupProduct;
 
 // kSliceParts: with scales of groups the parts of a slice, 2 or 4, of which each lies in one group;
-// else 0. kIsPlain: for one weight, tokens of 8 bits and no residual, of which there is less code.
+// else 0. kIsPlain: for what is_plain_product() says.
 template <int kRowParts_, int kTokenParts_, int kSliceParts_, bool kIsPlain_>
 struct Tile {
   static constexpr bool kIsPlain = kIsPlain_;
@@ -436,7 +436,7 @@ template <int kRowParts, int kTokenParts, int kSliceParts, bool kIsPlain = false
 cudaError_t launch(const Call& call, const Activations& q, const SmallBatchPlan& plan) {
   const bitlinear_cuda_task& task = call.task;
   if constexpr (!kIsPlain) {
-    if (task.weight_count == 1 && task.act_bits == 8 && task.residual == nullptr) {
+    if (is_plain_product(task)) {
       return launch<kRowParts, kTokenParts, kSliceParts, true>(call, q, plan);
     }
   }

@@ -8,9 +8,7 @@ namespace cuda {
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan) {
   if (call.task.groups.size > 0) return wgmma_groups(call, q, plan);
   if (wgmma_many_serves(call.task, plan)) return wgmma_many(call, q, plan);
-  const bool is_general =
-      call.task.weight_count > 1 || call.task.residual != nullptr || call.task.act_bits != 8;
-  return is_general ? wgmma_general(call, q, plan) : launch<false>(call, q, plan);
+  return is_plain_product(call.task) ? launch<false>(call, q, plan) : wgmma_general(call, q, plan);
 }
 
 bool wgmma_runs_clusters(const Call& call, const WgmmaPlan& plan) {

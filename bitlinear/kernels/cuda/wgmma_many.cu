@@ -233,9 +233,8 @@ cudaError_t launch_many(const Call& call, const Activations& activations) {
 
 bool wgmma_many_serves(const bitlinear_cuda_task& task, const WgmmaPlan& plan) {
   // N: the copy engine writes rows that start at multiples of 16 bytes.
-  return plan.rows == 256 && plan.tokens >= 96 && plan.splits == 1 && task.weight_count == 1 &&
-         task.residual == nullptr && task.act_bits == 8 && task.y_dtype != BITLINEAR_F32 &&
-         task.N % 8 == 0;
+  return plan.rows == 256 && plan.tokens >= 96 && plan.splits == 1 && is_plain_product(task) &&
+         task.y_dtype != BITLINEAR_F32 && task.N % 8 == 0;
 }
 
 cudaError_t wgmma_many(const Call& call, const Activations& q, const WgmmaPlan& plan) {
