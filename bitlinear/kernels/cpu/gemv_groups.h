@@ -5,13 +5,13 @@
 // that group (groups.h). These products fit 32 bits for kGroupFlush blocks: |sum t * q| <= 16 * 127
 // = 2032 in a lane, multipliers are below 2^15, and 32 * 2032 * 32767 < 2^31.
 //
-// Bound: instructions. AVX2 takes 22 for a block of 32 bytes of one row, gemv.h 15; AVX512-VNNI 20
-// and 11 for 64 bytes. Splitting the scales of a row, which its tokens share, takes a fifth of the
-// time of one token. Times the product with one scale, 4096 x 4096, groups of 128, M = 1, 2, 4, 8:
-// AVX2 (2 cores of a Zen 3) 1.50, 1.43, 1.35, 1.37; AVX512-VNNI (one core of a Xeon of 2023) 1.6,
-// 1.95, 1.74, 1.8; AVX-VNNI there 1.66, 1.9, 1.8, 1.8. Groups of other sizes than 32, 64 and
-// multiples of a vector take three times as long as those: each lane has a multiplier of its own in
-// memory.
+// Bound: instructions. AVX2 takes 21 for a block of 32 bytes of one row, gemv.h 15; AVX512-VNNI 20
+// and 11 for 64 bytes. Splitting the scales of a row, which its tokens share, takes a seventh of
+// the time of one token: without it 4096 x 4096 on one core of a Zen 3 would take 1.33 times the
+// product with one scale. Times that, groups of 128, M = 1, 2, 4, 8: AVX2 (2 cores of a Zen 3, 4096
+// x 4096) 1.50, 1.29, 1.28, 1.30; AVX512-VNNI (one core of a Xeon of 2023) 1.6, 1.95, 1.74, 1.8;
+// AVX-VNNI there 1.66, 1.9, 1.8, 1.8. Groups of other sizes than 32, 64 and multiples of a vector
+// take three times as long as those: each lane has a multiplier of its own in memory.
 #pragma once
 
 #include <stdint.h>
@@ -65,7 +65,7 @@ class GroupGemv {
 
   struct Scratch {
     double sums[kTokens][kColumns];
-    float units[kColumns];
+    float units[kColumns], inverses[kColumns];
     // Of some rows and kGroupFlush blocks: `factors_` for a block. A vector can be read from each.
     int32_t factors[kRows][kFactorStride];
   };
@@ -96,6 +96,7 @@ class GroupGemv {
     for (int64_t m = 0; m < tokens_; ++m) subtract_q(m);
     for (int64_t n = task_.n_begin; n < task_.n_end; n += kColumns) {
       const int64_t count = minimum(task_.n_end - n, kColumns);
+      find_units(n, count);
       int64_t i = 0;
       for (; i + kRows <= count; i += kRows) multiply_rows<kRows>(n + i, i);
       for (; i < count; ++i) multiply_rows<1>(n + i, i);
@@ -127,14 +128,27 @@ class GroupGemv {
     }
   }
 
+  // Of rows n .. n + count. Fetches the scales of the next kColumns.
+  void find_units(int64_t n, int64_t count) const {
+    constexpr int64_t kLine = 64 / sizeof(float);
+    const int64_t groups = task_.s_w_stride;
+    uint32_t largest[kColumns] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const float* const scales = task_.s_w + (n + i) * groups;
+      for (int64_t g = 0; g < groups; g += kLine) prefetch_l2(scales + kColumns * groups + g);
+      largest[i] = largest_bits(scales, groups);
+    }
+    // All of them, in vector code without a tail.
+    for (int64_t i = 0; i < kColumns; ++i) {
+      const ScaleUnit unit = unit_of(largest[i]);
+      scratch_.units[i] = unit.value;
+      scratch_.inverses[i] = unit.inverse;
+    }
+  }
+
   // Columns i .. i + kCount of the sums: of rows n .. n + kCount, and all tokens.
   template <int kCount>
   void multiply_rows(int64_t n, int64_t i) const {
-    ScaleUnit units[kCount];
-    for (int r = 0; r < kCount; ++r) {
-      units[r] = unit_of(task_.s_w + (n + r) * task_.s_w_stride, task_.s_w_stride);
-      scratch_.units[i + r] = units[r].value;
-    }
     for (int64_t m = 0; m < tokens_; ++m) {
       for (int r = 0; r < kCount; ++r) scratch_.sums[m][i + r] = 0;
     }
@@ -147,11 +161,12 @@ class GroupGemv {
       const int64_t end = is_tail ? blocks : minimum(begin + kGroupFlush, whole);
       const uint8_t* w = task_.w + n * task_.row_bytes + begin * V::kWidth;
       int64_t stride = task_.row_bytes;
-      const int64_t first_group = begin * factors_ / of_group_;
-      const int64_t end_group = minimum(ceil_div(end * factors_, of_group_), task_.s_w_stride);
+      const int64_t first_group = begin == 0 ? 0 : begin * factors_ / of_group_;
+      const int64_t end_group =
+          end == blocks ? task_.s_w_stride : ceil_div(end * factors_, of_group_);
       for (int r = 0; r < kCount; ++r) {
-        split_scales(n + r, units[r], begin * factors_, end * factors_, first_group, end_group,
-                     scratch_.factors[r]);
+        split_scales(n + r, {scratch_.units[i + r], scratch_.inverses[i + r]}, begin * factors_,
+                     end * factors_, first_group, end_group, scratch_.factors[r]);
         if (is_tail) V::store(last + r * V::kWidth, V::load_partial(w + r * stride, tail));
       }
       if (is_tail) {
@@ -205,11 +220,11 @@ class GroupGemv {
     }
   }
 
-  // At most kGroupFlush blocks.
+  // At most kGroupFlush blocks. Not inlined: with more code around it GCC spills sums of the tile.
   template <int kCount, int kOfRows, bool kOneFactor>
-  void multiply_blocks(const uint8_t* w, int64_t stride,
-                       const int32_t (*factor_rows)[kFactorStride], int64_t m, int64_t begin,
-                       int64_t count, int64_t i) const {
+  BITLINEAR_NOINLINE void multiply_blocks(const uint8_t* w, int64_t stride,
+                                          const int32_t (*factor_rows)[kFactorStride], int64_t m,
+                                          int64_t begin, int64_t count, int64_t i) const {
     typename V::GroupSum sums[kCount][kOfRows];
     const typename V::Ints factor_of_lane = V::load_ints(factor_of_lane_);
     const int8_t* q = this->q(m) + begin * 4 * V::kWidth;

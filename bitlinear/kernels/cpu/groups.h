@@ -21,18 +21,28 @@ struct ScaleUnit {
   }
 };
 
-// Of the scales of one row. The largest of them becomes a multiplier from 2^14 on, unless the unit
-// would be subnormal.
-inline ScaleUnit unit_of(const float* scales, int64_t groups) {
-  // As unsigned integers the bits of |x| order finite < infinity < NaN.
+// The bits of the largest magnitude of a row's scales. As unsigned integers the bits of |x| order
+// finite < infinity < NaN.
+inline uint32_t largest_bits(const float* scales, int64_t groups) {
   uint32_t largest = 0;
   for (int64_t g = 0; g < groups; ++g) {
     const uint32_t bits = float_bits(scales[g]) & 0x7FFFFFFFu;
     largest = bits > largest ? bits : largest;
   }
-  if (largest >= 0x7F800000u) return {bits_float(0x7FC00000u), 0.0f};
+  return largest;
+}
+
+// The largest scale of the row becomes a multiplier from 2^14 on, unless the unit would be
+// subnormal.
+inline ScaleUnit unit_of(uint32_t largest) {
+  const bool is_finite = largest < 0x7F800000u;
   const uint32_t exponent = largest >> 23 > 15 ? (largest >> 23) - 14 : 1;
-  return {bits_float(exponent << 23), bits_float((254 - exponent) << 23)};
+  return {bits_float(is_finite ? exponent << 23 : 0x7FC00000u),
+          bits_float(is_finite ? (254 - exponent) << 23 : 0u)};
+}
+
+inline ScaleUnit unit_of(const float* scales, int64_t groups) {
+  return unit_of(largest_bits(scales, groups));
 }
 
 // Rounds the scales of a row to those that products compute with.
