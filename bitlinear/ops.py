@@ -54,9 +54,9 @@ SCHEMAS = (
     "quantize_activations(Tensor x, float eps=1e-6, int act_bits=8) -> (Tensor, Tensor)",
     "expand_activations(Tensor q, Tensor s_x, ScalarType? dtype=None) -> Tensor",
     "quantized_linear(Tensor q, Tensor s_x, Tensor q_sum, Tensor w_packed, Tensor w_scale, "
-    "Tensor? bias, ScalarType dtype) -> Tensor",
+    "Tensor? bias, ScalarType dtype, int group_size=0) -> Tensor",
     "linear_with_activations(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, float eps, "
-    "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    "ScalarType dtype, int group_size=0) -> (Tensor, Tensor, Tensor)",
     "int8_product(Tensor q, Tensor s_x, Tensor w, Tensor w_scale, ScalarType dtype) -> Tensor",
     "bf16_product(Tensor x, Tensor w) -> Tensor",
     "attend(Tensor query, Tensor(a!) keys, Tensor(b!) values, Tensor? mask, float scale, "
@@ -399,19 +399,20 @@ def reference_linear_with_activations(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    group_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``linear`` and ``quantize_activations`` of one input, which is quantised once.
 
     Args:
         x: fp32, fp16 or bf16, shape ``(..., K)``.
-        w_packed, w_scale, bias, eps: As for :func:`reference_linear`.
+        w_packed, w_scale, bias, eps, group_size: As for :func:`reference_linear`.
         dtype: fp32, fp16 or bf16, of the output.
 
     Returns:
         The output, shape ``(..., N)``, and ``q`` and ``s_x``; see
         :func:`bitlinear.quantize.quantize_activations`.
     """
-    y = reference_linear(x, w_packed, w_scale, bias, x.shape[-1], eps, out_dtype=dtype)
+    y = reference_linear(x, w_packed, w_scale, bias, x.shape[-1], eps, group_size, out_dtype=dtype)
     return y, *quantize_activations(x, eps)
 
 
@@ -422,8 +423,9 @@ def _fake_linear_with_activations(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    group_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = _fake_linear(x, w_packed, w_scale, bias, x.shape[-1], eps, out_dtype=dtype)
+    y = _fake_linear(x, w_packed, w_scale, bias, x.shape[-1], eps, group_size, out_dtype=dtype)
     return y, *_fake_quantize_activations(x, eps)
 
 

@@ -13,6 +13,7 @@ from . import packing
 from .arguments import (
     ACTIVATION_DTYPES,
     check_device,
+    check_group_size,
     check_in_features,
     check_operand,
     dtype_name,
@@ -28,6 +29,7 @@ def reference_quantized_linear(
     w_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    group_size: int = 0,
 ) -> Tensor:
     """Compute ``linear`` of the tokens ``q * s_x`` without quantising them again.
 
@@ -36,9 +38,10 @@ def reference_quantized_linear(
         s_x: fp32, shape ``(..., 1)``.
         q_sum: int32, shape ``(..., 1)``: the sum of each token of ``q``.
         w_packed: uint8, shape ``(N, ceil(K/4))``; see :mod:`bitlinear.packing`.
-        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``.
+        w_scale: fp32, shape ``(1,)`` or ``(N, 1)``; with groups ``(N, ceil(K/group_size))``.
         bias: Floating point, shape ``(N,)``, or None; used as fp32.
         dtype: fp32, fp16 or bf16, of the output.
+        group_size: The number of weights of a row that share a scale; 0 or -1 if all do.
 
     Returns:
         Shape ``(..., N)``.
@@ -46,9 +49,10 @@ def reference_quantized_linear(
     Raises:
         TypeError, ValueError: A dtype, a shape or a device is wrong, or a packed byte is not valid.
     """
-    _check(q, s_x, q_sum, w_packed, w_scale, bias, dtype)
+    _check(q, s_x, q_sum, w_packed, w_scale, bias, dtype, group_size)
     packing.check_packed(w_packed, q.shape[-1])
-    y = multiply(q.reshape(-1, q.shape[-1]), s_x.reshape(-1, 1), w_packed, w_scale, bias, dtype)
+    tokens, scales = q.reshape(-1, q.shape[-1]), s_x.reshape(-1, 1)
+    y = multiply(tokens, scales, w_packed, w_scale, bias, dtype, group_size)
     return y.reshape(*q.shape[:-1], len(w_packed))
 
 
@@ -60,9 +64,10 @@ def fake_quantized_linear(
     w_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    group_size: int = 0,
 ) -> Tensor:
     """Return an empty output."""
-    _check(q, s_x, q_sum, w_packed, w_scale, bias, dtype)
+    _check(q, s_x, q_sum, w_packed, w_scale, bias, dtype, group_size)
     return s_x.new_empty((*q.shape[:-1], w_packed.shape[0]), dtype=dtype)
 
 
@@ -118,6 +123,7 @@ def _check(
     w_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    group_size: int,
 ) -> None:
     """Raise the errors of :func:`reference_quantized_linear`; arguments.h has the same."""
     check_quantized(q, s_x, dtype)
@@ -130,4 +136,5 @@ def _check(
         )
     check_device(q, "q_sum", q_sum)
     check_in_features(q.shape[-1])
-    check_operand(q, w_packed, w_scale, bias, q.shape[-1])
+    check_group_size(group_size)
+    check_operand(q, w_packed, w_scale, bias, q.shape[-1], group_size)

@@ -219,10 +219,10 @@ def _multiply(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the product, and the quantised tokens for the backward pass."""
     ops = torch.ops.bitlinear
-    if _is_fused(x, act_bits) and group_size <= 0:
+    if _is_fused(x, act_bits):
         q, s_x = quantize_activations(x, eps)
         q_sum = q.sum(dim=-1, keepdim=True, dtype=torch.int32)
-        y = ops.quantized_linear.default(q, s_x, q_sum, w_packed, w_scale, bias, dtype)
+        y = ops.quantized_linear.default(q, s_x, q_sum, w_packed, w_scale, bias, dtype, group_size)
     else:
         # torch.onnx.export(dynamo=False) takes the order of these calls for the order of the
         # outputs. The first one quantises x too, but to a layout of its own.

@@ -27,14 +27,15 @@ def quantize(x):
     return q, s_x, q.sum(dim=-1, keepdim=True, dtype=torch.int32)
 
 
-def check(x, w_packed, w_scale, bias):
+def check(x, w_packed, w_scale, bias, group_size=0):
     """Compare both operators with ``linear``; test_cuda_training.py does the same on a GPU."""
     tokens = quantize(x)
     for dtype in oracle.DTYPES:
-        wanted = OPS.linear(x, w_packed, w_scale, bias, x.shape[-1], out_dtype=dtype)
-        y = OPS.quantized_linear(*tokens, w_packed, w_scale, bias, dtype)
+        weight = (w_packed, w_scale, bias)
+        wanted = OPS.linear(x, *weight, x.shape[-1], 1e-6, group_size, out_dtype=dtype)
+        y = OPS.quantized_linear(*tokens, *weight, dtype, group_size)
         assert_same_bits(y, wanted)
-        y, q, s_x = OPS.linear_with_activations(x, w_packed, w_scale, bias, 1e-6, dtype)
+        y, q, s_x = OPS.linear_with_activations(x, *weight, 1e-6, dtype, group_size)
         assert_same_bits(y, wanted)
         assert torch.equal(q, tokens[0])
         # Of a token that is not finite, it is NaN or infinite.
@@ -50,12 +51,12 @@ def assert_same_bits(y, wanted):
     n=st.integers(0, 40),
     k=st.integers(1, 300),
     dtype=st.sampled_from(oracle.DTYPES),
-    group_size=st.sampled_from([0, -1]),
+    group_size=st.sampled_from([0, -1, 32, 96, 128]),
     has_bias=st.booleans(),
 )
 def test_the_bits_are_those_of_linear(shape, n, k, dtype, group_size, has_bias):
     x, w_packed, w_scale, bias = operands(shape, n, k, dtype, group_size)
-    check(x, w_packed, w_scale, bias if has_bias else None)
+    check(x, w_packed, w_scale, bias if has_bias else None, group_size)
 
 
 def test_a_token_that_is_not_finite_touches_no_other():
@@ -97,6 +98,10 @@ def test_errors_name_what_is_wrong():
                 multiply(*(tensor.to(device) for tensor in tokens))
         with pytest.raises(TypeError, match="dtype must be float32, float16 or bfloat16"):
             multiply(*(tensor.to(device) for tensor in (q, s_x, q_sum)), dtype=torch.float64)
+        tokens = [tensor.to(device) for tensor in (q, s_x, q_sum)]
+        for group_size, message in ((33, "positive multiple of 32"), (32, r"\(5, 2\)")):
+            with pytest.raises(ValueError, match=message):
+                OPS.quantized_linear(*tokens, *weight, torch.float32, group_size)
     weight = [torch.full_like(weight[0], 0xFF, device="cpu"), torch.ones(1), None]
     with pytest.raises(ValueError, match="invalid code 3"):
         multiply(q, s_x, q_sum)
@@ -104,12 +109,11 @@ def test_errors_name_what_is_wrong():
 
 def check_operators(device):
     """Run opcheck on both; test_cuda_training.py does the same on a GPU."""
-    x, *weight = operands((2, 6), 5, 48, torch.float32, device=device)
-    for operator, arguments in (
-        (OPS.quantized_linear, (*quantize(x), *weight, torch.bfloat16)),
-        (OPS.linear_with_activations, (x, *weight, 1e-6, torch.bfloat16)),
-    ):
-        torch.library.opcheck(operator.default, arguments)
+    for group_size in (0, 32):
+        x, *weight = operands((2, 6), 5, 48, torch.float32, group_size, device)
+        rest = (torch.bfloat16, group_size)
+        torch.library.opcheck(OPS.quantized_linear.default, (*quantize(x), *weight, *rest))
+        torch.library.opcheck(OPS.linear_with_activations.default, (x, *weight, 1e-6, *rest))
 
 
 def test_the_operators_are_what_torch_expects():

@@ -283,7 +283,7 @@ inline void check_quantized(const at::Tensor& q, const at::Tensor& s_x, at::Scal
 inline void check_quantized_linear(const at::Tensor& q, const at::Tensor& s_x,
                                    const at::Tensor& q_sum, const at::Tensor& w_packed,
                                    const at::Tensor& w_scale, const std::optional<at::Tensor>& bias,
-                                   at::ScalarType dtype) {
+                                   at::ScalarType dtype, int64_t group_size) {
   check_quantized(q, s_x, dtype);
   TORCH_CHECK_TYPE(q.scalar_type() == at::ScalarType::Char, "bitlinear: q must be int8, but it is ",
                    dtype_name(q.scalar_type()), ": quantise with act_bits = 8");
@@ -292,7 +292,8 @@ inline void check_quantized_linear(const at::Tensor& q, const at::Tensor& s_x,
                     dtype_name(q_sum.scalar_type()), " of shape ", q_sum.sizes());
   check_device(q, "q_sum", q_sum);
   check_in_features(q.size(-1));
-  check_operand(q, w_packed, w_scale, bias, q.size(-1), 0);
+  check_group_size(group_size);
+  check_operand(q, w_packed, w_scale, bias, q.size(-1), group_size);
 }
 
 // The same conditions and messages as reference_int8_product in head_products.py.

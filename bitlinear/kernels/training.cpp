@@ -45,17 +45,18 @@ std::tuple<Tensor, Tensor, Tensor> multiply(const Tensor& x, const Tensor& w_pac
                                             const Tensor& w_scale, const OptionalTensor& bias,
                                             double eps, int64_t group_size, int64_t act_bits,
                                             ScalarType dtype) {
-  static const auto linear_with_activations = find<std::tuple<Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, ScalarType)>(
-      "bitlinear::linear_with_activations");
+  static const auto linear_with_activations =
+      find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                              const OptionalTensor&, double, ScalarType, int64_t)>(
+          "bitlinear::linear_with_activations");
   static const auto linear =
       find<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
                   double, int64_t, int64_t, OptionalType)>("bitlinear::linear");
   static const auto quantize_activations =
       find<std::tuple<Tensor, Tensor>(const Tensor&, double, int64_t)>(
           "bitlinear::quantize_activations");
-  if (x.is_cuda() && act_bits == 8 && group_size <= 0) {
-    return linear_with_activations.call(x, w_packed, w_scale, bias, eps, dtype);
+  if (x.is_cuda() && act_bits == 8) {
+    return linear_with_activations.call(x, w_packed, w_scale, bias, eps, dtype, group_size);
   }
   Tensor y = linear.call(x, w_packed, w_scale, bias, x.size(-1), eps, group_size, act_bits, dtype);
   auto [q, s_x] = quantize_activations.call(x, eps, act_bits);

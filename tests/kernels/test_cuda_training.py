@@ -133,14 +133,14 @@ def test_the_operators_are_what_torch_expects():
     n=st.one_of(st.integers(1, 300), st.sampled_from([1024])),
     k=st.one_of(st.integers(1, 300), st.sampled_from([16, 48, 1040, 2048])),
     dtype=st.sampled_from(oracle.DTYPES),
-    group_size=st.sampled_from([0, -1]),
+    group_size=st.sampled_from([0, -1, 32, 64, 128]),
     is_finite=st.booleans(),
 )
 def test_products_of_quantised_tokens(m, n, k, dtype, group_size, is_finite):
     x, *weight = test_quantized_linear.operands((m,), n, k, dtype, group_size, "cuda")
     if not is_finite:
         x[m // 2, k // 2] = float("inf")
-    test_quantized_linear.check(x, *weight)
+    test_quantized_linear.check(x, *weight, group_size)
 
 
 def test_views_of_quantised_tokens():

@@ -342,11 +342,11 @@ TORCH_LIBRARY(bitlinear, m) {
         {at::Tag::pt2_compliant_tag});
   m.def(
       "quantized_linear(Tensor q, Tensor s_x, Tensor q_sum, Tensor w_packed, Tensor w_scale, "
-      "Tensor? bias, ScalarType dtype) -> Tensor",
+      "Tensor? bias, ScalarType dtype, int group_size=0) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "linear_with_activations(Tensor x, Tensor w_packed, Tensor w_scale, Tensor? bias, float eps, "
-      "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+      "ScalarType dtype, int group_size=0) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   m.def("int8_product(Tensor q, Tensor s_x, Tensor w, Tensor w_scale, ScalarType dtype) -> Tensor",
         {at::Tag::pt2_compliant_tag});

@@ -227,8 +227,8 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps, int
 
 Tensor quantized_linear(const Tensor& q, const Tensor& s_x, const Tensor& q_sum,
                         const Tensor& w_packed, const Tensor& w_scale,
-                        const std::optional<Tensor>& bias, ScalarType dtype) {
-  bitlinear::check_quantized_linear(q, s_x, q_sum, w_packed, w_scale, bias, dtype);
+                        const std::optional<Tensor>& bias, ScalarType dtype, int64_t group_size) {
+  bitlinear::check_quantized_linear(q, s_x, q_sum, w_packed, w_scale, bias, dtype, group_size);
   const c10::cuda::CUDAGuard guard(q.device());
   const int64_t K = q.size(-1);
   c10::DimVector shape(q.sizes());
@@ -247,6 +247,7 @@ Tensor quantized_linear(const Tensor& q, const Tensor& s_x, const Tensor& q_sum,
   task.act_bits = 8;
   task.M = scales.numel();
   task.K = K;
+  task.groups = bitlinear_cuda_make_groups(K, 4 * bitlinear::group_bytes(group_size));
   add_weight(task, weight);
   return run(task, &tokens, y, stream);
 }
@@ -254,11 +255,12 @@ Tensor quantized_linear(const Tensor& q, const Tensor& s_x, const Tensor& q_sum,
 std::tuple<Tensor, Tensor, Tensor> linear_with_activations(const Tensor& x, const Tensor& w_packed,
                                                            const Tensor& w_scale,
                                                            const std::optional<Tensor>& bias,
-                                                           double eps, ScalarType dtype) {
+                                                           double eps, ScalarType dtype,
+                                                           int64_t group_size) {
   bitlinear::check_tokens(x, eps, 8);
   const Quantized tokens = quantize(x, eps, 8, true);
-  const Tensor y =
-      quantized_linear(tokens.q, tokens.s_x, tokens.q_sum, w_packed, w_scale, bias, dtype);
+  const Tensor y = quantized_linear(tokens.q, tokens.s_x, tokens.q_sum, w_packed, w_scale, bias,
+                                    dtype, group_size);
   return {y, tokens.q, tokens.s_x};
 }
 
