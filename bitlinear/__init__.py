@@ -24,6 +24,7 @@ ops.register(compiled=_loaded.kernel is not None)
 # These modules resolve the operators, which must be registered first.
 from .convert import convert, deploy, set_quantization_strength  # noqa: E402
 from .embedding import Embedding  # noqa: E402
+from .half_scales import halve_scales  # noqa: E402
 from .linear import BitLinear  # noqa: E402
 from .linear_group import LinearGroup  # noqa: E402
 from .loading import load_deployed  # noqa: E402
@@ -41,6 +42,7 @@ __all__ = [
     "available_kernels",
     "convert",
     "deploy",
+    "halve_scales",
     "load_deployed",
     "pack",
     "set_quantization_strength",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import integrations
+from .half_scales import restore_scales
 from .mapped import map_tensors
 from .messages import list_names
 from .packable import update_ties
@@ -67,6 +68,7 @@ def load_deployed(path: str | os.PathLike[str], model: _Model, *, strict: bool =
     Raises:
         ImportError: The package safetensors is not installed.
         OSError: A file cannot be opened, or a directory contains no model or several.
+        TypeError: The file has scales under the name for fp16 in another dtype.
         ValueError: A file is damaged or not a safetensors file; or it has floating-point weights
             of a layer of this package, or packed weights of an ``nn.Linear`` or ``nn.Embedding``
             that is not. The model is unchanged.
@@ -75,6 +77,7 @@ def load_deployed(path: str | os.PathLike[str], model: _Model, *, strict: bool =
             are loaded.
     """
     tensors, omitted = map_tensors(Path(path))
+    restore_scales(tensors)
     _check_layer_kinds(model, tensors)
     return assign(model, tensors, omitted=omitted, source=str(path), strict=strict)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import packing, state, ties
 from .arguments import group_size_of
 from .deployed import deployed_linear
+from .half_scales import restore_scales
 from .lookup import deployed_lookup
 from .packed_weight import PackedWeight, warn_of_dequantization
 from .packing import PACKED_NAMES
@@ -270,11 +271,12 @@ class Packable(nn.Module):
         """Check the state, then give the layer and those tied to it the state's kind of weights.
 
         Raises:
-            TypeError, ValueError, state.IncompleteState: See :func:`state.check`; the layer is
-                unchanged.
+            TypeError, ValueError, state.IncompleteState: See :func:`state.check` and
+                :func:`restore_scales`; the layer is unchanged.
         """
         assigns = local_metadata.get("assign_to_params_buffers", False)
         tied = [] if assigns else ties.tied_layers(self, missing_keys)
+        restore_scales(state_dict)
         tensors, kind = state.check(
             self, state_dict, prefix, local_metadata, strict=strict, was_conv1d=self._was_conv1d
         )

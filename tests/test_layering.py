@@ -33,6 +33,7 @@ ORDER = [
     "packed_weight",
     "foreign",
     "preconditions",
+    "half_scales",
     "ties",
     "state",
     "packable",

@@ -1,0 +1,92 @@
+"""Scales of groups in fp16, for files: half of their bytes, where fp16 has the same values.
+
+A name of its own marks them. A ``w_scale`` in fp16 is refused, because a tool that converts whole
+checkpoints may have rounded it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .preconditions import is_distributed
+
+_NAME, _HALF_NAME = "w_scale", "w_scale_fp16"
+
+
+def halve_scales(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """Write the scales of groups in fp16, if that changes none of a layer's.
+
+    With groups of 128 a file becomes 5.6 % smaller, with groups of 32 16.7 %. The scales of models
+    that were published in fp16 fit; the means of a layer that was trained here do not. A load of
+    the state gives a ``w_scale`` in fp32, with the same bits::
+
+        state = bitlinear.halve_scales(model.state_dict())
+        safetensors.torch.save_file(state, "model.safetensors")
+        model = bitlinear.load_deployed("model.safetensors", model)
+
+    Args:
+        state_dict: The state of a model with deployed layers. Scales that are divided among
+            processes, or on the meta device, stay as they are.
+
+    Returns:
+        A new dictionary, with the metadata of ``state_dict``. The scales, of shape ``(N, groups)``,
+        have the names ``"...w_scale_fp16"`` in place of ``"...w_scale"``.
+    """
+    result: OrderedDict[str, Any] = OrderedDict()
+    halves: dict[int, Tensor] = {}  # tied scales stay tied
+    for name, value in state_dict.items():
+        prefix = _prefix_of(name, _NAME)
+        if prefix is not None and prefix + "w_packed" in state_dict and _fits(value):
+            half = halves.setdefault(id(value), value.to(torch.float16))
+            result[prefix + _HALF_NAME] = half
+        else:
+            result[name] = value
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is not None:
+        result._metadata = metadata  # type: ignore[attr-defined]
+    return result
+
+
+def restore_scales(state_dict: MutableMapping[str, Any]) -> None:
+    """Undo :func:`halve_scales`, in place.
+
+    Raises:
+        TypeError: Scales under the name for fp16 have another dtype.
+        ValueError: A layer has scales under both names.
+    """
+    restored: dict[int, Tensor] = {}
+    for half_name in list(state_dict):
+        prefix = _prefix_of(half_name, _HALF_NAME)
+        if prefix is None:
+            continue
+        half, name = state_dict[half_name], prefix + _NAME
+        if name in state_dict:
+            raise ValueError(f"it holds both {name!r} and {half_name!r}: remove one of them")
+        if not isinstance(half, Tensor) or half.dtype != torch.float16:
+            raise TypeError(
+                f"{half_name} must be a tensor in float16, but it is "
+                f"{getattr(half, 'dtype', type(half).__name__)}: a tool has converted the "
+                f"checkpoint, and may have rounded it; get the original"
+            )
+        state_dict[name] = restored.setdefault(id(half), half.to(torch.float32))
+        del state_dict[half_name]
+
+
+def _prefix_of(name: str, last: str) -> str | None:
+    """What is in front of the last part of a name, if that is ``last``."""
+    prefix, dot, part = name.rpartition(".")
+    return prefix + dot if part == last else None
+
+
+def _fits(w_scale: Any) -> bool:
+    """Whether these are scales of groups that fp16 has exactly."""
+    if not isinstance(w_scale, Tensor) or w_scale.dim() != 2 or w_scale.shape[1] < 2:
+        return False
+    if w_scale.dtype != torch.float32 or w_scale.is_meta or is_distributed(w_scale):
+        return False
+    return torch.equal(w_scale.to(torch.float16).to(torch.float32), w_scale)
