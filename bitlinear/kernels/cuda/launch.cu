@@ -137,9 +137,9 @@ cudaError_t run(int kernel, Call call, const bitlinear_cuda_tokens* tokens) {
   const Layout layout = layout_for(kernel);
   cudaError_t error =
       tokens == nullptr ? quantize(call, q, layout) : arrange(call, *tokens, q, layout);
+  call.task.w_prefetchable = 1;  // the weights were written before the quantiser started
   if (error == cudaSuccess && reads_split_scales(kernel)) error = split_scales(&call);
   if (error != cudaSuccess) return error;
-  call.task.w_prefetchable = 1;  // the weights were written before the quantiser started
   switch (kernel) {
     case BITLINEAR_CUDA_SMALL_BATCH:
       return small_batch(call, q, plan_small_batch(call.device, shape));
