@@ -8,10 +8,11 @@
 // Bound: instructions. AVX2 takes 21 for a block of 32 bytes of one row, gemv.h 15; AVX512-VNNI 20
 // and 11 for 64 bytes. Splitting the scales of a row, which its tokens share, takes a seventh of
 // the time of one token: without it 4096 x 4096 on one core of a Zen 3 would take 1.33 times the
-// product with one scale. Times that, groups of 128, M = 1, 2, 4, 8: AVX2 (2 cores of a Zen 3, 4096
-// x 4096) 1.50, 1.29, 1.28, 1.30; AVX512-VNNI (one core of a Xeon of 2023) 1.6, 1.95, 1.74, 1.8;
-// AVX-VNNI there 1.66, 1.9, 1.8, 1.8. Groups of other sizes than 32, 64 and multiples of a vector
-// take three times as long as those: each lane has a multiplier of its own in memory.
+// product with one scale. Times that, groups of 128, 4096 x 4096, M = 1, 2, 4, 8: AVX2 (2 cores of
+// a Zen 3) 1.50, 1.29, 1.28, 1.30; AVX512-VNNI (one core of a Xeon of 2023) 1.33, 1.82, 1.76, 1.71;
+// AVX-VNNI there 1.64, 1.81, 1.75, 1.75. Rows of 1024 amortise what is done once less: M = 1 takes
+// 2.1 to 2.6 times as long. Groups of other sizes than 32, 64 and multiples of a vector take three
+// times as long as those: each lane has a multiplier of its own in memory.
 #pragma once
 
 #include <stdint.h>
@@ -206,12 +207,8 @@ class GroupGemv {
   template <int kCount, int kOfRows, bool kOneFactor>
   void multiply_tokens(const uint8_t* w, int64_t stride, int64_t m, int64_t begin, int64_t count,
                        int64_t i) const {
-    constexpr int kRowTile = kOfRows > kCount ? kOfRows / kCount : 1;
     for (; m + kCount <= tokens_; m += kCount) {
-      for (int r = 0; r < kOfRows; r += kRowTile) {
-        multiply_blocks<kCount, kRowTile, kOneFactor>(w + r * stride, stride, scratch_.factors + r,
-                                                      m, begin, count, i + r);
-      }
+      multiply_tile<kCount, kOfRows, kOneFactor>(w, stride, m, begin, count, i);
     }
     if constexpr (kCount > 1) {
       if (m < tokens_) {
@@ -220,50 +217,59 @@ class GroupGemv {
     }
   }
 
-  // At most kGroupFlush blocks. Not inlined: with more code around it GCC spills sums of the tile.
+  // At most kGroupFlush blocks, of as many rows at a time as registers hold. Not inlined: with more
+  // code around it GCC spills the sums.
   template <int kCount, int kOfRows, bool kOneFactor>
-  BITLINEAR_NOINLINE void multiply_blocks(const uint8_t* w, int64_t stride,
-                                          const int32_t (*factor_rows)[kFactorStride], int64_t m,
-                                          int64_t begin, int64_t count, int64_t i) const {
-    typename V::GroupSum sums[kCount][kOfRows];
+  BITLINEAR_NOINLINE void multiply_tile(const uint8_t* first_w, int64_t stride, int64_t m,
+                                        int64_t begin, int64_t count, int64_t i) const {
+    constexpr int kTileRows = kOfRows > kCount ? kOfRows / kCount : 1;
     const typename V::Ints factor_of_lane = V::load_ints(factor_of_lane_);
-    const int8_t* q = this->q(m) + begin * 4 * V::kWidth;
-    const int32_t* starts = starts_ + m * lanes_ + begin * kLanes;
-    const int64_t step = kOneFactor ? 1 : factors_;
-    const int32_t* factor = factor_rows[0];
-    for (int64_t block = 0; block < count;) {
-      const int64_t run = block + minimum(count - block, V::GroupSum::kFlush);
-      for (; block < run; ++block) {
-        // Short vectors: one prefetch per cache line.
-        if (V::kWidth * block % 64 == 0) {
-          for (int r = 0; r < kOfRows; ++r) prefetch_l2(w + r * stride + kGemvPrefetch);
-        }
-        typename V::Bytes packed[kOfRows];
-        typename V::Ints factors[kOfRows];
-        for (int r = 0; r < kOfRows; ++r) {
-          packed[r] = V::load(w + r * stride);
-          factors[r] = kOneFactor ? V::broadcast_int(factor[r * kFactorStride])
-                                  : V::choose(factor + r * kFactorStride, factor_of_lane);
+    const int8_t* const first_q = this->q(m) + begin * 4 * V::kWidth;
+    const int32_t* const first_start = starts_ + m * lanes_ + begin * kLanes;
+    const int64_t q_stride = task_.q_stride, lanes = lanes_, step = kOneFactor ? 1 : factors_;
+    for (int row = 0; row < kOfRows; row += kTileRows) {
+      typename V::GroupSum sums[kCount][kTileRows];
+      const uint8_t* w = first_w + row * stride;
+      const int8_t* q = first_q;
+      const int32_t* starts = first_start;
+      const int32_t* factor = scratch_.factors[row];
+      for (int64_t block = 0; block < count;) {
+        const int64_t run = block + minimum(count - block, V::GroupSum::kFlush);
+        for (; block < run; ++block) {
+          // Short vectors: one prefetch per cache line.
+          if (V::kWidth * block % 64 == 0) {
+            for (int r = 0; r < kTileRows; ++r) prefetch_l2(w + r * stride + kGemvPrefetch);
+          }
+          typename V::Bytes packed[kTileRows];
+          typename V::Ints factors[kTileRows];
+          for (int r = 0; r < kTileRows; ++r) {
+            packed[r] = V::load(w + r * stride);
+            factors[r] = kOneFactor ? V::broadcast_int(factor[r * kFactorStride])
+                                    : V::choose(factor + r * kFactorStride, factor_of_lane);
+          }
+          for (int t = 0; t < kCount; ++t) {
+            typename V::Bytes planes[4];
+            load_planes(q + t * q_stride, planes);
+            const typename V::Ints start = V::load_ints(starts + t * lanes);
+            for (int r = 0; r < kTileRows; ++r) {
+              sums[t][r].add(packed[r], planes, start, factors[r]);
+            }
+          }
+          w += V::kWidth;
+          q += 4 * V::kWidth;
+          starts += kLanes;
+          factor += step;
         }
         for (int t = 0; t < kCount; ++t) {
-          typename V::Bytes planes[4];
-          load_planes(q + t * task_.q_stride, planes);
-          const typename V::Ints start = V::load_ints(starts + t * lanes_);
-          for (int r = 0; r < kOfRows; ++r) sums[t][r].add(packed[r], planes, start, factors[r]);
+          for (int r = 0; r < kTileRows; ++r) sums[t][r].flush();
         }
-        w += V::kWidth;
-        q += 4 * V::kWidth;
-        starts += kLanes;
-        factor += step;
       }
+      double totals[kCount * kTileRows];
+      add_lanes<kCount * kTileRows>(sums[0], totals);
       for (int t = 0; t < kCount; ++t) {
-        for (int r = 0; r < kOfRows; ++r) sums[t][r].flush();
+        double* const out = scratch_.sums[m + t] + i + row;
+        for (int r = 0; r < kTileRows; ++r) out[r] += totals[t * kTileRows + r];
       }
-    }
-    double totals[kCount * kOfRows];
-    add_lanes<kCount * kOfRows>(sums[0], totals);
-    for (int t = 0; t < kCount; ++t) {
-      for (int r = 0; r < kOfRows; ++r) scratch_.sums[m + t][i + r] += totals[t * kOfRows + r];
     }
   }
 
