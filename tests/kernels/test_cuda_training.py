@@ -157,11 +157,11 @@ def test_views_of_quantised_tokens():
             assert torch.equal(y, wanted)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize("features", [300, 320])
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 def test_a_compiled_step_has_the_same_bits(dtype, features, quant_type):
-    torch._dynamo.reset()  # each type is compiled, and torch allows eight in a process
     layer = BitLinear(features, 200, quant_type=quant_type).to("cuda", dtype)
     x = (torch.randn(70, features) * torch.logspace(-30, 4, 70)[:, None]).to(dtype)
     x[3, 5], x[4] = float("inf"), 0.0
