@@ -1,6 +1,7 @@
 """Count the instructions that whole calls of the Arm kernels execute, in an emulator.
 
     python -m scripts.dev.instruction_count [--shapes 1024x1024 64x64] [--tokens 1 4 16]
+        [--group-size 128]
 
 Needs gcc, g++-aarch64-linux-gnu and qemu-user with plugins. For every Arm kernel and every number
 of tokens, the table has the instructions of the GEMV, the GEMM and the quantiser per 64 packed
@@ -25,11 +26,20 @@ HERE = Path(__file__).parent
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = ("qemu-aarch64", "-cpu", "max")
 
-# The vocabulary of each variant and its form for many tokens, as its source file names them.
+# The vocabulary of each variant and its forms for many tokens, with one scale and with scales of
+# groups, as its source file names them.
 FORMS = {
-    "neon": ("Neon", "LookupGemm<Neon>"),
-    "neon_dotprod": ("NeonDotprod", "PanelGemm<NeonDotprod, RegisterTiles<NeonDotprod, LaneTile>>"),
-    "neon_i8mm": ("NeonI8mm", "PanelGemm<NeonI8mm, RegisterTiles<NeonI8mm, MatrixTile>>"),
+    "neon": ("Neon", "LookupGemm<Neon>", "GroupLookupGemm<Neon>"),
+    "neon_dotprod": (
+        "NeonDotprod",
+        "PanelGemm<NeonDotprod, RegisterTiles<NeonDotprod, LaneTile>>",
+        "GroupGemm<NeonDot>",
+    ),
+    "neon_i8mm": (
+        "NeonI8mm",
+        "PanelGemm<NeonI8mm, RegisterTiles<NeonI8mm, MatrixTile>>",
+        "GroupGemm<NeonDot>",
+    ),
 }
 
 
@@ -45,23 +55,27 @@ class Counter:
         for variant in VARIANTS:
             if variant.name not in FORMS:
                 continue
-            vocabulary, gemm = FORMS[variant.name]
+            vocabulary, gemm, group_gemm = FORMS[variant.name]
             macros = (
                 f'-DKERNEL="{variant.sources[0]}"',
                 f"-DVARIANT={vocabulary}",
                 f"-DGEMM={gemm}",
+                f"-DGROUP_GEMM={group_gemm}",
             )
             command = [COMPILER, "-std=c++17", "-static", *variant.cflags, *macros]
             others = [DIRECTORY / source for source in variant.sources[1:]]
             source = ["-I", DIRECTORY, HERE / "instruction_count.cpp", *others]
             subprocess.run([*command, *source, "-o", self.folder / variant.name], check=True)
 
-    def executed(self, variant: str, form: str, M: int, N: int, K: int) -> int:
-        """Return the instructions of one call: a program makes two calls, another makes one."""
+    def executed(self, variant: str, form: str, *sizes: int) -> int:
+        """Return the instructions of one call: a program makes two calls, another makes one.
+
+        ``sizes``: M, N, K and the size of the groups.
+        """
         emulator = [*EMULATOR, "-plugin", self.folder / "plugin.so", self.folder / variant]
         one_call, two_calls = (
             subprocess.run(
-                [*emulator, form, *map(str, (M, N, K, runs))],
+                [*emulator, form, *map(str, (*sizes, runs))],
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
@@ -71,10 +85,13 @@ class Counter:
         return int(two_calls) - int(one_call)
 
 
-def row(counter: Counter, variant: str, M: int, N: int, K: int) -> tuple[list[float], str]:
+def row(
+    counter: Counter, variant: str, M: int, N: int, K: int, group_size: int
+) -> tuple[list[float], str]:
     """Return GEMV, GEMM and quantiser per 64 packed bytes and token, and the chosen form."""
     gemv, gemm, quantize, call = (
-        counter.executed(variant, form, M, N, K) for form in ("gemv", "gemm", "quantize", "call")
+        counter.executed(variant, form, M, N, K, group_size)
+        for form in ("gemv", "gemm", "quantize", "call")
     )
     # The choice itself takes a few instructions, so neither form has exactly the call's count.
     chosen = "GEMV" if abs(call - gemv) < abs(call - gemm) else "GEMM"
@@ -89,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", type=parse_shape, default=shapes, metavar="NxK")
     parser.add_argument("--tokens", nargs="+", type=parse_count, default=tokens, metavar="M")
     parser.add_argument("--kernels", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--group-size", type=int, default=0, help="0: one scale of the weights")
     arguments = parser.parse_args(argv)
     for program, package in (
         ("gcc", "gcc"),
@@ -104,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for variant in arguments.kernels:
             for N, K in arguments.shapes:
                 for M in arguments.tokens:
-                    counts, chosen = row(counter, variant, M, N, K)
+                    counts, chosen = row(counter, variant, M, N, K, arguments.group_size)
                     cells = " | ".join(f"{count:.1f}" for count in counts)
                     print(f"| `{variant}` | {N} x {K} | {M} | {cells} | {chosen} |", flush=True)
 

@@ -17,8 +17,6 @@ struct NeonDotprod : NeonDot {
   // scripts.dev.instruction_count`).
   static constexpr int64_t kGemmTokens = 4;
   static constexpr int64_t kGemvOverhead = 1;
-  static constexpr int kPanelTokens = 4;
-  static constexpr int kPanelStrips = 6;
   static constexpr int kDecodingTokens = 3;
 };
 
@@ -69,8 +67,8 @@ struct LaneTile {
 };
 
 constexpr bitlinear_kernel_table kTable =
-    make_table<NeonDotprod, PanelGemm<NeonDotprod, RegisterTiles<NeonDotprod, LaneTile>>>(
-        "neon_dotprod");
+    make_table<NeonDotprod, PanelGemm<NeonDotprod, RegisterTiles<NeonDotprod, LaneTile>>,
+               GroupProduct<NeonDot, GroupGemm<NeonDot>>>("neon_dotprod");
 
 }  // namespace
 }  // namespace bitlinear

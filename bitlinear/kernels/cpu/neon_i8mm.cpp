@@ -15,8 +15,6 @@ struct NeonI8mm : NeonDot {
   // scripts.dev.instruction_count`).
   static constexpr int64_t kGemmTokens = 4;
   static constexpr int64_t kGemvOverhead = 2;
-  static constexpr int kPanelTokens = 4;
-  static constexpr int kPanelStrips = 6;
   static constexpr int kDecodingTokens = 4;
 
   // Of each pair of steps, one vector holds rows 0 and 1 of the strip, eight codes each; the other
@@ -87,7 +85,8 @@ struct MatrixTile {
 };
 
 constexpr bitlinear_kernel_table kTable =
-    make_table<NeonI8mm, PanelGemm<NeonI8mm, RegisterTiles<NeonI8mm, MatrixTile>>>("neon_i8mm");
+    make_table<NeonI8mm, PanelGemm<NeonI8mm, RegisterTiles<NeonI8mm, MatrixTile>>,
+               GroupProduct<NeonDot, GroupGemm<NeonDot>>>("neon_i8mm");
 
 }  // namespace
 }  // namespace bitlinear
