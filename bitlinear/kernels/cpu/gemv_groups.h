@@ -162,6 +162,7 @@ class GroupGemv {
       const int64_t end = is_tail ? blocks : minimum(begin + kGroupFlush, whole);
       const uint8_t* w = task_.w + n * task_.row_bytes + begin * V::kWidth;
       int64_t stride = task_.row_bytes;
+      // Without divisions, which take long, if the row is one run.
       const int64_t first_group = begin == 0 ? 0 : begin * factors_ / of_group_;
       const int64_t end_group =
           end == blocks ? task_.s_w_stride : ceil_div(end * factors_, of_group_);
