@@ -38,12 +38,12 @@ def halve_scales(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
         have the names ``"...w_scale_fp16"`` in place of ``"...w_scale"``.
     """
     result: OrderedDict[str, Any] = OrderedDict()
-    halves: dict[int, Tensor] = {}  # tied scales stay tied
+    halves: dict[Any, Tensor] = {}  # by memory: tied scales stay tied
     for name, value in state_dict.items():
         prefix = _prefix_of(name, _NAME)
         if prefix is not None and prefix + "w_packed" in state_dict and _fits(value):
-            half = halves.setdefault(id(value), value.to(torch.float16))
-            result[prefix + _HALF_NAME] = half
+            memory = (value.data_ptr(), value.shape, value.stride())
+            result[prefix + _HALF_NAME] = halves.setdefault(memory, value.to(torch.float16))
         else:
             result[name] = value
     metadata = getattr(state_dict, "_metadata", None)

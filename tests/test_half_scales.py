@@ -63,8 +63,8 @@ def test_a_file_is_mapped_and_tied_scales_stay_tied(tmp_path):
     safetensors.save_file(bitlinear.halve_scales(state), tmp_path / "model.safetensors")
     assert_same_state(bitlinear.load_deployed(tmp_path, build()), state)
 
-    state["tied.w_packed"] = state["groups.w_packed"]
-    state["tied.w_scale"] = state["groups.w_scale"]
+    state["tied.w_packed"] = state["groups.w_packed"].detach()
+    state["tied.w_scale"] = state["groups.w_scale"].detach()  # as state_dict() does
     half = bitlinear.halve_scales(state)
     assert half["tied.w_scale_fp16"] is half["groups.w_scale_fp16"]
     restore_scales(half)

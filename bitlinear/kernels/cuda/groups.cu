@@ -1,6 +1,6 @@
 // Splits the scales of groups into multipliers and units, for the kernels that do not do so
-// themselves. Bound: latency; it reads and writes a tenth of the bytes of the weights, or less. So it
-// reads the scales while the quantiser runs; the second time they are in the L1 cache.
+// themselves. Bound: latency; it reads and writes a tenth of the bytes of the weights, or less. So
+// it reads the scales while the quantiser runs; the second time they are in the L1 cache.
 #include "groups.cuh"
 #include "launch.cuh"
 
