@@ -29,6 +29,9 @@ def halve_scales(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
         safetensors.torch.save_file(state, "model.safetensors")
         model = bitlinear.load_deployed("model.safetensors", model)
 
+    ``save_file`` refuses tensors that share memory: leave out the names of a layer that is tied to
+    another, and ``load_deployed`` ties it again. ``save_pretrained`` writes fp32 all the same.
+
     Args:
         state_dict: The state of a model with deployed layers. Scales that are divided among
             processes, or on the meta device, stay as they are.
@@ -36,7 +39,15 @@ def halve_scales(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     Returns:
         A new dictionary, with the metadata of ``state_dict``. The scales, of shape ``(N, groups)``,
         have the names ``"...w_scale_fp16"`` in place of ``"...w_scale"``.
+
+    Raises:
+        TypeError: ``state_dict`` is not one.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"halve_scales needs a state, but got {type(state_dict).__name__}: pass "
+            f"model.state_dict()"
+        )
     result: OrderedDict[str, Any] = OrderedDict()
     halves: dict[Any, Tensor] = {}  # by memory: tied scales stay tied
     for name, value in state_dict.items():

@@ -266,7 +266,12 @@ def _name_groups(in_features: int, groups: int) -> str:
     ]
     if not fitting:
         return f"no groups of a multiple of {GROUP_UNIT} weights have {groups} scales in a row"
-    types = " or ".join(f"'wpg{size}'" for size in fitting[:3])
+    types = f"'wpg{fitting[0]}'"
+    if len(fitting) > 1:
+        types += (
+            f", or another multiple of {GROUP_UNIT} up to {fitting[-1]}: the one that it was saved "
+            f"with, as any other is silently wrong"
+        )
     return f"it has scales for groups of inputs; make the layer with a type that ends in {types}"
 
 

@@ -88,6 +88,11 @@ def test_scales_that_fp16_would_change_stay(values, third):
     assert_same_state(restored, state)
 
 
+def test_a_model_is_no_state():
+    with pytest.raises(TypeError, match=r"got ModuleDict: pass model\.state_dict\(\)"):
+        bitlinear.halve_scales(build())
+
+
 def test_other_tensors_stay():
     tensors = {
         "w_scale": torch.ones(4, 3),  # of no deployed layer
