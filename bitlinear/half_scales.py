@@ -52,11 +52,13 @@ def halve_scales(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
     halves: dict[Any, Tensor] = {}  # by memory: tied scales stay tied
     for name, value in state_dict.items():
         prefix = _prefix_of(name, _NAME)
-        if prefix is not None and prefix + "w_packed" in state_dict and _fits(value):
-            memory = (value.data_ptr(), value.shape, value.stride())
-            result[prefix + _HALF_NAME] = halves.setdefault(memory, value.to(torch.float16))
-        else:
+        is_deployed = prefix is not None and prefix + "w_packed" in state_dict
+        half = _exact_half(value) if is_deployed else None
+        if half is None:
             result[name] = value
+        else:
+            memory = (value.device, value.data_ptr(), value.shape, value.stride())
+            result[f"{prefix}{_HALF_NAME}"] = halves.setdefault(memory, half)
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
         result._metadata = metadata  # type: ignore[attr-defined]
@@ -94,10 +96,11 @@ def _prefix_of(name: str, last: str) -> str | None:
     return prefix + dot if part == last else None
 
 
-def _fits(w_scale: Any) -> bool:
-    """Whether these are scales of groups that fp16 has exactly."""
+def _exact_half(w_scale: Any) -> Tensor | None:
+    """The scales in fp16, if they are of groups and fp16 has them exactly."""
     if not isinstance(w_scale, Tensor) or w_scale.dim() != 2 or w_scale.shape[1] < 2:
-        return False
+        return None
     if w_scale.dtype != torch.float32 or w_scale.is_meta or is_distributed(w_scale):
-        return False
-    return torch.equal(w_scale.to(torch.float16).to(torch.float32), w_scale)
+        return None
+    half = w_scale.to(torch.float16)
+    return half if torch.equal(half.to(torch.float32), w_scale) else None

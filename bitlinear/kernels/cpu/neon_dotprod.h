@@ -57,7 +57,7 @@ struct NeonDot : NeonBytes {
       PlaneSum block;
       block.by1 = start;
       block.add(w, q);
-      sum = vmlaq_s32(sum, block.lanes(), factors);
+      sum = add_products(sum, block.lanes(), factors);
     }
     void flush() {}
     Ints lanes() const { return sum; }
@@ -69,7 +69,7 @@ struct NeonDot : NeonBytes {
   static Bytes broadcast_quad(const int8_t* p) {
     int32_t quad;
     memcpy(&quad, p, sizeof(quad));
-    return vreinterpretq_u8_s32(vdupq_n_s32(quad));
+    return vreinterpretq_u8_s32(broadcast_int(quad));
   }
   static Ints add(Ints a, Ints b) { return vaddq_s32(a, b); }
   static Ints add_products(Ints sum, Ints lanes, Ints factors) {
