@@ -367,7 +367,8 @@ def check_scale_shape(
         one = "" if has_groups else "(1,) or "
         raise ValueError(
             f"bitlinear: w_scale must have shape {one}({out_features}, {groups}) for group_size = "
-            f"{group_size}, but it has shape {shape}"
+            f"{group_size}, but it has shape {shape}: pass the group_size of the layer that it "
+            f"comes from"
         )
 
 

@@ -115,7 +115,10 @@ def _operands(
             if layer.eps != first.eps or layer._act_bits != first._act_bits:
                 return f"{names[0]} and {name} quantise activations in different ways"
             if max(layer._group_size, 0) != max(first._group_size, 0):
-                return f"{names[0]} and {name} have scales for groups of different sizes"
+                return (
+                    f"{names[0]} has quant_type {first.quant_type}, but {name} has "
+                    f"{layer.quant_type}: one product has one size of groups"
+                )
             if packed.device != w_packed[0].device:
                 return f"{names[0]} and {name} are on different devices"
     if norm is not None:

@@ -79,7 +79,7 @@ def restore_scales(state_dict: MutableMapping[str, Any]) -> None:
             continue
         half, name = state_dict[half_name], prefix + _NAME
         if name in state_dict:
-            raise ValueError(f"it holds both {name!r} and {half_name!r}: remove one of them")
+            raise ValueError(f"the state holds both {name!r} and {half_name!r}: remove one of them")
         if not isinstance(half, Tensor) or half.dtype != torch.float16:
             raise TypeError(
                 f"{half_name} must be a tensor in float16, but it is "

@@ -128,9 +128,10 @@ def find_scales(weight: Tensor) -> Scales | NotTernary:
         )
     row = int((lowest != highest).nonzero()[0])
     return NotTernary(
-        f"{int((lowest != highest).sum())} of {len(weight)} rows have several magnitudes, the "
-        f"first of them from {float(lowest[row]):.6g} to {float(highest[row]):.6g}, and so have "
-        f"groups of inputs whose size is a multiple of {GROUP_UNIT}"
+        f"{int((lowest != highest).sum())} of {len(weight)} rows have several magnitudes (row "
+        f"{row} from {float(lowest[row]):.6g} to {float(highest[row]):.6g}), also within groups of "
+        f"{GROUP_UNIT} inputs, the smallest that can have a scale; convert() and training make any "
+        f"weight ternary"
     )
 
 

@@ -163,7 +163,8 @@ inline void check_operand(const at::Tensor& x, const at::Tensor& w_packed,
   TORCH_CHECK_VALUE(has_scale_shape(w_scale, out_features, in_features, group_size),
                     "bitlinear: w_scale must have shape ",
                     scale_shapes(out_features, in_features, group_size),
-                    " for group_size = ", group_size, ", but it has shape ", w_scale.sizes());
+                    " for group_size = ", group_size, ", but it has shape ", w_scale.sizes(),
+                    ": pass the group_size of the layer that it comes from");
   check_device(x, "w_packed", w_packed);
   check_device(x, "w_scale", w_scale);
   if (bias.has_value()) check_vector(x, "bias", *bias, out_features, "rows of w_packed");

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ... import foreign, packing
 from ...groups import repeat_scales
 from ...linear import BitLinear
+from ...messages import list_names
 from .architectures import (
     ARCHITECTURES,
     Architecture,
@@ -83,11 +84,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     tensors, problems = _tensors(model)
     problems = _why_not_computable(config, architecture) + problems
     entries: list[_Entry] = []
+    names_by_reason: dict[str, list[str]] = {}
     for name, tensor, owner in tensors:
         try:
             entries += _entries(name, tensor, owner, architecture, config)
         except ValueError as error:
-            problems.append(str(error))
+            subject, _, reason = str(error).partition(": ")
+            names_by_reason.setdefault(reason, []).append(subject)
+    problems += [f"{list_names(names)}: {reason}" for reason, names in names_by_reason.items()]
     if not any(entry.type == "TQ2_0" for entry in entries) and not problems:
         problems.append("it has no deployed layer: call bitlinear.deploy(model) first")
     if config.model_type == "bitnet" and any(e.name == "output.weight" for e in entries):
@@ -148,8 +152,8 @@ def _tensors(model: nn.Module) -> tuple[list[tuple[str, Tensor, nn.Module]], lis
             del own["w_scale"]
         if not _is_known(module) or own.keys() - {"weight", "bias"}:
             problems.append(
-                f"{prefix} is a {type(module).__name__} with {', '.join(own)}, which a file cannot "
-                f"hold"
+                f"{prefix} is of the class {type(module).__name__}, with {', '.join(own)}, which a "
+                f"file cannot hold: save the state_dict of the model instead"
             )
             continue
         if prefix == "lm_head" and own["weight"] is embedding:
@@ -171,18 +175,18 @@ def _entries(
     """The tensors of the file for one weight or bias.
 
     Raises:
-        ValueError: It cannot be written exactly.
+        ValueError: It cannot be written exactly. The message is a name, a colon and the reason.
     """
     found = file_name(name)
     if found is None:
         raise ValueError(f"{name}: llama.cpp has no such tensor")
     if tensor.is_meta:
-        raise ValueError(f"{name} is on the meta device, without values: load it first")
+        raise ValueError(f"{name}: on the meta device, without values: load it first")
     order = file_order(architecture, found, config)
     if isinstance(owner, BitLinear) and name.endswith(".weight"):
         return _packed_entries(name, found, owner, architecture, order)
     if tensor.dtype not in _FLOAT_TYPES:
-        raise ValueError(f"{name} is {tensor.dtype}, but a file has F32, F16 and BF16")
+        raise ValueError(f"{name}: its dtype is {tensor.dtype}, but a file has F32, F16 and BF16")
     if name.endswith(".bias") and part_of(found) not in architecture.biases:
         raise ValueError(f"{name}: llama.cpp reads no such bias")
 
@@ -201,13 +205,16 @@ def _packed_entries(
 ) -> list[_Entry]:
     layer_name = name.rpartition(".")[0]
     if type(layer) is not BitLinear:
-        raise ValueError(f"{layer_name} is a {type(layer).__name__}, which llama.cpp does not have")
+        raise ValueError(
+            f"{layer_name}: its class {type(layer).__name__} is not known to llama.cpp: save the "
+            f"state_dict of the model instead"
+        )
     if not layer.is_deployed:
-        raise ValueError(f"{layer_name} is not deployed: call bitlinear.deploy(model) first")
+        raise ValueError(f"{layer_name}: not deployed: call bitlinear.deploy(model) first")
     if layer.in_features % BLOCK:
         raise ValueError(
-            f"{layer_name} has {layer.in_features} in_features, but TQ2_0 needs a multiple of "
-            f"{BLOCK}"
+            f"{layer_name}: in_features must be a multiple of {BLOCK} for TQ2_0, but it is "
+            f"{layer.in_features}"
         )
     try:
         packing.check_packed(layer.w_packed, layer.in_features)
@@ -255,8 +262,8 @@ def _block_scales(layer: BitLinear, name: str) -> Tensor:
         return w_scale
     if group_size % BLOCK:
         raise ValueError(
-            f"{name} has a scale for every {group_size} in_features, but TQ2_0 has one for every "
-            f"{BLOCK}: save its state_dict instead"
+            f"{name}: a scale for every {group_size} in_features, but TQ2_0 has one for every "
+            f"{BLOCK}: save the state_dict of the model instead"
         )
     return repeat_scales(w_scale, group_size // BLOCK, layer.in_features // BLOCK)
 

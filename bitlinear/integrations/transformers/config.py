@@ -119,13 +119,14 @@ def check_describable(model: PreTrainedModel) -> None:
     problems = []
     for name, layer in ternary_layers(model).items():
         if layer.is_deployed and type(layer) not in (BitLinear, NormedBitLinear):
-            problems.append(f"{name}: it is a {type(layer).__name__}")
+            problems.append(f"{name} is of the class {type(layer).__name__}")
         elif isinstance(layer, NormedBitLinear) and _norm_eps(layer.rms_norm) is None:
-            problems.append(f"{name}: its norm is a {type(layer.rms_norm).__name__}")
+            problems.append(f"the norm of {name} is of the class {type(layer.rms_norm).__name__}")
     if problems:
         raise ValueError(
-            "from_pretrained cannot make deployed layers of these classes: save the state_dict of "
-            "the model instead\n  " + "\n  ".join(problems)
+            "from_pretrained cannot make these deployed layers: save the state_dict with "
+            "safetensors, and load it with bitlinear.load_deployed into a model made as this one "
+            "was\n  " + "\n  ".join(problems)
         )
 
 

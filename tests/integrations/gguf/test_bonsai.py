@@ -100,6 +100,32 @@ def test_a_head_with_the_values_of_the_embedding_shares_its_packed_weight(
     assert tokens(again.eval()).tolist() == tokens(model).tolist()
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_packed_embedding_goes_through_a_safetensors_file(is_tied, tmp_path):
+    """As the documents say: save_pretrained refuses it, and its message names this way."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = dense_twin(128, tie_word_embeddings=is_tied)
+    skip = ["output.weight"] if is_tied else []
+    path = write_ternary(tmp_path / "x.gguf", model, "PQ2_0", skip)
+    new = make("qwen3", tie_word_embeddings=is_tied)
+    loaded = integration.load(path, new, act_bits=16, eps=1e-6, pack_embedding=True)
+    with pytest.raises(ValueError, match=r"load_deployed into .*\n  model\.embed_tokens is of"):
+        loaded.save_pretrained(tmp_path / "refused")
+    with pytest.raises(ValueError, match="embed_tokens is of the class Embedding") as caught:
+        integration.save(loaded, tmp_path / "refused.gguf")
+    assert str(caught.value).count("a scale for every 128") == 1
+    safetensors.save_model(loaded, str(tmp_path / "x.safetensors"))
+
+    again = make("qwen3", tie_word_embeddings=is_tied)
+    embedding = bitlinear.Embedding.from_embedding(again.get_input_embeddings(), "wpg128")
+    again.set_input_embeddings(embedding)
+    again = bitlinear.convert(again, exclude=(), quant_type="ai16pc_wpg128")
+    bitlinear.load_deployed(tmp_path / "x.safetensors", again)
+    assert tokens(again.eval()).tolist() == tokens(model).tolist()
+    if is_tied:
+        assert again.lm_head.w_packed is again.model.embed_tokens.w_packed
+
+
 def test_an_embedding_of_another_type_stays_dense(tmp_path):
     model = ternary_model("llama")
     path = write_model(tmp_path / "x.gguf", "llama", model).write()

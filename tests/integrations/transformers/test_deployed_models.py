@@ -132,7 +132,7 @@ def test_deployed_embeddings_are_not_saved(tmp_path, caplog):
     model = make_llama()
     model.model.embed_tokens = table = Embedding.from_embedding(model.model.embed_tokens)
     bitlinear.deploy(model)  # nothing else is deployed
-    with pytest.raises(ValueError, match="embed_tokens: it is a Embedding"):
+    with pytest.raises(ValueError, match="embed_tokens is of the class Embedding"):
         model.save_pretrained(tmp_path)
     table.undeploy()
     model.save_pretrained(tmp_path)
@@ -173,7 +173,7 @@ def test_saving_layers_of_unknown_classes_raises(tmp_path):
     model = bitlinear.convert(make_llama())
     model.model.layers[1].mlp.up_proj = Other(32, 48)
     bitlinear.deploy(model)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: it is a Other"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj is of the class Other"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
 
