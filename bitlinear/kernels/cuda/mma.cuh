@@ -27,9 +27,9 @@
 //
 // Registers per thread (nvcc 13.0, sm_80 / sm_90a; no spills), shared memory and blocks per
 // multiprocessor (of 164 / 228 KB):
-//   256 x 128: 251 / 245, 145 KB, 1 / 1      64 x 32: 102 / 110, 96 KB, 1 / 2
-//   128 x 128: 149 / 150,  81 KB, 1 / 1      32 x 16:  58 /  58, 72 KB, 2 / 3
-//   128 x 64:  149 / 150,  97 KB, 1 / 1
+//   256 x 128: 255 / 251, 145 KB, 1 / 1      64 x 32: 128 / 128, 96 KB, 1 / 2
+//   128 x 128: 151 / 151,  81 KB, 1 / 1      32 x 16: 128 / 128, 72 KB, 2 / 2
+//   128 x 64:  150 / 151,  97 KB, 1 / 1
 // All but the first fit the 99 KB of sm_86, sm_89 and sm_120.
 #pragma once
 
