@@ -19,8 +19,9 @@ from scripts.bench import ggml
 from scripts.bench.timing import Call
 
 # Limits of a peer's errors, relative to the rms of a token's outputs. A scale and an output of bf16
-# are rounded by 0.002 each, and the largest outputs are some five times the rms.
-_RMS_ERROR, _LARGEST_ERROR = 0.006, 0.05
+# are rounded by 0.002 each; gemlite 0.6 also adds parts of a single token's product in bf16: 0.019
+# rms and 0.13 at most for 8192 x 8192. There 32 columns that are left out give 0.06 rms.
+_RMS_ERROR, _LARGEST_ERROR = 0.03, 0.25
 
 
 def checked_input(M: int, K: int, device: str, dtype: torch.dtype) -> Tensor:
@@ -34,7 +35,7 @@ def check(result: Tensor, x: Tensor, weight: Tensor) -> None:
     """Compare a peer's result with the dense product ``x @ weight.T``, for a ``checked_input``.
 
     Raises:
-        RuntimeError: It differs by more than roundings to bf16 explain.
+        RuntimeError: It differs by more than roundings of sums to bf16 explain.
     """
     expected = x.float() @ weight.T
     if result.shape != expected.shape:
