@@ -51,6 +51,21 @@ void check(const Case& c) {
   for (const int dtype : {BITLINEAR_F32, BITLINEAR_F16, BITLINEAR_BF16}) check_one_dtype(c, dtype);
 }
 
+// As abi.h says: memory for a number of rows of q suffices for fewer.
+void check_scratch(int64_t group_size) {
+  for (int64_t K = 1; K <= BITLINEAR_MAX_K; K = 3 * K + 1) {
+    int64_t largest = 0;
+    for (int64_t M = 1; M <= 300; ++M) {
+      const int64_t bytes = bitlinear_kernels()->scratch_bytes(M, (K + 3) / 4, group_size / 4);
+      if (bytes < largest && ++failed <= 10) {
+        printf("%lld bytes of scratch memory, less than for fewer rows: M = %lld, K = %lld\n",
+               static_cast<long long>(bytes), static_cast<long long>(M), static_cast<long long>(K));
+      }
+      largest = bytes > largest ? bytes : largest;
+    }
+  }
+}
+
 // For products that take long, and are the same in each dtype: the dtypes take turns.
 void check_large(const Case& c) { check_one_dtype(c, static_cast<int>((c.M + c.N + c.K) % 3)); }
 
@@ -67,6 +82,7 @@ int main(int argc, char** argv) {
   if (bitlinear_kernels() == nullptr) return 1;
   const Data kinds[] = {Data::kRandom, Data::kLargestSums, Data::kZero, Data::kNonFinite,
                         Data::kSubnormal};
+  for (const int64_t group_size : {0, 32, 128, 4096}) check_scratch(group_size);
   // Every K around the vectors of every variant, against one, several and many tokens; from the
   // second of the longest vectors on, a third of them.
   for (int64_t K = 1; K <= (quick ? 70 : 530); K += K < 140 ? 1 : sparse ? 7 : K < 330 ? 1 : 3) {

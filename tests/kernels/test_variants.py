@@ -211,6 +211,21 @@ def test_results_do_not_depend_on_batch_or_threads(kernel, threads, act_bits):
             oracle.assert_same_bits(part(rows), whole[rows])
 
 
+@pytest.mark.parametrize("m", [5, 7, 17, 18])
+def test_parts_of_any_size_have_room_for_long_rows(kernel, threads, m):
+    """Of a call whose parts have different numbers of tokens, some multiply in another form."""
+    k, group_size = 400_000, 128
+    t = torch.randint(-1, 2, (5, k), generator=torch.Generator().manual_seed(3))
+    packed = torch.from_numpy(oracle.pack(t.numpy()))
+    w_scale = torch.rand(5, k // group_size) + 0.5
+    arguments = (random_x(m, k), packed, w_scale, None, k, EPS, group_size)
+    results = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        results.append(torch.ops.bitlinear.linear(*arguments))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_a_tall_product_is_divided_among_tokens(kernel, threads):
     x, t = random_x(700, 260), oracle.ternary(5, 260)
     for count in (1, 2, 5):

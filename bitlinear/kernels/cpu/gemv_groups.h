@@ -303,9 +303,12 @@ class GroupGemv {
 // The faster form for so many rows of q.
 template <class V, class Gemm>
 struct GroupProduct {
+  // Of both forms: a part of the call can have fewer rows of q.
   static int64_t scratch_bytes(int64_t M, int64_t row_bytes, int64_t group_bytes) {
-    return M < V::kGroupGemmTokens ? GroupGemv<V>::scratch_bytes(M, row_bytes, group_bytes)
-                                   : Gemm::scratch_bytes(M, row_bytes, group_bytes);
+    const int64_t few = minimum(M, V::kGroupGemmTokens - 1);
+    const int64_t gemv = GroupGemv<V>::scratch_bytes(few, row_bytes, group_bytes);
+    const int64_t gemm = M > few ? Gemm::scratch_bytes(M, row_bytes, group_bytes) : 0;
+    return gemm > gemv ? gemm : gemv;
   }
   static bitlinear_blocks blocks(int64_t M, int64_t row_bytes) {
     return M < V::kGroupGemmTokens ? GroupGemv<V>::blocks(M, row_bytes)
