@@ -11,9 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from .preconditions import is_distributed
+from torch import Tensor, nn
 
 _NAME, _HALF_NAME = "w_scale", "w_scale_fp16"
 
@@ -30,11 +28,13 @@ def halve_scales(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
         model = bitlinear.load_deployed("model.safetensors", model)
 
     ``save_file`` refuses tensors that share memory: leave out the names of a layer that is tied to
-    another, and ``load_deployed`` ties it again. ``save_pretrained`` writes fp32 all the same.
+    another, and ``load_deployed`` ties it again. Only ``load_deployed`` and ``load_state_dict``
+    read such a state: accelerate, ``torch.distributed.checkpoint`` and ``from_pretrained`` look for
+    the names that a model has. ``save_pretrained`` writes fp32 all the same.
 
     Args:
-        state_dict: The state of a model with deployed layers. Scales that are divided among
-            processes, or on the meta device, stay as they are.
+        state_dict: The state of a model with deployed layers. Scales in tensor subclasses (divided
+            among processes), or on the meta device, stay as they are.
 
     Returns:
         A new dictionary, with the metadata of ``state_dict``. The scales, of shape ``(N, groups)``,
@@ -49,16 +49,17 @@ def halve_scales(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
             f"model.state_dict()"
         )
     result: OrderedDict[str, Any] = OrderedDict()
-    halves: dict[Any, Tensor] = {}  # by memory: tied scales stay tied
+    # By memory, so that tied scales stay tied. The scales are kept too: memory that a mapping frees
+    # would be that of other scales next.
+    halves: dict[Any, tuple[Tensor, Tensor]] = {}
     for name, value in state_dict.items():
-        prefix = _prefix_of(name, _NAME)
-        is_deployed = prefix is not None and prefix + "w_packed" in state_dict
-        half = _exact_half(value) if is_deployed else None
+        prefix = _deployed_layer(state_dict, name, _NAME)
+        half = None if prefix is None else _exact_half(value)
         if half is None:
             result[name] = value
         else:
             memory = (value.device, value.data_ptr(), value.shape, value.stride())
-            result[f"{prefix}{_HALF_NAME}"] = halves.setdefault(memory, half)
+            _, result[f"{prefix}{_HALF_NAME}"] = halves.setdefault(memory, (value, half))
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
         result._metadata = metadata  # type: ignore[attr-defined]
@@ -74,12 +75,15 @@ def restore_scales(state_dict: MutableMapping[str, Any]) -> None:
     """
     restored: dict[int, Tensor] = {}
     for half_name in list(state_dict):
-        prefix = _prefix_of(half_name, _HALF_NAME)
+        prefix = _deployed_layer(state_dict, half_name, _HALF_NAME)
         if prefix is None:
             continue
         half, name = state_dict[half_name], prefix + _NAME
         if name in state_dict:
-            raise ValueError(f"the state holds both {name!r} and {half_name!r}: remove one of them")
+            raise ValueError(
+                f"the state holds both {name!r} and {half_name!r}: remove one of them (a loader "
+                f"that adds the names of the model cannot read scales in fp16)"
+            )
         if not isinstance(half, Tensor) or half.dtype != torch.float16:
             raise TypeError(
                 f"{half_name} must be a tensor in float16, but it is "
@@ -90,17 +94,21 @@ def restore_scales(state_dict: MutableMapping[str, Any]) -> None:
         del state_dict[half_name]
 
 
-def _prefix_of(name: str, last: str) -> str | None:
-    """What is in front of the last part of a name, if that is ``last``."""
+def _deployed_layer(state_dict: Mapping[str, Any], name: str, last: str) -> str | None:
+    """What is in front of the last part of a name, if that is ``last``, of a deployed layer."""
     prefix, dot, part = name.rpartition(".")
-    return prefix + dot if part == last else None
+    if part != last:
+        return None
+    prefix += dot
+    packed = state_dict.get(prefix + "w_packed")
+    return prefix if isinstance(packed, Tensor) and packed.dtype == torch.uint8 else None
 
 
 def _exact_half(w_scale: Any) -> Tensor | None:
     """The scales in fp16, if they are of groups and fp16 has them exactly."""
-    if not isinstance(w_scale, Tensor) or w_scale.dim() != 2 or w_scale.shape[1] < 2:
+    if type(w_scale) not in (Tensor, nn.Parameter) or w_scale.dtype != torch.float32:
         return None
-    if w_scale.dtype != torch.float32 or w_scale.is_meta or is_distributed(w_scale):
+    if w_scale.dim() != 2 or w_scale.shape[1] < 2 or w_scale.is_meta or w_scale.is_sparse:
         return None
     half = w_scale.to(torch.float16)
     return half if torch.equal(half.to(torch.float32), w_scale) else None

@@ -412,7 +412,8 @@ def reference_linear_with_activations(
         The output, shape ``(..., N)``, and ``q`` and ``s_x``; see
         :func:`bitlinear.quantize.quantize_activations`.
     """
-    y = reference_linear(x, w_packed, w_scale, bias, x.shape[-1], eps, group_size, out_dtype=dtype)
+    K = _width(x)
+    y = reference_linear(x, w_packed, w_scale, bias, K, eps, group_size, out_dtype=dtype)
     return y, *quantize_activations(x, eps)
 
 
@@ -425,8 +426,14 @@ def _fake_linear_with_activations(
     dtype: torch.dtype,
     group_size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = _fake_linear(x, w_packed, w_scale, bias, x.shape[-1], eps, group_size, out_dtype=dtype)
+    K = _width(x)
+    y = _fake_linear(x, w_packed, w_scale, bias, K, eps, group_size, out_dtype=dtype)
     return y, *_fake_quantize_activations(x, eps)
+
+
+def _width(x: Tensor) -> int:
+    """``K``; for a scalar any number, because the check of ``x`` refuses it."""
+    return x.shape[-1] if x.dim() else 1
 
 
 def _autocast_rule(operator: Any, device_type: str, key: str) -> Any:
@@ -460,6 +467,8 @@ def _vmap_rule(operator: Any) -> Callable[..., tuple[Any, int]]:
                 a.movedim(d, 0) if isinstance(d, int) else a for a, d in zip(arguments, in_dims)
             )
             return operator(*moved), 0
+        if info.batch_size == 0:
+            raise ValueError(f"{operator.name()}: vmap over weights needs a batch of at least 1")
         results = [
             operator(*(_element(a, d, i) for a, d in zip(arguments, in_dims)))
             for i in range(info.batch_size)

@@ -316,7 +316,8 @@ class Packable(nn.Module):
                 w_scale = w_scale.to(self.w_scale.device, copy=True)
             for layer in layers:
                 layer._buffers["w_scale"] = w_scale
-                layer._group_size = group_size
+        for layer in layers:
+            layer._group_size = group_size  # one group of a row has the shape of a scale per row
 
 
 def pack_together(layers: Sequence[Packable]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -70,6 +71,31 @@ def test_a_file_is_mapped_and_tied_scales_stay_tied(tmp_path):
     assert half["tied.w_scale"] is half["groups.w_scale"]
 
 
+class Loading(Mapping):
+    """A state that reads a tensor when it is asked for, and keeps none."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def __getitem__(self, name):
+        return self.state[name].clone()
+
+    def __iter__(self):
+        return iter(self.state)
+
+    def __len__(self):
+        return len(self.state)
+
+
+def test_layers_whose_tensors_follow_each_other_in_memory_are_not_tied():
+    models = {f"{i}.": deployed() for i in range(6)}
+    state = {prefix + n: t for prefix, m in models.items() for n, t in m.state_dict().items()}
+    half = bitlinear.halve_scales(Loading(state))
+    for prefix in models:
+        scales = half[f"{prefix}groups.w_scale_fp16"].float()
+        assert torch.equal(scales, state[f"{prefix}groups.w_scale"])
+
+
 @given(
     values=st.lists(st.floats(2**-14, 1, width=16), min_size=3, max_size=3),
     third=st.sampled_from([0.0, 1 / 3, 1e-6, 1e5]),
@@ -101,6 +127,10 @@ def test_other_tensors_stay():
         "meta.w_scale": torch.ones(4, 2, device="meta"),
         "double.w_packed": torch.zeros(4, 8, dtype=torch.uint8),
         "double.w_scale": torch.ones(4, 2, dtype=torch.float64),
+        "sparse.w_packed": torch.zeros(4, 8, dtype=torch.uint8),
+        "sparse.w_scale": torch.ones(4, 2).to_sparse(),
+        "other.w_packed": torch.zeros(4, 8),  # a layer of another package
+        "other.w_scale": torch.ones(4, 2),
         "extra": "no tensor",
     }
     assert bitlinear.halve_scales(tensors) == tensors
@@ -125,6 +155,10 @@ def test_scales_that_a_tool_has_converted_are_refused(tmp_path):
             safetensors.save_file(state, tmp_path / "model.safetensors")
             with pytest.raises(TypeError, match=message):
                 bitlinear.load_deployed(tmp_path, model)
+    foreign = {"other.w_scale_fp16": torch.ones(2)}
+    restored = dict(foreign)
+    restore_scales(restored)
+    assert restored == foreign
     both = {**half, "groups.w_scale": torch.ones(40, 3)}
     with pytest.raises(RuntimeError, match=r"both 'groups\.w_scale' and"):
         build().load_state_dict(both)

@@ -310,13 +310,24 @@ def test_expanding_checks_groups_and_scales(device):
 # --- States --------------------------------------------------------------------------------------
 
 
-def test_a_scale_per_row_loads_into_a_layer_whose_rows_are_one_group():
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("is_deployed", [False, True])
+@pytest.mark.parametrize("group_size", [96, 32])
+def test_a_scale_per_row_loads_into_a_layer_of_groups(group_size, is_deployed, assign):
+    """Rows of 70 are one group of 96, so both layers have scales of one shape."""
     saved = BitLinear(70, 9, quant_type="ai8pc_wpc").deploy()
-    for group_size, others in ((96, "ai8pc_wpc"), (32, "ai8pc_wpc")):
-        layer = BitLinear(70, 9, quant_type=f"ai8pc_wpg{group_size}")
-        layer.load_state_dict(dict(saved.state_dict()))
-        assert layer.quant_type == others
-        assert torch.equal(layer.w_scale, saved.w_scale)
+    layer = BitLinear(70, 9, quant_type=f"ai8pc_wpg{group_size}")
+    if is_deployed:
+        layer.deploy()
+    layer.load_state_dict(dict(saved.state_dict()), assign=assign)
+    assert layer.quant_type == "ai8pc_wpc"
+    assert torch.equal(layer.w_scale, saved.w_scale)
+    x = torch.randn(2, 70)
+    layer.bias = saved.bias
+    assert torch.equal(layer(x), saved(x))
+
+
+def test_a_layer_whose_rows_are_one_group_stays_one():
     one_group = BitLinear(70, 9, quant_type="ai8pc_wpg96").deploy()
     layer = BitLinear(70, 9, quant_type="ai8pc_wpg96")
     layer.load_state_dict(dict(one_group.state_dict()))

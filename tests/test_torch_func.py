@@ -40,6 +40,16 @@ def test_vmap_is_one_call_with_more_tokens(make):
         assert calls.count == 1 or not hasattr(torch.library, "register_vmap")
 
 
+def test_a_batch_of_no_weights_is_refused():
+    if not hasattr(torch.library, "register_vmap"):
+        pytest.skip("this torch has no rules for vmap")
+    layer = BitLinear(20, 6, bias=False).deploy()
+    x, state = torch.randn(4, 20), dict(layer.named_buffers())
+    none = {name: tensor[None][:0] for name, tensor in state.items()}
+    with pytest.raises(ValueError, match="vmap over weights needs a batch of at least 1"):
+        vmap(lambda tensors: functional_call(layer, tensors, (x,)))(none)
+
+
 def test_gradients_of_each_sample():
     layer, x, y = BitLinear(20, 6), torch.randn(4, 20), torch.randn(4, 6)
     parameters = dict(layer.named_parameters())

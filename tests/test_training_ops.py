@@ -119,6 +119,13 @@ def test_errors_name_what_is_wrong():
         OPS.quantize_activations(torch.ones(2, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="no dimension"):
         OPS.quantize_activations(torch.tensor(1.0))
+    packed = torch.zeros(3, 2, dtype=torch.uint8)
+    for device in ("cpu", "meta"):
+        weight = (packed.to(device), torch.ones(1, device=device), None)
+        with pytest.raises(ValueError, match=r"last dimension of x must be .* has shape \[\]"):
+            OPS.linear_with_activations(
+                torch.tensor(1.0, device=device), *weight, 1e-6, torch.float32
+            )
 
 
 def check_operators(device):

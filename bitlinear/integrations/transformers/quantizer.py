@@ -163,7 +163,8 @@ def _check_loaded(name: str, layer: nn.Module) -> dict[str, Any]:
     if missing and not hasattr(layer, "_hf_hook"):
         raise ValueError(
             f"{name}: the checkpoint has no {', '.join(missing)} for this layer: it is "
-            f"incomplete, or of another model; download or save it again"
+            f"incomplete, of another model, or has scales in fp16 (bitlinear.halve_scales), which "
+            f"only bitlinear.load_deployed reads; download or save it again"
         )
     return state
 
