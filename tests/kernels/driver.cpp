@@ -122,6 +122,9 @@ int main(int argc, char** argv) {
     for (const int64_t N : {639, 701}) {
       for (const int64_t M : {33, 64}) check_large({M, N, 1100, 0, false, false, kinds[N % 2], 0});
     }
+    for (const int64_t group_size : {32, 96, 128, 1024}) {
+      check_one_dtype({40, 701, 1100, 0, false, false, Data::kRandom, 0}, 0, group_size);
+    }
     check_large({40, 645, 1020, 0, false, false, Data::kRandom, 0});
     check_large({270, 645, 1030, 0, false, false, Data::kRandom, 0});
   }

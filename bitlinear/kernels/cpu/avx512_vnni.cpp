@@ -3,10 +3,12 @@
 // Server Xeons and server Zen 5 start two dot products of 64 bytes a cycle, and panels reach that
 // rate. Zen 4 starts one, which bounds panels by 460 Gop/s on a core of a VM: at 4096 x 4096 they
 // reach 384 for M = 8, 417 for 16 and 430 for 24. Tables, which multiply nothing, reach 460 for
-// M = 32 and 440 to 520 beyond. Other CPUs were not measured, and have panels.
+// M = 32 and 440 to 520 beyond; with scales of groups of 128 350 and 400, panels 306 and 345. Other
+// CPUs were not measured, and have panels.
 #include "avx512.h"
 #include "gemm_groups.h"
 #include "gemm_lookup.h"
+#include "gemm_lookup_groups.h"
 #include "gemm_panel.h"
 #include "part.h"
 
@@ -39,16 +41,12 @@ struct Zen4 : Avx512Vnni {
   static constexpr int kLookupVectors = 1;
 };
 
-using Panels = PanelGemm<Zen4>;
-using Tables = LookupGemm<Zen4>;
-
 // Whole tiles of tokens by tables, if they are faster, and the other tokens by panels.
+template <class Tables, class Panels>
 struct TablesAndPanels {
   static constexpr int64_t kTokens = Tables::L::kTokens;
   // Fewer rows do not amortise the tables, shorter rows not the 32-bit sums.
   static constexpr int64_t kFewestRows = 640, kFewestBytes = 256;
-  static constexpr int64_t kTokenUnit = Panels::kTokenUnit, kRowUnit = Panels::kRowUnit;
-  static constexpr int64_t kRowCost = Panels::kRowCost, kTokenCost = Panels::kTokenCost;
 
   // Of M tokens, those that tables take.
   static int64_t tokens_of_tables(int64_t M, int64_t row_bytes) {
@@ -58,9 +56,13 @@ struct TablesAndPanels {
     return tokens_of_tables(M, row_bytes) > 0 ? Tables::blocks(M, row_bytes)
                                               : Panels::blocks(M, row_bytes);
   }
-  static int64_t scratch_bytes(int64_t M, int64_t row_bytes) {
-    return tokens_of_tables(M, row_bytes) == 0 ? Panels::scratch_bytes(M, row_bytes)
-                                               : Tables::scratch_bytes(M, row_bytes);
+  // group_bytes: for scales of groups.
+  template <class... Groups>
+  static int64_t scratch_bytes(int64_t M, int64_t row_bytes, Groups... group_bytes) {
+    const int64_t panels = Panels::scratch_bytes(M, row_bytes, group_bytes...);
+    if (tokens_of_tables(M, row_bytes) == 0) return panels;
+    const int64_t tables = Tables::scratch_bytes(M, row_bytes, group_bytes...);
+    return tables > panels ? tables : panels;
   }
   static void run(const bitlinear_task& task) {
     const bool pays = task.n_end - task.n_begin >= kFewestRows;
@@ -69,14 +71,20 @@ struct TablesAndPanels {
     if (tokens < task.M) Panels::run(tokens_of(task, tokens, task.M));
   }
 };
-static_assert(sizeof(Panel<Zen4>) <= sizeof(LookupTables<Zen4>), "they share scratch memory");
+
+struct Zen4Gemm : TablesAndPanels<LookupGemm<Zen4>, PanelGemm<Zen4>> {
+  using Panels = PanelGemm<Zen4>;
+  static constexpr int64_t kTokenUnit = Panels::kTokenUnit, kRowUnit = Panels::kRowUnit;
+  static constexpr int64_t kRowCost = Panels::kRowCost, kTokenCost = Panels::kTokenCost;
+};
+
+using Groups = GroupProduct<Avx512Vnni, GroupGemm<Avx512Vnni>>;
+using Zen4Groups = TablesAndPanels<GroupLookupGemm<Zen4>, Groups>;
 
 constexpr bitlinear_kernel_table kPanels =
-    make_table<Avx512Vnni, PanelGemm<Avx512Vnni>, GroupProduct<Avx512Vnni, GroupGemm<Avx512Vnni>>>(
-        "avx512_vnni");
+    make_table<Avx512Vnni, PanelGemm<Avx512Vnni>, Groups>("avx512_vnni");
 constexpr bitlinear_kernel_table kTablesAndPanels =
-    make_table<Zen4, TablesAndPanels, GroupProduct<Avx512Vnni, GroupGemm<Avx512Vnni>>>(
-        "avx512_vnni");
+    make_table<Zen4, Zen4Gemm, Zen4Groups>("avx512_vnni");
 
 // A test defines this, to run both forms on any CPU with AVX-512.
 #ifndef BITLINEAR_IS_ZEN4

@@ -10,9 +10,11 @@
 // the time of one token: without it 4096 x 4096 on one core of a Zen 3 would take 1.33 times the
 // product with one scale. Times that, groups of 128, 4096 x 4096, M = 1, 2, 4, 8: AVX2 (2 cores of
 // a Zen 3) 1.50, 1.29, 1.28, 1.30; AVX512-VNNI (one core of a Xeon of 2023) 1.33, 1.82, 1.76, 1.71;
-// AVX-VNNI there 1.64, 1.81, 1.75, 1.75. Rows of 1024 amortise what is done once less: M = 1 takes
-// 2.1 to 2.6 times as long. Groups of other sizes than 32, 64 and multiples of a vector take three
-// times as long as those: each lane has a multiplier of its own in memory.
+// AVX-VNNI there 1.64, 1.81, 1.75, 1.75; AVX512-VNNI on one core of a Zen 4, which starts one dot
+// product a cycle, 6 instead of 4 for a block, 1.95, 1.70, 1.55, 1.75. Rows of 1024 amortise what
+// is done once less: M = 1 takes 2.1 to 2.6 times as long. Groups of other sizes than 32, 64 and
+// multiples of a vector take three times as long as those: each lane has a multiplier of its own in
+// memory.
 #pragma once
 
 #include <stdint.h>
