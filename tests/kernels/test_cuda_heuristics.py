@@ -68,9 +68,10 @@ class Heuristics:
 
     @staticmethod
     def _shape(shape: tuple[int, ...]) -> ctypes.Array:
-        # One weight, no prologue, activations of 8 bits, which are not quantised yet; no groups.
-        defaults = (1, False, 1, False, False, 0)
-        return (ctypes.c_int64 * 11)(*shape, *defaults[len(shape) - 5 :])
+        # One weight, no prologue, activations of 8 bits, which are not quantised yet; no groups;
+        # wgmma_many.cu does not serve it.
+        defaults = (1, False, 1, False, False, 0, False)
+        return (ctypes.c_int64 * 12)(*shape, *defaults[len(shape) - 5 :])
 
 
 @pytest.fixture(scope="module")
@@ -527,6 +528,25 @@ def test_the_plan_of_wgmma_on_an_h100(heuristics, m, n, k, plan):
     assert heuristics.plan_wgmma((m, n, k, True, True)) == plan
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "plan"),
+    [
+        (512, 4096, 4096, [128, 128, 1, 1]),
+        (1024, 2560, 6912, [256, 96, 1, 1]),
+        (1024, 5120, 5120, [256, 96, 1, 1]),  # two rounds
+        (1500, 4096, 4096, [256, 96, 1, 1]),
+        (2048, 2560, 2560, [256, 96, 1, 1]),
+        (4096, 2560, 2560, [256, 128, 1, 1]),  # whose last round is cut
+        (4096, 2560, 6912, [256, 128, 1, 1]),
+        (1024, 13824, 2560, [256, 128, 1, 1]),
+        (16384, 768, 768, [256, 128, 1, 1]),
+    ],
+)
+def test_the_plan_of_wgmma_for_many_tokens_on_an_h100(heuristics, m, n, k, plan):
+    of_other_kernels = (m, n, k, True, True, 1, False, 1, False, False, 0)
+    assert heuristics.plan_wgmma((*of_other_kernels, True)) == plan
+
+
 @given(
     m=st.integers(1, 1_000_000),
     k=sizes,
@@ -550,6 +570,9 @@ def test_the_plan_of_the_quantiser(heuristics, m, k, multiprocessors, has_prolog
         (1, 64, [1, 1]),
         (64, 1024, [2, 1]),
         (64, 4096, [8, 1]),
+        (512, 4096, [8, 1]),  # all at once
+        (1024, 4096, [4, 2]),
+        (1024, 6912, [7, 1]),
         (4096, 64, [1, 8]),
         (4096, 1024, [1, 8]),
         (4096, 4096, [4, 2]),

@@ -33,6 +33,7 @@ struct Shape {
   // The tokens are quantised already, in the order of x; and each starts at a multiple of 16 bytes.
   bool is_quantized = false, q_aligned = false;
   int64_t group_size = 0;  // weights along K that share a scale; 0: all of them
+  bool for_many = false;   // whether wgmma_many.cu serves such products
 
   constexpr int64_t tokens() const { return M / rows_per_token; }
 };
@@ -56,8 +57,9 @@ constexpr int64_t padded_tokens(int64_t M) {
 
 // ----------------------------------------------------------------------------- the quantiser
 
-constexpr int kQuantizerWarps = 32;  // of a block, at most
-constexpr int kPrologueWarps = 16;   // the same with a prologue, which needs more registers
+// Warps of a block, at most, which are as many as registers of a multiprocessor have room for.
+constexpr int kQuantizerWarps = 32;
+constexpr int kPrologueWarps = 16;  // the same with a prologue, which needs more registers
 constexpr int kQuantizerGroups =
     2;  // groups of 16 values that a thread keeps between the two passes
 
@@ -68,12 +70,13 @@ struct QuantizerPlan {
 
 constexpr QuantizerPlan plan_quantizer(const Device& device, int64_t M, int64_t K,
                                        bool has_prologue = false) {
-  // With few tokens a thread gets one group, for latency; with many it gets two, for more loads in
-  // flight. With enough warps it gets no other groups, and reads all values once.
+  // If registers have room for all tokens at once, a thread gets one group, for latency; otherwise
+  // two, for fewer rounds. With enough warps it gets no other groups, and reads all values once.
   constexpr int64_t kBlockWarps = 8;
-  const int64_t groups = M < 8 * device.multiprocessors ? 1 : kQuantizerGroups;
-  const int64_t warps =
-      minimum(ceil_div(K, groups * 16 * 32), has_prologue ? kPrologueWarps : kQuantizerWarps);
+  const int64_t most_warps = has_prologue ? kPrologueWarps : kQuantizerWarps;
+  const bool one_round = M * ceil_div(K, 16 * 32) <= most_warps * device.multiprocessors;
+  const int64_t groups = one_round ? 1 : kQuantizerGroups;
+  const int64_t warps = minimum(ceil_div(K, groups * 16 * 32), most_warps);
   // Blocks of several tokens cost fewer starts, as long as all multiprocessors have a block. The
   // number is a power of two, because the workspace has room for a multiple of 32 tokens.
   int tokens = 1;
@@ -389,6 +392,21 @@ constexpr WgmmaTile kWgmmaTiles[] = {
     {128, 128, 1, 650, 3000}, {256, 32, 1, 570, 2500},  {256, 64, 1, 850, 2700},
     {256, 96, 1, 1070, 3110}, {256, 128, 1, 1150, 4020}};
 
+// Whether wgmma_many.cu computes this plan, of a product that it serves.
+constexpr bool is_many_tile(const WgmmaPlan& plan) {
+  return plan.rows == 256 && plan.tokens >= 96 && plan.splits == 1;
+}
+// The cost of its tiles, of tile_cost in other kernels. It takes 7/8 of the time for 96 tokens; and
+// for 128 it cuts the tiles of a last round that occupies at most half of the multiprocessors,
+// which then takes 0.8 of the time.
+constexpr int64_t many_cost(const WgmmaPlan& plan, int64_t tiles, int64_t multiprocessors,
+                            int64_t tile_cost, int64_t next_tile_cost) {
+  if (plan.tokens == 96) tile_cost = tile_cost * 7 / 8;
+  const int64_t rounds = ceil_div(tiles, multiprocessors), last = tiles % multiprocessors;
+  const bool is_cut = plan.tokens == 128 && last > 0 && 2 * last <= multiprocessors;
+  return (10 * rounds - (is_cut ? 2 : 0)) * (tile_cost + next_tile_cost) / 10;
+}
+
 // Whether the workspace has room for whole tiles.
 constexpr bool has_room(const WgmmaTile& tile, int64_t M) {
   return round_up(M, tile.tokens) <= padded_tokens(M);
@@ -416,14 +434,20 @@ constexpr WgmmaPlan plan_wgmma(const Device& device, const Shape& shape, int max
                              : splits == 4 ? device.multiprocessors * 10 / 11
                                            : device.multiprocessors * 4 / 5;
       if (usable < splits) continue;
+      const WgmmaPlan plan = {tile.rows, tile.tokens, tile.halves, splits};
       const int64_t rounds = ceil_div(tiles, usable / splits);
       const int64_t tile_cost = ceil_div(slices, splits) * tile.slice_cost;
-      // A cluster takes one tile.
-      const int64_t cost = splits == 1 ? rounds * (tile_cost + kNextTileCost) + tile.block_cost
-                                       : rounds * (tile_cost + tile.block_cost + kClusterCost);
+      int64_t cost = 0;
+      if (splits > 1) {  // a cluster takes one tile
+        cost = rounds * (tile_cost + tile.block_cost + kClusterCost);
+      } else if (shape.for_many && is_many_tile(plan)) {
+        cost = many_cost(plan, tiles, usable, tile_cost, kNextTileCost) + tile.block_cost;
+      } else {
+        cost = rounds * (tile_cost + kNextTileCost) + tile.block_cost;
+      }
       if (cost < lowest) {
         lowest = cost;
-        best = {tile.rows, tile.tokens, tile.halves, splits};
+        best = plan;
       }
     }
   }

@@ -92,7 +92,8 @@ Shape shape_of(const bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tok
           bitlinear_rows_per_token(task.act_bits),
           tokens != nullptr,
           reads_in_order(task, tokens),
-          task.groups.size};
+          task.groups.size,
+          wgmma_many_serves(task)};
 }
 
 // The requested kernel, or the best one; BITLINEAR_CUDA_AUTO if no kernel can run.

@@ -177,7 +177,8 @@ cudaError_t small_layer(const Call& call, const SmallLayerPlan& plan);
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan);
 cudaError_t wgmma_general(const Call& call, const Activations& q, const WgmmaPlan& plan);
 cudaError_t wgmma_many(const Call& call, const Activations& q, const WgmmaPlan& plan);
-bool wgmma_many_serves(const bitlinear_cuda_task& task, const WgmmaPlan& plan);
+// Whether that kernel serves such products; is_many_tile() says which plans.
+bool wgmma_many_serves(const bitlinear_cuda_task& task);
 cudaError_t wgmma_groups(const Call& call, const Activations& q, const WgmmaPlan& plan);
 // Whether the device runs the clusters of this plan.
 bool wgmma_runs_clusters(const Call& call, const WgmmaPlan& plan);

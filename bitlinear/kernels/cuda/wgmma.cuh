@@ -184,6 +184,7 @@ struct Tile {
   static constexpr bool kIsGeneral = kIsGeneralTile;
   static constexpr bool kGrouped = kHasGroups;
   static constexpr int kBlocks = kRowBlocks, kTokens = kTileTokens, kHalves = kTileHalves;
+  static constexpr int kLastTokens = kTokens;  // see Share
   static constexpr int kSumRows = 64 * kRowBlocks * kWarpgroups / kHalves;
   static constexpr int kRows = kGrouped ? kSumRows / 2 : kSumRows;
   // Blocks of weights that a warpgroup reads.
@@ -225,11 +226,15 @@ struct Tile {
 };
 
 // The work of a block: its part of K, in every step-th tile from first_tile on.
+//
+// If T::kLastTokens is half of a tile's tokens, the tiles of a last round that would occupy at most
+// half of the blocks are cut in two, from tile whole_ on.
 template <class T>
 struct Share {
   const bitlinear_cuda_task& task_;
   int tiles, row_tiles_, first_tile, step;
   int slice_begin, slice_end;
+  int whole_;
 
   __device__ Share(const bitlinear_cuda_task& task, int splits)
       : task_(task),
@@ -242,16 +247,32 @@ struct Share {
     const int split = static_cast<int>(blockIdx.x) % splits;
     slice_begin = slices * split / splits;
     slice_end = slices * (split + 1) / splits;
+    if constexpr (kCutsLast) {
+      const int last = tiles % step;
+      whole_ = 2 * last <= step ? tiles - last : tiles;
+      tiles += tiles - whole_;
+    }
   }
+  __device__ bool is_half(int tile) const { return kCutsLast && tile >= whole_; }
   __device__ int64_t row_of(int tile) const {
-    const int row_tile = tile % row_tiles_;
+    const int row_tile = whole_tile(tile) % row_tiles_;
     return T::kIsGeneral ? row_of_tile<T::kRows>(task_, row_tile) : int64_t{row_tile} * T::kRows;
   }
   __device__ const bitlinear_cuda_weight& weight_of(int tile) const {
     return T::kIsGeneral ? weight_at(task_, row_of(tile)) : task_.weights[0];
   }
-  __device__ int64_t token_of(int tile) const { return int64_t{tile / row_tiles_} * T::kTokens; }
+  __device__ int64_t token_of(int tile) const {
+    const int64_t first = int64_t{whole_tile(tile) / row_tiles_} * T::kTokens;
+    return is_half(tile) ? first + (tile - whole_) % 2 * T::kLastTokens : first;
+  }
   __device__ bool is_last(int tile) const { return tile + step >= tiles; }
+
+ private:
+  static constexpr bool kCutsLast = T::kLastTokens < T::kTokens;
+  // The tile, or the one of which it is a half.
+  __device__ int whole_tile(int tile) const {
+    return is_half(tile) ? whole_ + (tile - whole_) / 2 : tile;
+  }
 };
 
 // The packed bytes that a thread reads of a slice: rows g and g + 8 of each block of 64 rows.
@@ -400,8 +421,8 @@ class WeightReader {
 };
 
 // The sums of a thread: for each block of rows, and each set of accumulators.
-template <class T>
-using Sums = int32_t[T::kBlocks * T::kAccumulatorSets][T::kTokens / 2];
+template <class T, int kTokens = T::kTokens>
+using Sums = int32_t[T::kBlocks * T::kAccumulatorSets][kTokens / 2];
 
 // The copier: brings the activations of the block's tiles into the stages.
 template <class T>
@@ -412,10 +433,13 @@ __device__ inline void copy_tokens(const Share<T>& share, const Activations& act
   RingPosition ring(T::kStages);
   for (int tile = share.first_tile; tile < share.tiles; tile += share.step) {
     const int64_t group = share.token_of(tile) / 8;
+    // A map has boxes of whole tiles.
+    const bool is_cut = share.is_half(tile) && activations.q != nullptr;
+    const int bytes = is_cut ? kHalfBytes / 2 : kHalfBytes;
     for (int slice = share.slice_begin; slice < share.slice_end; ++slice, ring.advance()) {
       Barrier& barrier = full[ring.stage];
       empty[ring.stage].wait(ring.parity ^ 1);
-      barrier.arrive_expecting(T::kStageBytes);
+      barrier.arrive_expecting(2 * bytes);
       for (int half = 0; half < 2; ++half) {
         uint8_t* const stage = stages + ring.stage * T::kStageBytes + half * kHalfBytes;
         const int64_t half_slice = 2 * int64_t{slice} + half;
@@ -424,7 +448,7 @@ __device__ inline void copy_tokens(const Share<T>& share, const Activations& act
                     static_cast<int>(8 * group), barrier);
         } else {
           copy_bulk(stage, activations.q + (half_slice * activations.token_groups + group) * 1024,
-                    kHalfBytes, barrier);
+                    bytes, barrier);
         }
       }
     }
@@ -432,10 +456,11 @@ __device__ inline void copy_tokens(const Share<T>& share, const Activations& act
 }
 
 // Adds the products of the block's part of K of a tile, from stage `ring` on, to the sums.
-template <class T>
+template <class T, int kTokens = T::kTokens>
 __device__ inline void multiply(const Share<T>& share, WeightReader<T>& reader,
                                 Weights<T> (&prefetched)[T::kPrefetched], uint8_t* stages,
-                                Barrier* full, Barrier* empty, RingPosition ring, Sums<T>& sums) {
+                                Barrier* full, Barrier* empty, RingPosition ring,
+                                Sums<T, kTokens>& sums) {
   constexpr int kBlocks = T::kBlocks;
   const int lane = threadIdx.x % 32;
   int previous = -1;
@@ -464,8 +489,8 @@ __device__ inline void multiply(const Share<T>& share, WeightReader<T>& reader,
         wgmma_fence();
 #pragma unroll
         for (int r = 0; r < kBlocks; ++r) {
-          Wgmma<T::kTokens>::run(sums[r * T::kAccumulatorSets + step % T::kAccumulatorSets],
-                                 a[step % T::kDepth][r], b);
+          Wgmma<kTokens>::run(sums[r * T::kAccumulatorSets + step % T::kAccumulatorSets],
+                              a[step % T::kDepth][r], b);
         }
         wgmma_commit();
         wgmma_wait<T::kDepth - 1>();
