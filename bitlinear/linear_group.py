@@ -174,10 +174,12 @@ def _side_by_side(a: Tensor, b: Tensor) -> Tensor:
     if (
         type(a) is type(b) is Tensor
         and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None  # its tensors have no address
         and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
         and a.shape == b.shape
         and a.dim() > 1
         and a.dtype == b.dtype
+        and a.is_neg() == b.is_neg()
         and a.stride() == b.stride()
         and a.stride(-1) == 1
         and a.data_ptr() + a.shape[-1] * a.element_size() == b.data_ptr()

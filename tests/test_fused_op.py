@@ -85,6 +85,19 @@ def test_weights_without_rows(widths):
         check(*operands(3, widths, seed=seed))
 
 
+def test_a_subnormal_norm_eps_counts_whatever_torch_flushes():
+    _, arguments = operands(2, activation=None)
+    arguments |= {"x": torch.full_like(arguments["x"], 1e-30), "norm_eps": 1e-39}
+    wanted = OP(**arguments)
+    torch.set_flush_denormal(True)
+    try:
+        actual = OP(**arguments)
+    finally:
+        torch.set_flush_denormal(False)
+    oracle.assert_same_bits(actual, wanted)
+    assert wanted.isfinite().all()
+
+
 def spaced(tensor):
     """The same values, at twice the distance in memory."""
     return torch.stack([tensor, tensor], dim=-1).flatten(-2)[..., ::2]

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bitlinear
 from bitlinear import head_products
 from tests import oracle
 
 OPS = torch.ops.bitlinear
+compiled = pytest.mark.skipif(not bitlinear.HAS_BITLINEAR, reason="about the compiled operator")
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, 1100]))
 
 
@@ -100,6 +102,27 @@ def test_views_and_threads():
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+@compiled
+@pytest.mark.parametrize("name", ["q", "s_x", "w", "w_scale"])
+def test_freed_memory_is_an_error(name):
+    arguments = dict(zip(("q", "s_x", "w", "w_scale"), int8_operands((3,), 4, 32)))
+    for values in (arguments[name], arguments[name].t().contiguous().t()):
+        freed = values.clone(memory_format=torch.preserve_format)
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=f"{name} has .* but its storage was freed"):
+            OPS.int8_product(**{**arguments, name: freed}, dtype=torch.float32)
+
+
+@compiled
+@pytest.mark.parametrize("name", ["x", "w"])
+def test_freed_memory_of_bf16_is_an_error(name):
+    arguments = {"x": torch.randn(3, 32).bfloat16(), "w": torch.randn(4, 32).bfloat16()}
+    arguments[name] = arguments[name].t().contiguous().t()
+    arguments[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{name} has .* but its storage was freed"):
+        OPS.bf16_product(**arguments)
 
 
 def test_the_operators_are_what_torch_expects():

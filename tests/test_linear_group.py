@@ -133,6 +133,26 @@ def test_halves_of_one_tensor_are_not_copied(shape, deployed, monkeypatch):
     assert joined.data_ptr() == both.data_ptr()
 
 
+@pytest.mark.parametrize("deployed", [True, False])
+def test_halves_under_vmap(deployed):
+    group = make_group(2, activation="silu")
+    if not deployed:
+        for layer in layers_of(group):
+            layer.undeploy()
+    a, b = torch.randn(2, 4, 3, K)
+    with torch.no_grad():
+        outputs = torch.vmap(lambda a, b: group((a, b)))(a, b)
+        for output, wanted in zip(outputs, group((a, b))):
+            torch.testing.assert_close(output, wanted)
+
+
+def test_halves_with_another_sign_bit_are_copied():
+    both = torch.randn(3, 2 * K)
+    a, b = both.split(K, dim=-1)
+    joined = linear_group._side_by_side(torch._neg_view(a), b)
+    assert torch.equal(joined, torch.cat([-a, b], dim=-1))
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 3)])
 def test_halves_get_gradients(shape):
     group = make_group(2, activation="relu2")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import os
+import subprocess
+import sys
+import threading
+import time
 import weakref
 
 import pytest
@@ -208,3 +214,55 @@ def test_averaged_and_flattened_parameters():
         nn.utils.vector_to_parameters(vector + torch.randn_like(vector), layer.parameters())
         assert torch.equal(layer(x), straight_through_linear(x, layer.weight, layer.bias))
     assert torch.equal(average.deploy()(x), averaged(x))
+
+
+def test_a_write_during_the_first_check_is_seen_later():
+    x, scale = torch.randn(1, 8192), torch.ones(1)
+
+    def call(w):
+        return OPS.linear(x, w, scale, None, 8192)
+
+    for delay in (0.0005, 0.001, 0.002, 0.004):  # seconds; one of them meets the check
+        w = torch.full((20_000, 2048), 0x55, dtype=torch.uint8)
+
+        def check(w=w):
+            with contextlib.suppress(ValueError):  # the check may see the write, or not
+                call(w)
+
+        thread = threading.Thread(target=check)
+        thread.start()
+        time.sleep(delay)
+        w[0].fill_(0xFF)
+        thread.join()
+        with pytest.raises(ValueError, match="invalid code 3"):
+            call(w)
+
+
+FORKS = """
+import os, threading, torch, bitlinear
+torch.set_num_threads(1)
+scale, x, done = torch.ones(1), torch.randn(1, 16), threading.Event()
+weights = [torch.full((2, 4), 0x55, dtype=torch.uint8) for _ in range(2000)]
+def call(w):
+    torch.ops.bitlinear.linear(x, w, scale, None, 16)
+def call_all():
+    torch.set_num_threads(1)
+    while not done.is_set():
+        for w in weights:
+            call(w)
+threads = [threading.Thread(target=call_all) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(40):
+    pid = os.fork()
+    if pid == 0:
+        call(weights[0])
+        os._exit(0)
+    os.waitpid(pid, 0)
+done.set()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_child_of_fork_computes_whatever_other_threads_did():
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=100)

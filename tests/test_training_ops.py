@@ -8,10 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bitlinear
 from bitlinear import ops
 from tests import oracle
 
 OPS = torch.ops.bitlinear
+PACKED = torch.full((8, 16), 0x55, dtype=torch.uint8)
 WEIGHT_DTYPES = [*oracle.DTYPES, torch.float64]
 
 
@@ -126,6 +128,30 @@ def test_errors_name_what_is_wrong():
             OPS.linear_with_activations(
                 torch.tensor(1.0, device=device), *weight, 1e-6, torch.float32
             )
+
+
+def freed(tensor):
+    """A tensor whose columns lie one behind the other, so that kernels get a copy."""
+    tensor = tensor.t().contiguous().t()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.skipif(not bitlinear.HAS_BITLINEAR, reason="about the compiled operator")
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("weight", lambda: OPS.quantize_weight(freed(torch.randn(8, 64)))),
+        ("weight", lambda: OPS.quantize_weight(freed(torch.randn(8, 64).double()))),
+        ("x", lambda: OPS.quantize_activations(freed(torch.randn(8, 64)))),
+        ("w_packed", lambda: OPS.expand_weight(freed(PACKED), 64)),
+        ("w_scale", lambda: OPS.expand_weight(PACKED, 64, freed(torch.ones(8, 2)), None, 32)),
+    ],
+)
+def test_memory_that_was_freed_is_an_error(name, call):
+    """Before it is copied: a copy reads it."""
+    with pytest.raises(ValueError, match=f"{name} has .* but its storage was freed"):
+        call()
 
 
 def check_operators(device):

@@ -397,9 +397,24 @@ inline c10::SmallVector<int64_t, 2> scale_shape(const at::Tensor& weight, int64_
   return {weight.size(0), scales_of_row(weight.size(1), group_size)};
 }
 
-// The tensor, contiguous and in a dtype that the kernels read.
-inline at::Tensor kernel_operand(const at::Tensor& tensor) {
-  const at::Tensor operand = tensor.contiguous();
+// The memory of a tensor. Raises ValueError if a framework that shards parameters has freed it.
+inline const char* checked_data(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.unsafeGetTensorImpl()->storage_initialized(), "bitlinear: ", name,
+                    " has ", tensor.numel(),
+                    " elements, but its storage was freed: restore it before the forward pass");
+  return static_cast<const char*>(tensor.const_data_ptr());
+}
+
+// The tensor in contiguous memory. Raises as checked_data() does: here, because a copy would read
+// freed memory, and no thread of a parallel region may raise.
+inline at::Tensor contiguous(const at::Tensor& tensor, const char* name) {
+  checked_data(tensor, name);
+  return tensor.contiguous();
+}
+
+// The same, in a dtype that the kernels read.
+inline at::Tensor kernel_operand(const at::Tensor& tensor, const char* name) {
+  const at::Tensor operand = contiguous(tensor, name);
   return kernel_dtype(operand.scalar_type()) < 0 ? operand.to(at::ScalarType::Float) : operand;
 }
 
@@ -417,14 +432,6 @@ inline void prepare_write(const at::Tensor& keys, const at::Tensor& values) {
 inline at::Tensor unshared(const at::Tensor& tensor, const at::Tensor& keys,
                            const at::Tensor& values) {
   return tensor.is_alias_of(keys) || tensor.is_alias_of(values) ? tensor.clone() : tensor;
-}
-
-// The memory of a tensor. Raises ValueError if a framework that shards parameters has freed it.
-inline const char* checked_data(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(tensor.unsafeGetTensorImpl()->storage_initialized(), "bitlinear: ", name,
-                    " has ", tensor.numel(),
-                    " elements, but its storage was freed: restore it before the forward pass");
-  return static_cast<const char*>(tensor.const_data_ptr());
 }
 
 }  // namespace bitlinear

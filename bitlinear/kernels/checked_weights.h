@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 #include "weight_facts.h"
 
 namespace bitlinear {
@@ -14,7 +18,13 @@ namespace bitlinear {
 // Weights whose codes are valid. A call checks those that are not among them.
 struct Checked {};
 inline WeightFacts<Checked>& checked_weights() {
-  static auto* const weights = new WeightFacts<Checked>;  // outlives every thread
+  static auto* const weights = [] {
+#if defined(__unix__) || defined(__APPLE__)
+    const auto unlock = [] { checked_weights().unlock(); };
+    pthread_atfork([] { checked_weights().lock(); }, unlock, unlock);
+#endif
+    return new WeightFacts<Checked>;  // outlives every thread
+  }();
   return *weights;
 }
 

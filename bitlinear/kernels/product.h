@@ -9,21 +9,17 @@
 #include <string_view>
 
 #include "arguments.h"
+#include "float_environment.h"
 
 namespace bitlinear {
-
-// The tensor in contiguous memory. Raises ValueError if its memory was freed: here, because a copy
-// would read it, and no thread of a parallel region may raise.
-inline at::Tensor contiguous(const at::Tensor& tensor, const char* name) {
-  checked_data(tensor, name);
-  return tensor.contiguous();
-}
 
 // The floating-point vector in contiguous memory, in a dtype that the kernels read; an undefined
 // tensor without one.
 inline at::Tensor contiguous_floats(const std::optional<at::Tensor>& vector, const char* name) {
-  return vector.has_value() ? kernel_operand(contiguous(*vector, name)) : at::Tensor();
+  return vector.has_value() ? kernel_operand(*vector, name) : at::Tensor();
 }
+
+inline float to_fp32(double value) { return static_cast<float>(value); }
 
 // A weight of a product. Its outputs are columns begin .. end of y.
 struct Weight {
@@ -117,7 +113,7 @@ at::Tensor fused_linear(const at::Tensor& x, at::TensorList w_packed, at::Tensor
   }
   product.activation = activation_of(activation);
   product.norm_weight = contiguous_floats(norm_weight, "norm_weight");
-  product.norm_eps = static_cast<float>(norm_eps);
+  product.norm_eps = PreservingSubnormals<to_fp32>::run(norm_eps);
   if (residual.has_value()) product.residual = contiguous(*residual, "residual");
   return kCompute(product);
 }

@@ -15,6 +15,9 @@
 
 namespace bitlinear {
 
+// The version of a tensor, to be read before it is examined.
+inline int64_t version_of(const at::Tensor& w) { return w.is_inference() ? 0 : w._version(); }
+
 // Facts about packed weights, by their place in memory. Every operation that writes to a tensor
 // raises its version, which its views share: so slices of a larger tensor (`w[expert]`) have facts
 // of their own, and lose them too. Writes past the version counter (NumPy, `w.data.fill_()`) do not
@@ -33,13 +36,18 @@ class WeightFacts {
     return holds ? std::optional<Fact>(entry.fact) : std::nullopt;
   }
 
-  void add(const at::Tensor& w, int64_t in_features, Fact fact) {
+  // A fact about the version of w: one that another thread has written to meanwhile has no facts.
+  void add(const at::Tensor& w, int64_t in_features, int64_t version, Fact fact) {
     if (w.is_inference()) return;
-    Entry entry{w.storage().getWeakStorageImpl(), counter_of(w), w._version(), std::move(fact)};
+    Entry entry{w.storage().getWeakStorageImpl(), counter_of(w), version, std::move(fact)};
     const std::lock_guard<std::mutex> lock(mutex_);
     if (entries_.size() >= next_sweep_) sweep();
     entries_.insert_or_assign(location_of(w, in_features), std::move(entry));
   }
+
+  // Around a fork(): its child gets the mutex as it is, and another thread could hold it.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
  private:
   struct Location {

@@ -45,9 +45,9 @@ inline Tensor int8_product(const Tensor& q, const Tensor& s_x, const Tensor& w,
   shape.back() = N;
   Tensor y = Tensor(at::detail::empty_cpu(shape, dtype));
   if (M == 0 || N == 0) return y;
-  const Tensor tokens = q.contiguous(), token_scales = s_x.contiguous();
-  const Tensor weight = w.contiguous(), scales = w_scale.contiguous();
-  const int8_t* const rows = reinterpret_cast<const int8_t*>(checked_data(weight, "w"));
+  const Tensor tokens = contiguous(q, "q"), token_scales = contiguous(s_x, "s_x");
+  const Tensor weight = contiguous(w, "w"), scales = contiguous(w_scale, "w_scale");
+  const int8_t* const rows = weight.const_data_ptr<int8_t>();
   const int16_t* const q_data = tokens.const_data_ptr<int16_t>();
   const float* const s_x_data = token_scales.const_data_ptr<float>();
   const float* const s_w = scales.const_data_ptr<float>();
@@ -69,8 +69,8 @@ inline Tensor bf16_product(const Tensor& x, const Tensor& w) {
   Tensor y = Tensor(at::detail::empty_cpu(shape, ScalarType::BFloat16));
   if (K == 0) return y.zero_();
   if (M == 0 || N == 0) return y;
-  const Tensor tokens = x.to(ScalarType::Float).contiguous(), weight = w.contiguous();
-  const uint16_t* const rows = reinterpret_cast<const uint16_t*>(checked_data(weight, "w"));
+  const Tensor tokens = contiguous(x, "x").to(ScalarType::Float), weight = contiguous(w, "w");
+  const uint16_t* const rows = static_cast<const uint16_t*>(weight.const_data_ptr());
   const float* const x_data = tokens.const_data_ptr<float>();
   uint16_t* const out = static_cast<uint16_t*>(y.data_ptr());
   for_each_part(M, N, 2 * K, [&](int64_t n, int64_t count, int64_t m) {
@@ -121,19 +121,21 @@ inline Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& valu
   const auto data = [](const Tensor& tensor, const char* name) {
     return reinterpret_cast<const uint16_t*>(checked_data(tensor, name));
   };
-  const auto operand = [&](const Tensor& tensor) {
-    return (is_new ? unshared(tensor, keys, values) : tensor).contiguous();
+  const auto operand = [&](const Tensor& tensor, const char* name) {
+    const Tensor checked = contiguous(tensor, name);
+    return is_new ? unshared(checked, keys, values) : checked;
   };
-  const Tensor q = operand(query);
+  const Tensor q = operand(query, "query");
   const uint16_t* const q_data = data(q, "query");
   Tensor k, v, cosines, sines, visible;
   const uint16_t *k_data = nullptr, *v_data = nullptr, *cos_data = nullptr, *sin_data = nullptr;
   if (is_new) {
-    k = operand(*new_key), v = operand(*new_value), cosines = operand(*cos), sines = operand(*sin);
+    k = operand(*new_key, "new_key"), v = operand(*new_value, "new_value");
+    cosines = operand(*cos, "cos"), sines = operand(*sin, "sin");
     k_data = data(k, "new_key"), v_data = data(v, "new_value");
     cos_data = data(cosines, "cos"), sin_data = data(sines, "sin");
   }
-  if (mask.has_value()) visible = mask->contiguous();
+  if (mask.has_value()) visible = contiguous(*mask, "mask");
   const uint8_t* const mask_data =
       visible.defined() ? reinterpret_cast<const uint8_t*>(checked_data(visible, "mask")) : nullptr;
   uint16_t* const all_keys = const_cast<uint16_t*>(data(keys, "keys"));

@@ -38,6 +38,7 @@ using bitlinear::kernel_dtype;
 // Raises ValueError if the weights hold an invalid code. Weights in checked_weights() are not read.
 void check_codes(const Tensor& w_packed, const uint8_t* rows, int64_t K) {
   if (bitlinear::checked_weights().find(w_packed, K)) return;
+  const int64_t version = bitlinear::version_of(w_packed);
   const int64_t N = w_packed.size(0), row_bytes = w_packed.size(1);
   std::atomic<int64_t> first_row{N};
   for_each_row(N, K, [&](int64_t n) {
@@ -51,7 +52,7 @@ void check_codes(const Tensor& w_packed, const uint8_t* rows, int64_t K) {
     const int64_t b = bitlinear::find_invalid_byte(row, K);
     bitlinear::report_invalid_byte(row[b], n, b, K);
   }
-  bitlinear::checked_weights().add(w_packed, K, {});
+  bitlinear::checked_weights().add(w_packed, K, version, {});
 }
 
 // Where M rows of quantised activations lie, one array after the other.
@@ -198,9 +199,9 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int
   bitlinear::check_weight(weight, eps, group_size);
   const bitlinear_kernel_table* const kernels = active_table();
   const int64_t N = weight.size(0), K = weight.size(1);
-  const Tensor input = bitlinear::kernel_operand(weight);
+  const Tensor input = bitlinear::kernel_operand(weight, "weight");
   const int dtype = kernel_dtype(input.scalar_type());
-  const char* const rows = checked_data(input, "weight");
+  const char* const rows = static_cast<const char*>(input.const_data_ptr());
   const int64_t bytes = K * input.element_size();
   const int64_t row_bytes = bitlinear::ceil_div(K, 4);
   Tensor packed = Tensor(at::detail::empty_cpu({N, row_bytes}, ScalarType::Byte));
@@ -242,7 +243,7 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int
                         s_w[n * stride + g], out + n * row_bytes + k / 4);
     });
   });
-  bitlinear::checked_weights().add(packed, K, {});
+  bitlinear::checked_weights().add(packed, K, bitlinear::version_of(packed), {});
   return {packed, scale};
 }
 
@@ -254,13 +255,14 @@ Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
   const bitlinear_kernel_table* const kernels = active_table();
   const int64_t N = w_packed.size(0);
   // Columns of a weight need no copy.
+  checked_data(w_packed, "w_packed");
   const Tensor input = w_packed.stride(1) == 1 ? w_packed : w_packed.contiguous();
   const int64_t row_bytes = input.stride(0);
   const ScalarType w_dtype = dtype.value_or(ScalarType::Float);
   Tensor weight = Tensor(at::detail::empty_cpu({N, in_features}, w_dtype));
   const uint8_t* const rows = input.const_data_ptr<uint8_t>();
   const float one = 1.0f;
-  const Tensor scale = w_scale.has_value() ? w_scale->contiguous() : Tensor();
+  const Tensor scale = w_scale.has_value() ? bitlinear::contiguous(*w_scale, "w_scale") : Tensor();
   const float* const s_w = scale.defined() ? scale.const_data_ptr<float>() : &one;
   const int64_t stride = scale.defined() && scale.dim() == 2 ? scale.size(1) : 0;
   char* const out = static_cast<char*>(weight.data_ptr());
@@ -279,9 +281,9 @@ std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x, double eps, int
   bitlinear::check_tokens(x, eps, act_bits);
   const bitlinear_kernel_table* const kernels = active_table();
   const int64_t K = x.size(-1), M = K == 0 ? 0 : x.numel() / K;
-  const Tensor input = x.contiguous();
+  const Tensor input = bitlinear::contiguous(x, "x");
   const int dtype = kernel_dtype(input.scalar_type());
-  const char* const tokens = checked_data(input, "x");
+  const char* const tokens = static_cast<const char*>(input.const_data_ptr());
   const int64_t bytes = K * input.element_size();
   c10::DimVector shape(x.sizes());
   Tensor q = Tensor(at::detail::empty_cpu(shape, bitlinear::integer_type(act_bits)));

@@ -66,6 +66,7 @@ void* current_stream(const Tensor& tensor) {
 void check_codes(const Tensor& w_packed, const uint8_t* packed, int64_t K,
                  const c10::cuda::CUDAStream& stream) {
   if (bitlinear::checked_weights().find(w_packed, K) || is_capturing(stream)) return;
+  const int64_t version = bitlinear::version_of(w_packed);
   const at::DataPtr workspace = c10::cuda::CUDACachingAllocator::get()->allocate(sizeof(int64_t));
   int64_t position = -1;
   uint8_t byte = 0;
@@ -78,7 +79,7 @@ void check_codes(const Tensor& w_packed, const uint8_t* packed, int64_t K,
   if (position >= 0) {
     bitlinear::report_invalid_byte(byte, position / row_bytes, position % row_bytes, K);
   }
-  bitlinear::checked_weights().add(w_packed, K, {});
+  bitlinear::checked_weights().add(w_packed, K, version, {});
 }
 
 void add_weight(bitlinear_cuda_task& task, const bitlinear::Weight& weight) {
@@ -128,25 +129,30 @@ Tensor compute(const bitlinear::Product& product) {
   task.eps = product.eps;
   task.prologue = product.prologue();
   task.w_prefetchable = 1;
-  const bool has_groups = product.group_bytes > 0;
+  // What no call has read yet, and its version.
+  c10::SmallVector<std::pair<const Tensor*, int64_t>, 2 * BITLINEAR_MAX_WEIGHTS> unread;
+  const auto read = [&](const Tensor& tensor) {
+    if (is_prefetchable(tensor, K, stream)) return;
+    unread.emplace_back(&tensor, bitlinear::version_of(tensor));
+    task.w_prefetchable = 0;
+  };
   for (const bitlinear::Weight& weight : product.weights) {
     check_codes(weight.given, weight.w(), K, stream);
     add_weight(task, weight);
-    const bool is_copy = !weight.packed.is_same(weight.given);
-    if (is_copy || !is_prefetchable(weight.given, K, stream)) task.w_prefetchable = 0;
-    if (has_groups && !is_prefetchable(weight.scale, K, stream)) task.w_prefetchable = 0;
+    if (weight.packed.is_same(weight.given)) {
+      read(weight.given);
+    } else {
+      task.w_prefetchable = 0;
+    }
+    if (product.group_bytes > 0) read(weight.scale);
   }
   if (product.residual.defined()) {
     task.residual = product.residual.const_data_ptr();
     task.residual_dtype = kernel_dtype(product.residual.scalar_type());
   }
   run(task, nullptr, y, stream);
-  // Captured work does not count: it may never run.
-  if (task.w_prefetchable || is_capturing(stream)) return y;
-  for (const bitlinear::Weight& weight : product.weights) {
-    if (weight.packed.is_same(weight.given)) read_weights().add(weight.given, K, stream);
-    if (has_groups) read_weights().add(weight.scale, K, stream);
-  }
+  if (is_capturing(stream)) return y;  // captured work does not count: it may never run
+  for (const auto& [tensor, version] : unread) read_weights().add(*tensor, K, version, stream);
   return y;
 }
 
@@ -162,7 +168,7 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int
   bitlinear::check_weight(weight, eps, group_size);
   const c10::cuda::CUDAGuard guard(weight.device());
   const int64_t N = weight.size(0), K = weight.size(1);
-  const Tensor input = bitlinear::kernel_operand(weight);
+  const Tensor input = bitlinear::kernel_operand(weight, "weight");
   Tensor packed = empty({N, (K + 3) / 4}, ScalarType::Byte, weight);
   Tensor scale = empty(bitlinear::scale_shape(weight, group_size), ScalarType::Float, weight);
   const auto bytes = static_cast<size_t>(bitlinear_cuda_weight_workspace_bytes(N, K));
@@ -174,7 +180,7 @@ std::tuple<Tensor, Tensor> quantize_weight(const Tensor& weight, double eps, int
       current_stream(weight));
   check_launch(error, "quantize_weight", weight);
   if (!is_capturing(c10::cuda::getCurrentCUDAStream(weight.device().index()))) {
-    bitlinear::checked_weights().add(packed, K, {});
+    bitlinear::checked_weights().add(packed, K, bitlinear::version_of(packed), {});
   }
   return {packed, scale};
 }
@@ -185,9 +191,9 @@ Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
   const ScalarType w_dtype = dtype.value_or(ScalarType::Float);
   bitlinear::check_packed(w_packed, in_features, w_scale, w_dtype, group_size);
   const c10::cuda::CUDAGuard guard(w_packed.device());
-  const Tensor input = w_packed.contiguous();
+  const Tensor input = bitlinear::contiguous(w_packed, "w_packed");
   Tensor weight = empty({w_packed.size(0), in_features}, w_dtype, w_packed);
-  const Tensor scale = w_scale.has_value() ? w_scale->contiguous() : Tensor();
+  const Tensor scale = w_scale.has_value() ? bitlinear::contiguous(*w_scale, "w_scale") : Tensor();
   const char* const error = bitlinear_cuda_expand_weight(
       reinterpret_cast<const uint8_t*>(checked_data(input, "w_packed")), w_packed.size(0),
       in_features, scale.defined() ? scale.const_data_ptr<float>() : nullptr,
@@ -205,7 +211,7 @@ struct Quantized {
 Quantized quantize(const Tensor& x, double eps, int64_t act_bits, bool sums) {
   const c10::cuda::CUDAGuard guard(x.device());
   const int64_t K = x.size(-1), M = K == 0 ? 0 : x.numel() / K;
-  const Tensor input = x.contiguous();
+  const Tensor input = bitlinear::contiguous(x, "x");
   c10::DimVector shape(x.sizes());
   Tensor q = empty(shape, bitlinear::integer_type(act_bits), x);
   shape.back() = 1;
@@ -269,7 +275,7 @@ Tensor expand_activations(const Tensor& q, const Tensor& s_x, std::optional<Scal
   bitlinear::check_quantized(q, s_x, x_dtype);
   const c10::cuda::CUDAGuard guard(q.device());
   const int64_t K = q.size(-1), M = K == 0 ? 0 : q.numel() / K;
-  const Tensor tokens = q.contiguous(), scales = s_x.contiguous();
+  const Tensor tokens = bitlinear::contiguous(q, "q"), scales = bitlinear::contiguous(s_x, "s_x");
   Tensor x = empty(q.sizes(), x_dtype, q);
   const char* const error = bitlinear_cuda_expand_activations(
       checked_data(tokens, "q"), 8 * q.element_size(), scales.const_data_ptr<float>(), M, K,
@@ -332,7 +338,8 @@ Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values,
       return bitlinear::unshared(tensor, keys, values);
     };
     q = operand(query), k = operand(*new_key), v = operand(*new_value);
-    cosines = operand(*cos).contiguous(), sines = operand(*sin).contiguous();
+    cosines = operand(bitlinear::contiguous(*cos, "cos"));
+    sines = operand(bitlinear::contiguous(*sin, "sin"));
     task.position = position->const_data_ptr<int64_t>();
     task.new_key = k.const_data_ptr();
     task.new_value = v.const_data_ptr();
