@@ -8,8 +8,7 @@ namespace {
 
 Shape shape_of(const int64_t* shape) {
   return {shape[0],      shape[1], shape[2],      shape[3] != 0, shape[4] != 0, shape[5],
-          shape[6] != 0, shape[7], shape[8] != 0, shape[9] != 0, shape[10],
-          shape[11] != 0};
+          shape[6] != 0, shape[7], shape[8] != 0, shape[9] != 0, shape[10],     shape[11] != 0};
 }
 
 Device device_of(int capability, int multiprocessors) {
