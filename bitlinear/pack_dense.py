@@ -63,8 +63,9 @@ def pack(
 
     Warns:
         UserWarning: Nothing was packed; or a scale of a group, far below the largest of its output
-            feature, is rounded by more than 1/128 of its size, perhaps to 0; or an entry of
-            ``exclude`` matches nothing, or a reference to an old layer cannot be replaced.
+            feature, is rounded by more than 1/128 of its size, perhaps to 0; or a packed layer is
+            tied to a module that stays dense; or an entry of ``exclude`` matches nothing, or a
+            reference to an old layer cannot be replaced.
     """
     check_model(model, "pack")
     check_act_bits(act_bits)
@@ -80,6 +81,7 @@ def pack(
             layer.reason = scales.reason if isinstance(scales, NotTernary) else ""
     _raise_for_refused(layers, found)
     packed = [layer for layer in layers if not layer.reason]
+    doubled = _shared_with_dense_modules(model, packed)
     names = [name for layer in layers for name in layer.names]
     messages = exclusion.unmatched_patterns(names, [name for name, _ in model.named_modules()])
     scales_of = {id(layer.module): _scales(layer, found) for layer in packed}
@@ -107,6 +109,12 @@ def pack(
                 f"far below the largest of their output feature: name the layer in exclude to "
                 f"leave it as it is"
             )
+    if doubled:
+        messages.append(
+            f"pack(): {list_names(doubled)}: the other module stays dense, so the weight takes "
+            f"memory twice, and a change of one is none of the other: name the layer in exclude to "
+            f"keep the tie"
+        )
     for layer in layers:
         if layer.reason:
             _logger.info("%s: not packed: %s", layer.label, layer.reason)
@@ -115,11 +123,29 @@ def pack(
     finish_deployment(model)
     if not packed:
         reasons = [f"{layer.label}: {layer.reason}" for layer in layers]
-        messages.append(f"pack() packed none of {len(layers)} linear layers: {list_names(reasons)}")
+        why = f": {list_names(reasons)}" if reasons else ""
+        messages.append(f"pack() packed none of {len(layers)} linear layers{why}")
     for message in (*messages, stale):
         if message:
             warn(message)
     return model
+
+
+def _shared_with_dense_modules(model: nn.Module, packed: list[LinearLayer]) -> list[str]:
+    """The packed layers whose weight another module has too, such as an embedding."""
+    modules = {id(layer.module) for layer in packed}
+    owners = {
+        id(parameter): name
+        for name, module in model.named_modules()
+        if id(module) not in modules
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
+    return [
+        f"{layer.label} shares its weight with {owners[id(weight)]}"
+        for layer in packed
+        if id(weight := layer.module._parameters["weight"]) in owners
+    ]
 
 
 def _examine(layer: LinearLayer, found: dict[int, Scales | NotTernary]) -> Scales | NotTernary:

@@ -232,7 +232,7 @@ def check_scale(
     if w_scale.dim() == 0:
         w_scale = w_scale.reshape(1)
     shape, valid = list(w_scale.shape), [[1], [out_features, 1]]
-    if group_size > 0:
+    if group_size > 0 and count_groups(in_features, group_size) > 1:
         valid.append([out_features, count_groups(in_features, group_size)])
     if shape not in valid:
         remedy = f", for {out_features} output features of {in_features} inputs"

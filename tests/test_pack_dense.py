@@ -395,3 +395,19 @@ def test_warnings_point_to_the_call():
     with pytest.warns(UserWarning, match="packed none") as caught:
         bitlinear.pack(nn.Linear(8, 4))
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_head_that_is_tied_to_a_dense_embedding_is_named(is_tied):
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 64), "head": nn.Linear(64, 8, bias=False)})
+    model["head"].weight.data = ternary()
+    if is_tied:
+        model["embed"].weight = model["head"].weight
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bitlinear.pack(model)
+    assert model["head"].is_deployed
+    messages = [str(warning.message) for warning in caught]
+    assert [m.partition(":")[2].partition(":")[0] for m in messages] == (
+        [" head shares its weight with embed"] if is_tied else []
+    )

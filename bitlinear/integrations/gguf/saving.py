@@ -263,7 +263,7 @@ def _block_scales(layer: BitLinear, name: str) -> Tensor:
     if group_size % BLOCK:
         raise ValueError(
             f"{name}: a scale for every {group_size} in_features, but TQ2_0 has one for every "
-            f"{BLOCK}: save the state_dict of the model instead"
+            f"{BLOCK}: save_pretrained keeps it"
         )
     return repeat_scales(w_scale, group_size // BLOCK, layer.in_features // BLOCK)
 
