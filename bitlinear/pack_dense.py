@@ -112,8 +112,8 @@ def pack(
     if doubled:
         messages.append(
             f"pack(): {list_names(doubled)}: the other module stays dense, so the weight takes "
-            f"memory twice, and a change of one is none of the other: name the layer in exclude to "
-            f"keep the tie"
+            f"memory twice, and a change of one does not reach the other: name the layer in "
+            f"exclude to keep the tie"
         )
     for layer in layers:
         if layer.reason:

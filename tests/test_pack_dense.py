@@ -98,7 +98,7 @@ def test_groups_of_100_inputs_are_not_found():
     scales = torch.linspace(0.5, 2, 5).repeat_interleave(100)
     found = find_scales(ternary(8, 500) * scales)
     assert found.reason.startswith("8 of 8 rows have several magnitudes (row 0 from 0.5 to 2)")
-    assert found.reason.endswith("convert() and training make any weight ternary")
+    assert found.reason.endswith("or the size of its groups is no multiple of 32")
     assert not found.is_refused
 
 

@@ -130,8 +130,8 @@ def find_scales(weight: Tensor) -> Scales | NotTernary:
     return NotTernary(
         f"{int((lowest != highest).sum())} of {len(weight)} rows have several magnitudes (row "
         f"{row} from {float(lowest[row]):.6g} to {float(highest[row]):.6g}), also within groups of "
-        f"{GROUP_UNIT} inputs, the smallest that can have a scale; convert() and training make any "
-        f"weight ternary"
+        f"{GROUP_UNIT} inputs: the weight is not ternary, or the size of its groups is no multiple "
+        f"of {GROUP_UNIT}"
     )
 
 
