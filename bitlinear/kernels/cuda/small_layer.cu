@@ -19,7 +19,9 @@
 //
 // Tried, and slower: weights directly into registers; 16 warps; 3 blocks; twice as many lanes per
 // token, which does not reduce the reductions and divisions; allow_successor() before the wait, as
-// in the other kernels.
+// in the other kernels; the products of wgmma.cuh with 64 tokens in a block of 16 warps: 1024 x
+// 1024 with M = 512 7.8 us on an H200, where the quantiser and wgmma take 6.0 and this kernel 6.4,
+// because a multiprocessor quantises its 64 tokens in 3.1 us. Blocks of a cluster could share them.
 #include "ampere.cuh"
 #include "epilogue.cuh"
 #include "launch.cuh"
