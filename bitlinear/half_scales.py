@@ -49,8 +49,8 @@ def halve_scales(state_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
             f"model.state_dict()"
         )
     result: OrderedDict[str, Any] = OrderedDict()
-    # By memory, so that tied scales stay tied. The scales are kept too: memory that a mapping frees
-    # would be that of other scales next.
+    # By memory, so that tied scales stay tied. The scales are kept, too: if a mapping frees them,
+    # other scales get their address.
     halves: dict[Any, tuple[Tensor, Tensor]] = {}
     for name, value in state_dict.items():
         prefix = _deployed_layer(state_dict, name, _NAME)

@@ -232,8 +232,9 @@ def check_scale(
     if w_scale.dim() == 0:
         w_scale = w_scale.reshape(1)
     shape, valid = list(w_scale.shape), [[1], [out_features, 1]]
-    if group_size > 0 and count_groups(in_features, group_size) > 1:
-        valid.append([out_features, count_groups(in_features, group_size)])
+    groups = count_groups(in_features, group_size) if group_size > 0 else 1
+    if groups > 1:
+        valid.append([out_features, groups])
     if shape not in valid:
         remedy = f", for {out_features} output features of {in_features} inputs"
         if group_size > 0:

@@ -7,11 +7,21 @@
 #include <cstdint>
 #include <cstring>
 
+#include "weight_facts.h"
+
+// Calls a function before each fork(), and one after it in both processes.
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+namespace bitlinear {
+inline void around_forks(void (*before)(), void (*after)()) {
+  pthread_atfork(before, after, after);
+}
+}  // namespace bitlinear
+#else
+namespace bitlinear {
+inline void around_forks(void (*)(), void (*)()) {}
+}  // namespace bitlinear
 #endif
-
-#include "weight_facts.h"
 
 namespace bitlinear {
 
@@ -19,10 +29,7 @@ namespace bitlinear {
 struct Checked {};
 inline WeightFacts<Checked>& checked_weights() {
   static auto* const weights = [] {
-#if defined(__unix__) || defined(__APPLE__)
-    const auto unlock = [] { checked_weights().unlock(); };
-    pthread_atfork([] { checked_weights().lock(); }, unlock, unlock);
-#endif
+    around_forks([] { checked_weights().lock(); }, [] { checked_weights().unlock(); });
     return new WeightFacts<Checked>;  // outlives every thread
   }();
   return *weights;

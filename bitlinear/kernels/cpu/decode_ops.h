@@ -137,7 +137,7 @@ inline Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& valu
   }
   if (mask.has_value()) visible = contiguous(*mask, "mask");
   const uint8_t* const mask_data =
-      visible.defined() ? reinterpret_cast<const uint8_t*>(checked_data(visible, "mask")) : nullptr;
+      visible.defined() ? static_cast<const uint8_t*>(visible.const_data_ptr()) : nullptr;
   uint16_t* const all_keys = const_cast<uint16_t*>(data(keys, "keys"));
   uint16_t* const all_values = const_cast<uint16_t*>(data(values, "values"));
   if (is_new) prepare_write(keys, values);  // nothing is refused after it

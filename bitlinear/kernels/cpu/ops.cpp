@@ -254,8 +254,8 @@ Tensor expand_weight(const Tensor& w_packed, int64_t in_features,
                           group_size);
   const bitlinear_kernel_table* const kernels = active_table();
   const int64_t N = w_packed.size(0);
-  // Columns of a weight need no copy.
   checked_data(w_packed, "w_packed");
+  // Columns of a weight need no copy.
   const Tensor input = w_packed.stride(1) == 1 ? w_packed : w_packed.contiguous();
   const int64_t row_bytes = input.stride(0);
   const ScalarType w_dtype = dtype.value_or(ScalarType::Float);
