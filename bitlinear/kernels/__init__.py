@@ -192,6 +192,7 @@ CUDA = CudaLibrary(
         "cuda/wgmma.cu",
         "cuda/wgmma_groups.cu",
         "cuda/wgmma_many.cu",
+        "cuda/wgmma_short.cu",
         "cuda/small_layer.cu",
         "cuda/small_batch.cu",
         "cuda/gemv.cu",

@@ -226,6 +226,30 @@ class Driver {
     }
   }
 
+  // Products that wgmma_short.cu serves, by every tile that has room.
+  void check_short_rows() {
+    for (const int64_t M : {33, 70, 128, 250}) {
+      for (const int64_t N : {8, 77, 200, 256}) {
+        for (const int64_t K : {64, 320, 576, 768, 1024}) {
+          const int dtype = static_cast<int>(cases_ % 3);
+          const Example example(plain_case(M, N, K, kDataKinds[(M + N + K) % 5], dtype), cases_);
+          Shape shape = bitlinear::cuda::shape_of(example.operands.shape, Placement::kAligned);
+          shape.for_short = true;
+          for (const bitlinear::cuda::WgmmaTile& tile : bitlinear::cuda::kShortTiles) {
+            const WgmmaPlan plan = {tile.rows, tile.tokens, 1, 1, true};
+            if (is_short_tile(device_, shape, tile)) check_plan(plan, example);
+          }
+        }
+      }
+    }
+    // The kernel's own plan.
+    for (const int64_t M : {70, 300, 600}) {
+      for (const int64_t K : {576, 1024}) {
+        check(Example(plain_case(M, 900, K, Data::kNonFinite, BITLINEAR_BF16), cases_));
+      }
+    }
+  }
+
   // More tiles than the device holds at a time, so that persistent blocks go round.
   void check_many_tiles() {
     for (const int64_t M : {1, 8, 32}) check(M, 20000, 256, Data::kRandom);
@@ -371,6 +395,7 @@ int main(int argc, char** argv) {
     driver.check_long_rows(quick);
     driver.check_gemv_tokens();
     driver.check_all_plans(quick);
+    driver.check_short_rows();
     if (!quick) driver.check_many_tokens();
     if (!quick) driver.check_many_tiles();
     return driver.report() ? 0 : 1;

@@ -7,8 +7,9 @@ using bitlinear::cuda::Shape;
 namespace {
 
 Shape shape_of(const int64_t* shape) {
-  return {shape[0],      shape[1], shape[2],      shape[3] != 0, shape[4] != 0, shape[5],
-          shape[6] != 0, shape[7], shape[8] != 0, shape[9] != 0, shape[10],     shape[11] != 0};
+  return {shape[0],  shape[1],       shape[2],      shape[3] != 0, shape[4] != 0,
+          shape[5],  shape[6] != 0,  shape[7],      shape[8] != 0, shape[9] != 0,
+          shape[10], shape[11] != 0, shape[12] != 0};
 }
 
 Device device_of(int capability, int multiprocessors) {
@@ -79,6 +80,7 @@ void plan_wgmma(int multiprocessors, int max_cluster, const int64_t* shape, int*
   out[1] = plan.tokens;
   out[2] = plan.halves;
   out[3] = plan.splits;
+  out[4] = plan.is_short;
 }
 
 void plan_quantizer(int multiprocessors, int64_t M, int64_t K, bool has_prologue, int* out) {
@@ -86,6 +88,10 @@ void plan_quantizer(int multiprocessors, int64_t M, int64_t K, bool has_prologue
   const auto plan = bitlinear::cuda::plan_quantizer(device, M, K, has_prologue);
   out[0] = plan.warps;
   out[1] = plan.tokens;
+}
+
+int64_t short_bytes(int64_t rows, int64_t tokens, int64_t K) {
+  return bitlinear::cuda::short_bytes(rows, tokens, K) + bitlinear::cuda::kShortStaticBytes;
 }
 
 int row_pitch(int row_bytes) { return bitlinear::cuda::row_pitch(row_bytes); }

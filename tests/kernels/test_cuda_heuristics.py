@@ -29,7 +29,7 @@ class Heuristics:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         library.supports.restype = ctypes.c_bool
-        library.padded_tokens.restype = ctypes.c_int64
+        library.padded_tokens.restype = library.short_bytes.restype = ctypes.c_int64
 
     def supports(self, kernel: int, capability: int, shape: tuple[int, ...]) -> bool:
         return self._library.supports(kernel, capability, self._shape(shape))
@@ -47,7 +47,11 @@ class Heuristics:
         return self._plan("plan_small_layer", 4, capability, multiprocessors, self._shape(shape))
 
     def plan_wgmma(self, shape: tuple[int, ...], multiprocessors: int = 132, cluster: int = 8):
-        return self._plan("plan_wgmma", 4, multiprocessors, cluster, self._shape(shape))
+        *plan, is_short = self._plan("plan_wgmma", 5, multiprocessors, cluster, self._shape(shape))
+        return [*plan, "short"] if is_short else plan
+
+    def short_bytes(self, rows: int, tokens: int, k: int) -> int:
+        return self._library.short_bytes(*map(ctypes.c_int64, (rows, tokens, k)))
 
     def _plan(self, name: str, fields: int, *arguments):
         out = (ctypes.c_int * fields)()
@@ -69,9 +73,9 @@ class Heuristics:
     @staticmethod
     def _shape(shape: tuple[int, ...]) -> ctypes.Array:
         # One weight, no prologue, activations of 8 bits, which are not quantised yet; no groups;
-        # wgmma_many.cu does not serve it.
-        defaults = (1, False, 1, False, False, 0, False)
-        return (ctypes.c_int64 * 12)(*shape, *defaults[len(shape) - 5 :])
+        # neither wgmma_many.cu nor wgmma_short.cu serves it.
+        defaults = (1, False, 1, False, False, 0, False, False)
+        return (ctypes.c_int64 * 13)(*shape, *defaults[len(shape) - 5 :])
 
 
 @pytest.fixture(scope="module")
@@ -507,20 +511,20 @@ def test_the_plan_of_wgmma_without_clusters_on_an_h100(heuristics):
     ("m", "n", "k", "plan"),
     [
         (64, 1024, 1024, [64, 32, 1, 1]),
-        (64, 2560, 2560, [64, 32, 1, 1]),
+        (64, 2560, 2560, [64, 64, 2, 1]),
         (64, 2560, 6912, [128, 64, 1, 4]),
-        (64, 4096, 4096, [64, 64, 2, 1]),
-        (64, 8192, 8192, [64, 64, 2, 1]),
+        (64, 4096, 4096, [64, 64, 2, 2]),
+        (64, 8192, 8192, [128, 64, 1, 2]),
         (64, 13824, 2560, [128, 64, 1, 1]),
         (64, 28672, 8192, [256, 64, 1, 1]),
         (32, 28672, 8192, [256, 32, 1, 1]),
         (256, 4096, 4096, [128, 64, 1, 1]),
-        (512, 1024, 1024, [64, 64, 1, 1]),
+        (512, 1024, 1024, [64, 64, 2, 1]),
         (512, 4096, 4096, [128, 128, 1, 1]),
         (512, 2560, 2560, [128, 96, 1, 1]),
         (1024, 2560, 6912, [256, 96, 1, 1]),
         (1024, 4096, 4096, [256, 128, 1, 1]),
-        (4096, 1024, 1024, [256, 128, 1, 1]),
+        (4096, 1024, 1024, [128, 128, 1, 1]),
         (4096, 8192, 8192, [256, 128, 1, 1]),
     ],
 )
@@ -545,6 +549,42 @@ def test_the_plan_of_wgmma_on_an_h100(heuristics, m, n, k, plan):
 def test_the_plan_of_wgmma_for_many_tokens_on_an_h100(heuristics, m, n, k, plan):
     of_other_kernels = (m, n, k, True, True, 1, False, 1, False, False, 0)
     assert heuristics.plan_wgmma((*of_other_kernels, True)) == plan
+
+
+def for_short(m, n, k):
+    return (m, n, k, True, True, 1, False, 1, False, False, 0, True, True)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "plan"),
+    [
+        (256, 1024, 1024, [64, 64, 1, 1, "short"]),
+        (512, 1024, 1024, [64, 64, 1, 1, "short"]),
+        (513, 1024, 1024, [128, 64, 1, 1, "short"]),
+        (1024, 1024, 1024, [128, 64, 1, 1, "short"]),
+        (1025, 1024, 1024, [128, 96, 1, 1]),
+        (512, 3072, 768, [128, 128, 1, 1, "short"]),
+        (512, 2048, 1024, [128, 64, 1, 1, "short"]),
+        (512, 1024, 1025, [64, 64, 2, 1]),
+        (64, 512, 256, [128, 64, 1, 1, "short"]),
+        (32, 512, 1024, [64, 32, 1, 1]),
+    ],
+)
+def test_the_plan_of_wgmma_for_short_rows_on_an_h100(heuristics, m, n, k, plan):
+    assert heuristics.plan_wgmma(for_short(m, n, k)) == plan
+
+
+@given(m=sizes, n=sizes, k=st.integers(1, 1300), multiprocessors=st.integers(1, 200))
+def test_short_rows_are_computed_at_once(heuristics, m, n, k, multiprocessors):
+    rows, tokens, _, splits, *short = heuristics.plan_wgmma(for_short(m, n, k), multiprocessors)
+    if short:
+        assert k <= 1024 and splits == 1
+        assert -(-n // rows) * -(-m // tokens) <= multiprocessors
+        # One block of a multiprocessor's 228 KB, of which the system reserves 1 KB for each.
+        assert 114 * 1024 < heuristics.short_bytes(rows, tokens, k) <= 227 * 1024
+        # Whole tiles are copied, and each warpgroup that shares K has something to do.
+        assert heuristics.padded_tokens(m) >= -(-m // tokens) * tokens
+        assert 4 * 64 * 64 // (rows * tokens) <= 2 * -(-k // 256)
 
 
 @given(

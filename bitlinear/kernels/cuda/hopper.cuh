@@ -37,6 +37,12 @@ __device__ inline void copy_tile(void* shared, const CUtensorMap& map, int x, in
       : "memory");
 }
 
+// Makes this thread's writes to shared memory visible to the copy engine and to wgmma, after a
+// barrier.
+__device__ inline void publish_to_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Waits for all threads of the blocks of a cluster.
 __device__ inline void sync_cluster() {
   asm volatile(

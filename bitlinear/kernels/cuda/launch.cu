@@ -93,7 +93,8 @@ Shape shape_of(const bitlinear_cuda_task& task, const bitlinear_cuda_tokens* tok
           tokens != nullptr,
           reads_in_order(task, tokens),
           task.groups.size,
-          wgmma_many_serves(task)};
+          wgmma_many_serves(task),
+          wgmma_short_serves(task) && tokens == nullptr};
 }
 
 // The requested kernel, or the best one; BITLINEAR_CUDA_AUTO if no kernel can run.

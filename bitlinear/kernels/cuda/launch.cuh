@@ -28,6 +28,8 @@ struct LaunchConfig {
   dim3 threads;
   int shared_bytes = 0;
   int cluster = 1;  // blocks of a cluster, which read each other's shared memory
+  // More shared memory and less L1 for its multiprocessors, so that other blocks find some, too.
+  bool prefers_shared = false;
 };
 
 // Raises the kernel's limit of dynamic shared memory if the launch needs more than the default.
@@ -44,6 +46,10 @@ cudaError_t allow_shared_bytes(const LaunchConfig& config, const Device& device)
   if (error != cudaSuccess) return error;
   const int available = device.shared_bytes - static_cast<int>(declared.sharedSizeBytes);
   error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, available);
+  if (error == cudaSuccess && config.prefers_shared) {
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  }
   if (error == cudaSuccess && index < kCachedDevices) allowed[index].store(available);
   return error;
 }
@@ -176,8 +182,10 @@ cudaError_t small_batch(const Call& call, const Activations& q, const SmallBatch
 cudaError_t small_layer(const Call& call, const SmallLayerPlan& plan);
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan);
 cudaError_t wgmma_general(const Call& call, const Activations& q, const WgmmaPlan& plan);
+cudaError_t wgmma_short(const Call& call, const Activations& q, const WgmmaPlan& plan);
 cudaError_t wgmma_many(const Call& call, const Activations& q, const WgmmaPlan& plan);
-// Whether that kernel serves such products; is_many_tile() says which plans.
+// Whether these two kernels serve such products; is_many_tile() and is_short say which plans.
+bool wgmma_short_serves(const bitlinear_cuda_task& task);
 bool wgmma_many_serves(const bitlinear_cuda_task& task);
 cudaError_t wgmma_groups(const Call& call, const Activations& q, const WgmmaPlan& plan);
 // Whether the device runs the clusters of this plan.

@@ -7,6 +7,7 @@ namespace cuda {
 
 cudaError_t wgmma(const Call& call, const Activations& q, const WgmmaPlan& plan) {
   if (call.task.groups.size > 0) return wgmma_groups(call, q, plan);
+  if (plan.is_short) return wgmma_short(call, q, plan);
   if (is_many_tile(plan) && wgmma_many_serves(call.task)) return wgmma_many(call, q, plan);
   return is_plain_product(call.task) ? launch<false>(call, q, plan) : wgmma_general(call, q, plan);
 }

@@ -42,8 +42,15 @@
 // 32, because reading its fragment from registers takes about 50. Two warpgroups side by side take
 // 58 cycles for each product with 64 tokens, so they gain little: with tiles of 256 rows 28672 x
 // 8192 takes 39.5 us with M = 64 and 33 with M = 32 (45 and 38 in two rounds of 128 rows). Two
-// warpgroups that share K instead take the place of a cluster: 4096 x 4096 with M = 64 takes 9.2 us
-// (10.2 in clusters of two), 8192 x 8192 15.9 (16.9).
+// warpgroups that share K instead take the place of a cluster, or of half of one: on an H200 4096 x
+// 4096 with M = 64 takes 9.1 us in one block for a tile, 8.6 in clusters of two, and 10.3 in
+// clusters of two with tiles of 128 rows. Each of the two adds the sums of half of the tokens; one
+// that adds all, after the other has stored them, takes 0.4 us longer. Such a tile leaves registers
+// and shared memory to the quantiser: 4096 x 4096 with M = 128 takes 9.7 us instead of 10.8.
+//
+// Tried, and not faster: activations copied to both blocks of a cluster with different rows; four
+// warpgroups in tiles of 128 rows, of which two share K (2560 x 2560 with M = 256 takes 0.4 us
+// longer); fewer registers for tiles of 128 rows (0.4 us longer).
 //
 // 1024 x 1024 with M = 64 takes 4.6 us: 1.4 for the quantiser, 0.7 until its results arrive, 1.2
 // for the products, 0.8 for the end of the tile, the rest for the launches.
@@ -52,10 +59,10 @@
 // takes 42.8 us in 80 tiles of 256 x 128 on 132 multiprocessors, and 35.3 us in 110 tiles of 256 x
 // 96.
 //
-// 168 registers (176 in tiles of 64 rows, 184 in the general ones), no spills, 228 KB of shared
-// memory: one block fills a multiprocessor. By the profiler the tensor cores are busy in 90 % of
-// the cycles of 8192 x 8192 with M = 4096, at 1.2 instructions per cycle, and in 73 % of 4096 x
-// 4096 with M = 1024.
+// 168 registers (176 in tiles of 64 rows of one warpgroup, 128 in those that leave room, 184 in the
+// general ones), no spills, up to 228 KB of shared memory: one block fills a multiprocessor. By the
+// profiler the tensor cores are busy in 90 % of the cycles of 8192 x 8192 with M = 4096, at 1.2
+// instructions per cycle, and in 73 % of 4096 x 4096 with M = 1024.
 //
 // Each tile has two instances, in files of their own so that they compile side by side: wgmma.cu
 // for a single weight without a residual and tokens of 8 bits, and wgmma_general.cu for all else,
@@ -101,6 +108,16 @@ struct Wgmma<64> {
         "{%32, %33, %34, %35}, %36, add;\n}\n"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+  // With `a` in shared memory, too. Without `adds`, d may hold anything.
+  static __device__ void run(int32_t (&d)[32], uint64_t a, uint64_t b, bool adds) {
+    asm volatile(
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, add;\n}\n"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]), "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]), "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31])
+        : "l"(a), "l"(b), "r"(static_cast<int>(adds)));
   }
 };
 template <>
@@ -195,8 +212,14 @@ struct Tile {
   static constexpr int kSumBytes = kTokens * kSumRows * 4;
   static constexpr int kStageBudget = 224 * 1024 - kSumBytes;  // bytes for stages
   static constexpr int kMostStages = kStageBudget / kStageBytes;
+  // Whether a block of the quantiser finds registers and shared memory beside it: then each of the
+  // two kernels starts while the other one still runs.
+  static constexpr bool kLeavesRoom =
+      kWarpgroups == 2 && kHalves == 2 && kTokens == 64 && !kIsGeneral && !kGrouped;
+  static constexpr int kWantedStages = kLeavesRoom ? 6 : 8;
   // A stage belongs to one half.
-  static constexpr int kStages = kMostStages < 8 ? kMostStages / kHalves * kHalves : 8;
+  static constexpr int kStages =
+      kMostStages < kWantedStages ? kMostStages / kHalves * kHalves : kWantedStages;
   static constexpr int kSharedBytes = kStages * kStageBytes + kSumBytes + 1024;
   // Slices of weights in flight, in registers.
   static constexpr int kPrefetched =
@@ -208,12 +231,14 @@ struct Tile {
   static constexpr int kDepth = kRowBlocks == 1 ? 4 : 2;
   // It has no registers for what the end of the last tile needs.
   static constexpr bool kLoadsRowsLate =
-      kIsGeneral && kTokens == 128 && (kSumRows == 256 || kGrouped);
+      kLeavesRoom || (kIsGeneral && kTokens == 128 && (kSumRows == 256 || kGrouped));
   // Two warpgroups that multiply need registers of the third. Registers per thread, after the
   // change:
   static constexpr bool kReallocatesRegisters = kWarpgroups == 2;
-  static constexpr int kProducerRegisters = kIsGeneral ? 104 : 88;
-  static constexpr int kConsumerRegisters = kIsGeneral ? 200 : 208;
+  static constexpr int kProducerRegisters = kLeavesRoom ? 80 : kIsGeneral ? 104 : 88;
+  static constexpr int kConsumerRegisters = kLeavesRoom ? 152 : kIsGeneral ? 200 : 208;
+  // The compiler gives a thread as many registers as so many threads of a multiprocessor can have.
+  static constexpr int kBoundThreads = kLeavesRoom ? 512 : kThreads;
 
   // The index of the sum of a row and a token. A warp writes 8 rows for every other of 8 tokens at
   // a time: the exclusive or spreads them over the banks, and keeps groups of four rows contiguous.
@@ -505,6 +530,46 @@ __device__ inline void multiply(const Share<T>& share, WeightReader<T>& reader,
   if (lane == 0 && previous >= 0) empty[previous].arrive();
 }
 
+// Stores a warpgroup's sums of a tile. Two warpgroups that share K add theirs, each for half of the
+// tokens: it first stores the other half's sums for the other warpgroup.
+template <class T>
+__device__ inline void store_tile_sums(const Sums<T>& sums, int first_row, int half, int32_t* out) {
+  constexpr int kSums = T::kTokens / 2 / T::kHalves;  // of a thread and a block of rows, at the end
+  const int tig = threadIdx.x % 4;
+  const auto at = [&](int r, int i, int part) -> int32_t& {
+    const int token = part * (T::kTokens / T::kHalves) + i / 4 * 8 + 2 * tig + i % 2;
+    return out[T::sum_index(token, first_row + 64 * r + i % 4 / 2 * 8)];
+  };
+  const auto sum = [&](int r, int i) {
+    const int32_t even = sums[r * T::kAccumulatorSets][i];
+    return T::kAccumulatorSets == 1 ? even : even + sums[(r + 1) * T::kAccumulatorSets - 1][i];
+  };
+  int32_t others[T::kBlocks][kSums] = {};
+  if constexpr (T::kHalves == 2) {
+#pragma unroll
+    for (int r = 0; r < T::kBlocks; ++r) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        at(r, i, 1 - half) = half == 0 ? sum(r, kSums + i) : sum(r, i);
+      }
+    }
+    sync_leading_threads<T::kConsumers>();
+#pragma unroll
+    for (int r = 0; r < T::kBlocks; ++r) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) others[r][i] = at(r, i, half);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < T::kBlocks; ++r) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int32_t mine = half == 0 ? sum(r, i) : sum(r, kSums * (T::kHalves - 1) + i);
+      at(r, i, half) = mine + others[r][i];
+    }
+  }
+}
+
 // Adds the sums of the other blocks of the cluster to this block's sums, for every splits-th
 // token, with all of its rows of q.
 template <class T>
@@ -527,7 +592,7 @@ __device__ inline void add_cluster_sums(const TileRows<T::kRows, T::kConsumers>&
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1)
+__global__ void __launch_bounds__(T::kBoundThreads, 1)
     wgmma_kernel(const __grid_constant__ bitlinear_cuda_task task,
                  const __grid_constant__ Activations activations,
                  const __grid_constant__ CUtensorMap in_order, int splits) {
@@ -626,21 +691,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     tile_ring.advance(share.slice_end - share.slice_begin);
 
     sums_empty.wait(parity);
-    const int my_row = T::sum_row(reader.first_row()), tig = lane % 4;
-    // The second half adds its sums to the sums of the first.
-    if (T::kHalves == 2 && half == 1) sync_leading_threads<kConsumers>();
-#pragma unroll
-    for (int r = 0; r < kBlocks; ++r) {
-#pragma unroll
-      for (int i = 0; i < kTokens / 2; ++i) {
-        const int token = i / 4 * 8 + 2 * tig + i % 2;
-        int32_t sum = sums[r * T::kAccumulatorSets][i];
-        if constexpr (T::kAccumulatorSets == 2) sum += sums[r * T::kAccumulatorSets + 1][i];
-        int32_t& out = sums_out[T::sum_index(token, my_row + 64 * r + i % 4 / 2 * 8)];
-        out = half == 0 ? sum : out + sum;
-      }
-    }
-    if (T::kHalves == 2 && half == 0) sync_leading_threads<kConsumers>();
+    store_tile_sums<T>(sums, T::sum_row(reader.first_row()), half, sums_out);
     if (threadIdx.x < kTokens) {
       s_x[threadIdx.x] = token_scale;
       q_sum[threadIdx.x] = token_sum;

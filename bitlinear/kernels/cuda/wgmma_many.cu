@@ -60,10 +60,6 @@ __device__ inline void store_transposed(uint32_t address, const uint32_t (&matri
       : "memory");
 }
 
-// Makes this thread's writes to shared memory visible to the copy engine, after a barrier.
-__device__ inline void publish_to_copies() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
 // Copies a tile out of shared memory, to column x and row y of the map on. What lies outside the
 // map is not written.
 __device__ inline void copy_tile_out(const CUtensorMap& map, int x, int y, const void* shared) {
