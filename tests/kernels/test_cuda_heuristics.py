@@ -578,7 +578,8 @@ def test_the_plan_of_wgmma_for_short_rows_on_an_h100(heuristics, m, n, k, plan):
 def test_short_rows_are_computed_at_once(heuristics, m, n, k, multiprocessors):
     rows, tokens, _, splits, *short = heuristics.plan_wgmma(for_short(m, n, k), multiprocessors)
     if short:
-        assert k <= 1024 and splits == 1
+        assert k <= 1024
+        assert splits == 1
         assert -(-n // rows) * -(-m // tokens) <= multiprocessors
         # One block of a multiprocessor's 228 KB, of which the system reserves 1 KB for each.
         assert 114 * 1024 < heuristics.short_bytes(rows, tokens, k) <= 227 * 1024
