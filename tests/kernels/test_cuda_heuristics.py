@@ -479,7 +479,7 @@ def test_the_plan_of_wgmma(heuristics, shape, multiprocessors):
     rows, tokens, halves, splits = heuristics.plan_wgmma(shape, multiprocessors)
     assert (rows, tokens, halves) in {
         *((64, tokens, 1) for tokens in (32, 64)),
-        (64, 64, 2),
+        *((64, tokens, 2) for tokens in (64, 128)),
         *((rows, tokens, 1) for rows in (128, 256) for tokens in (32, 64, 96, 128)),
     }
     assert splits in (1, 2, 4, 8)
@@ -518,7 +518,7 @@ def test_the_plan_of_wgmma_without_clusters_on_an_h100(heuristics):
         (64, 13824, 2560, [128, 64, 1, 1]),
         (64, 28672, 8192, [256, 64, 1, 1]),
         (32, 28672, 8192, [256, 32, 1, 1]),
-        (256, 4096, 4096, [128, 64, 1, 1]),
+        (256, 4096, 4096, [64, 128, 2, 1]),
         (512, 1024, 1024, [64, 64, 2, 1]),
         (512, 4096, 4096, [128, 128, 1, 1]),
         (512, 2560, 2560, [128, 96, 1, 1]),
