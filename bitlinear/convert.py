@@ -221,7 +221,8 @@ def set_quantization_strength(model: nn.Module, strength: float) -> nn.Module:
     if strength < 1 and deployed:
         raise ValueError(
             f"the quantization strength of a deployed layer is 1 and cannot be {strength}: call "
-            f"undeploy() on {deployed[0] or 'the model'!r} first (of {len(deployed)} deployed)"
+            f"undeploy() on {repr(deployed[0]) if deployed[0] else 'the model itself'} first (of "
+            f"{len(deployed)} deployed)"
         )
     for layer in layers.values():
         layer.quantization_strength = strength

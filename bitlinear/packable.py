@@ -18,6 +18,7 @@ from .arguments import group_size_of
 from .deployed import deployed_linear
 from .half_scales import restore_scales
 from .lookup import deployed_lookup
+from .messages import warn
 from .packed_weight import PackedWeight, warn_of_dequantization
 from .packing import PACKED_NAMES
 
@@ -273,6 +274,9 @@ class Packable(nn.Module):
         Raises:
             TypeError, ValueError, state.IncompleteState: See :func:`state.check` and
                 :func:`restore_scales`; the layer is unchanged.
+
+        Warns:
+            UserWarning: The layer is deployed, and the state has float weights.
         """
         assigns = local_metadata.get("assign_to_params_buffers", False)
         tied = [] if assigns else ties.tied_layers(self, missing_keys)
@@ -292,6 +296,10 @@ class Packable(nn.Module):
         if kind == "packed":
             self._prepare_packed(tensors["w_packed"], tensors["w_scale"], tied, assigns)
         elif kind == "float" and self.is_deployed:
+            warn(
+                "bitlinear: a state with float weights makes deployed layers trainable again, and "
+                "slow: call deploy() after loading it"
+            )
             weight = tensors["weight"].detach()
             if not assigns:
                 weight = weight.to(self.w_packed.device, self._weight_dtype, copy=True)

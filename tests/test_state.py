@@ -93,6 +93,14 @@ def test_a_meta_layer_takes_a_deployed_state_without_a_copy(into_deployed):
     assert torch.equal(target(x), source(x))
 
 
+def test_a_float_state_in_a_deployed_layer_warns_that_it_is_no_longer_deployed():
+    layer, dense = BitLinear(8, 4).deploy(), torch.nn.Linear(8, 4)
+    with pytest.warns(UserWarning, match=r"trainable again, and slow: call deploy\(\)"):
+        layer.load_state_dict(dense.state_dict())
+    assert not layer.is_deployed
+    assert torch.equal(layer.weight, dense.weight)
+
+
 def test_a_meta_layer_takes_a_float_state_in_place_of_packed_weights():
     source, x = BitLinear(20, 6), torch.randn(3, 20)
     target = BitLinear(20, 6, device="meta").deploy()

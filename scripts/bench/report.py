@@ -78,7 +78,7 @@ def check(results: Record) -> tuple[str, bool]:
     passed = not lost_cells and not untimed
     count = plural(len(cells), "cell")
     lines = [
-        f"check passed: no complete layer is faster than {chosen} in {count}"
+        f"check passed: no complete layer is faster than {chosen} in any of {count}"
         if passed
         else f"check failed: {chosen} does not win {len(lost_cells) + len(untimed)} of {count}",
         f"lost to a complete layer: {lost}",

@@ -90,7 +90,7 @@ def test_only_eager_cells_may_be_lost(no_gpu, scripted, capsys):
     budgets = scripted(won, won, lost, won, lost, won, lost)
     options = ("--contestants", "bitlinear", "bf16", "fp8", "--kernels", "reference", "--check")
     assert main([*GPU, *options]) == 0
-    assert "no complete layer is faster than reference in 4 cells" in capsys.readouterr().out
+    assert "no complete layer is faster than reference in any of 4 cells" in capsys.readouterr().out
     # The warm cell of 20 tokens is lost at first and measured again.
     assert budgets == [0.02] * 5 + [0.04, 0.02]
 

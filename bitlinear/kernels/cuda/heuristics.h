@@ -1,9 +1,9 @@
 // Chooses the CUDA kernel of a product and its plan. Pure functions of the device and the sizes,
 // without CUDA's headers, tested by tests/kernels/test_cuda_heuristics.py.
 //
-// Constants are fitted to times on one H100 80 GB (torch 2.11, 2026-11). Refit: `python -m
-// scripts.bench --device cuda --grid floor --modes cold`; bitlinear_cuda_force() runs one kernel
-// alone.
+// Constants are fitted to times on one H100 80 GB, those of wgmma to one H200 (torch 2.11,
+// 2026-11). Refit: `python -m scripts.bench --device cuda --grid floor --modes cold`;
+// bitlinear_cuda_force() runs one kernel alone.
 #pragma once
 
 #include <stdint.h>
@@ -58,7 +58,7 @@ constexpr int64_t padded_tokens(int64_t M) {
 
 // ----------------------------------------------------------------------------- the quantiser
 
-// Warps of a block, at most, which are as many as registers of a multiprocessor have room for.
+// Warps of a block, at most: more do not fit the registers of a multiprocessor.
 constexpr int kQuantizerWarps = 32;
 constexpr int kPrologueWarps = 16;  // the same with a prologue, which needs more registers
 constexpr int kQuantizerGroups =
@@ -426,8 +426,8 @@ constexpr WgmmaTile kShortTiles[] = {
 constexpr int kShortStaticBytes = 1280;  // of its static shared memory, at most
 
 // Dynamic shared memory of a block: the operands, in whose place the sums come later. It is more
-// than half of what a multiprocessor has, because blocks that start while others still run would
-// gather in twos.
+// than half of what a multiprocessor has: otherwise two blocks, which start while the previous
+// product still runs, would share one multiprocessor, and others would stay empty.
 constexpr int64_t short_bytes(int64_t rows, int64_t tokens, int64_t K) {
   constexpr int64_t kAlignment = 1024, kLeast = 114 * 1024;
   const int64_t operands = (rows + tokens) * round_up(K, kSliceValues);

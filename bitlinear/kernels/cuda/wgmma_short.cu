@@ -1,24 +1,26 @@
-// y = epilogue(q @ w^T) for up to 1024 inputs and many tokens on sm_90a: tiles of wgmma.cuh whose
-// weights are decoded into shared memory before their predecessor has ended.
+// y = epilogue(q @ w^T) for up to 1024 inputs and many tokens on sm_90a: weights are decoded into
+// shared memory while the quantiser, the kernel before this one in the stream, still runs.
 //
 // It serves a single weight without a residual and tokens of 8 bits. A block has one tile and four
-// warpgroups. While the quantiser runs, they decode all weights of the tile to bytes. Then one
-// thread copies all tokens of the tile, and each warpgroup multiplies 64 rows by 64 tokens, the
-// whole of K or its part of it. The sums of the parts are added when y is written.
+// warpgroups, which first decode all weights of the tile to bytes. When the quantiser has ended,
+// one thread copies all tokens of the tile, and each warpgroup multiplies 64 rows by 64 tokens:
+// over all of K, or over a part of it if the tile has fewer than four such squares. The sums of the
+// parts are added when y is written.
 //
-// 64 registers and less than half of the shared memory for small tiles leave room for blocks of the
+// 64 registers for a thread, of which there are 512, leave half of the registers to blocks of the
 // quantiser on the same multiprocessor, so each of the two kernels starts while the other one runs.
 //
 // Bound: 1024 x 1024 with M = 512 is 1.1 G operations, 0.6 us at the peak of an H100; its 128 tiles
-// read 8.4 MB of activations from L2, 1.5 us at 5.5 TB/s. It takes 5.25 us on an H200 (6.05 in
-// tiles of wgmma.cu), and 6.25 with M = 1024 (7.3). Of the 5.25 us 1.9 pass in the quantiser, 0.4
-// until its results are visible, 1.0 until the first ones arrive, 0.4 in the products, 0.4 with the
-// sums, 0.6 while y is written, and the rest until the next kernel begins. A product takes 32
-// cycles with both operands in shared memory, and 60 to 100 with one in registers.
+// read 8.4 MB of activations from L2, 1.5 us at 5.5 TB/s. In a graph of 64 calls, which share x and
+// y, it takes 5.25 us on an H200 (6.05 in tiles of wgmma.cu), and 6.25 with M = 1024 (7.3). Of the
+// 5.25 us 1.9 pass in the quantiser, 0.4 until this kernel may read its results, 1.0 until the
+// first tokens are in shared memory, 0.4 in the products, 0.4 with the sums, 0.6 while y is
+// written, and the rest until the next quantiser may begin. An instruction of wgmma takes 32 cycles
+// with both operands in shared memory, and 60 to 100 with one in registers.
 //
-// Tried, and not faster: to load the weights before the wait and to decode them after it (5.8 us);
-// tokens copied to both blocks of a cluster of two (5.2, and 6.4 with M = 1024); tiles of 64 rows
-// and 128 tokens.
+// Tried: to load the weights before the wait and to decode them after it (5.8 us); tokens copied to
+// both blocks of a cluster of two (as fast with M = 512, 0.1 us slower with 1024); tiles of 64 rows
+// and 128 tokens (0.1 us slower).
 #include "wgmma.cuh"
 
 namespace bitlinear {
@@ -77,7 +79,7 @@ __device__ inline void decode_rows(const bitlinear_cuda_task& task, int64_t n, i
   }
 }
 
-// 1024 threads would have 64 registers each: these have no more, which leaves room for others.
+// Launched with 512 threads. The bound of 1024 makes the compiler keep to 64 registers.
 template <class T>
 __global__ void __launch_bounds__(1024)
     wgmma_short_kernel(const __grid_constant__ bitlinear_cuda_task task,
