@@ -203,6 +203,8 @@ class Driver {
       check_plans(M, 5000, 4160, Data::kRandom);
       check_plans(M, 40000, 2048, Data::kRandom);
     }
+    // Blocks that compute several of the smallest tiles of wgmma.
+    check_plans(130, 4300, 512, Data::kRandom);
   }
 
   // Products that wgmma_many.cu serves, with tails of tokens and rows, and blocks that go round.

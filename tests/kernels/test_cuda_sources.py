@@ -25,7 +25,7 @@ WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra")
 
 # Bytes that a kernel may spill, by a part of its name. All other kernels must not spill.
 ALLOWED_SPILLS = {
-    "TileILi2ELi2ELi128ELb1ELi2ELb1E": 76,  # wgmma_groups.cu: 64 rows, 128 tokens, two halves of K
+    "TileILi2ELi2ELi128ELb1ELi2ELb1E": 56,  # wgmma_groups.cu: 64 rows, 128 tokens, two halves of K
     "18small_batch_kernel": 68,  # outside of its loop over K
 }
 

@@ -86,7 +86,7 @@ std::string check_products(const Device& device, const Stream& stream) {
     }
   }
   // Tokens that are quantised already: rows of weights that are aligned, and not.
-  for (const int64_t K : {80, 1088}) {
+  for (const int64_t K : {80, 576, 1088}) {
     for (const int64_t M : {3, 70}) {
       ++seed;
       const Case c = {M, 41, K, BITLINEAR_F32, false, false, Data::kRandom, 0};

@@ -64,9 +64,9 @@
 // takes 42.8 us in 80 tiles of 256 x 128 on 132 multiprocessors, and 35.3 us in 110 tiles of 256 x
 // 96.
 //
-// 168 registers (176 in tiles of 64 rows of one warpgroup, 128 in those that leave room, 184 in the
-// general ones), no spills, up to 228 KB of shared memory: one block fills a multiprocessor. By the
-// profiler the tensor cores are busy in 90 % of the cycles of 8192 x 8192 with M = 4096, at 1.2
+// 168 registers (176 or 178 in tiles of one warpgroup, 128 in those that leave room), up to 228 KB
+// of shared memory: one block fills a multiprocessor. Only wgmma_groups.cu spills, in one tile. By
+// the profiler the tensor cores are busy in 90 % of the cycles of 8192 x 8192 with M = 4096, at 1.2
 // instructions per cycle, and in 73 % of 4096 x 4096 with M = 1024.
 //
 // Each tile has two instances, in files of their own so that they compile side by side: wgmma.cu
@@ -217,8 +217,8 @@ struct Tile {
   static constexpr int kSumBytes = kTokens * kSumRows * 4;
   static constexpr int kStageBudget = 224 * 1024 - kSumBytes;  // bytes for stages
   static constexpr int kMostStages = kStageBudget / kStageBytes;
-  // Whether a block of the quantiser finds registers and shared memory beside it: then each of the
-  // two kernels starts while the other one still runs.
+  // Whether a block of eight warps of the quantiser finds registers and shared memory beside it:
+  // then each of the two kernels starts while the other one still runs.
   static constexpr bool kLeavesRoom =
       kWarpgroups == 2 && kHalves == 2 && kTokens == 64 && !kIsGeneral && !kGrouped;
   static constexpr int kWantedStages = kLeavesRoom ? 6 : 8;
@@ -549,7 +549,6 @@ __device__ inline void store_tile_sums(const Sums<T>& sums, int first_row, int h
     const int32_t even = sums[r * T::kAccumulatorSets][i];
     return T::kAccumulatorSets == 1 ? even : even + sums[(r + 1) * T::kAccumulatorSets - 1][i];
   };
-  int32_t others[T::kBlocks][kSums] = {};
   if constexpr (T::kHalves == 2) {
 #pragma unroll
     for (int r = 0; r < T::kBlocks; ++r) {
@@ -559,18 +558,18 @@ __device__ inline void store_tile_sums(const Sums<T>& sums, int first_row, int h
       }
     }
     sync_leading_threads<T::kConsumers>();
-#pragma unroll
-    for (int r = 0; r < T::kBlocks; ++r) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) others[r][i] = at(r, i, half);
-    }
   }
 #pragma unroll
   for (int r = 0; r < T::kBlocks; ++r) {
+    int32_t others[kSums] = {};  // all loaded before the first store: the compiler moves no load
+    if constexpr (T::kHalves == 2) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) others[i] = at(r, i, half);
+    }
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       const int32_t mine = half == 0 ? sum(r, i) : sum(r, kSums * (T::kHalves - 1) + i);
-      at(r, i, half) = mine + others[r][i];
+      at(r, i, half) = mine + others[i];
     }
   }
 }

@@ -5,7 +5,7 @@
 // tensor: on an H200 4096 x 4096 with M = 64 16.7 (1.8), 256 23.9 (1.8), 1024 58 (2.1); on an H100
 // 28672 x 8192 with M = 32 67 (2.0), 256 216 (2.5). It is above 2 where fragments, of twice as many
 // instructions, take turns with the products, as wgmma.cuh says. The tile of 64 rows and 128 tokens
-// spills 24 bytes.
+// spills 16 bytes.
 //
 // Tried, and not faster: half the products, whose sums of 128 values of k are multiplied and added
 // to totals. The copy engine brought packed weights to shared memory, ldmatrix and a lookup made
