@@ -142,9 +142,8 @@ def speedup(results: Record, threads: int) -> Figure:
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xticks(range(len(tokens)), [str(M) for M in tokens])
         axes.set_yticks(range(len(shapes)), [_size_name(shape) for shape in shapes])
-        # The label of few rows would run into those of the other panels.
-        axes.set_ylabel(report.SHAPE if len(shapes) > 5 else "N x K")
-    rows[-1].set_xlabel("batch size M (tokens)")
+        axes.set_ylabel("N x K")  # the whole label is longer than a panel of few rows
+    rows[-1].set_xlabel(f"batch size M (tokens)   ·   {report.SHAPE}")
     return figure
 
 
