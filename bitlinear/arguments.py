@@ -199,9 +199,10 @@ def check_activations(x: Tensor, width: int, name: str = "in_features") -> None:
     if x.layout != torch.strided or x.is_nested:
         raise_unsupported_layout(x)
     if x.dtype not in ACTIVATION_DTYPES:
+        model = ", and a model that makes it with model.float()" if x.dtype == torch.double else ""
         raise TypeError(
             f"bitlinear: x must be float32, float16 or bfloat16, but it is {dtype_name(x.dtype)}: "
-            f"convert it, for example with x.float()"
+            f"convert it, for example with x.float(){model}"
         )
     if x.dim() == 0 or x.shape[-1] != width:
         raise ValueError(

@@ -240,7 +240,7 @@ WRONG = [
     (ValueError, "eps must be between 2e-36 .* it is 1e-40$", {"eps": 1e-40}),
     (ValueError, "eps must be between 2e-36 .* it is 1e.300$", {"eps": 1e300}),
     (ValueError, "eps must be between 2e-36 .* it is nan$", {"eps": float("nan")}),
-    (TypeError, "x must be float32, .* it is float64: convert it", {"x": X.double()}),
+    (TypeError, "x must be float32, .* float64: convert it, .* a model", {"x": X.double()}),
     (TypeError, "x must be float32, .* it is int64: convert it", {"x": X.long()}),
     (ValueError, r"in_features = 12, but x has shape \[3, 13\]$", {"x": torch.ones(3, 13)}),
     (ValueError, r"in_features = 12, but x has shape \[\]$", {"x": torch.ones(())}),

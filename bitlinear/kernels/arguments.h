@@ -102,9 +102,11 @@ inline void check_act_bits(int64_t act_bits) {
 }
 
 inline void check_dtype(const at::Tensor& x) {
-  TORCH_CHECK_TYPE(kernel_dtype(x.scalar_type()) >= 0,
-                   "bitlinear: x must be float32, float16 or bfloat16, but it is ",
-                   dtype_name(x.scalar_type()), ": convert it, for example with x.float()");
+  TORCH_CHECK_TYPE(
+      kernel_dtype(x.scalar_type()) >= 0,
+      "bitlinear: x must be float32, float16 or bfloat16, but it is ", dtype_name(x.scalar_type()),
+      ": convert it, for example with x.float()",
+      x.scalar_type() == at::kDouble ? ", and a model that makes it with model.float()" : "");
 }
 
 inline void check_in_features(int64_t in_features) {
