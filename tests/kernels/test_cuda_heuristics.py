@@ -532,6 +532,10 @@ def test_the_plan_of_wgmma_on_an_h100(heuristics, m, n, k, plan):
     assert heuristics.plan_wgmma((m, n, k, True, True)) == plan
 
 
+def for_many(m, n, k):
+    return (m, n, k, True, True, 1, False, 1, False, False, 0, True)
+
+
 @pytest.mark.parametrize(
     ("m", "n", "k", "plan"),
     [
@@ -547,12 +551,11 @@ def test_the_plan_of_wgmma_on_an_h100(heuristics, m, n, k, plan):
     ],
 )
 def test_the_plan_of_wgmma_for_many_tokens_on_an_h100(heuristics, m, n, k, plan):
-    of_other_kernels = (m, n, k, True, True, 1, False, 1, False, False, 0)
-    assert heuristics.plan_wgmma((*of_other_kernels, True)) == plan
+    assert heuristics.plan_wgmma(for_many(m, n, k)) == plan
 
 
 def for_short(m, n, k):
-    return (m, n, k, True, True, 1, False, 1, False, False, 0, True, True)
+    return (*for_many(m, n, k), True)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 // Chooses the CUDA kernel of a product and its plan. Pure functions of the device and the sizes,
 // without CUDA's headers, tested by tests/kernels/test_cuda_heuristics.py.
 //
-// Constants are fitted to times on one H100 80 GB, those of wgmma to one H200 (torch 2.11,
+// Constants are fitted to times on one H100 80 GB; the costs of wgmma, on one H200 (torch 2.11,
 // 2026-11). Refit: `python -m scripts.bench --device cuda --grid floor --modes cold`;
 // bitlinear_cuda_force() runs one kernel alone.
 #pragma once

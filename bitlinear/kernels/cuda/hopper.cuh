@@ -39,7 +39,7 @@ __device__ inline void copy_tile(void* shared, const CUtensorMap& map, int x, in
 
 // Makes this thread's writes to shared memory visible to the copy engine and to wgmma, after a
 // barrier.
-__device__ inline void publish_to_copies() {
+__device__ inline void publish_to_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 

@@ -32,7 +32,8 @@ struct LaunchConfig {
   bool prefers_shared = false;
 };
 
-// Raises the kernel's limit of dynamic shared memory if the launch needs more than the default.
+// Raises the kernel's limit of dynamic shared memory, and sets what it prefers, if the launch needs
+// any.
 template <auto kKernel>
 cudaError_t allow_shared_bytes(const LaunchConfig& config, const Device& device) {
   if (config.shared_bytes == 0) return cudaSuccess;

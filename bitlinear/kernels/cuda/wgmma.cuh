@@ -193,6 +193,14 @@ __device__ inline uint64_t make_descriptor(uint32_t address) {
          uint64_t{1} << 62;
 }
 
+// The index of the sum of a row and a token of a tile in shared memory. A warp writes 8 rows for
+// every other of 8 tokens at a time: the exclusive or spreads them over the banks, and keeps groups
+// of four rows contiguous.
+template <int kRows>
+__device__ inline int index_of_sum(int token, int row) {
+  return token * kRows + (row ^ (token & 6) * 4);
+}
+
 // A tile, and the block that computes it: one or two warpgroups that multiply, each with one or two
 // blocks of 64 rows, and one warpgroup that copies and stores. Two warpgroups have different rows;
 // or, if kTileHalves is 2, the same rows, and each has every second slice. With scales of groups
@@ -245,11 +253,6 @@ struct Tile {
   // The compiler gives a thread as many registers as so many threads of a multiprocessor can have.
   static constexpr int kBoundThreads = kLeavesRoom ? 512 : kThreads;
 
-  // The index of the sum of a row and a token. A warp writes 8 rows for every other of 8 tokens at
-  // a time: the exclusive or spreads them over the banks, and keeps groups of four rows contiguous.
-  static __device__ int sum_index(int token, int row) {
-    return token * kSumRows + (row ^ (token & 6) * 4);
-  }
   // The first of the sums' rows for a row of the tile: of the high bytes; the low ones are 64
   // further.
   static __device__ int sum_row(int row) { return kGrouped ? row + row / 64 * 64 : row; }
@@ -543,7 +546,7 @@ __device__ inline void store_tile_sums(const Sums<T>& sums, int first_row, int h
   const int tig = threadIdx.x % 4;
   const auto at = [&](int r, int i, int part) -> int32_t& {
     const int token = part * (T::kTokens / T::kHalves) + i / 4 * 8 + 2 * tig + i % 2;
-    return out[T::sum_index(token, first_row + 64 * r + i % 4 / 2 * 8)];
+    return out[index_of_sum<T::kSumRows>(token, first_row + 64 * r + i % 4 / 2 * 8)];
   };
   const auto sum = [&](int r, int i) {
     const int32_t even = sums[r * T::kAccumulatorSets][i];
@@ -585,7 +588,8 @@ __device__ inline void add_cluster_sums(const TileRows<T::kRows, T::kConsumers>&
     const int token = (i / token_rows * splits + split) * token_rows + i % token_rows;
 #pragma unroll
     for (int byte = 0; byte < (T::kGrouped ? 2 : 1); ++byte) {
-      int32_t* const sum_of_rows = sums + T::sum_index(token, T::sum_row(rows.row) + 64 * byte);
+      int32_t* const sum_of_rows =
+          sums + index_of_sum<T::kSumRows>(token, T::sum_row(rows.row) + 64 * byte);
       int4 sum = *reinterpret_cast<int4*>(sum_of_rows);
       for (int rank = 0; rank < splits; ++rank) {
         if (rank != split) sum = add(sum, load_remote(sum_of_rows, rank));
@@ -630,7 +634,7 @@ __global__ void __launch_bounds__(T::kBoundThreads, 1)
     const int tokens = static_cast<int>(minimum<int64_t>(task.M - m, kTokens));
     const auto load_sums = [&](int token, int row) {
       const auto load = [&](int sum_row) {
-        return *reinterpret_cast<const int4*>(sums_out + T::sum_index(token, sum_row));
+        return *reinterpret_cast<const int4*>(sums_out + index_of_sum<T::kSumRows>(token, sum_row));
       };
       const int first_row = T::sum_row(row);
       if constexpr (T::kGrouped) {

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       store_values<T, __nv_bfloat16, kTokens>(sums, scales, reader.first_row(), out);
     }
     scales_empty.arrive();
-    publish_to_copies();
+    publish_to_async_proxy();
     sync_warpgroup(group);
     if (thread == 0) {
       const int m = static_cast<int>(share.token_of(tile));

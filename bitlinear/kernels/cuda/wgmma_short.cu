@@ -36,10 +36,6 @@ struct ShortTile {
   static constexpr int kSplits = 4 / (kRowParts * kTokenParts);  // warpgroups that share K
   static constexpr int kThreads = 4 * 128;
   static constexpr int kSums = kRows * kTokens;
-  // See Tile::sum_index.
-  static __device__ int sum_index(int token, int row) {
-    return token * kRows + (row ^ (token & 6) * 4);
-  }
 };
 
 // Stores the weights of a tile in the order in which the quantiser stores tokens: half slices of
@@ -106,7 +102,7 @@ __global__ void __launch_bounds__(1024)
   }
   allow_successor();
   decode_rows<T>(task, n, slices, codes);
-  publish_to_copies();  // and to products
+  publish_to_async_proxy();
   __syncthreads();
   wait_for_predecessor();
 
@@ -154,7 +150,8 @@ __global__ void __launch_bounds__(1024)
   const int first_token = 64 * token_part + 2 * (lane % 4);
 #pragma unroll
   for (int i = 0; i < 32; ++i) {
-    const int at = T::sum_index(first_token + i / 4 * 8 + i % 2, first_row + i % 4 / 2 * 8);
+    const int at =
+        index_of_sum<T::kRows>(first_token + i / 4 * 8 + i % 2, first_row + i % 4 / 2 * 8);
     sums_out[split * T::kSums + at] = sums[i];
   }
   if (threadIdx.x < T::kTokens) {
@@ -164,7 +161,7 @@ __global__ void __launch_bounds__(1024)
   __syncthreads();
 
   const auto load_sums = [&](int token, int row) {
-    const int32_t* const first = sums_out + T::sum_index(token, row);
+    const int32_t* const first = sums_out + index_of_sum<T::kRows>(token, row);
     int4 sum = *reinterpret_cast<const int4*>(first);
 #pragma unroll
     for (int s = 1; s < T::kSplits; ++s) {
