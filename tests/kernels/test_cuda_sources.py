@@ -213,5 +213,8 @@ def test_driver(driver):
 def test_driver_under_the_sanitizer(driver, tool):
     sanitizer = require("compute-sanitizer")
     leaks = ["--leak-check=full"] if tool == "memcheck" else []
-    result = run(sanitizer, f"--tool={tool}", *leaks, "--error-exitcode=9", driver, "quick")
+    # racecheck takes some minutes.
+    result = run(
+        *(sanitizer, f"--tool={tool}", *leaks, "--error-exitcode=9", driver, "quick"), timeout=1800
+    )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr

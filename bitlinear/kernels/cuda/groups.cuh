@@ -124,10 +124,11 @@ __device__ inline void split_scales_of_rows(const bitlinear_cuda_task& task, int
   constexpr int kLanes = 4;
 #pragma unroll 1
   for (int row = thread / kLanes; row < round_up(rows, 32 / kLanes); row += kThreads / kLanes) {
-    int32_t* const out = multipliers + minimum(row, rows - 1) * pitch;
+    int32_t* const out = multipliers + row * pitch;
+    const int present = row < rows ? count : 0;  // every lane takes part in the shuffles
     uint32_t largest = 0;
 #pragma unroll 4
-    for (int g = thread % kLanes; g < count; g += kLanes) {
+    for (int g = thread % kLanes; g < present; g += kLanes) {
       largest = max(largest, static_cast<uint32_t>(out[g]) & 0x7FFFFFFFu);
     }
     for (int mask = 1; mask < kLanes; mask *= 2) {

@@ -269,7 +269,7 @@ constexpr int64_t small_batch_group_bytes(const Shape& shape, int64_t rows) {
 }
 
 struct SmallBatchPlan {
-  int row_parts;    // of a tile, 16 weight rows each: 1, 2 or, with 2 token parts, 4
+  int row_parts;    // of a tile, 16 weight rows each: 1 or 2
   int token_parts;  // 8 tokens each: 1, 2 or 4
   int blocks;
   int stages;
@@ -277,8 +277,7 @@ struct SmallBatchPlan {
 
 // Whether there is such a tile. Totals of groups need the registers of another part.
 constexpr bool has_small_batch_tile(int row_parts, int token_parts, bool has_groups) {
-  const int parts = row_parts * token_parts;
-  return has_groups ? parts <= 4 && row_parts <= 2 : parts <= 8 && row_parts * 2 <= 4 * token_parts;
+  return row_parts <= 2 && (!has_groups || row_parts * token_parts <= 4);
 }
 
 constexpr int64_t small_batch_shared_bytes(const Shape& shape, const SmallBatchPlan& plan) {
@@ -291,33 +290,31 @@ constexpr int64_t small_batch_shared_bytes(const Shape& shape, const SmallBatchP
 constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& shape) {
   const int token_parts = shape.M <= 8 ? 1 : shape.M <= 16 ? 2 : 4;
   const int64_t row_bytes = ceil_div(shape.K, 4);
-  // Two blocks on a multiprocessor hide each other's latency, if their rings hold most of the
-  // weights, preferably with the lowest tiles, or if each has many rows.
-  const int64_t low = int64_t{2 * kSmallBatchStageRows} * device.multiprocessors;
-  const int64_t bytes_for_two = (shape.N <= low ? 115 : 90) * 1024;
+  const int64_t multiprocessors = device.multiprocessors;
   const bool has_groups = shape.group_size > 0;
-  const bool two = token_parts <= (has_groups ? 1 : 2) &&
-                   (shape.N * row_bytes <= device.multiprocessors * bytes_for_two ||
-                    shape.N > 2 * token_parts * low);
-  constexpr int64_t kBlockRows = 8;
-  const int64_t most = ceil_div(shape.N, kBlockRows);
-  int64_t max_blocks = int64_t{device.multiprocessors} * (two ? 2 : 1);
-  // More come later, if their groups would take more than a quarter of the memory.
-  const int64_t group_bytes = device.shared_bytes / (two ? 8 : 4);
-  while (max_blocks < most &&
-         small_batch_group_bytes(shape, ceil_div(shape.N, max_blocks)) > group_bytes) {
-    max_blocks += device.multiprocessors;
+  // Two blocks on a multiprocessor hide each other's latency, but leave no registers for the next
+  // call's quantiser. It starts early where one of them is missing.
+  const bool two = token_parts <= (has_groups ? 1 : 2);
+  const int64_t most_blocks = two ? 2 * multiprocessors - multiprocessors / 32 : multiprocessors;
+  // A part takes as long with fewer rows, so rows are whole parts.
+  int64_t rows = kSmallBatchStageRows * ceil_div(shape.N, kSmallBatchStageRows * most_blocks);
+  if (has_groups) {
+    // Multipliers of at most a quarter of the memory; more blocks come later.
+    constexpr int64_t kFewestRows = 8;
+    const int64_t group_bytes = device.shared_bytes / (two ? 8 : 4);
+    const int64_t most_rows = group_bytes / small_batch_group_bytes(shape, 1);
+    rows = minimum(rows, most_rows < kSmallBatchStageRows
+                             ? kFewestRows
+                             : most_rows / kSmallBatchStageRows * kSmallBatchStageRows);
   }
-  max_blocks = minimum(max_blocks, most);
-  const int64_t shared_rows = ceil_div(shape.N, max_blocks);
-  // High tiles if there are many rows, because each tile fetches the activations again.
-  int row_parts = shared_rows <= 16 ? 1 : shared_rows <= 64 || two || token_parts == 4 ? 2 : 4;
+  int row_parts = rows <= kSmallBatchStageRows ? 1 : 2;
   while (!has_small_batch_tile(row_parts, token_parts, has_groups)) row_parts /= 2;
-  // Several tiles are whole ones, for the same reason: fewer fetches.
-  const int64_t tile_rows = kSmallBatchStageRows * row_parts;
-  const bool one_tile = shared_rows <= tile_rows;
-  const int64_t rows = one_tile ? shared_rows : round_up(shared_rows, tile_rows);
-  const int64_t blocks = one_tile ? max_blocks : ceil_div(shape.N, rows);
+  // Whole tiles, because each fetches the activations again.
+  if (row_parts > 1) rows = round_up(rows, int64_t{kSmallBatchStageRows} * row_parts);
+  int64_t blocks = ceil_div(shape.N, rows);
+  // The quantiser's blocks for many tokens would gather on a few free multiprocessors.
+  const bool crowds = token_parts == 4 && row_parts == 1 && !has_groups;
+  if (crowds && 16 * blocks > 15 * most_blocks) blocks = most_blocks;
 
   constexpr int64_t kReservedBytes = 1024;  // that the system reserves for every block
   const int64_t shared =
@@ -548,23 +545,24 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
   }
 }
 
-// Whether the GEMV, if it supports the shape, is faster than the others on an H100. Each of its
-// blocks quantises all tokens. If several are not resident, this takes longer than the quantiser
-// and the small-batch kernel together, except in a few cases. Before sm_90 the alternative is
-// slower. Fitted to tokens of 8 bits; those of 16 bits are read and gated as often.
+// Whether the GEMV, if it supports the shape, is faster than the others on an H100 or H200. Each of
+// its blocks quantises all tokens. If they have many values, this takes longer than the quantiser
+// and the small-batch kernel together. Before sm_90 the alternative is slower. Fitted to tokens of
+// 8 bits; those of 16 bits are read and gated as often.
 constexpr bool prefers_gemv(const Device& device, const Shape& shape) {
-  // With scales of groups and two rows of q, a block is alone on its multiprocessor.
-  const bool is_alone = shape.group_size > 0 && shape.M > 1;
-  if (is_alone && device.capability >= 90 && shape.N > int64_t{64} * device.multiprocessors) {
-    return false;
-  }
-  if (shape.tokens() == 1 || are_resident(shape)) return true;
   const int64_t values = gemv_values(shape.tokens(), shape.K);
   if (device.capability < 90) {
-    return values <= (shape.has_prologue ? 2 * kGemvPrologueValues : 5 * kGemvRegisterValues);
+    return shape.tokens() == 1 ||
+           values <= (shape.has_prologue ? 2 * kGemvPrologueValues : 5 * kGemvRegisterValues);
   }
-  const bool has_rows = shape.tokens() == 2 || shape.N >= int64_t{48} * device.multiprocessors;
-  return !shape.has_prologue && has_rows && values <= 3 * kGemvRegisterValues;
+  const bool has_groups = shape.group_size > 0;
+  if (shape.tokens() == 1) {
+    // With groups and two rows of q, a block is alone on its multiprocessor.
+    return !has_groups || shape.M == 1 || shape.N <= int64_t{64} * device.multiprocessors;
+  }
+  if (has_groups) return false;
+  if (shape.tokens() == 2 || shape.has_prologue) return are_resident(shape);
+  return values <= 3 * kGemvGroupValues;
 }
 
 // Whether the kernel for small layers, if it supports the shape, is faster than the others on an
@@ -574,7 +572,11 @@ constexpr bool prefers_small_layer(const Device& device, const Shape& shape) {
   const SmallLayerPlan tile = plan_small_layer(device, shape);
   if (small_layer_blocks(tile, shape) > device.multiprocessors) return false;
   if (shape.M <= kGemvTokens) return shape.M > 1 && shape.K <= 256;
-  return shape.K <= 512 || (shape.M > 16 && tile.rows * tile.tokens <= 128 * 16);
+  // Up to 16 rows of weights for each multiprocessor: the small-batch kernel has one part each.
+  const bool has_few_rows =
+      device.capability >= 90 && shape.N <= int64_t{kSmallBatchStageRows} * device.multiprocessors;
+  const int64_t others = has_few_rows ? kSmallBatchTokens : 16;
+  return shape.K <= 512 || (shape.M > others && tile.rows * tile.tokens <= 128 * 16);
 }
 
 // The fastest kernel that supports the shape; BITLINEAR_CUDA_AUTO if none does.

@@ -14,13 +14,18 @@
 // registers if two blocks share a multiprocessor, up to 168 for one block; no spills in the loop
 // over K.
 //
+// The quantiser of the next call starts early where a multiprocessor has one block or none: two
+// leave no registers for it. And 16 rows, a part, take as long as 15. So a block has whole parts,
+// and some blocks of a full device are missing. On an H200, 8 tokens of 8192 x 2048 take 5.4 us by
+// 264 blocks of 31 or 32 rows, and 4.0 by 256 of 32; of 6144 x 4096 6.2 by 264 of 23 or 24 rows,
+// and 4.6 by 192 of 32.
+//
 // Scales of groups: a block splits the scales of its rows while the quantiser runs. Weights become
 // signed bytes, 64 times t, in fragments of which each has 32 of 64 consecutive values of k; so no
 // sum of q is needed for each group. The sums of a group are multiplied in 64 bits. On an H200,
-// groups of 128, in us, in brackets over a scale of the tensor: 2560 x 2560 4.1 (1.13) with 8
-// tokens and 7.1 (1.25) with 32, 4096 x 4096 6.0 (1.4) and 9.5 (1.4), 14336 x 4096 10.0 (1.36),
-// and 14.1 (1.39) with 16; 28672 x 8192 32 (1.66) and 40 (1.56), where the additional instructions
-// are not hidden. Groups of 64: 1.4 to 1.9, 28672 x 8192 2.1.
+// groups of 128, in us, in brackets over a scale of the tensor: 2560 x 2560 3.9 (1.15) with 8
+// tokens and 7.0 (1.40) with 32, 4096 x 4096 4.6 (1.11) and 9.2 (1.38), 14336 x 4096 9.7 (1.35),
+// and 13.7 (1.41) with 16, where the additional instructions are not hidden.
 //
 // Tried, and slower: activations by bulk copies into shared memory, also by multicast to clusters;
 // wgmma, which takes 50 cycles for 64 rows and any number of tokens up to 32; two slices of
@@ -70,8 +75,7 @@ struct Tile {
   static constexpr int kPitch = small_batch_sum_pitch(kRowParts);
   static constexpr int kTokensOfThread = ceil_div(kTokens * kRows, kConsumers);  // at most
   // The large tiles need the registers.
-  static constexpr int kBlocks =
-      kTokenParts == 4 || kRowParts == 4 || (kGrouped && kTokenParts == 2) ? 1 : 2;
+  static constexpr int kBlocks = kTokenParts == 4 || (kGrouped && kTokenParts == 2) ? 1 : 2;
 };
 
 // The fragments of a slice of the tokens that a lane has.
@@ -464,7 +468,6 @@ cudaError_t launch(const Call& call, const Activations& q, const SmallBatchPlan&
   }
   if constexpr (kSliceParts == 0) {
     if (plan.row_parts == 2 && plan.token_parts == 4) return launch<2, 4, 0>(call, q, plan);
-    if (plan.row_parts == 4 && plan.token_parts == 2) return launch<4, 2, 0>(call, q, plan);
   }
   return cudaErrorInvalidValue;
 }
