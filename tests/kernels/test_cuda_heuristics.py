@@ -125,7 +125,9 @@ def test_choices_for_scales_of_groups(heuristics):
             assert heuristics.choose(80, with_groups(m, 4096, 4096, group_size)) == MMA
     assert heuristics.choose(90, with_groups(2, 4096, 4096, act_bits=16)) == GEMV
     assert heuristics.choose(90, with_groups(4, 4096, 4096, act_bits=16)) == SMALL_BATCH
-    # With many rows, two rows of q take the small-batch kernel, and 17 tokens take wgmma.
+    assert heuristics.choose(90, with_groups(2, 64 * 132, 4096, act_bits=16)) == GEMV
+    assert heuristics.choose(90, with_groups(2, 64 * 132 + 1, 4096, act_bits=16)) == SMALL_BATCH
+    # With many rows, 17 tokens take wgmma.
     for m, kernel in ((1, GEMV), (2, SMALL_BATCH), (16, SMALL_BATCH), (17, WGMMA)):
         assert heuristics.choose(90, with_groups(m, 14336, 4096)) == kernel
     # Groups of 96 weights.
@@ -232,6 +234,7 @@ def test_choices_for_typical_layers(heuristics):
             (1, 4096, True, False),
         ):
             assert heuristics.choose(capability, (m, 4096, k, *aligned)) == MMA
+    assert heuristics.choose(80, (32, 1024, 1024, True, True)) == SMALL_LAYER
     assert heuristics.choose(80, (4, 4096, 14336, True, True)) == GEMV
     assert heuristics.choose(89, (4, 4096, 14336, True, True)) == GEMV
     assert heuristics.choose(89, (4, 4096, 15360, True, True)) == MMA  # no room for a ring
@@ -253,7 +256,8 @@ def test_choices_for_typical_layers(heuristics):
         (512, 4096, 256, SMALL_LAYER),
         (16, 1024, 1024, SMALL_BATCH),
         (32, 1024, 1024, SMALL_BATCH),
-        (32, 4096, 1024, SMALL_LAYER),
+        (32, 2112, 1024, SMALL_BATCH),
+        (32, 2176, 1024, SMALL_LAYER),
         (64, 1024, 1024, SMALL_LAYER),
         (256, 1024, 1024, SMALL_LAYER),
         (512, 1024, 1024, WGMMA),
@@ -354,7 +358,8 @@ def test_the_plan_of_a_small_batch(heuristics, shape, multiprocessors, capabilit
     assert (row_parts, token_parts) in {(r, t) for r in (1, 2) for t in (1, 2, 4)}
     assert m <= 8 * token_parts <= 2 * max(m, 4)
     # A block waits for all parts of a tile at once, except those beyond its last row.
-    assert min(row_parts, -(-n // blocks + 15) // 16) <= stages <= 16
+    most_rows = -(-n // blocks)
+    assert min(row_parts, -(-most_rows // 16)) <= stages <= 16
     assert shared <= limit
     if blocks > multiprocessors:
         assert 2 * (shared + 1024) <= limit + 1024
@@ -383,8 +388,8 @@ def test_the_plan_of_a_small_batch_with_groups(
     if stages >= row_parts:
         assert stages <= 16
         assert shared <= limit
-    else:  # The multipliers of eight long rows leave no room for a ring.
-        assert 8 * 4 * (64 * slices / group_size + 2) > limit / 8
+    else:  # The multipliers of eight long rows and a stage of 16 take more than the memory.
+        assert min(n, 8) * 4 * (64 * slices / group_size + 2) + 16 * 1088 > limit - 40 * 1024
 
 
 @given(
@@ -462,6 +467,8 @@ def test_the_plan_of_a_gemv_before_sm_90(heuristics, capability, n, k, split):
     [
         (8, 1024, 1024, [1, 1, 64]),
         (8, 4096, 4096, [1, 1, 256]),
+        (8, 4160, 4096, [1, 1, 260]),
+        (8, 4224, 4096, [2, 1, 132]),
         (8, 4096, 14336, [1, 1, 256]),
         (8, 8192, 2048, [2, 1, 256]),
         (8, 8192, 8192, [2, 1, 256]),
@@ -474,6 +481,7 @@ def test_the_plan_of_a_gemv_before_sm_90(heuristics, capability, n, k, split):
         (16, 14336, 4096, [2, 2, 224]),
         (16, 28672, 8192, [2, 2, 224]),
         (32, 1024, 4096, [1, 4, 64]),
+        (32, 1920, 2048, [1, 4, 120]),
         (32, 2048, 2048, [1, 4, 132]),
         (32, 2560, 2560, [2, 4, 80]),
         (32, 8192, 8192, [2, 4, 128]),
@@ -481,6 +489,33 @@ def test_the_plan_of_a_gemv_before_sm_90(heuristics, capability, n, k, split):
 )
 def test_the_plan_of_a_small_batch_on_an_h200(heuristics, m, n, k, plan):
     assert heuristics.plan_small_batch((m, n, k, True, True))[:3] == plan
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size", "plan", "two_fit"),
+    [
+        (8, 4096, 4096, 128, [1, 1, 256, 1], True),
+        (8, 5120, 5120, 128, [2, 1, 160, 4], True),
+        (16, 2560, 2560, 128, [2, 2, 80, 2], True),
+        (32, 2048, 2048, 128, [1, 4, 128, 1], True),
+        # Fewer of the long rows, so that their multipliers fit.
+        (8, 28672, 8192, 64, [2, 1, 448, 3], True),
+        (8, 8192, 16384, 64, [1, 1, 512, 4], True),
+        (8, 4096, 32768, 64, [1, 1, 293, 4], True),
+        (8, 4096, 65536, 64, [1, 1, 512, 4], True),
+        (8, 4096, 262144, 64, [1, 1, 512, 5], False),
+        (8, 2, 491520, 64, [1, 1, 1, 2], True),
+    ],
+)
+def test_the_plan_of_a_small_batch_with_groups_on_an_h200(
+    heuristics, m, n, k, group_size, plan, two_fit
+):
+    *found, shared, limit = heuristics.plan_small_batch(with_groups(m, n, k, group_size))
+    assert found == plan
+    assert (2 * (shared + 1024) <= limit + 1024) == two_fit
+    assert heuristics.supports(SMALL_BATCH, 90, with_groups(m, n, k, group_size))
+    longer = with_groups(m, 8 * n, 7680 * group_size, group_size)
+    assert not heuristics.supports(SMALL_BATCH, 90, longer)
 
 
 @given(shape=shapes, multiprocessors=st.integers(1, 200))

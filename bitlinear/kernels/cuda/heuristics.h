@@ -1,9 +1,9 @@
 // Chooses the CUDA kernel of a product and its plan. Pure functions of the device and the sizes,
 // without CUDA's headers, tested by tests/kernels/test_cuda_heuristics.py.
 //
-// Constants are fitted to times on one H100 80 GB; the costs of wgmma, on one H200 (torch 2.11,
-// 2026-11). Refit: `python -m scripts.bench --device cuda --grid floor --modes cold`;
-// bitlinear_cuda_force() runs one kernel alone.
+// Constants are fitted to times on one H100 80 GB; those of wgmma and of small batches, and the
+// choice of the GEMV, on one H200 (torch 2.11, 2026-11). Refit: `python -m scripts.bench --device
+// cuda --grid floor --modes cold`; bitlinear_cuda_force() runs one kernel alone.
 #pragma once
 
 #include <stdint.h>
@@ -287,32 +287,36 @@ constexpr int64_t small_batch_shared_bytes(const Shape& shape, const SmallBatchP
          small_batch_group_bytes(shape, ceil_div(shape.N, plan.blocks));
 }
 
-constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& shape) {
+// Whether a tile's parts are in the ring at once. Without groups they always are.
+constexpr bool has_room(const SmallBatchPlan& plan) { return plan.stages >= plan.row_parts; }
+
+// The plan for one or two blocks on a multiprocessor.
+constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& shape, bool two) {
   const int token_parts = shape.M <= 8 ? 1 : shape.M <= 16 ? 2 : 4;
   const int64_t row_bytes = ceil_div(shape.K, 4);
   const int64_t multiprocessors = device.multiprocessors;
   const bool has_groups = shape.group_size > 0;
-  // Two blocks on a multiprocessor hide each other's latency, but leave no registers for the next
-  // call's quantiser. It starts early where one of them is missing.
-  const bool two = token_parts <= (has_groups ? 1 : 2);
+  // Two blocks leave no registers for the next call's quantiser. It starts early where one of them
+  // is missing.
   const int64_t most_blocks = two ? 2 * multiprocessors - multiprocessors / 32 : multiprocessors;
   // A part takes as long with fewer rows, so rows are whole parts.
   int64_t rows = kSmallBatchStageRows * ceil_div(shape.N, kSmallBatchStageRows * most_blocks);
   if (has_groups) {
-    // Multipliers of at most a quarter of the memory; more blocks come later.
+    // Multipliers of about a quarter of the memory; more blocks come later.
     constexpr int64_t kFewestRows = 8;
     const int64_t group_bytes = device.shared_bytes / (two ? 8 : 4);
-    const int64_t most_rows = group_bytes / small_batch_group_bytes(shape, 1);
-    rows = minimum(rows, most_rows < kSmallBatchStageRows
-                             ? kFewestRows
-                             : most_rows / kSmallBatchStageRows * kSmallBatchStageRows);
+    int64_t most_rows = group_bytes / small_batch_group_bytes(shape, 1);
+    if (most_rows > kSmallBatchStageRows) most_rows -= most_rows % kSmallBatchStageRows;
+    if (most_rows < kFewestRows) most_rows = kFewestRows;
+    rows = minimum(minimum(rows, most_rows), shape.N);
   }
   int row_parts = rows <= kSmallBatchStageRows ? 1 : 2;
   while (!has_small_batch_tile(row_parts, token_parts, has_groups)) row_parts /= 2;
   // Whole tiles, because each fetches the activations again.
   if (row_parts > 1) rows = round_up(rows, int64_t{kSmallBatchStageRows} * row_parts);
   int64_t blocks = ceil_div(shape.N, rows);
-  // The quantiser's blocks for many tokens would gather on a few free multiprocessors.
+  // The next quantiser's blocks for many tokens would gather on a few multiprocessors without a
+  // block. So these get one, too.
   const bool crowds = token_parts == 4 && row_parts == 1 && !has_groups;
   if (crowds && 16 * blocks > 15 * most_blocks) blocks = most_blocks;
 
@@ -330,8 +334,14 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
   return {row_parts, token_parts, static_cast<int>(blocks), static_cast<int>(stages)};
 }
 
-// Whether a tile's parts are in the ring at once. Without groups they always are.
-constexpr bool has_room(const SmallBatchPlan& plan) { return plan.stages >= plan.row_parts; }
+// Two blocks on a multiprocessor hide each other's latency, if they have room and registers.
+constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& shape) {
+  if (shape.M <= (shape.group_size > 0 ? 8 : 16)) {
+    const SmallBatchPlan plan = plan_small_batch(device, shape, true);
+    if (has_room(plan)) return plan;
+  }
+  return plan_small_batch(device, shape, false);
+}
 
 // ------------------------------------------------------------------------------- small layer
 
@@ -545,10 +555,10 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
   }
 }
 
-// Whether the GEMV, if it supports the shape, is faster than the others on an H100 or H200. Each of
-// its blocks quantises all tokens. If they have many values, this takes longer than the quantiser
-// and the small-batch kernel together. Before sm_90 the alternative is slower. Fitted to tokens of
-// 8 bits; those of 16 bits are read and gated as often.
+// Whether the GEMV, if it supports the shape, is faster than the others on an H200. Each of its
+// blocks quantises all tokens. If they have many values, this takes longer than the quantiser and
+// the small-batch kernel together. Before sm_90 the alternative is slower. Fitted to tokens of 8
+// bits; those of 16 bits are read and gated as often.
 constexpr bool prefers_gemv(const Device& device, const Shape& shape) {
   const int64_t values = gemv_values(shape.tokens(), shape.K);
   if (device.capability < 90) {

@@ -15,10 +15,10 @@
 // over K.
 //
 // The quantiser of the next call starts early where a multiprocessor has one block or none: two
-// leave no registers for it. And 16 rows, a part, take as long as 15. So a block has whole parts,
-// and some blocks of a full device are missing. On an H200, 8 tokens of 8192 x 2048 take 5.4 us by
-// 264 blocks of 31 or 32 rows, and 4.0 by 256 of 32; of 6144 x 4096 6.2 by 264 of 23 or 24 rows,
-// and 4.6 by 192 of 32.
+// leave no registers for it. And a part, 16 rows, takes as long with 15. So the number of blocks
+// suits whole parts, and is at most 260 where 264 would run. On an H200, 8 tokens of 8192 x 2048
+// take 5.4 us by 264 blocks of 31 or 32 rows, and 4.0 by 256 of 32; of 6144 x 4096 6.2 by 264 of 23
+// or 24 rows, and 4.6 by 192 of 32.
 //
 // Scales of groups: a block splits the scales of its rows while the quantiser runs. Weights become
 // signed bytes, 64 times t, in fragments of which each has 32 of 64 consecutive values of k; so no
