@@ -116,9 +116,8 @@ def with_groups(m, n, k, group_size=128, aligned=True, act_bits=8):
 
 def test_choices_for_scales_of_groups(heuristics):
     for group_size in (64, 128, 192, 2**40):
-        for m in (1, 2):
-            expected = GEMV if m == 1 else SMALL_BATCH
-            assert heuristics.choose(90, with_groups(m, 4096, 4096, group_size)) == expected
+        for m, kernel in ((1, GEMV), (2, SMALL_BATCH)):
+            assert heuristics.choose(90, with_groups(m, 4096, 4096, group_size)) == kernel
             assert heuristics.choose(80, with_groups(m, 4096, 4096, group_size)) == GEMV
         for m, kernel in ((3, SMALL_BATCH), (32, SMALL_BATCH), (33, WGMMA), (300, WGMMA)):
             assert heuristics.choose(90, with_groups(m, 4096, 4096, group_size)) == kernel
@@ -388,8 +387,10 @@ def test_the_plan_of_a_small_batch_with_groups(
     if stages >= row_parts:
         assert stages <= 16
         assert shared <= limit
-    else:  # The multipliers of eight long rows and a stage of 16 take more than the memory.
-        assert min(n, 8) * 4 * (64 * slices / group_size + 2) + 16 * 1088 > limit - 40 * 1024
+    else:  # The multipliers and units of eight long rows, a stage, the sums and barriers.
+        multipliers = min(n, 8) * 4 * ((-(-64 * slices // group_size) | 1) + 1)
+        sums = 8 * 8 * token_parts * (16 + 4) * 8
+        assert multipliers + 16 * (1024 + 16) + sums + 1024 > limit
 
 
 @given(

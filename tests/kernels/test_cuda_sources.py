@@ -213,8 +213,6 @@ def test_driver(driver):
 def test_driver_under_the_sanitizer(driver, tool):
     sanitizer = require("compute-sanitizer")
     leaks = ["--leak-check=full"] if tool == "memcheck" else []
-    # racecheck takes some minutes.
-    result = run(
-        *(sanitizer, f"--tool={tool}", *leaks, "--error-exitcode=9", driver, "quick"), timeout=1800
-    )
+    command = (sanitizer, f"--tool={tool}", *leaks, "--error-exitcode=9", driver, "quick")
+    result = run(*command, timeout=1800)  # racecheck takes some minutes
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr

@@ -32,9 +32,9 @@
 // shared memory for its ring, which hides the quantiser in part. Time on an H100 and that of
 // quantize.cu with small_batch.cu in the same run, one token: 8192 x 28672 21.9 and 24.9; 5120 x
 // 20480 13.2 and 17.3; 2560 x 16448 7.1 and 9.6; 512 x 28672 6.2 and 9.7. After relu2 and an
-// RMSNorm 4096 x 14336 takes 10.4 and 12.5, after SiLU 13.0 and 13.4. Several such
-// tokens are left to these two, because each block of the GEMV quantises all of them: on an H200
-// two of 4096 x 14336 took 8.5 us and take 7.6, four of 28672 x 8192 22.8 and 19.1.
+// RMSNorm 4096 x 14336 takes 10.4 and 12.5, after SiLU 13.0 and 13.4. Several such tokens are left
+// to these two, because each block of the GEMV quantises all of them: on an H200 two of 4096 x
+// 14336 took 8.5 us and take 7.6, four of 28672 x 8192 22.8 and 19.1.
 //
 // Before sm_90 no kernel starts early, and cp.async fills the ring. Code for sm_80, run on the H100
 // with the shared memory of an A100 (163 KB): 28672 x 8192 22.9 us, 2.6 TB/s; 8192 x 8192 9.4; 4096

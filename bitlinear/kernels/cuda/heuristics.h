@@ -1,9 +1,9 @@
 // Chooses the CUDA kernel of a product and its plan. Pure functions of the device and the sizes,
 // without CUDA's headers, tested by tests/kernels/test_cuda_heuristics.py.
 //
-// Constants are fitted to times on one H100 80 GB; those of wgmma and of small batches, and the
-// choice of the GEMV, on one H200 (torch 2.11, 2026-11). Refit: `python -m scripts.bench --device
-// cuda --grid floor --modes cold`; bitlinear_cuda_force() runs one kernel alone.
+// Constants are fitted to times on one H100 80 GB; for wgmma, for small batches and for the choice
+// of the GEMV on one H200 (torch 2.11, 2026-11). Refit: `python -m scripts.bench --device cuda
+// --grid floor --modes cold`; bitlinear_cuda_force() runs one kernel alone.
 #pragma once
 
 #include <stdint.h>
@@ -275,9 +275,15 @@ struct SmallBatchPlan {
   int stages;
 };
 
-// Whether there is such a tile. Totals of groups need the registers of another part.
+constexpr int small_batch_token_parts(int64_t M) { return M <= 8 ? 1 : M <= 16 ? 2 : 4; }
+
+// Whether there is such a tile, and whether two blocks with tiles of so many tokens have registers
+// on a multiprocessor. Totals of groups need the registers of another part.
 constexpr bool has_small_batch_tile(int row_parts, int token_parts, bool has_groups) {
-  return row_parts <= 2 && (!has_groups || row_parts * token_parts <= 4);
+  return !has_groups || row_parts * token_parts <= 4;
+}
+constexpr bool has_registers_for_two(int token_parts, bool has_groups) {
+  return token_parts <= (has_groups ? 1 : 2);
 }
 
 constexpr int64_t small_batch_shared_bytes(const Shape& shape, const SmallBatchPlan& plan) {
@@ -292,7 +298,7 @@ constexpr bool has_room(const SmallBatchPlan& plan) { return plan.stages >= plan
 
 // The plan for one or two blocks on a multiprocessor.
 constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& shape, bool two) {
-  const int token_parts = shape.M <= 8 ? 1 : shape.M <= 16 ? 2 : 4;
+  const int token_parts = small_batch_token_parts(shape.M);
   const int64_t row_bytes = ceil_div(shape.K, 4);
   const int64_t multiprocessors = device.multiprocessors;
   const bool has_groups = shape.group_size > 0;
@@ -310,14 +316,14 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
     if (most_rows < kFewestRows) most_rows = kFewestRows;
     rows = minimum(minimum(rows, most_rows), shape.N);
   }
-  int row_parts = rows <= kSmallBatchStageRows ? 1 : 2;
-  while (!has_small_batch_tile(row_parts, token_parts, has_groups)) row_parts /= 2;
+  const bool high = rows > kSmallBatchStageRows && has_small_batch_tile(2, token_parts, has_groups);
+  int row_parts = high ? 2 : 1;
   // Whole tiles, because each fetches the activations again.
-  if (row_parts > 1) rows = round_up(rows, int64_t{kSmallBatchStageRows} * row_parts);
+  if (high) rows = round_up(rows, int64_t{2 * kSmallBatchStageRows});
   int64_t blocks = ceil_div(shape.N, rows);
   // The next quantiser's blocks for many tokens would gather on a few multiprocessors without a
   // block. So these get one, too.
-  const bool crowds = token_parts == 4 && row_parts == 1 && !has_groups;
+  const bool crowds = token_parts == 4 && !high && !has_groups;
   if (crowds && 16 * blocks > 15 * most_blocks) blocks = most_blocks;
 
   constexpr int64_t kReservedBytes = 1024;  // that the system reserves for every block
@@ -328,15 +334,15 @@ constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& sha
                            small_batch_sum_bytes(parts, token_parts, has_groups);
     return (shared - others) / small_batch_stage_bytes(row_bytes, has_groups);
   };
-  while (row_parts > 1 && stages_beside(row_parts) < row_parts) row_parts /= 2;
+  if (high && stages_beside(2) < 2) row_parts = 1;
   const int64_t needed = ceil_div(rows, kSmallBatchStageRows) * ceil_div(row_bytes, kChunkBytes);
   const int64_t stages = minimum(minimum(stages_beside(row_parts), needed), kSmallBatchStages);
   return {row_parts, token_parts, static_cast<int>(blocks), static_cast<int>(stages)};
 }
 
-// Two blocks on a multiprocessor hide each other's latency, if they have room and registers.
+// Two blocks on a multiprocessor hide each other's latency, if they have registers and room.
 constexpr SmallBatchPlan plan_small_batch(const Device& device, const Shape& shape) {
-  if (shape.M <= (shape.group_size > 0 ? 8 : 16)) {
+  if (has_registers_for_two(small_batch_token_parts(shape.M), shape.group_size > 0)) {
     const SmallBatchPlan plan = plan_small_batch(device, shape, true);
     if (has_room(plan)) return plan;
   }
@@ -558,7 +564,7 @@ constexpr bool supports(int kernel, const Device& device, const Shape& shape) {
 // Whether the GEMV, if it supports the shape, is faster than the others on an H200. Each of its
 // blocks quantises all tokens. If they have many values, this takes longer than the quantiser and
 // the small-batch kernel together. Before sm_90 the alternative is slower. Fitted to tokens of 8
-// bits; those of 16 bits are read and gated as often.
+// bits; a token of 16 bits is read and gated as often.
 constexpr bool prefers_gemv(const Device& device, const Shape& shape) {
   const int64_t values = gemv_values(shape.tokens(), shape.K);
   if (device.capability < 90) {
@@ -585,8 +591,8 @@ constexpr bool prefers_small_layer(const Device& device, const Shape& shape) {
   // Up to 16 rows of weights for each multiprocessor: the small-batch kernel has one part each.
   const bool has_few_rows =
       device.capability >= 90 && shape.N <= int64_t{kSmallBatchStageRows} * device.multiprocessors;
-  const int64_t others = has_few_rows ? kSmallBatchTokens : 16;
-  return shape.K <= 512 || (shape.M > others && tile.rows * tile.tokens <= 128 * 16);
+  const int64_t small_batch = has_few_rows ? kSmallBatchTokens : 16;
+  return shape.K <= 512 || (shape.M > small_batch && tile.rows * tile.tokens <= 128 * 16);
 }
 
 // The fastest kernel that supports the shape; BITLINEAR_CUDA_AUTO if none does.

@@ -288,8 +288,8 @@ inline std::string compare_scales(const selftest::Operands& operands, const std:
       const double other = magnitudes[row + g];
       row_is_finite = row_is_finite && isfinite(other);
       const double mean = fmax(other / counts[row + g], operands.eps);
-      tolerance = fmaxf(tolerance, static_cast<float>(mean) * 0x1p-15f);
-      tolerance = fmaxf(tolerance, 0x1p-127f);  // half of the smallest unit
+      constexpr float kSmallestStep = 0x1p-127f;  // half of the smallest unit
+      tolerance = fmaxf(tolerance, fmaxf(static_cast<float>(mean) * 0x1p-15f, kSmallestStep));
     }
     const bool same = c.group_size > 0 && !row_is_finite ? isnan(s_w[i])
                       : isnan(sum)                       ? isnan(s_w[i])

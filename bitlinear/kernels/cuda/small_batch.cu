@@ -75,7 +75,7 @@ struct Tile {
   static constexpr int kPitch = small_batch_sum_pitch(kRowParts);
   static constexpr int kTokensOfThread = ceil_div(kTokens * kRows, kConsumers);  // at most
   // The large tiles need the registers.
-  static constexpr int kBlocks = kTokenParts == 4 || (kGrouped && kTokenParts == 2) ? 1 : 2;
+  static constexpr int kBlocks = has_registers_for_two(kTokenParts, kGrouped) ? 2 : 1;
 };
 
 // The fragments of a slice of the tokens that a lane has.
@@ -465,9 +465,8 @@ cudaError_t launch(const Call& call, const Activations& q, const SmallBatchPlan&
       return launch<2, 1, kSliceParts>(call, q, plan);
     case 22:
       return launch<2, 2, kSliceParts>(call, q, plan);
-  }
-  if constexpr (kSliceParts == 0) {
-    if (plan.row_parts == 2 && plan.token_parts == 4) return launch<2, 4, 0>(call, q, plan);
+    case 24:
+      if constexpr (kSliceParts == 0) return launch<2, 4, 0>(call, q, plan);
   }
   return cudaErrorInvalidValue;
 }
